@@ -1,0 +1,42 @@
+# Everything a fresh machine needs: Python >= 3.10, make and g++.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# The suite and the quickstart must give the same on every machine: no hub, no surprise telemetry.
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install quickstart test test-slow check format clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("lcm-ds needs Python 3.10 or later, %s is %d.%d: make PYTHON=python3.11" % ((sys.executable,) + sys.version_info[:2]) if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[quickstart,dev]'
+	@touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/lcm-ds prepare configs/prepare/quickstart.yaml
+	$(BIN)/lcm-ds launch --local 2 configs/train/quickstart.yaml
+	$(BIN)/lcm-ds evaluate runs/quickstart
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not slow and not hub'
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'slow and not hub'
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

