@@ -228,7 +228,9 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
 
     Raises InputError where the file is missing, is not YAML or is not a mapping, or an override is not key=value.
     """
-    mistakes = [f"{text!r}: an override is key=value, a dotted path into the YAML" for text in overrides if "=" not in text]
+    mistakes = [
+        f"{text!r}: an override is key=value, a dotted path into the YAML" for text in overrides if "=" not in text
+    ]
     try:
         loaded = OmegaConf.load(Path(path))
     except OSError as error:
@@ -302,6 +304,10 @@ def _fields_at(schema: type[Schema], location: Sequence[Any]) -> list[str]:
         if isinstance(part, int):
             continue
         annotation = block.model_fields[part].annotation
-        choices = [annotation, *get_args(annotation), *(inner for arg in get_args(annotation) for inner in get_args(arg))]
+        choices = [
+            annotation,
+            *get_args(annotation),
+            *(inner for arg in get_args(annotation) for inner in get_args(arg)),
+        ]
         block = next(choice for choice in choices if isinstance(choice, type) and issubclass(choice, Schema))
     return list(block.model_fields)

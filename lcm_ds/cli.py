@@ -1,0 +1,206 @@
+"""The verbs of `lcm-ds`: each parses its arguments, loads its config and calls one function of one module.
+
+Exit codes: 0 done; 2 a mistake in the call, a config or the input, one line each on stderr; 75 stopped on request with a
+checkpoint saved; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lcm_ds import __version__
+from lcm_ds.errors import InputError
+
+Verb = Callable[[argparse.Namespace], "int | None"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    parsed = build_parser().parse_args(arguments)
+    try:
+        return parsed.verb(parsed) or 0
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output (head, less) has gone: not a failure of ours.
+        sys.stderr.close()
+        return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="lcm-ds",
+        description="Pretrain Base-LCM concept models on DeepSpeed: text → concepts → model → evaluation.",
+    )
+    parser.add_argument("--version", action="version", version=f"lcm-ds {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    verb = _verb(verbs, "prepare", prepare, "text → dataset; run again after a kill, it goes on where it was",
+                 "lcm-ds prepare configs/prepare/quickstart.yaml output=datasets/mine")  # fmt: skip
+    _config(verb)
+
+    verb = _verb(verbs, "index", index, "adopt WebDataset tars made elsewhere as a dataset",
+                 "lcm-ds index 'embeddings-{000..099}.tar' datasets/adopted")  # fmt: skip
+    verb.add_argument("shards", metavar="SHARDS", help="a path or URL, with braces for many")
+    verb.add_argument("output", metavar="OUT", help="folder for dataset.json, shards.jsonl and the normaliser")
+
+    verb = _verb(verbs, "inspect", inspect, "what a dataset holds", "lcm-ds inspect datasets/quickstart --verify")
+    verb.add_argument("dataset", metavar="DATASET")
+    verb.add_argument("--verify", action="store_true", help="re-read every shard against its checksum")
+
+    verb = _verb(verbs, "trace", trace, "the documents that a step sees", "lcm-ds trace runs/quickstart --step 120")
+    verb.add_argument("run", metavar="RUN|CONFIG", help="a run folder or a train config")
+    verb.add_argument("--step", type=int, required=True, metavar="N", help="from 0")
+    _overrides(verb)
+
+    verb = _verb(verbs, "train", train, "a worker: one process of a run",
+                 "lcm-ds train configs/train/quickstart.yaml steps=20")  # fmt: skip
+    _config(verb)
+
+    verb = _verb(verbs, "launch", launch, "start all workers of a run, here or on many hosts",
+                 "lcm-ds launch --local 2 configs/train/quickstart.yaml")  # fmt: skip
+    where = verb.add_mutually_exclusive_group(required=True)
+    where.add_argument("--local", type=int, metavar="N", help="N processes on this host")
+    where.add_argument("--hostfile", metavar="F", help="hosts in DeepSpeed's format, over pdsh and ssh")
+    where.add_argument("--slurm", action="store_true", help="inside an allocation: srun, one task a device")
+    where.add_argument("--openmpi", type=int, metavar="N", help="mpirun, N processes")
+    _config(verb)
+
+    verb = _verb(verbs, "evaluate", evaluate, "the model against its baselines on the validation split",
+                 "lcm-ds evaluate runs/quickstart --json metrics.json")  # fmt: skip
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("--dataset", metavar="DATASET", help="default: the run's validation dataset")
+    verb.add_argument("--json", metavar="FILE", help="write the figures there, too")
+
+    verb = _verb(verbs, "generate", generate, "go on from a text, concept by concept",
+                 "lcm-ds generate runs/quickstart --prompt 'Lists are mutable. They grow.'")  # fmt: skip
+    verb.add_argument("run", metavar="RUN")
+    prompt = verb.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-file", metavar="F")
+    verb.add_argument("--max-concepts", type=int, default=16, metavar="N")
+
+    verb = _verb(
+        verbs, "export", export, "a run's model as a Hugging Face folder", "lcm-ds export runs/quickstart model"
+    )
+    verb.add_argument("run", metavar="RUN")
+    verb.add_argument("output", metavar="OUT")
+
+    verb = _verb(verbs, "import-meta", import_meta, "a Base-LCM checkpoint of Meta's code as a Hugging Face folder",
+                 "lcm-ds import-meta base_lcm.pt model")  # fmt: skip
+    verb.add_argument("checkpoint", metavar="CKPT", help=".pt or .safetensors")
+    verb.add_argument("output", metavar="OUT")
+    verb.add_argument("--heads", type=int, metavar="N", help="attention heads, where the file does not say")
+
+    verb = _verb(verbs, "doctor", doctor, "what would stop a run, before it starts",
+                 "lcm-ds doctor configs/train/quickstart.yaml")  # fmt: skip
+    verb.add_argument("--hostfile", metavar="F")
+    verb.add_argument("config", metavar="CONFIG", nargs="?")
+    _overrides(verb)
+    return parser
+
+
+def _verb(
+    verbs: "argparse._SubParsersAction", name: str, run: Verb, says: str, example: str
+) -> argparse.ArgumentParser:  # type: ignore[type-arg]
+    verb: argparse.ArgumentParser = verbs.add_parser(name, help=says, description=says, epilog=f"example: {example}")
+    verb.set_defaults(verb=run)
+    return verb
+
+
+def _config(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("config", metavar="CONFIG", help="a YAML file")
+    _overrides(verb)
+
+
+def _overrides(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("overrides", metavar="key=value", nargs="*", help="dotted paths into the YAML")
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    from lcm_ds.config import PrepareConfig, load
+    from lcm_ds.prepare.pipeline import prepare
+
+    prepare(load(PrepareConfig, arguments.config, arguments.overrides))
+
+
+def index(arguments: argparse.Namespace) -> None:
+    from lcm_ds.data.index import index
+
+    index(arguments.shards, arguments.output)
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    from lcm_ds.prepare.inspect import inspect
+
+    inspect(arguments.dataset, verify=arguments.verify)
+
+
+def trace(arguments: argparse.Namespace) -> None:
+    from lcm_ds.train.trace import trace
+
+    trace(arguments.run, arguments.overrides, arguments.step)
+
+
+def train(arguments: argparse.Namespace) -> int:
+    from lcm_ds.train import main
+
+    return main(arguments.config, arguments.overrides)
+
+
+def launch(arguments: argparse.Namespace) -> int:
+    from lcm_ds.launcher.launch import launch
+
+    return launch(
+        arguments.config,
+        arguments.overrides,
+        local=arguments.local,
+        hostfile=arguments.hostfile,
+        slurm=arguments.slurm,
+        openmpi=arguments.openmpi,
+    )
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    from lcm_ds.evaluate.run import evaluate
+
+    evaluate(arguments.run, arguments.dataset, arguments.json)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    from lcm_ds.generate.text import run
+
+    prompt = arguments.prompt
+    if arguments.prompt_file is not None:
+        try:
+            prompt = Path(arguments.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{arguments.prompt_file}: cannot be read as UTF-8 text: {error}") from None
+    run(arguments.run, prompt, arguments.max_concepts)
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from lcm_ds.train.export import export
+
+    export(arguments.run, arguments.output)
+
+
+def import_meta(arguments: argparse.Namespace) -> None:
+    from lcm_ds.model.meta import import_meta
+
+    import_meta(arguments.checkpoint, arguments.output, arguments.heads)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    from lcm_ds.launcher.doctor import doctor
+
+    return doctor(arguments.config, arguments.overrides, arguments.hostfile)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

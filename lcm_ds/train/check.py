@@ -1,0 +1,133 @@
+"""Everything that can be wrong with a run before it starts, found in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lcm_ds import ds_config
+from lcm_ds.config import TrainConfig, read_yaml, validate
+from lcm_ds.data.format import Dataset, open_dataset
+from lcm_ds.data.plan import Plan, Source, fingerprint
+from lcm_ds.errors import Collector, InputError
+from lcm_ds.model.config import BaseLCMConfig, resolve_model
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that has passed its checks."""
+
+    config: TrainConfig
+    ds: dict[str, Any]  # the DeepSpeed JSON, every "auto" filled in
+    model: BaseLCMConfig
+    datasets: list[Dataset]
+    validation: Dataset | None
+    plan: Plan
+    fingerprint: str
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run lives."""
+        return Path(self.config.run_dir)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps until the run is done: `steps`, the end of `epochs`, or the sooner of both."""
+        ends = [end for end in (self.config.steps, self.plan.steps) if end is not None]
+        return min(ends)
+
+
+def check(path: str | Path, overrides: Sequence[str], world_size: int) -> Job:
+    """Read and check a run's config against its datasets, its DeepSpeed JSON and the number of ranks.
+
+    Raises InputError with every mistake of all of them, one line each.
+    """
+    mapping = read_yaml(path, overrides)
+    mistakes = Collector()
+    config: TrainConfig | None = None
+    with mistakes:
+        config = validate(TrainConfig, mapping, path)
+    # The parts are looked at even where the config as a whole is wrong, so that nobody has to come back twice.
+    ds: dict[str, Any] | None = None
+    with mistakes:
+        ds = _read_ds(mapping.get("deepspeed"), Path(path))
+    data = mapping.get("data") if isinstance(mapping.get("data"), dict) else {}
+    assert isinstance(data, dict)
+    cache_dir = data.get("cache_dir") if isinstance(data.get("cache_dir"), str) else None
+    datasets = [_open(entry, "data.train", cache_dir, path, mistakes) for entry in _train_paths(data)]
+    validation = _open(data.get("validation"), "data.validation", cache_dir, path, mistakes)
+    if config is None or ds is None:
+        mistakes.raise_if_any()
+    assert config is not None
+    assert ds is not None
+    resolved: dict[str, Any] = {}
+    with mistakes:
+        resolved = ds_config.resolve(ds, config, world_size, _ds_origin(config, path))
+    model: BaseLCMConfig | None = None
+    with mistakes:
+        model = resolve_model(config.model, str(path))
+    opened = [dataset for dataset in [*datasets, validation] if dataset is not None]
+    mistakes.mistakes.extend(_disagreements(opened, model, path))
+    mistakes.raise_if_any()
+    assert model is not None
+    plan, mark = plan_of(config, [dataset for dataset in datasets if dataset is not None])
+    return Job(config, resolved, model, [d for d in datasets if d is not None], validation, plan, mark)
+
+
+def plan_of(config: TrainConfig, datasets: Sequence[Dataset]) -> tuple[Plan, str]:
+    """The order in which a run reads its datasets, and the fingerprint of that order."""
+    weights = [entry.weight for entry in config.data.mixture()]
+    rows, length = config.batch.rows_per_step, config.data.row_length
+    sources = [
+        Source([shard.concepts for shard in dataset.shards], weight)
+        for dataset, weight in zip(datasets, weights, strict=True)
+    ]
+    mark = fingerprint(
+        [dataset.fingerprint for dataset in datasets], weights, config.seed, rows, length, config.data.max_segment
+    )
+    return Plan(sources, config.seed, rows, length, config.epochs), mark
+
+
+def _read_ds(value: Any, path: Path) -> dict[str, Any] | None:
+    return ds_config.read(value, path) if isinstance(value, str | dict) else None
+
+
+def _ds_origin(config: TrainConfig, path: str | Path) -> str:
+    return config.deepspeed if isinstance(config.deepspeed, str) else f"{path}: deepspeed"
+
+
+def _train_paths(data: dict[str, Any]) -> list[Any]:
+    train = data.get("train")
+    if isinstance(train, list):
+        return [entry.get("path") for entry in train if isinstance(entry, dict)]
+    return [train]
+
+
+def _open(value: Any, key: str, cache_dir: str | None, path: str | Path, mistakes: Collector) -> Dataset | None:
+    if not isinstance(value, str):
+        return None
+    try:
+        return open_dataset(value, cache_dir)
+    except InputError as error:
+        mistakes.mistakes.extend(f"{path}: {key}: {line}" for line in error.mistakes)
+        return None
+
+
+def _disagreements(datasets: Sequence[Dataset], model: BaseLCMConfig | None, path: str | Path) -> list[str]:
+    """Datasets that do not fit the model, or one another."""
+    lines = []
+    for dataset in datasets:
+        if model is not None and dataset.embed_dim != model.embed_dim:
+            lines.append(
+                f"{path}: model.embed_dim: the model takes concepts of {model.embed_dim} dimensions, "
+                f"{dataset.path} holds {dataset.embed_dim}; choose a preset or model.embed_dim that fits"
+            )
+    for dataset in datasets[1:]:
+        if dataset.info.encoder != datasets[0].info.encoder:
+            lines.append(
+                f"{path}: data: {dataset.path} was encoded with {dataset.info.encoder}, "
+                f"{datasets[0].path} with {datasets[0].info.encoder}; a run needs one encoder"
+            )
+    return lines

@@ -1,0 +1,71 @@
+"""From a checked config to a DeepSpeed engine: process group, model, parameter groups."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from lcm_ds import ds_config
+from lcm_ds.config import OptimConfig
+from lcm_ds.model.config import BaseLCMConfig
+from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.train.place import Place
+
+
+def connect(place: Place) -> torch.device:
+    """Join the process group as `place` says and return this rank's device."""
+    os.environ.update(place.environment())
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(place.local_rank)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    return torch.device(accelerator.current_device_name())
+
+
+def build_model(
+    config: BaseLCMConfig, normalizer: tuple[np.ndarray, np.ndarray], seed: int, ds: dict[str, Any]
+) -> BaseLCM:
+    """A Base-LCM with fresh weights and the dataset's normaliser; partitioned as it is made under ZeRO-3.
+
+    The weights are a function of (config, seed) alone: the same for any world size and ZeRO stage.
+    """
+    partitioned = ds_config.zero_stage(ds) == 3
+    with deepspeed.zero.Init(config_dict_or_path=ds) if partitioned else contextlib.nullcontext():
+        model = BaseLCM(config)
+    for parameters, fill in model.initialization(seed):
+        gathered = (
+            deepspeed.zero.GatheredParameters(parameters, modifier_rank=0) if partitioned else contextlib.nullcontext()
+        )
+        with gathered:
+            fill()
+    model.normalizer.set(*normalizer)
+    return model
+
+
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Weight decay on matrices only: biases and RMSNorm scales are left alone."""
+    # Under ZeRO-3 a parameter's own shape is that of its partition; ds_shape is the whole one.
+    named = [(len(getattr(p, "ds_shape", p.shape)), p) for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for dims, p in named if dims >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for dims, p in named if dims < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_engine(model: BaseLCM, optim: OptimConfig, ds: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """The DeepSpeed engine around `model`, with the optimizer that the JSON names."""
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model, optim), config=ds)
+    return engine
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+    """Give every parameter group the learning rate of the coming step."""
+    for group in engine.basic_optimizer.param_groups:
+        group["lr"] = lr

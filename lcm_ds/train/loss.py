@@ -1,0 +1,53 @@
+"""The training loss and the noise on the inputs, both independent of how rows fall on devices."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def target_mask(segment_ids: Tensor) -> Tensor:
+    """Which positions are targets: every concept of a segment but its first.
+
+    segment_ids: [rows, row_length], -1 where padded. Returns bool [rows, row_length - 1]; entry t says whether
+    concept t + 1 has to be predicted from concept t.
+    """
+    return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] >= 0)
+
+
+def squared_error(predictions: Tensor, concepts: Tensor, mask: Tensor) -> Tensor:
+    """Sum over targets of the squared error's mean over dimensions, in fp32, as a scalar.
+
+    predictions: [rows, row_length, embed_dim], normalised space; entry t predicts concept t + 1.
+    concepts: [rows, row_length, embed_dim], normalised space, without noise.
+    mask: bool [rows, row_length - 1] from `target_mask`.
+
+    Divided by the global number of targets it is the loss of the LCM paper (arXiv 2412.08821, section 2.3.1) over
+    embed_dim.
+    """
+    difference = predictions[:, :-1].float() - concepts[:, 1:].float()
+    return (difference.square().mean(dim=-1) * mask).sum()
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from a run's seed and whatever names the draw."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def input_noise(like: Tensor, std: float, seed: int, step: int, first_lane: int) -> Tensor | None:
+    """Gaussian noise for one micro-batch, fp32, in normalised space; None where `std` is 0.
+
+    like: [rows, row_length, embed_dim]; row i belongs to lane first_lane + i. A row's noise is a function of
+    (seed, step, lane) alone, so it is the same for any world size and micro-batch.
+    """
+    if std == 0:
+        return None
+    noise = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    generator = torch.Generator(device=like.device)
+    for row in range(like.shape[0]):
+        generator.manual_seed(derive_seed(seed, "noise", step, first_lane + row))
+        noise[row].normal_(std=std, generator=generator)
+    return noise
