@@ -1,7 +1,7 @@
 """The verbs of `lcm-ds`: each parses its arguments, loads its config and calls one function of one module.
 
-Exit codes: 0 done; 2 a mistake in the call, a config or the input, one line each on stderr; 75 stopped on request with a
-checkpoint saved; 1 anything else.
+Exit codes: 0 done; 2 a mistake in the call, a config or the input, one line each on stderr; 75 stopped on request with
+a checkpoint saved; 1 anything else.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lcm_ds import __version__
 from lcm_ds.errors import InputError
@@ -35,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="lcm-ds",
-        description="Pretrain Base-LCM concept models on DeepSpeed: text → concepts → model → evaluation.",
+        description="Pretrain Base-LCM concept models on DeepSpeed: from text to a trained model.",
     )
     parser.add_argument("--version", action="version", version=f"lcm-ds {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")

@@ -78,7 +78,7 @@ def check(path: str | Path, overrides: Sequence[str], world_size: int) -> Job:
 
 def plan_of(config: TrainConfig, datasets: Sequence[Dataset]) -> tuple[Plan, str]:
     """The order in which a run reads its datasets, and the fingerprint of that order."""
-    weights = [entry.weight for entry in config.data.mixture()]
+    weights = [entry.weight for entry in config.data.train]
     rows, length = config.batch.rows_per_step, config.data.row_length
     sources = [
         Source([shard.concepts for shard in dataset.shards], weight)

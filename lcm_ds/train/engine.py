@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import Any
 
@@ -37,7 +36,7 @@ def build_model(
     The weights are a function of (config, seed) alone: the same for any world size and ZeRO stage.
     """
     partitioned = ds_config.zero_stage(ds) == 3
-    with deepspeed.zero.Init(config_dict_or_path=ds) if partitioned else contextlib.nullcontext():
+    with deepspeed.zero.Init(config_dict_or_path=ds, enabled=partitioned):
         model = BaseLCM(config)
     for parameters, fill in model.initialization(seed):
         gathered = (

@@ -21,7 +21,7 @@ def trace(run: str | Path, overrides: Sequence[str], step: int) -> list[TraceLin
     config = load(TrainConfig, Path(run) / "config.yaml" if Path(run).is_dir() else Path(run), overrides)
     mistakes = Collector()
     datasets = []
-    for entry in config.data.mixture():
+    for entry in config.data.train:
         with mistakes:
             datasets.append(open_dataset(entry.path, config.data.cache_dir))
     mistakes.raise_if_any()
