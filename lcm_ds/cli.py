@@ -106,9 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(
-    verbs: "argparse._SubParsersAction", name: str, run: Verb, says: str, example: str
-) -> argparse.ArgumentParser:  # type: ignore[type-arg]
+def _verb(verbs: Any, name: str, run: Verb, says: str, example: str) -> argparse.ArgumentParser:
     verb: argparse.ArgumentParser = verbs.add_parser(name, help=says, description=says, epilog=f"example: {example}")
     verb.set_defaults(verb=run)
     return verb

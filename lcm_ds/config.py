@@ -44,6 +44,8 @@ class SourceConfig(Schema):
     # take this many documents, after leaving out the first `skip`
     skip: int = Field(0, ge=0)
     take: int | None = Field(None, gt=0)
+    # sample: no more documents once they have this many sentences together
+    take_sentences: int | None = Field(None, gt=0)
 
     @model_validator(mode="after")
     def _complete(self) -> SourceConfig:
@@ -51,6 +53,8 @@ class SourceConfig(Schema):
             raise ValueError("source huggingface takes either dataset (a hub id) or paths (local parquet or JSONL)")
         if self.name == "files" and not self.paths:
             raise ValueError("source files needs paths: a list of text files or globs")
+        if self.name != "sample" and self.take_sentences is not None:
+            raise ValueError(f"take_sentences is for the source sample; source {self.name} has take")
         return self
 
 
@@ -59,7 +63,7 @@ class SentencesConfig(Schema):
 
     language: str = "en"  # of spaCy's blank pipeline, where no pipeline is named
     pipeline: str | None = None  # e.g. en_core_web_sm
-    max_characters: int = Field(250, ge=16)  # quality of SONAR falls above (LCM paper, section 2.3)
+    max_characters: int = Field(250, ge=16, le=10_000)  # quality of SONAR falls above (LCM paper, section 2.3)
 
 
 class EncoderConfig(Schema):

@@ -39,10 +39,7 @@ def build_model(
     with deepspeed.zero.Init(config_dict_or_path=ds, enabled=partitioned):
         model = BaseLCM(config)
     for parameters, fill in model.initialization(seed):
-        gathered = (
-            deepspeed.zero.GatheredParameters(parameters, modifier_rank=0) if partitioned else contextlib.nullcontext()
-        )
-        with gathered:
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=partitioned):
             fill()
     model.normalizer.set(*normalizer)
     return model

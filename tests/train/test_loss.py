@@ -1,0 +1,46 @@
+"""The loss counts targets only, and the noise belongs to a lane, not to a device."""
+
+import torch
+
+from lcm_ds.train.loss import input_noise, squared_error, target_mask
+
+
+def test_the_first_concept_of_a_segment_and_padding_are_no_targets():
+    ids = torch.tensor([[0, 0, 0, 1, 2, 2, -1, -1]])
+    assert target_mask(ids).tolist() == [[True, True, False, False, True, False, False]]
+
+
+def test_squared_error_by_hand():
+    concepts = torch.tensor([[[0.0, 0.0], [1.0, 3.0], [2.0, 2.0]]])
+    predictions = torch.tensor([[[1.0, 1.0], [9.0, 9.0], [7.0, 7.0]]])
+    only_first = torch.tensor([[True, False]])
+    # ((1 - 1)² + (1 - 3)²) / 2
+    assert squared_error(predictions, concepts, only_first).item() == 2.0
+
+
+def test_what_is_not_a_target_has_no_gradient():
+    predictions = torch.randn(1, 4, 3, requires_grad=True)
+    ids = torch.tensor([[0, 0, -1, -1]])
+    squared_error(predictions, torch.randn(1, 4, 3), target_mask(ids)).backward()
+    assert predictions.grad is not None
+    assert predictions.grad[0, 0].abs().sum() > 0
+    assert predictions.grad[0, 1:].abs().sum() == 0
+
+
+def test_noise_of_a_lane_is_the_same_in_any_micro_batch():
+    whole = input_noise(torch.empty(4, 8, 16), 0.05, seed=3, step=7, first_lane=0)
+    part = input_noise(torch.empty(2, 8, 16), 0.05, seed=3, step=7, first_lane=2)
+    assert whole is not None
+    assert part is not None
+    assert torch.equal(whole[2:], part)
+    assert not torch.equal(whole[0], whole[1])
+    assert abs(whole.std().item() - 0.05) < 0.01
+
+
+def test_noise_changes_with_step_and_seed():
+    draws = [input_noise(torch.empty(1, 2, 2), 1.0, seed, step, 0) for seed, step in ((1, 1), (1, 2), (2, 1))]
+    assert len({tuple(draw.flatten().tolist()) for draw in draws if draw is not None}) == 3
+
+
+def test_no_noise_without_a_standard_deviation():
+    assert input_noise(torch.empty(1, 2, 2), 0.0, 1, 1, 0) is None

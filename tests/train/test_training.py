@@ -1,0 +1,91 @@
+"""Runs under DeepSpeed with real ranks: what the loss depends on, and that a resumed run goes on bit for bit."""
+
+import json
+import time
+
+import pytest
+from train_helpers import finish, metrics, run_dir, start
+
+
+def losses(config):
+    return metrics(config, "loss")
+
+
+def test_losses_do_not_depend_on_ranks_or_accumulation(trained):
+    one = losses(trained(1))
+    two = losses(trained(2))
+    accumulated = losses(trained(2, batch={"rows_per_step": 8, "micro_batch_rows": 2}))
+    assert list(one) == list(two) == list(accumulated) == list(range(1, 41))
+    for step in one:
+        assert two[step] == pytest.approx(one[step], rel=1e-4)
+        assert accumulated[step] == pytest.approx(one[step], rel=1e-4)
+    # The curve is that of a model that learns, so the agreement means something.
+    assert min(one.values()) < 0.9 * one[1]
+
+
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(trained, make_config):
+    whole = trained(2)
+    config = make_config()
+    process = start("launch", "--local", 2, config)
+    deadline = time.monotonic() + 120
+    while len(losses(config)) < 20 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    (run_dir(config) / "STOP").touch()
+    code, out, err = finish(process)
+    assert code == 75, out + err
+    stopped_at = max(losses(config))
+    assert 20 <= stopped_at < 40
+    assert [path.name for path in (run_dir(config) / "checkpoints").glob("step_*")] == [f"step_{stopped_at:08d}"]
+    assert not (run_dir(config) / "STOP").exists()
+    code, out, err = finish(start("launch", "--local", 2, config))
+    assert code == 0, out + err
+    assert losses(config) == losses(whole)
+    assert metrics(config, "grad_norm") == metrics(whole, "grad_norm")
+    assert metrics(config, "concepts") == metrics(whole, "concepts")
+    # A third start has nothing left to do.
+    code, out, err = finish(start("launch", "--local", 2, config))
+    assert code == 0, out + err
+    assert "nothing to do" in out
+
+
+def test_the_run_folder_holds_what_the_contract_names(trained):
+    folder = run_dir(trained(2))
+    for name in ("config.yaml", "ds_config.json", "metrics.jsonl", "log.txt"):
+        assert (folder / name).is_file(), name
+    assert "# world_size: 2" in (folder / "config.yaml").read_text()
+    assert "auto" not in json.dumps(json.loads((folder / "ds_config.json").read_text()))
+    assert list((folder / "tensorboard").iterdir())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    step = next(line for line in lines if "loss" in line)
+    assert set(step) >= {
+        "step", "concepts", "epoch", "loss", "grad_norm", "lr", "concepts_per_second", "mfu", "data_wait", "step_time",
+        "skipped_steps", "memory",
+    }  # fmt: skip
+    assert step["mfu"] is None  # the peak of a CPU is not known
+    assert [line["step"] for line in lines if "val_loss" in line] == [20, 40]
+    complete = json.loads((folder / "checkpoints/step_00000040/COMPLETE").read_text())["files"]
+    assert set(complete) == {path.name for path in (folder / "checkpoints/step_00000040").iterdir()} - {"COMPLETE"}
+
+
+@pytest.mark.parametrize("json_name", ["zero1_fp32", "zero3_fp32"])
+def test_losses_do_not_depend_on_the_zero_stage(trained, json_name):
+    two = losses(trained(2))
+    other = losses(trained(2, deepspeed=f"ds_configs/{json_name}.json", steps=40))
+    for step in two:
+        assert other[step] == pytest.approx(two[step], rel=1e-4)
+
+
+@pytest.mark.parametrize("json_name", ["zero1_bf16", "zero2_bf16", "zero3_bf16"])
+def test_bf16_follows_fp32(trained, json_name):
+    exact = losses(trained(2))
+    rough = losses(trained(2, deepspeed=f"ds_configs/{json_name}.json"))
+    for step in exact:
+        assert rough[step] == pytest.approx(exact[step], rel=0.03)
+
+
+def test_a_step_with_numbers_that_are_not_finite_is_skipped_on_all_ranks(make_config, concepts):
+    config = make_config(steps=6, optim={"lr": 1.0e30, "max_grad_norm": 0}, guard={"max_skipped": 3})
+    code, _, err = finish(start("launch", "--local", 2, config))
+    assert code == 1
+    assert "not finite" in err
+    assert "guard.max_skipped = 3" in err
