@@ -1,0 +1,288 @@
+"""The dataset on disk: dataset.json, shards.jsonl and normalizer.safetensors, written so that half is never whole.
+
+A line of shards.jsonl commits a shard; dataset.json is written last and marks the dataset finished.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import safetensors.numpy
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+
+from lcm_ds.config import Schema, validate
+from lcm_ds.data import remote
+from lcm_ds.errors import Collector, InputError
+from lcm_ds.files import sync_folder, write_whole
+
+FORMAT_VERSION = 1
+DATASET = "dataset.json"
+SHARDS = "shards.jsonl"
+NORMALIZER = "normalizer.safetensors"
+
+Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One line of shards.jsonl: a finished shard."""
+
+    # A line with other keys or types than these is not one of ours.
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    name: str  # the file in the dataset's folder; a path or URL for shards that stay elsewhere (lcm-ds index)
+    documents: Count
+    concepts: Count
+    bytes: Count
+    sha256: str
+
+    def line(self) -> str:
+        """The canonical JSON of this shard, which the dataset's fingerprint is made of; without a newline."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+
+class Totals(Schema):
+    """What the shards of a dataset hold together."""
+
+    documents: Count
+    concepts: Count
+    shards: Count
+    bytes: Count
+
+    @classmethod
+    def of(cls, shards: Iterable[ShardInfo]) -> Totals:
+        """The sums over `shards`."""
+        shards = list(shards)
+        sums = {key: sum(getattr(shard, key) for shard in shards) for key in ("documents", "concepts", "bytes")}
+        return cls(shards=len(shards), **sums)
+
+
+class EndOfText(Schema):
+    """The concept that ends every document."""
+
+    text: str
+    vector: list[float]  # [embed_dim], raw space
+
+
+class DatasetInfo(Schema):
+    """dataset.json."""
+
+    format_version: Literal[1] = 1
+    encoder: dict[str, Any]  # name, model, revision, …: datasets of one mixture must agree on all of it
+    embed_dim: int = Field(gt=0)
+    dtype: Literal["float16", "float32"]
+    language: str | None = None
+    splitter: dict[str, Any] = Field(default_factory=dict)
+    end_of_text: EndOfText | None = None  # none for tars made elsewhere that do not say
+    totals: Totals = Totals(documents=0, concepts=0, shards=0, bytes=0)
+    # its config, how many documents it gave, were kept, and were refused for what reason
+    source: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A finished dataset: where it is, what dataset.json says, and its shards in order of their names."""
+
+    path: str  # a folder or a URL
+    info: DatasetInfo
+    shards: tuple[ShardInfo, ...]
+    cache_dir: str | None = None  # where shards that are not on this machine are kept
+
+    @property
+    def embed_dim(self) -> int:
+        """Numbers in a concept."""
+        return self.info.embed_dim
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the lines of shards.jsonl in order of the shards' names."""
+        return hashlib.sha256("\n".join(shard.line() for shard in self.shards).encode()).hexdigest()
+
+    def shard_file(self, index: int) -> Path:
+        """The file of shard `index` on this machine; one that is elsewhere is fetched. Raises InputError."""
+        shard = self.shards[index]
+        place = remote.join(self.path, shard.name)
+        if not remote.is_remote(place):
+            return Path(place)
+        assert self.cache_dir is not None  # open_dataset has seen to it
+        return remote.fetch(place, shard.sha256, shard.bytes, self.cache_dir)
+
+
+def open_dataset(path: str | Path, cache_dir: str | Path | None = None) -> Dataset:
+    """The dataset in the folder or at the URL `path`; `cache_dir` keeps the shards of one that is elsewhere.
+
+    Raises InputError with every mistake: no such folder, not finished, a file that is not as it should be, a shard that
+    is missing or has another size than shards.jsonl lists.
+    """
+    folder = str(path)
+    if not remote.is_remote(folder) and not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such dataset folder")
+    text = remote.read_bytes(remote.join(folder, DATASET))
+    if text is None:
+        raise InputError(f"{folder}: not a finished dataset (it has no {DATASET}): run lcm-ds prepare again")
+    mistakes = Collector()
+    info: DatasetInfo | None = None
+    with mistakes:
+        info = _parse_info(text, remote.join(folder, DATASET))
+    shards: list[ShardInfo] = []
+    with mistakes:
+        shards = read_shards(folder)
+        mistakes.mistakes.extend(_missing_shards(folder, shards, cache_dir))
+        if info is not None and info.totals != (found := Totals.of(shards)):
+            raise InputError(f"{folder}: {DATASET} counts {info.totals}, the lines of {SHARDS} add up to {found}")
+        if not any(shard.concepts for shard in shards):
+            raise InputError(f"{folder}: holds no concepts")
+    with mistakes:
+        center, _ = read_normalizer(folder)
+        if info is not None and len(center) != info.embed_dim:
+            raise InputError(
+                f"{folder}: {NORMALIZER} has {len(center)} dimensions, {DATASET} says embed_dim {info.embed_dim}"
+            )
+    mistakes.raise_if_any()
+    assert info is not None
+    return Dataset(folder, info, tuple(shards), None if cache_dir is None else str(cache_dir))
+
+
+def finish(folder: str | Path, info: DatasetInfo) -> None:
+    """Write dataset.json, the last file of a dataset; `totals` are counted from shards.jsonl.
+
+    The normaliser has to be there already, in the validation split (the training split's) as well.
+    """
+    read_normalizer(folder)
+    whole = info.model_copy(update={"totals": Totals.of(read_shards(folder))})
+    write_whole(Path(folder) / DATASET, json.dumps(whole.model_dump(), indent=2, ensure_ascii=False) + "\n")
+
+
+def read_shards(folder: str | Path) -> list[ShardInfo]:
+    """The committed shards in order of their names; none where there is no shards.jsonl yet.
+
+    A last line without its newline is a commit that was cut off, and so no commit. Raises InputError for any other line
+    that cannot be read, and for a shard that is listed twice.
+    """
+    path = remote.join(str(folder), SHARDS)
+    lines = (remote.read_bytes(path) or b"").split(b"\n")[:-1]
+    mistakes, shards = [], {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            shard = _SHARD_INFO.validate_json(line)
+        except ValidationError as error:
+            reasons = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
+            mistakes.append(f"{path}, line {number}: {reasons}")
+            continue
+        if shard.name in shards:
+            mistakes.append(f"{path}, line {number}: {shard.name} is listed twice")
+        shards[shard.name] = shard
+    if mistakes:
+        raise InputError(mistakes)
+    return [shards[name] for name in sorted(shards)]
+
+
+def commit(folder: str | Path, shard: ShardInfo) -> None:
+    """Append the shard's line to shards.jsonl and sync it: from then on the shard exists.
+
+    Any number of processes may commit at a time. A line that was cut off by a crash is removed first.
+    """
+    path = Path(folder) / SHARDS
+    new = not path.exists()
+    with path.open("a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        _remove_torn_line(file.fileno())
+        file.write(shard.line().encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if new:
+        sync_folder(path.parent)
+
+
+def write_normalizer(folder: str | Path, center: np.ndarray, scale: np.ndarray, statistics: dict[str, Any]) -> None:
+    """Write normalizer.safetensors into a dataset's folder.
+
+    center, scale: [embed_dim], raw space, stored in fp32. statistics: what they were fitted on, kept beside them.
+    """
+    tensors = {"center": np.ascontiguousarray(center, "<f4"), "scale": np.ascontiguousarray(scale, "<f4")}
+    data = safetensors.numpy.save(tensors, metadata={"statistics": json.dumps(statistics, sort_keys=True)})
+    write_whole(Path(folder) / NORMALIZER, data)
+
+
+def read_normalizer(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """center and scale, each fp32 [embed_dim], of the dataset in a folder or at a URL.
+
+    Raises InputError where the file is missing or is not a normaliser.
+    """
+    path = remote.join(str(folder), NORMALIZER)
+    data = remote.read_bytes(path)
+    if data is None:
+        raise InputError(f"{path}: no such file: a dataset needs its normaliser")
+    try:
+        tensors = safetensors.numpy.load(data)
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a safetensors file: {error}") from None
+    center, scale = (tensors.get(name, np.empty(0)) for name in ("center", "scale"))
+    fits = center.shape == scale.shape and center.ndim == 1 and len(center) > 0
+    if not fits or center.dtype != np.float32 or scale.dtype != np.float32:
+        raise InputError(f"{path}: has to hold center and scale, both float32 [embed_dim]")
+    if not (np.isfinite(center).all() and np.isfinite(scale).all() and (scale > 0).all()):
+        raise InputError(f"{path}: center has to be finite, scale finite and above 0")
+    return center, scale
+
+
+_SHARD_INFO = TypeAdapter(ShardInfo)
+
+
+def _parse_info(text: bytes, path: str) -> DatasetInfo:
+    try:
+        mapping = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(mapping, dict):
+        raise InputError(f"{path}: has to be a JSON object")
+    version = mapping.get("format_version")
+    if version != FORMAT_VERSION:
+        raise InputError(f"{path}: format_version is {version!r}, this version of lcm-ds reads {FORMAT_VERSION}")
+    info = validate(DatasetInfo, mapping, path)
+    if info.end_of_text is not None and len(info.end_of_text.vector) != info.embed_dim:
+        raise InputError(
+            f"{path}: end_of_text.vector has {len(info.end_of_text.vector)} numbers, embed_dim is {info.embed_dim}"
+        )
+    return info
+
+
+def _missing_shards(folder: str, shards: Iterable[ShardInfo], cache_dir: str | Path | None) -> list[str]:
+    """A line for each listed shard that is missing or not whole; those elsewhere are checked when they are fetched."""
+    lines = []
+    elsewhere = False
+    for shard in shards:
+        place = remote.join(folder, shard.name)
+        if remote.is_remote(place):
+            elsewhere = True
+            continue
+        try:
+            size = os.stat(place).st_size
+        except OSError as error:
+            lines.append(f"{place}: listed in {SHARDS}, cannot be read: {error.strerror}")
+            continue
+        if size != shard.bytes:
+            lines.append(f"{place}: has {size} bytes, {SHARDS} lists {shard.bytes}")
+    if elsewhere and cache_dir is None:
+        lines.append(
+            f"{folder}: has shards that are not on this machine: data.cache_dir has to name a folder to keep them"
+        )
+    return lines
+
+
+def _remove_torn_line(descriptor: int) -> None:
+    """Cut what follows the last newline off a file."""
+    size = os.fstat(descriptor).st_size
+    tail = os.pread(descriptor, 1 << 16, max(0, size - (1 << 16)))
+    if tail and not tail.endswith(b"\n"):
+        os.ftruncate(descriptor, size - len(tail) + tail.rfind(b"\n") + 1)

@@ -1,0 +1,108 @@
+"""Writing shards: documents → plain tars that any WebDataset reader opens, the same bytes for the same documents.
+
+A shard gets its name only when it is whole and synced; `lcm_ds.data.format.commit` then makes it part of the dataset.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from webdataset.writer import TarWriter
+
+from lcm_ds.data.format import ShardInfo
+from lcm_ds.errors import InputError
+from lcm_ds.files import sha256_of, sync_folder
+
+# WebDataset splits key and extension at the first dot; names of this kind and length fit a plain ustar header.
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One sample of a shard: the sentences of a text and their concepts, the end-of-text last in both."""
+
+    key: str  # unique in its shard; letters, digits, "_" and "-"
+    id: str  # the source's name for it
+    source: str
+    sentences: list[str]
+    concepts: np.ndarray  # [n, embed_dim], raw space, any float dtype
+
+
+def write_shard(folder: str | Path, name: str, documents: Iterable[Document], dtype: str = "float16") -> ShardInfo:
+    """Write documents as the shard `folder`/`name`, concepts stored as `dtype`; returns its line for `commit`.
+
+    Raises InputError, and leaves no shard, for a document whose key is not a key or is there already, that is empty,
+    whose sentences and concepts differ in number, whose embed_dim is not that of the first document, or whose concepts
+    are not finite numbers (in `dtype`).
+    """
+    target = Path(folder) / name
+    partial = target.with_name(target.name + ".partial")
+    keys: set[str] = set()
+    concepts, embed_dim = 0, None
+    try:
+        with partial.open("wb") as file:
+            # Times, owner and mode are fixed, so that a shard's bytes are a function of its documents.
+            with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
+                for document in documents:
+                    stored = _stored(document, dtype, embed_dim, f"{target}: document {document.key} ({document.id})")
+                    if document.key in keys:
+                        raise InputError(f"{target}: document {document.key} ({document.id}): its key is there already")
+                    tar.write({"__key__": document.key, "npy": _npy(stored), "json": _meta(document)})
+                    keys.add(document.key)
+                    concepts, embed_dim = concepts + len(stored), stored.shape[1]
+            file.flush()
+            os.fsync(file.fileno())
+        info = ShardInfo(name, len(keys), concepts, partial.stat().st_size, sha256_of(partial))
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync_folder(target.parent)
+    return info
+
+
+def _stored(document: Document, dtype: str, embed_dim: int | None, where: str) -> np.ndarray:
+    """The document's concepts as they are stored: little-endian `dtype` [n, embed_dim]. Raises InputError."""
+    if not _KEY.fullmatch(document.key) or document.key.startswith("__"):
+        raise InputError(f"{where}: a key is 1 to 80 letters, digits, _ or -, and does not begin with __")
+    concepts = np.asarray(document.concepts)
+    if concepts.ndim != 2 or 0 in concepts.shape or concepts.dtype.kind != "f":
+        raise InputError(
+            f"{where}: concepts have to be floats [n, embed_dim], n ≥ 1; these are {concepts.dtype} {concepts.shape}"
+        )
+    if embed_dim is not None and concepts.shape[1] != embed_dim:
+        raise InputError(f"{where}: embed_dim is {concepts.shape[1]}, that of the documents before it {embed_dim}")
+    if len(document.sentences) != len(concepts):
+        raise InputError(f"{where}: has {len(document.sentences)} sentences and {len(concepts)} concepts")
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(concepts, np.dtype(dtype).newbyteorder("<"))
+    finite = np.isfinite(stored).all(axis=1)
+    if not finite.all():
+        bad = int(np.argmin(finite))
+        raise InputError(
+            f"{where}: concept {bad} is not finite{_overflow(concepts[bad], dtype)}: {document.sentences[bad][:60]!r}"
+        )
+    return stored
+
+
+def _overflow(concept: np.ndarray, dtype: str) -> str:
+    """Says so where a finite concept does not fit into `dtype`."""
+    largest = float(np.abs(concept).max())
+    return f" in {dtype} (it holds ±{largest:.6g})" if np.isfinite(largest) else ""
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _meta(document: Document) -> bytes:
+    meta = {"id": document.id, "source": document.source, "sentences": document.sentences}
+    return json.dumps(meta, ensure_ascii=False).encode("utf-8", errors="replace")
