@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from train_helpers import finish, start
+from runs import finish, start
 
 EMBED_DIM = 16
 

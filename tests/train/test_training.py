@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from train_helpers import finish, metrics, run_dir, start
+from runs import finish, metrics, run_dir, start
 
 
 def losses(config):

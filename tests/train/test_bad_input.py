@@ -1,0 +1,90 @@
+"""What a user can put right: exit 2, every mistake in one go, one line each, no traceback, nothing half-written."""
+
+import json
+import shutil
+
+import pytest
+from runs import finish, run_dir, start
+
+
+def refused(*arguments):
+    """The lines on stderr of a command that has to end with exit code 2."""
+    code, out, err = finish(start(*arguments))
+    assert code == 2, out + err
+    assert "Traceback" not in err
+    lines = err.splitlines()
+    assert len(lines) == len(set(lines)), "a mistake is told once"
+    return lines
+
+
+@pytest.mark.parametrize("verb", [["train"], ["launch", "--local", "2"]], ids=["train", "launch"])
+def test_mistakes_of_all_files_come_together(make_config, tmp_path, verb):
+    bad_json = tmp_path / "ds.json"
+    bad_json.write_text(json.dumps({"zero_optimization": {"stgae": 2}, "gradient_cliping": 1.0}))
+    config = make_config(
+        data={"train": "no/such/dataset", "validation": "nor/this", "row_length": 1},
+        deepspeed=str(bad_json),
+        sped=3,
+    )
+    lines = refused(*verb, config, "noise_std=-1")
+    text = "\n".join(lines)
+    for told in (
+        "no/such/dataset",
+        "nor/this",
+        "row_length",
+        "noise_std",
+        "sped: unknown key; did you mean 'seed'?",
+        "stgae: unknown key; did you mean 'stage'?",
+        "gradient_cliping: unknown key; did you mean 'gradient_clipping'?",
+    ):
+        assert told in text
+    assert len(lines) == 7
+    assert not run_dir(config).exists()
+
+
+def test_a_dataset_of_other_dimensions_is_refused_with_both_named(make_config, synthetic_dataset):
+    other = synthetic_dataset(documents=10, embed_dim=24)
+    config = make_config(data={"train": str(other)})
+    lines = refused("train", config)
+    assert len(lines) == 1
+    assert "16" in lines[0]
+    assert "24" in lines[0]
+    assert str(other) in lines[0]
+
+
+def test_rows_that_the_ranks_do_not_divide_are_refused_with_what_would(make_config):
+    config = make_config(batch={"rows_per_step": 8, "micro_batch_rows": 4})
+    lines = refused("launch", "--local", 3, config)
+    assert len(lines) == 1
+    assert "rows_per_step" in lines[0]
+    assert "3" in lines[0]
+    assert "1, 2" in lines[0]
+
+
+def test_a_shard_whose_bytes_changed_is_refused_by_name(make_config, concepts, tmp_path):
+    copy = tmp_path / "dataset"
+    shutil.copytree(concepts["train"], copy)
+    victim = sorted(copy.glob("*.tar"))[0]
+    for path in copy.glob("*.tar"):
+        content = bytearray(path.read_bytes())
+        content[700] ^= 1
+        path.write_bytes(content)
+    config = make_config(data={"train": str(copy), "row_length": 32, "max_segment": 16})
+    lines = refused("launch", "--local", 2, config)
+    assert any("sha256" in line and str(copy) in line for line in lines)
+    victim.write_bytes(victim.read_bytes()[:-512])
+    lines = refused("train", config)
+    assert any(victim.name in line and "bytes" in line for line in lines)
+
+
+def test_a_resume_with_another_order_model_or_ranks_is_refused_with_both_shown(trained):
+    config = trained(2)
+    lines = refused("train", config, "seed=8", "model.hidden_size=64")
+    text = "\n".join(lines)
+    assert "fingerprint" in text
+    assert "the model was" in text
+    assert "the number of ranks was 2 and is now 1" in text
+
+
+def test_a_step_that_the_run_does_not_have_cannot_be_traced(make_config):
+    assert "steps 0 to 39" in refused("trace", make_config(), "--step", 40)[0]
