@@ -1,0 +1,221 @@
+"""The plan: which concepts step s, lane j holds, as a pure function of the shards' sizes, a seed and the batch.
+
+Nothing is replayed to find a step: a lane is a list of shards with prefix sums, extended an epoch at a time, and a row
+is a range of its concepts. No I/O here, and nothing of the machine: not the world size, not the micro-batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import threading
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from lcm_ds.errors import InputError
+
+# Part of every fingerprint: it has to change when the order does.
+ORDER = 1
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset of a mixture, as the plan sees it."""
+
+    concepts: Sequence[int]  # of each shard, in order of the shards' names
+    weight: float = 1.0  # share of the lanes
+
+
+class Piece(NamedTuple):
+    """Concepts `start` to `stop` of a shard, counted through its documents in the order they have in that epoch."""
+
+    source: int
+    epoch: int
+    shard: int
+    start: int
+    stop: int
+
+
+class Epoch(NamedTuple):
+    """What an epoch of one source gives to each of its lanes; lane j's part is bounds[j] to bounds[j + 1]."""
+
+    shards: np.ndarray  # int32 [shards], lane by lane in the order in which they were handed out
+    # concepts of the lane up to the end of that shard, all its epochs included; a view of int64 [shards] that bisect
+    # reads several times as fast as the array
+    ends: memoryview
+    bounds: list[int]  # [lanes + 1]
+
+
+class Plan:
+    """The order of data of a run.
+
+    sources: the datasets; rows_per_step: lanes, shared out among the sources by weight (largest remainder); row_length:
+    concepts of a row; epochs: how often each source is read, without end if None. Safe to use from several threads.
+    Raises InputError for a source without concepts, and for one whose weight gives it no lane.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        seed: int,
+        rows_per_step: int,
+        row_length: int,
+        epochs: int | None = None,
+    ) -> None:
+        self.seed, self.rows_per_step, self.row_length, self.epochs = seed, rows_per_step, row_length, epochs
+        self.lanes_per_source = share_lanes([source.weight for source in sources], rows_per_step)
+        self._streams = [
+            _Stream(number, source.concepts, lanes, seed, epochs)
+            for number, (source, lanes) in enumerate(zip(sources, self.lanes_per_source, strict=True))
+        ]
+        self._place_of_lane = [(s, lane) for s, lanes in enumerate(self.lanes_per_source) for lane in range(lanes)]
+
+    def pieces(self, step: int, lane: int) -> list[Piece]:
+        """The row of `lane` (0 to rows_per_step − 1) in `step` (from 0), in order.
+
+        Together row_length concepts; fewer where the lane ends in this row, none after that.
+        """
+        source, own = self._place_of_lane[lane]
+        return self._streams[source].pieces(own, step * self.row_length, (step + 1) * self.row_length)
+
+    @cached_property
+    def steps(self) -> int | None:
+        """Steps until the last lane ends; None without a limit of epochs."""
+        if self.epochs is None:
+            return None
+        return max(-(-stream.longest_lane() // self.row_length) for stream in self._streams)
+
+    def epoch(self, step: int) -> float:
+        """Concepts seen before `step`, over the concepts there are."""
+        seen = total = 0
+        for stream in self._streams:
+            most = step * self.row_length * stream.lanes
+            seen += most if self.epochs is None else min(most, self.epochs * stream.total)
+            total += stream.total
+        return seen / total
+
+
+def share_lanes(weights: Sequence[float], lanes: int) -> list[int]:
+    """`lanes` shared out in proportion to `weights`: whole parts, then by largest remainder (first of equals).
+
+    Raises InputError where a weight is so small that it gets none.
+    """
+    total = sum(Fraction(weight) for weight in weights)
+    shares = [Fraction(weight) * lanes / total for weight in weights]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda source: counts[source] - shares[source])
+    for source in by_remainder[: lanes - sum(counts)]:
+        counts[source] += 1
+    if 0 in counts:
+        raise InputError(
+            f"weights {list(weights)} share {lanes} lanes as {counts}: dataset {counts.index(0)} would never be read; "
+            "raise its weight or rows_per_step"
+        )
+    return counts
+
+
+def document_order(seed: int, epoch: int, source: int, shard: int, documents: int) -> np.ndarray:
+    """int64 [documents]: the documents of a shard in the order in which they are read in an epoch."""
+    return _permutation(f"documents/{seed}/{epoch}/{source}/{shard}", documents)
+
+
+def fingerprint(
+    datasets: Sequence[str], weights: Sequence[float], seed: int, rows_per_step: int, row_length: int, max_segment: int
+) -> str:
+    """sha256 over all that decides the order of data; datasets: the fingerprints of the datasets.
+
+    A limit of epochs is not in it: it ends the order, and does not change it.
+    """
+    total = sum(Fraction(weight) for weight in weights)
+    order = {
+        "order": ORDER,
+        "datasets": list(datasets),
+        "weights": [str(Fraction(weight) / total) for weight in weights],
+        "seed": seed,
+        "rows_per_step": rows_per_step,
+        "row_length": row_length,
+        "max_segment": max_segment,
+    }
+    return hashlib.sha256(json.dumps(order, sort_keys=True).encode()).hexdigest()
+
+
+class _Stream:
+    """The lanes of one source, laid out epoch by epoch as far as somebody has asked."""
+
+    def __init__(self, number: int, concepts: Sequence[int], lanes: int, seed: int, limit: int | None) -> None:
+        self.number, self.lanes, self.seed, self.limit = number, lanes, seed, limit
+        self.concepts = np.asarray(concepts, np.int64)
+        self.total = int(self.concepts.sum())
+        if self.total == 0:
+            raise InputError(f"dataset {number} of the mixture holds no concepts")
+        self._epochs: list[Epoch] = []
+        self._lane_ends = [[0] * lanes]  # before the first epoch, after the first epoch, …
+        self._extending = threading.Lock()
+
+    def pieces(self, lane: int, start: int, stop: int) -> list[Piece]:
+        """Concepts `start` to `stop` of a lane's stream."""
+        self._extend(lane, stop)
+        pieces: list[Piece] = []
+        # The epoch in which `start` lies, and from there on until the row is full.
+        epoch = bisect_right(self._lane_ends, start, key=lambda ends: ends[lane]) - 1
+        while start < stop and epoch < len(self._epochs):
+            shards, ends, bounds = self._epochs[epoch]
+            at, last = bisect_right(ends, start, bounds[lane], bounds[lane + 1]), bounds[lane + 1]
+            while start < stop and at < last:
+                shard, end = int(shards[at]), ends[at]
+                first = end - int(self.concepts[shard])
+                until = min(stop, end)
+                if until > start:  # a shard may be empty
+                    pieces.append(Piece(self.number, epoch, shard, start - first, until - first))
+                    start = until
+                at += 1
+            epoch += 1
+        return pieces
+
+    def longest_lane(self) -> int:
+        """Concepts of the longest lane over all epochs, of which there have to be a limited number."""
+        self._extend(0, None)
+        return max(self._lane_ends[-1])
+
+    def _extend(self, lane: int, stop: int | None) -> None:
+        """Lay out epochs until the lane reaches `stop` (None: all of them)."""
+        if stop is not None and self._lane_ends[-1][lane] >= stop:
+            return
+        with self._extending:
+            while len(self._epochs) != self.limit and (stop is None or self._lane_ends[-1][lane] < stop):
+                epoch, lane_ends = self._hand_out(len(self._epochs), self._lane_ends[-1])
+                # In this order: a reader without the lock sees an end only with the epoch that reaches it.
+                self._epochs.append(epoch)
+                self._lane_ends.append(lane_ends)
+
+    def _hand_out(self, number: int, lane_ends: list[int]) -> tuple[Epoch, list[int]]:
+        """An epoch's shards, permuted, each to the lane with the fewest concepts so far (the lowest of equals)."""
+        order = _permutation(f"shards/{self.seed}/{number}/{self.number}", len(self.concepts))
+        heap = [(end, lane) for lane, end in enumerate(lane_ends)]
+        heapq.heapify(heap)
+        lanes = np.empty(len(order), np.int32)
+        ends = np.empty(len(order), np.int64)
+        for i, count in enumerate(self.concepts[order].tolist()):
+            end, lane = heap[0]
+            heapq.heapreplace(heap, (end + count, lane))
+            lanes[i], ends[i] = lane, end + count
+        by_lane = np.argsort(lanes, kind="stable")
+        bounds = np.searchsorted(lanes[by_lane], np.arange(self.lanes + 1)).tolist()
+        epoch = Epoch(order[by_lane].astype(np.int32), ends[by_lane].data, bounds)
+        return epoch, [end for end, _ in sorted(heap, key=lambda item: item[1])]
+
+
+def _permutation(name: str, n: int) -> np.ndarray:
+    """int64 [n]: a permutation that depends on `name` alone, with any version of numpy.
+
+    numpy keeps the raw words of its bit generators for ever, but not what its shuffles make of them.
+    """
+    key = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), "<u8")
+    return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")

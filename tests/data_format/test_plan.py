@@ -1,0 +1,232 @@
+"""Contract 2: the order of data is a pure function of the shards' sizes, the seed and the batch."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lcm_ds.data.plan import Piece, Plan, Source, document_order, fingerprint, share_lanes
+from lcm_ds.errors import InputError
+
+shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
+sources = st.lists(st.builds(Source, shard_sizes, st.floats(0.5, 2)), min_size=1, max_size=3)
+
+
+@st.composite
+def arguments(draw: st.DrawFn, epochs: st.SearchStrategy[int | None]) -> tuple:
+    """What a Plan takes; lanes enough for each of the sources."""
+    seed, rows, length = draw(st.integers(0, 2**63 - 1)), draw(st.integers(12, 20)), draw(st.integers(2, 24))
+    return draw(sources), seed, rows, length, draw(epochs)
+
+
+limited = arguments(epochs=st.integers(1, 3))
+
+
+def lane_stream(plan: Plan, lane: int) -> list[Piece]:
+    assert plan.steps is not None
+    return [piece for step in range(plan.steps) for piece in plan.pieces(step, lane)]
+
+
+@given(limited)
+def test_each_concept_is_read_once_an_epoch(args: tuple) -> None:
+    plan, datasets, epochs = Plan(*args), args[0], args[-1]
+    seen: Counter[tuple[int, int, int, int]] = Counter()
+    for lane in range(plan.rows_per_step):
+        for piece in lane_stream(plan, lane):
+            seen.update((piece.source, piece.epoch, piece.shard, c) for c in range(piece.start, piece.stop))
+    expected = {
+        (number, epoch, shard, concept)
+        for number, source in enumerate(datasets)
+        for epoch in range(epochs)
+        for shard, size in enumerate(source.concepts)
+        for concept in range(size)
+    }
+    assert set(seen) == expected
+    assert set(seen.values()) == {1}
+
+
+@given(limited)
+def test_rows_are_full_until_their_lane_ends_and_some_lane_reaches_the_last_step(args: tuple) -> None:
+    plan = Plan(*args)
+    assert plan.steps is not None
+    for lane in range(plan.rows_per_step):
+        sizes = [sum(p.stop - p.start for p in plan.pieces(step, lane)) for step in range(plan.steps + 2)]
+        full = sum(size == plan.row_length for size in sizes)
+        assert sizes[:full] == [plan.row_length] * full
+        assert sizes[full] < plan.row_length
+        assert not any(sizes[full + 1 :])
+        assert all(piece.start < piece.stop for step in range(plan.steps) for piece in plan.pieces(step, lane))
+    assert any(plan.pieces(plan.steps - 1, lane) for lane in range(plan.rows_per_step))
+    assert not any(plan.pieces(plan.steps, lane) for lane in range(plan.rows_per_step))
+
+
+@given(arguments(epochs=st.one_of(st.none(), st.integers(1, 3))), st.integers(0, 60))
+def test_step_n_found_directly_is_step_n_reached_by_iterating(args: tuple, step: int) -> None:
+    walked = Plan(*args)
+    lanes = range(walked.rows_per_step)
+    rows = [[walked.pieces(s, lane) for lane in lanes] for s in range(step + 1)]
+    assert [Plan(*args).pieces(step, lane) for lane in lanes] == rows[step]
+    assert [[walked.pieces(s, lane) for lane in reversed(lanes)][::-1] for s in range(step + 1)] == rows
+
+
+@given(limited)
+def test_a_shard_goes_to_the_lane_with_the_fewest_concepts_so_far(args: tuple) -> None:
+    """Against the rule in its plainest form; the order of an epoch's shards is read off a plan of one lane."""
+    datasets, seed, rows, length, epochs = args
+    plan = Plan(*args)
+    streams = [lane_stream(plan, lane) for lane in range(rows)]
+    first = 0
+    for number, (source, lanes) in enumerate(zip(datasets, plan.lanes_per_source, strict=True)):
+        before = [Source([1]) for _ in range(number)]  # the order depends on the source's number in the mixture
+        alone = Plan([*before, Source(source.concepts)], seed, number + 1, length, epochs)
+        order = list(dict.fromkeys((p.epoch, p.shard) for p in lane_stream(alone, number)))
+        counts: list[int] = [0] * lanes
+        given_out: list[list[tuple[int, int]]] = [[] for _ in range(lanes)]
+        for epoch, shard in order:
+            lane = counts.index(min(counts))
+            counts[lane] += source.concepts[shard]
+            given_out[lane].append((epoch, shard))
+        found = [list(dict.fromkeys((p.epoch, p.shard) for p in stream)) for stream in streams[first : first + lanes]]
+        assert found == given_out
+        first += lanes
+
+
+@given(shard_sizes, st.integers(0, 99), st.integers(1, 9), st.integers(1, 4))
+def test_lanes_end_within_one_shard_of_each_other(sizes: list[int], seed: int, lanes: int, epochs: int) -> None:
+    plan = Plan([Source(sizes)], seed, lanes, 7, epochs)
+    ends = [sum(p.stop - p.start for p in lane_stream(plan, lane)) for lane in range(lanes)]
+    assert max(ends) - min(ends) <= max(sizes)
+
+
+@given(limited)
+def test_an_epoch_of_a_shard_is_read_from_its_first_concept_to_its_last_in_one_lane(args: tuple) -> None:
+    plan = Plan(*args)
+    for lane in range(plan.rows_per_step):
+        for a, b in pairwise(lane_stream(plan, lane)):
+            if (a.source, a.epoch, a.shard) == (b.source, b.epoch, b.shard):
+                assert b.start == a.stop
+            else:
+                assert a.stop == args[0][a.source].concepts[a.shard]
+                assert b.start == 0
+                assert b.epoch >= a.epoch
+
+
+@given(limited)
+def test_a_limit_of_epochs_ends_the_order_and_does_not_change_it(args: tuple) -> None:
+    plan, endless = Plan(*args), Plan(*args[:-1], None)
+    assert endless.steps is None
+    for lane in range(plan.rows_per_step):
+        stream = lane_stream(plan, lane)
+        whole = [p for step in range(plan.steps or 0) for p in endless.pieces(step, lane)]
+        assert [p for p in whole if p.epoch < args[-1]] == stream
+
+
+def test_every_epoch_and_every_seed_has_its_own_order() -> None:
+    def shards(seed: int, epoch: int) -> list[int]:
+        stream = lane_stream(Plan([Source([3] * 20)], seed, 1, 3, 2), 0)
+        return [piece.shard for piece in stream if piece.epoch == epoch]
+
+    orders = [shards(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 4
+    documents = [
+        document_order(*key, 50) for key in [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    ]
+    assert all(sorted(order) == list(range(50)) for order in documents)
+    assert len({tuple(order) for order in documents}) == 5
+
+
+GOLDEN_ROWS = [
+    [(0, 0, 3, 0, 4), (0, 0, 1, 0, 2)],
+    [(0, 0, 0, 0, 5), (0, 0, 4, 0, 1)],
+    [(0, 0, 1, 2, 3), (0, 1, 3, 0, 4), (0, 1, 0, 0, 1)],
+    [(0, 0, 4, 1, 6), (0, 1, 4, 0, 1)],
+    [(0, 1, 0, 1, 5), (0, 1, 1, 0, 2)],
+    [(0, 1, 4, 1, 6), (0, 2, 4, 0, 1)],
+]  # (source, epoch, shard, start, stop)
+GOLDEN_DOCUMENTS = [9, 1, 6, 5, 0, 7, 8, 3, 4, 2]
+
+
+def test_the_order_is_this_one_with_any_version_of_numpy() -> None:
+    plan = Plan([Source([5, 3, 0, 4, 6])], 7, 2, 6)
+    assert [[tuple(p) for p in plan.pieces(step, lane)] for step in range(3) for lane in range(2)] == GOLDEN_ROWS
+    assert document_order(7, 1, 0, 3, 10).tolist() == GOLDEN_DOCUMENTS
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=5), st.integers(300, 500))
+def test_lanes_are_shared_out_by_weight(weights: list[float], lanes: int) -> None:
+    counts = share_lanes(weights, lanes)
+    assert sum(counts) == lanes
+    assert all(abs(c - w * lanes / sum(weights)) < 1 + 1e-6 for c, w in zip(counts, weights, strict=True))
+
+
+def test_largest_remainder_gets_the_odd_lane() -> None:
+    assert share_lanes([0.7, 0.2, 0.1], 16) == [11, 3, 2]  # 11.2, 3.2, 1.6
+    assert share_lanes([1, 1, 1], 8) == [3, 3, 2]  # the first of equals
+    assert share_lanes([0.1, 0.3], 4) == [1, 3]
+
+
+def test_a_dataset_without_a_lane_or_without_concepts_is_refused() -> None:
+    with pytest.raises(InputError, match="dataset 1 would never be read"):
+        Plan([Source([4], 1.0), Source([4], 0.01)], 0, 8, 4)
+    with pytest.raises(InputError, match="dataset 1 of the mixture holds no concepts"):
+        Plan([Source([4]), Source([0, 0])], 0, 8, 4)
+
+
+def test_a_lane_holds_one_source_and_both_go_on_when_one_is_exhausted() -> None:
+    plan = Plan([Source([10, 10], 1), Source([100, 100, 100], 1)], 0, 4, 5, epochs=1)
+    assert plan.steps == 40
+    for lane in range(4):
+        assert {piece.source for piece in lane_stream(plan, lane)} == {lane // 2}
+
+
+def test_epoch_is_concepts_seen_over_concepts_there_are() -> None:
+    plan = Plan([Source([50, 50])], 0, 2, 10)
+    assert [plan.epoch(step) for step in (0, 1, 5, 10)] == [0.0, 0.2, 1.0, 2.0]
+    assert Plan([Source([50, 50])], 0, 2, 10, epochs=1).epoch(100) == 1.0
+
+
+def test_fingerprint_changes_with_all_that_decides_the_order_and_with_nothing_else() -> None:
+    same = {
+        "datasets": ["a", "b"],
+        "weights": [1, 3],
+        "seed": 1,
+        "rows_per_step": 8,
+        "row_length": 64,
+        "max_segment": 9,
+    }
+    other = {
+        "datasets": ["b", "a"],
+        "weights": [1, 2],
+        "seed": 2,
+        "rows_per_step": 4,
+        "row_length": 32,
+        "max_segment": 8,
+    }
+    marks = {fingerprint(**same), *(fingerprint(**{**same, key: value}) for key, value in other.items())}
+    assert len(marks) == 1 + len(other)
+    assert fingerprint(**{**same, "weights": [2, 6]}) == fingerprint(**same)
+
+
+@settings(deadline=None, max_examples=3)
+@given(st.integers(0, 2**63 - 1))
+def test_60_billion_concepts_in_150_000_shards(seed: int) -> None:
+    sizes = np.random.default_rng(0).integers(300_000, 500_000, 150_000)
+    began = time.perf_counter()
+    plan = Plan([Source(sizes)], seed, 224, 1024)
+    plan.pieces(0, 0)
+    assert time.perf_counter() - began < 3  # measured: 0.1
+    spans = []
+    for step in (0, 1000, 123_456, 200_000):
+        began = time.perf_counter()
+        rows = [plan.pieces(step, lane) for lane in range(224)]
+        spans.append(time.perf_counter() - began)
+        assert all(sum(p.stop - p.start for p in row) == 1024 for row in rows)
+        assert len({row[0].shard for row in rows}) == 224
+    assert min(spans) < 1e-3  # measured: 0.0004
