@@ -1,0 +1,69 @@
+"""The source `files`: text files, one document each; and the expansion of paths and globs."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lcm_ds.config import SourceConfig
+from lcm_ds.errors import InputError
+from lcm_ds.text.sources import TextDocument, window
+
+
+class FilesSource:
+    """UTF-8 text files in the order of their paths; a document's id is its path.
+
+    Raises InputError where a path or glob names no file.
+    """
+
+    def __init__(self, config: SourceConfig) -> None:
+        self.config = config
+        self.files = expand(config.paths)
+
+    @property
+    def total(self) -> int:
+        """How many documents there are."""
+        return len(self.files[slice(*window(self.config, 0, None))])
+
+    def documents(self, start: int = 0, stop: int | None = None) -> Iterator[TextDocument]:
+        """Files number `start` up to, not including, `stop`; raises InputError naming a file that is not UTF-8."""
+        for path in self.files[slice(*window(self.config, start, stop))]:
+            try:
+                text = path.read_bytes().decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+            yield TextDocument(path.as_posix(), "files", text)
+
+    def __iter__(self) -> Iterator[TextDocument]:
+        return self.documents()
+
+    def describe(self) -> dict[str, Any]:
+        """What the documents were taken from, for dataset.json."""
+        chosen = self.config.model_dump(include={"paths", "skip", "take"}, exclude_defaults=True)
+        return {"name": "files", **chosen, "files": len(self.files)}
+
+
+def expand(paths: Sequence[str]) -> list[Path]:
+    """The files that paths and globs (`**` is any depth) name, each once, in the order of their names.
+
+    Raises InputError with a line for every path that names no file.
+    """
+    mistakes = []
+    found: set[Path] = set()
+    for pattern in paths:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            mistakes.append(f"source.paths: {pattern} is a folder; name files, or a glob such as {path}/*")
+            continue
+        matches = {path} if path.is_file() else {Path(name) for name in glob.glob(str(path), recursive=True)}
+        files = {match for match in matches if match.is_file()}
+        if not files:
+            mistakes.append(f"source.paths: {pattern}: no such file")
+        found |= files
+    if mistakes:
+        raise InputError(mistakes)
+    return sorted(found)

@@ -1,0 +1,208 @@
+"""Texts → sentences: spaCy finds where they end, and what is too long for a concept is cut at its best inner boundary.
+
+Nothing but whitespace and control characters is lost, no sentence is longer than `max_characters`, and a sentence ends
+only where a word does. Splitting the sentences again, each as a paragraph of its own, gives the same sentences.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from lcm_ds.config import SentencesConfig
+from lcm_ds.errors import InputError
+
+# Marks of scripts that put no space after a sentence or a clause: there, and only there, a sentence may end inside a
+# run of characters without whitespace.
+_UNSPACED_MARKS = "。！？｡．︒﹒﹖﹗、，；：､"
+# What a sentence can end in, closing quotes and brackets aside.
+_END_MARKS = frozenset(".!?…‥।॥؟۔" + "。！？｡．︒﹒﹖﹗")
+
+# Control characters, halves of surrogate pairs, and spaces of no width (which str.split does not know).
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\u200b\u2060\ufeff]")
+_BLANK_LINE = re.compile(r"\n\s*\n")
+_LIST_ITEM = re.compile(r"(?:[-*•·–—]|\(?\w{1,3}[.)])\s")
+# Where a long sentence may be cut: at a space, or behind a mark that needs none.
+_BREAK = re.compile(rf" |(?<=[{_UNSPACED_MARKS}])(?=\S)")
+_CLAUSE_END = re.compile(rf"[,;:!?…)\]—–{_UNSPACED_MARKS}][\"'”’»]?$| [-—–]$")
+# Hard-wrapped text has lines at least this long, and at most that long; other line ends are ends of paragraphs.
+_WRAPPED_AT = range(40, 121)
+# spaCy refuses texts of more than nlp.max_length (a million) characters; its time is linear, so the number is free.
+_MAX_PARAGRAPH = 100_000
+
+
+class Splitter:
+    """Cuts texts into sentences.
+
+    >>> Splitter(SentencesConfig()).split("It rains.  Take\\nan umbrella, please!")
+    ['It rains.', 'Take an umbrella, please!']
+
+    Raises InputError where spaCy, the language or the named pipeline is not installed.
+    """
+
+    def __init__(self, config: SentencesConfig) -> None:
+        self.config = config
+        self._nlp = _pipeline(config)
+        # A word longer than a sentence may be: a link, a table or binary data, seldom language.
+        self._endless_word = re.compile(rf"[^\s{_UNSPACED_MARKS}]{{{config.max_characters + 1},}}")
+
+    def split(self, text: str) -> list[str]:
+        """The sentences of a text, in order, none empty, each at most `max_characters` long.
+
+        Whitespace becomes single spaces; control characters count as whitespace. A blank line ends a sentence, and so
+        does a line end unless the line was wrapped there. Longer sentences are cut near the middle (or thirds, …)
+        behind a clause mark, else at a space, never in a word; only a single word that alone is longer than
+        `max_characters` is cut into pieces of that many characters, which stand as sentences of their own.
+        """
+        return [piece for sentence in self.whole(text) for piece in self.cut(sentence)]
+
+    def whole(self, text: str) -> list[str]:
+        """The sentences of a text before those over `max_characters` are cut."""
+        text = _CONTROL.sub(" ", text)
+        text = self._endless_word.sub(self._isolate, text)
+        return [sentence for paragraph in _paragraphs(text) for sentence in self._sentences(paragraph)]
+
+    def cut(self, sentence: str) -> list[str]:
+        """One of `whole`'s sentences in pieces of at most `max_characters`, itself where it is no longer."""
+        return _cut(sentence, self.config.max_characters)
+
+    def settings(self) -> dict[str, Any]:
+        """What determines the sentences, for dataset.json."""
+        import spacy
+
+        meta = self._nlp.meta
+        pipeline = f"{meta['lang']}_{meta['name']} {meta['version']}" if self.config.pipeline else "sentencizer"
+        return {
+            "library": f"spacy {spacy.__version__}",
+            "language": self._nlp.lang,
+            "pipeline": pipeline,
+            "max_characters": self.config.max_characters,
+        }
+
+    def _isolate(self, match: re.Match[str]) -> str:
+        word, size = match.group(), self.config.max_characters
+        return "\n\n" + "\n\n".join(word[start : start + size] for start in range(0, len(word), size)) + "\n\n"
+
+    def _sentences(self, paragraph: str) -> Iterator[str]:
+        """Sentences of one whitespace-normalised paragraph."""
+        doc = self._nlp(paragraph)
+        start = 0
+        for token in doc[1:]:
+            if token.is_sent_start:
+                end = _boundary(paragraph, start, token.idx)
+                if end is not None:
+                    yield paragraph[start:end].rstrip()
+                    start = end
+        yield paragraph[start:]
+
+
+def _cut(sentence: str, limit: int) -> list[str]:
+    """A sentence in pieces of at most `limit` characters, about equally long, ending where a clause or a word ends.
+
+    `sentence` is whitespace-normalised. A word of more than `limit` characters is cut where the limit falls.
+    """
+    pieces = []
+    while len(sentence) > limit:
+        aim = len(sentence) / -(-len(sentence) // limit)
+        breaks = [match.start() for match in _BREAK.finditer(sentence, 1, limit + 1)]
+        best = min(breaks, default=limit, key=lambda position: _cost(sentence, position, aim))
+        pieces.append(sentence[:best])
+        sentence = sentence[best:].lstrip()
+    return [*pieces, sentence]
+
+
+def _cost(sentence: str, position: int, aim: float) -> float:
+    """How bad a cut is: its distance from where it would balance the pieces, in shares of a piece.
+
+    A clause mark is worth half a piece of distance: it wins over any space, unless it leaves a scrap.
+    """
+    distance = abs(position - aim) / aim
+    return distance if _CLAUSE_END.search(sentence, max(0, position - 3), position) else distance + 0.5
+
+
+def _boundary(text: str, start: int, found: int) -> int | None:
+    """Where the sentence that begins at `start` ends, if spaCy lets the next begin at `found`; None: it goes on.
+
+    spaCy gives all punctuation behind a full stop to the sentence that ends, also the quote or dash that opens the
+    next one, and takes "os.PathLike" for two sentences. So: the end is the first whitespace behind the last end mark,
+    and without whitespace only a mark of a script that uses none ends a sentence.
+    """
+    gap = found
+    while gap > start and not text[gap - 1].isalnum():
+        gap -= 1
+    for position in range(found - 1, gap - 1, -1):
+        if text[position] in _END_MARKS:
+            space = text.find(" ", position, found)
+            if space >= 0:
+                return space + 1
+            if text[position] in _UNSPACED_MARKS:
+                return found
+    # A pipeline that parses finds ends without any mark, as between a heading and what follows it.
+    return found if text[found - 1] == " " else None
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """Whitespace-normalised paragraphs of at most `_MAX_PARAGRAPH` characters; none is empty."""
+    for block in _BLANK_LINE.split(text):
+        lines = [" ".join(line.split()) for line in block.splitlines()]
+        for paragraph in _unwrapped([line for line in lines if line]):
+            yield from _limited(paragraph)
+
+
+def _unwrapped(lines: list[str]) -> Iterator[str]:
+    """Lines put together again where a line was wrapped: its end ends no sentence.
+
+    A line was wrapped where the next line's first word would have had no room in the block's longest line, or where the
+    next line begins in lower case; a list item begins a paragraph.
+    """
+    if not lines:
+        return
+    width = max(map(len, lines))
+    paragraph = [lines[0]]
+    for before, line in pairwise(lines):
+        full = width in _WRAPPED_AT and len(before) + 1 + len(line.split(" ", 1)[0]) > width
+        if (full or line[0].islower()) and not _LIST_ITEM.match(line):
+            paragraph.append(line)
+        else:
+            yield " ".join(paragraph)
+            paragraph = [line]
+    yield " ".join(paragraph)
+
+
+def _limited(paragraph: str) -> Iterator[str]:
+    """A paragraph in parts that spaCy takes, cut behind an end mark where there is one, else at any break."""
+    while len(paragraph) > _MAX_PARAGRAPH:
+        breaks = [match.start() for match in _BREAK.finditer(paragraph, _MAX_PARAGRAPH // 2, _MAX_PARAGRAPH)]
+        at_mark = [position for position in breaks if paragraph[position - 1] in _END_MARKS]
+        last = (at_mark or breaks)[-1]
+        yield paragraph[:last]
+        paragraph = paragraph[last:].lstrip()
+    yield paragraph
+
+
+def _pipeline(config: SentencesConfig) -> Any:
+    """The spaCy pipeline that a config names, with nothing in it that finding sentences does not need."""
+    try:
+        import spacy
+    except ImportError:
+        raise InputError("sentences need spaCy: pip install 'lcm-ds[prepare]'") from None
+    if config.pipeline is None:
+        try:
+            nlp = spacy.blank(config.language)
+        except ImportError as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"sentences.language: spaCy has no pipeline for {config.language!r}: {reason}") from None
+        nlp.add_pipe("sentencizer")
+        return nlp
+    try:
+        nlp = spacy.load(config.pipeline, exclude=["ner", "tagger", "attribute_ruler", "lemmatizer", "morphologizer"])
+    except OSError:
+        raise InputError(
+            f"sentences.pipeline: spaCy's pipeline {config.pipeline!r} is not installed: "
+            f"python -m spacy download {config.pipeline}, or leave the key out for the rule-based splitter"
+        ) from None
+    if not {"parser", "senter", "sentencizer"} & set(nlp.pipe_names):
+        nlp.add_pipe("sentencizer")
+    return nlp
