@@ -62,12 +62,13 @@ def check(path: str | Path, overrides: Sequence[str], world_size: int) -> Job:
         mistakes.raise_if_any()
     assert config is not None
     assert ds is not None
-    resolved: dict[str, Any] = {}
-    with mistakes:
-        resolved = ds_config.resolve(ds, config, world_size, _ds_origin(config, path))
     model: BaseLCMConfig | None = None
     with mistakes:
         model = resolve_model(config.model, str(path))
+    resolved: dict[str, Any] = {}
+    with mistakes:
+        width = None if model is None else model.hidden_size
+        resolved = ds_config.resolve(ds, config, world_size, _ds_origin(config, path), path, width)
     opened = [dataset for dataset in [*datasets, validation] if dataset is not None]
     mistakes.mistakes.extend(_disagreements(opened, model, path))
     mistakes.raise_if_any()
