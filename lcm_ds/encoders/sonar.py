@@ -1,0 +1,189 @@
+"""SONAR through transformers: sentences → concepts, and concepts → sentences.
+
+SONAR's text encoder is NLLB's (M2M100), its output averaged over all tokens, the language's and the end's included; its
+decoder is NLLB's again, attending to that one vector alone (https://arxiv.org/abs/2308.11466). Concepts are in raw space.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lcm_ds.config import EncoderConfig
+from lcm_ds.encoders.base import check_revision, commit_of, quiet, resolve_device, resolve_dtype, unreachable
+from lcm_ds.errors import InputError
+
+_LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
+
+
+class SonarEncoder:
+    """SONAR's text encoder from any hub id or folder, such as cointegrated/SONAR_200_text_encoder.
+
+    A text is encoded as `language … </s>`, truncated to `max_tokens` tokens, these two included.
+    """
+
+    name = "sonar"
+
+    def __init__(self, config: EncoderConfig) -> None:
+        from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
+
+        self.config = config
+        self.model = config.model
+        self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        self._model = _load(M2M100Encoder, config.model, config.revision, self.dtype).to(self.device)
+        self.revision = check_revision(config.model, config.revision, commit_of(self._model))
+        self.embed_dim: int = self._model.config.d_model
+        self.max_tokens = min(config.max_tokens, self._model.config.max_position_embeddings)
+        self._tokenizer = _load_tokenizer(config.model, config.revision)
+        check_language(self._tokenizer, config.language, "encoder.language")
+        self._tokenizer.src_lang = config.language
+
+    @torch.inference_mode()
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts.
+
+        Texts of about the same number of tokens are batched together, the longest first.
+        """
+        concepts = np.empty((len(texts), self.embed_dim), np.float32)
+        if not texts:
+            return concepts
+        tokens = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
+        order = sorted(range(len(texts)), key=lambda index: len(tokens[index]), reverse=True)
+        for start in range(0, len(order), self.config.batch_size):
+            batch = order[start : start + self.config.batch_size]
+            ids, mask = _pad([tokens[index] for index in batch], self._model.config.pad_token_id)
+            concepts[batch] = embed(self._model, ids.to(self.device), mask.to(self.device)).cpu().numpy()
+        return concepts
+
+    def describe(self) -> dict[str, Any]:
+        """For dataset.json."""
+        return {
+            "name": self.name,
+            "model": self.model,
+            "revision": self.revision,
+            "language": self.config.language,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "max_tokens": self.max_tokens,
+            "embed_dim": self.embed_dim,
+        }
+
+
+class SonarDecoder:
+    """SONAR's text decoder from any hub id or folder, such as raxtemur/SONAR_200_text_decoder.
+
+    `language` is the NLLB code of the language that the sentences come in, whatever language they were encoded from.
+    Raises InputError as `load_encoder` does.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        language: str = "eng_Latn",
+        *,
+        revision: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        batch_size: int = 16,
+    ) -> None:
+        from transformers import M2M100ForConditionalGeneration
+
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.batch_size = batch_size
+        self._model = _load(M2M100ForConditionalGeneration, model, revision, self.dtype).to(self.device)
+        self.embed_dim: int = self._model.config.d_model
+        self._tokenizer = _load_tokenizer(model, revision)
+        self._language_id = check_language(self._tokenizer, language, "language")
+
+    @torch.inference_mode()
+    def decode(self, concepts: np.ndarray, beams: int = 5, max_new_tokens: int = 128) -> list[str]:
+        """The sentences of concepts [n, embed_dim] in raw space, by beam search."""
+        if concepts.ndim != 2 or concepts.shape[1] != self.embed_dim:
+            raise ValueError(f"concepts have to be [n, {self.embed_dim}], not {list(concepts.shape)}")
+        sentences: list[str] = []
+        for start in range(0, len(concepts), self.batch_size):
+            batch = np.ascontiguousarray(concepts[start : start + self.batch_size], np.float32)
+            tokens = self._generate(torch.from_numpy(batch), beams, max_new_tokens)
+            sentences += self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return sentences
+
+    def _generate(self, concepts: Tensor, beams: int, max_new_tokens: int) -> Tensor:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        # Each concept stands where an encoder's output of one token would. Beam search changes it in place: a copy.
+        hidden = concepts.to(self.device, self.dtype, copy=True)[:, None]
+        return self._model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
+            attention_mask=torch.ones(hidden.shape[:2], dtype=torch.long, device=self.device),
+            decoder_start_token_id=2,  # </s>, as NLLB was trained
+            forced_bos_token_id=self._language_id,
+            num_beams=beams,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+        )
+
+
+def embed(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Concepts [n, embed_dim], float32, of token ids [n, length]: the mean of the outputs over all unmasked tokens."""
+    hidden = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
+    weights = attention_mask.to(hidden.dtype)
+    return torch.einsum("nld,nl->nd", hidden, weights) / weights.sum(dim=1, keepdim=True)
+
+
+def check_language(tokenizer: Any, language: str, key: str) -> int:
+    """The token id of an NLLB language code; an unknown one, which the tokenizer would take for <unk>, is refused."""
+    known = {token: id for token, id in tokenizer.get_added_vocab().items() if _LANGUAGE.fullmatch(token)}
+    if language not in known:
+        close = difflib.get_close_matches(language, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise InputError(f"{key}: {language!r} is no language code of this model (NLLB's look like eng_Latn){hint}")
+    return known[language]
+
+
+def _pad(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids padded to the longest row, and the mask of the real ones, both int64 [n, length]."""
+    length = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return ids, mask
+
+
+def _load(kind: Any, model: str, revision: str | None, dtype: torch.dtype) -> Any:
+    """A model of transformers in evaluation mode, all its weights read from the files.
+
+    transformers gives weights that it does not find random values and goes on; here that is a mistake.
+    """
+    try:
+        with quiet():
+            loaded, report = kind.from_pretrained(
+                model, revision=_hub(model, revision), dtype=dtype, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise unreachable(model, error) from None
+    missing = [*report["missing_keys"], *report["mismatched_keys"]]
+    if missing:
+        raise InputError(
+            f"model {model!r} is no {kind.__name__}: it lacks {len(missing)} weights, such as {min(missing)}"
+        )
+    return loaded.eval()
+
+
+def _load_tokenizer(model: str, revision: str | None) -> Any:
+    from transformers import NllbTokenizer
+
+    try:
+        return NllbTokenizer.from_pretrained(model, revision=_hub(model, revision), legacy_behaviour=False)
+    except (OSError, ValueError, TypeError) as error:
+        raise unreachable(model, error) from None
+
+
+def _hub(model: str, revision: str | None) -> str:
+    """The revision to ask the hub for; a folder has none."""
+    return "main" if revision is None or Path(model).is_dir() else revision
