@@ -236,7 +236,7 @@ def resolve(
     with mistakes:
         steps = accumulation_steps(batch.rows_per_step, batch.micro_batch_rows, world_size, config_path)
         said["gradient_accumulation_steps"] = steps, f"rows_per_step / ({world_size} ranks * micro_batch_rows)"
-    optimizer = resolved["optimizer"]
+    optimizer = resolved.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
     offloaded = _block(resolved, "zero_optimization", "offload_optimizer") != {}
     takes = optimizer_params(optimizer["type"], optimizer.setdefault("params", {}), offloaded) or set()
     for dotted, (value, yaml_key) in said.items():
@@ -327,10 +327,10 @@ def _last_word(resolved: dict[str, Any], origin: str | Path) -> None:
 
 
 def _divisors(number: int, near: int) -> str:
-    """The divisors of `number`, or the eight nearest to `near`, as '1, 2, 4 or 8'."""
+    """The divisors of `number`, or the eight nearest to `near`, as '1, 2, 4'."""
     divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-    chosen = [str(divisor) for divisor in sorted(sorted(divisors, key=lambda divisor: abs(divisor - near))[:8])]
-    return chosen[0] if len(chosen) == 1 else f"{', '.join(chosen[:-1])} or {chosen[-1]}"
+    nearest_first = sorted(divisors, key=lambda divisor: abs(divisor - near))
+    return ", ".join(str(divisor) for divisor in sorted(nearest_first[:8]))
 
 
 def _leaves_and_blocks(mapping: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

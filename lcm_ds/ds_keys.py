@@ -113,7 +113,7 @@ class DeepSpeedJson(Block):
     gradient_accumulation_steps: int | None = Field(None, gt=0)
     gradient_clipping: float | None = Field(None, ge=0)
 
-    optimizer: OptimizerBlock
+    optimizer: OptimizerBlock | None = None  # AdamW
     zero_optimization: DeepSpeedZeroConfig | None = None
     zero_allow_untested_optimizer: bool = False
     zero_force_ds_cpu_optimizer: bool = True

@@ -1,0 +1,140 @@
+"""`lcm-ds launch`: check the run once, then start its workers, here or on many hosts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lcm_ds.errors import Collector, InputError
+from lcm_ds.launcher import hosts as host_lists
+from lcm_ds.launcher import remote
+from lcm_ds.launcher.local import run_local
+
+if TYPE_CHECKING:
+    from lcm_ds.train.check import Job
+
+MODULE = "lcm_ds.train"
+
+
+def launch(
+    config_path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    local: int | None = None,
+    hostfile: str | Path | None = None,
+    slurm: bool = False,
+    openmpi: int | None = None,
+    include: str = "",
+    exclude: str = "",
+    master_addr: str | None = None,
+    master_port: int | None = None,
+    ssh_port: int | None = None,
+) -> int:
+    """Start the workers of a run in one of four ways, and wait for them; returns their exit code.
+
+    `local`: so many processes on this host. `hostfile`: DeepSpeed's runner over pdsh and ssh, with `include`,
+    `exclude` and `ssh_port` as it takes them. `slurm`: srun, in an allocation. `openmpi`: so many processes of mpirun.
+    Raises InputError, before any worker starts, for every mistake in the call, the config and what the config names.
+    """
+    if sum((local is not None, hostfile is not None, slurm, openmpi is not None)) != 1:
+        raise InputError("launch: exactly one of --local, --hostfile, --slurm and --openmpi has to be given")
+    mistakes = Collector()
+    devices: dict[str, list[int]] = {}
+    world_size = 1
+    with mistakes:
+        if hostfile is not None:
+            devices = host_lists.select(host_lists.read_hostfile(hostfile), include, exclude)
+            world_size = sum(len(slots) for slots in devices.values())
+        elif slurm:
+            world_size = remote.slurm_tasks(os.environ)
+        else:
+            world_size = _processes(local, "--local") if local is not None else _processes(openmpi, "--openmpi")
+    job: Job | None = None
+    with mistakes:
+        job = _check(config_path, overrides, world_size)
+    mistakes.raise_if_any()
+    assert job is not None
+
+    if local is not None:
+        _check_devices(job, local)
+        return run_local(_worker(config_path, overrides), local, master_port=master_port)
+    if hostfile is not None and len(devices) == 1 and host_lists.is_this_host(next(iter(devices))):
+        # Nothing to reach over ssh: the same as --local, on the devices that the hostfile leaves.
+        environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, next(iter(devices.values()))))}
+        return run_local(_worker(config_path, overrides), world_size, environ, master_port)
+
+    config = remote.resolve_config(job.config, Path(config_path))
+    environ = dict(os.environ)
+    if hostfile is not None:
+        command = remote.deepspeed_command(
+            hostfile, MODULE, config, include, exclude, master_addr, master_port, ssh_port
+        )
+        host_lists.check_reachable(list(devices), hostfile, ssh_port)
+        environ["DS_ENV_FILE"] = str((config.parent / "environment").resolve())
+        remote.write_environment(Path(environ["DS_ENV_FILE"]), os.environ)
+    elif slurm:
+        environ.update(_rendezvous(master_addr, master_port))
+        command = remote.slurm_command(world_size, MODULE, config)
+    else:
+        environ.update(_rendezvous(master_addr, master_port))
+        command = remote.openmpi_command(world_size, MODULE, config, environ)
+    code = remote.follow(command, environ, job.run_dir)
+    return _believed(code, job)
+
+
+def _check(config_path: str | Path, overrides: Sequence[str], world_size: int) -> Job:
+    from lcm_ds.train.check import check
+
+    return check(config_path, overrides, world_size)
+
+
+def _processes(number: int | None, option: str) -> int:
+    if number is None or number < 1:
+        raise InputError(f"{option} {number}: the number of processes has to be 1 or more")
+    return number
+
+
+def _check_devices(job: Job, processes: int) -> None:
+    """Refuse, on the host that trains, more processes than devices and a precision that the device has not got."""
+    from deepspeed.accelerator import get_accelerator
+
+    from lcm_ds import ds_config
+
+    mistakes = Collector()
+    with mistakes:
+        ds_config.check_device(job.ds, job.config.deepspeed if isinstance(job.config.deepspeed, str) else "deepspeed")
+    device = get_accelerator()
+    if device.device_name() != "cpu" and processes > device.device_count():
+        mistakes.mistakes.append(
+            f"--local {processes}: this host has {device.device_count()} {device.device_name()} devices"
+        )
+    mistakes.raise_if_any()
+
+
+def _worker(config_path: str | Path, overrides: Sequence[str]) -> list[str]:
+    return [sys.executable, "-u", "-m", MODULE, str(config_path), *overrides]
+
+
+def _rendezvous(master_addr: str | None, master_port: int | None) -> Mapping[str, str]:
+    """Where the workers meet, as far as the call says it; the workers work out the rest (see train/place.py)."""
+    said = {"MASTER_ADDR": master_addr, "MASTER_PORT": str(master_port) if master_port else None}
+    return {name: value for name, value in said.items() if value}
+
+
+def _believed(code: int, job: Job) -> int:
+    """The exit code of another launcher, where the run folder bears it out.
+
+    DeepSpeed's runner ends with 0, too, when what it waits for was killed by a signal.
+    """
+    from lcm_ds.train.checkpoint import list_checkpoints
+
+    if code != 0:
+        return code
+    steps = max((checkpoint.step for checkpoint in list_checkpoints(job.run_dir)), default=0)
+    if steps >= job.total_steps:
+        return 0
+    print(f"lcm-ds launch: the workers ended at step {steps} of {job.total_steps}", file=sys.stderr, flush=True)
+    return 1

@@ -1,0 +1,207 @@
+"""The processes of a run on other hosts, through launchers that are there: DeepSpeed's runner, srun, mpirun.
+
+What is sent to a host is the path of a resolved config, never quoted arguments: a remote shell would expand them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from lcm_ds.config import TrainConfig, dump
+from lcm_ds.ds_config import find
+from lcm_ds.errors import InputError
+from lcm_ds.files import write_whole
+from lcm_ds.launcher.local import die_with_parent, exit_code
+from lcm_ds.train.place import DEFAULT_PORT
+
+# Variables that change what a worker does. PYTHON* is sent by DeepSpeed itself.
+TRAVELS = (
+    "NCCL_",
+    "GLOO_",
+    "TORCH_",
+    "PYTORCH_",
+    "TRITON_",
+    "CUDA_",
+    "UCX_",
+    "HF_",
+    "DS_",
+    "OMP_",
+    "MKL_",
+    "TOKENIZERS_",
+)
+TRAVELS_BY_NAME = ("PATH", "LD_LIBRARY_PATH", "http_proxy", "https_proxy", "no_proxy")
+STAYS = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE", "PYTHONPATH")
+# A remote command line can be read by everyone on the host, in `ps`.
+SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY$", re.IGNORECASE)
+UNCHANGED_BY_SHELLS = re.compile(r"[\w@+=:,./-]+", re.ASCII)
+
+
+def travelling(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that go along to other hosts; secrets do not, nor proxies with a password in them."""
+    chosen = {}
+    for name, value in sorted(environ.items()):
+        wanted = name.startswith(TRAVELS) or name in TRAVELS_BY_NAME or name.lower() in TRAVELS_BY_NAME
+        secret = SECRET.search(name) or (name.lower().endswith("_proxy") and "@" in value)
+        if wanted and not secret and name not in STAYS and "\n" not in value:
+            chosen[name] = value
+    return chosen
+
+
+def resolve_config(config: TrainConfig, config_path: Path) -> Path:
+    """Write the config with its overrides into the run folder, where every host sees it; returns its path."""
+    deepspeed = config.deepspeed
+    if isinstance(deepspeed, str):
+        deepspeed = str(find(deepspeed, config_path))  # as found from the first config, the copy lies elsewhere
+    path = Path(config.run_dir) / "launch" / "config.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, dump(config.model_copy(update={"deepspeed": deepspeed})))
+    return path
+
+
+# --- DeepSpeed's runner: pdsh over ssh --------------------------------------------------------------------------------
+
+
+def deepspeed_command(
+    hostfile: str | Path,
+    module: str,
+    config: Path,
+    include: str = "",
+    exclude: str = "",
+    master_addr: str | None = None,
+    master_port: int | None = None,
+    ssh_port: int | None = None,
+) -> list[str]:
+    """The call of DeepSpeed's runner; ssh has been checked before.
+
+    Raises InputError where pdsh is missing or a remote shell would change a path.
+    """
+    mistakes = []
+    if shutil.which("pdsh") is None:
+        mistakes.append("--hostfile: pdsh is not installed here; it is in the package manager, as pdsh")
+    for what, value in (("the current folder", str(Path.cwd())), ("run_dir", str(config)), ("python", sys.executable)):
+        if not UNCHANGED_BY_SHELLS.fullmatch(value):
+            mistakes.append(
+                f"--hostfile: {what}: {value!r}: a remote shell changes such a path; use A-Z a-z 0-9 _ . / -"
+            )
+    if mistakes:
+        raise InputError(mistakes)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
+    command += ["--include", include] if include else []
+    command += ["--exclude", exclude] if exclude else []
+    command += ["--master_addr", master_addr] if master_addr else []
+    command += ["--ssh_port", str(ssh_port)] if ssh_port else []
+    command += ["--master_port", str(master_port or DEFAULT_PORT), "--no_ssh_check", "--force_multi"]
+    # At log level info the runner prints all variables that it sends.
+    return [*command, "--log_level", "warning", "--module", module, str(config)]
+
+
+def write_environment(path: Path, environ: Mapping[str, str]) -> None:
+    """Write the variables that travel, and those of the user's own .deepspeed_env, as DeepSpeed's runner reads them."""
+    chosen = {name: _quoted(value) for name, value in travelling(environ).items()}
+    for own in _own_environment_files(environ):
+        for line in own.read_text(encoding="utf-8").splitlines():
+            if "=" in line and not line.lstrip().startswith("#"):  # the runner itself fails on others
+                name, value = line.split("=", 1)
+                chosen[name.strip()] = value.strip()
+    write_whole(path, "".join(f"{name}={value}\n" for name, value in chosen.items()))
+
+
+def _own_environment_files(environ: Mapping[str, str]) -> list[Path]:
+    name = environ.get("DS_ENV_FILE", ".deepspeed_env")
+    return [path for path in (Path.home() / name, Path(name)) if path.is_file()]
+
+
+def _quoted(value: str) -> str:
+    """A value that survives pdsh, which replaces %h and the like, and the double quotes that the runner puts around."""
+    return re.sub(r'([\\$`"])', r"\\\1", value).replace("%", "%%")
+
+
+# --- srun and mpirun --------------------------------------------------------------------------------------------------
+
+
+def slurm_tasks(environ: Mapping[str, str]) -> int:
+    """How many tasks a step has in this allocation: one a device.
+
+    Raises InputError outside an allocation, or where it does not say how many devices a node has.
+    """
+    if "SLURM_JOB_ID" not in environ:
+        raise InputError("--slurm: this is no Slurm allocation (SLURM_JOB_ID is not set): use it in sbatch or salloc")
+    tasks, on_node = environ.get("SLURM_NTASKS"), environ.get("SLURM_GPUS_ON_NODE")
+    if tasks is None and on_node is None:
+        raise InputError("--slurm: neither SLURM_NTASKS nor SLURM_GPUS_ON_NODE is set: give sbatch --ntasks-per-node")
+    if on_node is None:
+        return int(tasks or 0)
+    devices = int(environ.get("SLURM_JOB_NUM_NODES", "1")) * int(on_node)
+    if tasks is not None and int(tasks) != devices:
+        raise InputError(
+            f"--slurm: the allocation has {tasks} tasks and {devices} devices, and each device needs a task: "
+            f"give sbatch --ntasks-per-node={on_node}"
+        )
+    return devices
+
+
+def slurm_command(tasks: int, module: str, config: Path) -> list[str]:
+    """The call of srun; --kill-on-bad-exit ends the others where one task fails."""
+    worker = [sys.executable, "-u", "-m", module, str(config)]
+    return ["srun", f"--ntasks={tasks}", "--kill-on-bad-exit=1", "--export=ALL", *worker]
+
+
+def openmpi_command(processes: int, module: str, config: Path, environ: Mapping[str, str]) -> list[str]:
+    """The call of mpirun. Without `--bind-to none` it would bind each of two processes to a single core."""
+    rendezvous = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name in environ]
+    exports = [word for name in (*travelling(environ), *rendezvous) for word in ("-x", name)]
+    worker = [sys.executable, "-u", "-m", module, str(config)]
+    return ["mpirun", "-np", str(processes), "--bind-to", "none", *exports, *worker]
+
+
+# --- waiting ----------------------------------------------------------------------------------------------------------
+
+
+def follow(command: Sequence[str], environ: Mapping[str, str], run_dir: Path) -> int:
+    """Run another launcher's command to its end; returns its exit code: 0, 2 and 75 as they are, anything else as 1.
+
+    These launchers answer a signal by killing. So the first one here becomes the file RUN/STOP, at which all ranks
+    save and end with 75; the second one is passed on.
+    """
+    try:
+        # A session of its own: a Ctrl-C on the terminal reaches this process alone.
+        child = subprocess.Popen(
+            command, env=dict(environ), start_new_session=True, preexec_fn=die_with_parent(signal.SIGTERM)
+        )
+    except FileNotFoundError:
+        raise InputError(f"{command[0]}: is not installed here") from None
+    with _stopping(child, run_dir):
+        return exit_code(child.wait())
+
+
+@contextlib.contextmanager
+def _stopping(child: subprocess.Popen[bytes], run_dir: Path) -> Iterator[None]:
+    asked = False
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            os.killpg(child.pid, signal.SIGTERM)
+            return
+        asked = True
+        with contextlib.suppress(OSError):
+            (run_dir / "STOP").touch()
+        said = f"{signal.Signals(number).name}: the ranks save and stop at the next step; once more ends them at once"
+        print(f"lcm-ds launch: {said}", file=sys.stderr, flush=True)
+
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    previous = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
