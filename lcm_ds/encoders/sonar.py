@@ -1,7 +1,8 @@
 """SONAR through transformers: sentences → concepts, and concepts → sentences.
 
 SONAR's text encoder is NLLB's (M2M100), its output averaged over all tokens, the language's and the end's included; its
-decoder is NLLB's again, attending to that one vector alone (https://arxiv.org/abs/2308.11466). Concepts are in raw space.
+decoder is NLLB's again, attending to that one vector alone (https://arxiv.org/abs/2308.11466). Concepts are in raw
+space.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class SonarEncoder:
         self.revision = check_revision(config.model, config.revision, commit_of(self._model))
         self.embed_dim: int = self._model.config.d_model
         self.max_tokens = min(config.max_tokens, self._model.config.max_position_embeddings)
-        self._tokenizer = _load_tokenizer(config.model, config.revision)
+        self._tokenizer = _load_tokenizer(config.model, config.revision, self._model.config.vocab_size)
         check_language(self._tokenizer, config.language, "encoder.language")
         self._tokenizer.src_lang = config.language
 
@@ -99,7 +100,7 @@ class SonarDecoder:
         self.batch_size = batch_size
         self._model = _load(M2M100ForConditionalGeneration, model, revision, self.dtype).to(self.device)
         self.embed_dim: int = self._model.config.d_model
-        self._tokenizer = _load_tokenizer(model, revision)
+        self._tokenizer = _load_tokenizer(model, revision, self._model.config.vocab_size)
         self._language_id = check_language(self._tokenizer, language, "language")
 
     @torch.inference_mode()
@@ -141,7 +142,7 @@ def check_language(tokenizer: Any, language: str, key: str) -> int:
     """The token id of an NLLB language code; an unknown one, which the tokenizer would take for <unk>, is refused."""
     known = {token: id for token, id in tokenizer.get_added_vocab().items() if _LANGUAGE.fullmatch(token)}
     if language not in known:
-        close = difflib.get_close_matches(language, known, n=1, cutoff=0.4)
+        close = [code for code in known if code.startswith(language)] or difflib.get_close_matches(language, known)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise InputError(f"{key}: {language!r} is no language code of this model (NLLB's look like eng_Latn){hint}")
     return known[language]
@@ -169,19 +170,24 @@ def _load(kind: Any, model: str, revision: str | None, dtype: torch.dtype) -> An
         raise unreachable(model, error) from None
     missing = [*report["missing_keys"], *report["mismatched_keys"]]
     if missing:
-        raise InputError(
-            f"model {model!r} is no {kind.__name__}: it lacks {len(missing)} weights, such as {min(missing)}"
-        )
+        lacks = f"it lacks {len(missing)} weights, such as {min(map(str, missing))}"
+        raise InputError(f"model {model!r} is no {kind.__name__}: {lacks}")
     return loaded.eval()
 
 
-def _load_tokenizer(model: str, revision: str | None) -> Any:
+def _load_tokenizer(model: str, revision: str | None, vocab_size: int) -> Any:
+    """A model's tokenizer; one of language codes alone, as transformers makes where files are missing, is refused."""
     from transformers import NllbTokenizer
 
     try:
-        return NllbTokenizer.from_pretrained(model, revision=_hub(model, revision), legacy_behaviour=False)
+        tokenizer = NllbTokenizer.from_pretrained(model, revision=_hub(model, revision), legacy_behaviour=False)
     except (OSError, ValueError, TypeError) as error:
         raise unreachable(model, error) from None
+    if not 0.9 * vocab_size <= len(tokenizer) <= vocab_size:  # models leave a few ids unused
+        raise InputError(
+            f"model {model!r} knows {vocab_size} tokens, its tokenizer {len(tokenizer)}: files are missing"
+        )
+    return tokenizer
 
 
 def _hub(model: str, revision: str | None) -> str:

@@ -1,0 +1,149 @@
+"""Sentences: nothing is lost, nothing is too long, no word is cut."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lcm_ds.config import SentencesConfig
+from lcm_ds.errors import InputError
+from lcm_ds.text.sentences import Splitter
+
+WORDS = st.text("abcdefgh.,;:!?()\"'-…XYZéß中文。，ا؟🎉\u200d", min_size=1, max_size=12)
+SPACES = st.sampled_from([" ", " ", " ", " ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u2028"])
+TEXTS = st.lists(st.tuples(WORDS, SPACES), max_size=120).map(lambda parts: "".join(map("".join, parts)))
+
+
+def splitter(**changes: object) -> Splitter:
+    return Splitter(SentencesConfig.model_validate(changes))
+
+
+SHORT = splitter(max_characters=24)
+ENGLISH = splitter()
+
+
+@given(TEXTS)
+@settings(max_examples=150, deadline=None)
+def test_no_text_is_lost_and_no_sentence_is_empty_or_too_long(text: str) -> None:
+    sentences = SHORT.split(text)
+    assert "".join("".join(sentences).split()) == "".join(text.split())
+    for sentence in sentences:
+        assert sentence == " ".join(sentence.split()) != ""
+        assert len(sentence) <= 24
+
+
+@given(st.lists(st.tuples(st.text('abcdXY.,;!?"()-', min_size=1, max_size=24), SPACES), max_size=80))
+@settings(max_examples=150, deadline=None)
+def test_no_word_is_cut(parts: list[tuple[str, str]]) -> None:
+    text = "".join(map("".join, parts))
+    assert " ".join(SHORT.split(text)).split() == text.split()
+
+
+@given(TEXTS)
+@settings(max_examples=100, deadline=None)
+def test_sentences_split_again_are_the_same_sentences(text: str) -> None:
+    sentences = SHORT.split(text)
+    assert SHORT.split("\n\n".join(sentences)) == sentences
+
+
+@given(st.text(max_size=300))
+@settings(max_examples=100, deadline=None)
+def test_any_text_at_all_can_be_split(text: str) -> None:
+    assert all(sentence.strip() and len(sentence) <= 24 for sentence in SHORT.split(text))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("", []),
+        (" \n\t\u200b\x00 ", []),
+        ("It rains.  Take\nan umbrella, please!", ["It rains.", "Take an umbrella, please!"]),
+        ("Dr. Smith met e.g. Mr. Jones. They left.", ["Dr. Smith met e.g. Mr. Jones.", "They left."]),
+        ('He left. "Go," she said. (He was gone.)', ["He left.", '"Go," she said.', "(He was gone.)"]),
+        ("See os.PathLike and torch.Tensor. Done.", ["See os.PathLike and torch.Tensor.", "Done."]),
+        ("A heading\nThen the text follows.", ["A heading", "Then the text follows."]),
+        ("one\n\ntwo\n \nthree", ["one", "two", "three"]),
+        ("To buy:\n- Apples\n- Pears", ["To buy:", "- Apples", "- Pears"]),
+        ("He\x07 said\x00 no.", ["He said no."]),
+    ],
+)
+def test_where_sentences_end(text: str, sentences: list[str]) -> None:
+    assert ENGLISH.split(text) == sentences
+
+
+def test_hard_wrapped_lines_are_one_paragraph() -> None:
+    wrapped = (
+        "The ship that Captain Walton had hired in the summer before sailed from\n"
+        "Archangel to the north, and nobody on the shore who saw it leave thought\n"
+        "Walton would return. He did.\n"
+    )
+    sentences = ENGLISH.split(wrapped)
+    assert len(sentences) == 2
+    assert sentences[1] == "He did."
+
+
+def test_a_long_sentence_is_cut_near_its_middle_behind_a_clause_mark() -> None:
+    front = "so it went on for all of the long day and for most of the following night"
+    back = "and when the morning came there was nothing left of what they had built up"
+    assert splitter(max_characters=100).split(f"{front}, {back}.") == [f"{front},", f"{back}."]
+    pieces = splitter(max_characters=100).split(f"{front} {back}.")  # no clause mark: at a space
+    assert max(map(len, pieces)) - min(map(len, pieces)) <= 20
+    # A mark at the very beginning would leave a scrap: the space in the middle is better.
+    scrap = splitter(max_characters=100).split(f"Well, {front} {back}.")
+    assert min(map(len, scrap)) > 60
+
+
+def test_only_a_word_longer_than_a_sentence_is_cut_in_itself() -> None:
+    assert ENGLISH.split("See " + "x" * 600 + " there.") == ["See", "x" * 250, "x" * 250, "x" * 100, "there."]
+    assert ENGLISH.split("x" * 250 + " y") == ["x" * 250, "y"]
+    assert len(ENGLISH.split("z" * 100_000)) == 400
+
+
+def test_scripts_without_spaces_end_sentences_and_clauses_at_their_own_marks() -> None:
+    chinese = splitter(language="zh", max_characters=16)
+    text = "今天下雨了。我们在家里看书，孩子们在窗边画画，谁也不想出门！"
+    sentences = chinese.split(text)
+    assert "".join(sentences) == text
+    assert sentences[0] == "今天下雨了。"
+    assert all(sentence[-1] in "。，！" for sentence in sentences)
+    assert splitter(language="xx").split("مرحبا بالعالم؟ نعم.") == ["مرحبا بالعالم؟", "نعم."]
+
+
+def test_five_megabytes_in_one_line_take_seconds() -> None:
+    text = "Hello world, this is a test. And (so it seems) one more! " * 90_000
+    start = time.monotonic()
+    sentences = ENGLISH.split(text)
+    assert len(sentences) == 180_000
+    assert len(ENGLISH.split("word " * 300_000)) == 6000  # nor is there any end mark where spaCy's limit falls
+    assert time.monotonic() - start < 60
+
+
+def test_settings_say_what_determines_the_sentences() -> None:
+    said = splitter(max_characters=99).settings()
+    assert said["max_characters"] == 99
+    assert said["language"] == "en"
+    assert said["library"].startswith("spacy 3.")
+
+
+def test_what_is_not_installed_is_a_mistake_with_its_remedy() -> None:
+    with pytest.raises(InputError, match="python -m spacy download xx_no_such"):
+        splitter(pipeline="xx_no_such")
+    with pytest.raises(InputError, match=r"sentences\.language: spaCy has no pipeline for 'qq'"):
+        splitter(language="qq")
+
+
+def test_a_named_pipeline_is_used_and_given_a_sentencizer_if_it_finds_no_sentences(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    import spacy
+
+    folder = tmp_path_factory.mktemp("pipeline")
+    nlp = spacy.blank("en")
+    nlp.add_pipe("sentencizer", config={"punct_chars": [";"]})
+    nlp.to_disk(folder / "semicolons")
+    spacy.blank("de").to_disk(folder / "nothing")
+    assert splitter(pipeline=str(folder / "semicolons")).split("One; two. Three.") == ["One;", "two. Three."]
+    assert splitter(pipeline=str(folder / "nothing")).split("Eins. Zwei.") == ["Eins.", "Zwei."]
