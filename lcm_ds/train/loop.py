@@ -317,7 +317,7 @@ def identity(job: Job, place: Place) -> dict[str, Any]:
     """What a checkpoint has to agree with to be resumed, and the versions it was made with."""
     return {
         "fingerprint": job.fingerprint,
-        "model": {key: value for key, value in job.model.to_diff_dict().items() if key != "transformers_version"},
+        "model": job.model.sizes(),
         "precision": ds_config.precision(job.ds),
         "zero_stage": ds_config.zero_stage(job.ds),
         "world_size": place.world_size,

@@ -1,0 +1,102 @@
+"""Sizes of a Base-LCM: its Hugging Face config, the presets, and what a train config makes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from lcm_ds.config import ModelConfig, nearest
+from lcm_ds.errors import InputError
+
+
+class BaseLCMConfig(PretrainedConfig):
+    """A Base-LCM (arXiv 2412.08821, section 2.3.1); names as in Hugging Face configs.
+
+    embed_dim: numbers in a concept; hidden_size: width of the decoder; dropout: on what each attention and
+    feed-forward block adds to its input, in training only.
+    """
+
+    model_type = "base_lcm"
+
+    embed_dim: int = 1024
+    hidden_size: int = 2048
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    intermediate_size: int = 5632
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    dropout: float = 0.0
+    initializer_range: float = 0.02
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def sizes(self) -> dict[str, Any]:
+        """What makes this model and no other: the fields above."""
+        return {name: getattr(self, name) for name in SIZES}
+
+
+SIZES = (
+    "embed_dim",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "rms_norm_eps",
+    "rope_theta",
+    "dropout",
+    "initializer_range",
+)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # MiniLM's 384 dimensions; small enough for two CPU cores
+    "quickstart": {
+        "embed_dim": 384,
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 768,
+    },
+    "150m": {
+        "embed_dim": 1024,
+        "hidden_size": 1024,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 16,
+        "intermediate_size": 2816,
+    },
+    # the paper's (arXiv 2412.08821, section 2.4.1); 5632 is 8192 · 2/3 up to a multiple of 256
+    "1.6b": {
+        "embed_dim": 1024,
+        "hidden_size": 2048,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "intermediate_size": 5632,
+        "dropout": 0.1,
+    },
+}
+
+
+def resolve_model(model: ModelConfig, origin: str = "model") -> BaseLCMConfig:
+    """The preset with the config's own keys laid over it.
+
+    Raises InputError, with `origin` in front, for an unknown preset and for sizes that do not fit together.
+    """
+    sizes: dict[str, Any] = {}
+    if model.preset is not None:
+        if model.preset not in PRESETS:
+            raise InputError(f"{origin}: model.preset: no preset {model.preset!r}{nearest(model.preset, PRESETS)}")
+        sizes.update(PRESETS[model.preset])
+    sizes.update(model.model_dump(exclude={"preset"}, exclude_none=True))
+    missing = [name for name in SIZES[:5] if name not in sizes]
+    if missing:
+        raise InputError(f"{origin}: model: without a preset it needs {', '.join(missing)}")
+    config = BaseLCMConfig(**sizes)
+    if config.hidden_size % (2 * config.num_attention_heads):
+        raise InputError(
+            f"{origin}: model.hidden_size: {config.hidden_size} is not an even multiple of "
+            f"num_attention_heads {config.num_attention_heads} (RoPE turns pairs of a head's dimensions)"
+        )
+    return config

@@ -1,0 +1,22 @@
+"""Model FLOPs of training, counted exactly, for the utilisation (mfu) that a run reports."""
+
+from __future__ import annotations
+
+from lcm_ds.model.config import BaseLCMConfig
+
+
+def matrix_weights(config: BaseLCMConfig) -> int:
+    """Weights of all matrices: pre-net, post-net, and in each layer four of attention and three of the SwiGLU."""
+    layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
+    return 2 * config.embed_dim * config.hidden_size + config.num_hidden_layers * layer
+
+
+def training_flops(config: BaseLCMConfig, concepts: int, pairs: int) -> int:
+    """FLOPs of forward and backward over `concepts` concepts; recomputation is not counted.
+
+    pairs: sum over segments of length². A matrix costs 2 FLOPs a weight and concept. Attention in a layer costs
+    2 · 2 · hidden_size for each pair (q·k, then the weighted sum), of which causality leaves half. The backward pass
+    costs twice the forward (arXiv 2204.02311, appendix B).
+    """
+    forward = 2 * matrix_weights(config) * concepts + config.num_hidden_layers * 2 * config.hidden_size * pairs
+    return 3 * forward
