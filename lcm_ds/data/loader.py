@@ -1,0 +1,216 @@
+"""The loader: the plan's rows as batches, read ahead by threads.
+
+Promises the same global batches in the same order for any world size, micro-batch and number of threads: a batch is a
+pure function of (step, index), so nothing has to be saved to resume but the step.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import count
+from threading import Lock
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lcm_ds.data.format import Dataset
+from lcm_ds.data.plan import Plan, Source, document_order
+from lcm_ds.data.reader import open_shard
+from lcm_ds.data.rows import Segment, ShardInOrder, cut, fill_row
+from lcm_ds.errors import InputError
+
+# Open shards: at least a few more than lanes, but not so many that file descriptors run out.
+FEWEST_OPEN, MOST_OPEN = 32, 512
+VALIDATION_SEED = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of one rank."""
+
+    concepts: Tensor  # [rows, row_length, embed_dim], raw space, stored dtype; zeros where there are none
+    segment_ids: Tensor  # int32 [rows, row_length]: 0, 1, 2 … in a row; −1 where there are no concepts
+    step: int
+    index: int  # of the micro-batch in its step
+    first_lane: int  # of its first row, counted over all ranks; validation: the number of its first row
+
+    @property
+    def targets(self) -> int:
+        """Concepts that the model has to predict: all of each segment but its first."""
+        ids = self.segment_ids
+        return int(((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)).sum())
+
+    @property
+    def real_concepts(self) -> int:
+        """Concepts that are not padding."""
+        return int((self.segment_ids >= 0).sum())
+
+
+class Loader:
+    """The batches of one rank, from `start_step` on, in order; without end where the plan has none.
+
+    Of the rows of a step, rank r of W has a contiguous run of lanes, and its micro-batch i the i-th run of
+    micro_batch_rows of those. workers: threads that read ahead; 0 reads when asked. An error in a thread is raised
+    where its batch would have come. Raises InputError where rows_per_step does not divide.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        plan: Plan,
+        max_segment: int,
+        rank: int,
+        world_size: int,
+        micro_batch_rows: int,
+        workers: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        if plan.rows_per_step % (world_size * micro_batch_rows):
+            raise InputError(
+                f"batch.rows_per_step: {plan.rows_per_step} is not a multiple of "
+                f"{world_size} ranks × {micro_batch_rows} micro_batch_rows"
+            )
+        self.plan, self.micro_batch_rows, self.start_step = plan, micro_batch_rows, start_step
+        lanes = plan.rows_per_step // world_size
+        self._first_lane = rank * lanes
+        self.micro_batches = lanes // micro_batch_rows  # a step
+        self._rows = _Rows(datasets, plan, max_segment, open_shards=2 * lanes)
+        self._ahead = 2 * workers + 2
+        self._pool = ThreadPoolExecutor(workers, "lcm-ds-loader") if workers else None
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._pool is None:
+            yield from (self.read(step, index) for step, index in self._order())
+            return
+        order = self._order()
+        coming: deque[Future[Batch]] = deque()
+        while True:
+            for step, index in order:
+                coming.append(self._pool.submit(self.read, step, index))
+                if len(coming) > self._ahead:
+                    break
+            if not coming:
+                return
+            yield coming.popleft().result()
+
+    def read(self, step: int, index: int) -> Batch:
+        """Micro-batch `index` of `step`."""
+        first_lane = self._first_lane + index * self.micro_batch_rows
+        places = [(step, first_lane + row) for row in range(self.micro_batch_rows)]
+        return self._rows.batch(places, step, index, first_lane)
+
+    def close(self) -> None:
+        """End the threads; what they read ahead is dropped."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _order(self) -> Iterator[tuple[int, int]]:
+        steps = count(self.start_step) if self.plan.steps is None else range(self.start_step, self.plan.steps)
+        return ((step, index) for step in steps for index in range(self.micro_batches))
+
+
+def validation_batches(
+    dataset: Dataset,
+    row_length: int,
+    max_segment: int,
+    micro_batch_rows: int,
+    rank: int,
+    world_size: int,
+    rows: int | None = None,
+) -> Iterator[Batch]:
+    """This rank's part of the whole dataset, or of its first `rows` rows, in an order that is always the same.
+
+    Every rank has the same number of batches. No row comes twice: the last ones are filled up with rows without
+    concepts.
+    """
+    plan = Plan([Source([shard.concepts for shard in dataset.shards])], VALIDATION_SEED, 1, row_length, epochs=1)
+    assert plan.steps is not None
+    rows = plan.steps if rows is None else min(rows, plan.steps)
+    reader = _Rows([dataset], plan, max_segment, open_shards=FEWEST_OPEN)
+    for index in range(-(-rows // (world_size * micro_batch_rows))):
+        first = (index * world_size + rank) * micro_batch_rows
+        # One lane, so that a step is a row; after the last step there are no concepts.
+        places = [(row if row < rows else plan.steps, 0) for row in range(first, first + micro_batch_rows)]
+        yield reader.batch(places, 0, index, first)
+
+
+class TraceLine(NamedTuple):
+    """A segment of a step, and the document that it is of."""
+
+    lane: int
+    segment: int  # in the row
+    shard: str
+    key: str
+    id: str
+    words: str  # the first words of the segment; empty where the dataset keeps no sentences
+    start: int  # concepts, counted in the document
+    stop: int
+
+
+def trace(datasets: Sequence[Dataset], plan: Plan, max_segment: int, step: int) -> list[TraceLine]:
+    """All segments of a step, lane by lane."""
+    rows = _Rows(datasets, plan, max_segment, open_shards=FEWEST_OPEN)
+    return [
+        _trace_line(lane, number, segment)
+        for lane in range(plan.rows_per_step)
+        for number, segment in enumerate(rows.segments(step, lane))
+    ]
+
+
+def _trace_line(lane: int, number: int, segment: Segment) -> TraceLine:
+    shard, document, start, stop = segment
+    meta = shard.meta(document)
+    words = " ".join(str(meta["sentences"][start]).split()[:8]) if meta["sentences"] else ""
+    return TraceLine(lane, number, shard.name, shard.keys[document], str(meta["id"]), words, start, stop)
+
+
+class _Rows:
+    """Rows of a plan, read from its datasets. Safe to use from several threads."""
+
+    def __init__(self, datasets: Sequence[Dataset], plan: Plan, max_segment: int, open_shards: int) -> None:
+        self.datasets, self.plan, self.max_segment = datasets, plan, max_segment
+        self._dtype = torch.float32 if any(d.info.dtype == "float32" for d in datasets) else torch.float16
+        self._most = min(max(open_shards, FEWEST_OPEN), MOST_OPEN)
+        # Futures, so that a thread that needs a shard waits for the one that is opening it, and for no other.
+        self._open: OrderedDict[tuple[int, int, int], Future[ShardInOrder]] = OrderedDict()
+        self._lock = Lock()
+
+    def segments(self, step: int, lane: int) -> Iterator[Segment]:
+        """The segments of one row, in order."""
+        for piece in self.plan.pieces(step, lane):
+            read = self._shard(piece.source, piece.epoch, piece.shard)
+            yield from cut(read, piece.start, piece.stop, self.max_segment)
+
+    def batch(self, places: Sequence[tuple[int, int]], step: int, index: int, first_lane: int) -> Batch:
+        """The rows at `places`, each a step and a lane, as one batch."""
+        shape = (len(places), self.plan.row_length)
+        concepts = torch.empty(*shape, self.datasets[0].embed_dim, dtype=self._dtype)
+        segment_ids = torch.empty(shape, dtype=torch.int32)
+        for place, row, ids in zip(places, concepts.numpy(), segment_ids.numpy(), strict=True):
+            fill_row(self.segments(*place), row, ids)
+        return Batch(concepts, segment_ids, step, index, first_lane)
+
+    def _shard(self, source: int, epoch: int, shard: int) -> ShardInOrder:
+        """A shard in the order of an epoch; the one that nobody has used for longest is closed."""
+        key = (source, epoch, shard)
+        with self._lock:
+            future = self._open.get(key)
+            if opener := future is None:
+                future = self._open[key] = Future()
+                if len(self._open) > self._most:
+                    self._open.popitem(last=False)
+            else:
+                self._open.move_to_end(key)
+        assert future is not None
+        if opener:
+            try:
+                found = open_shard(self.datasets[source], shard)
+                order = document_order(self.plan.seed, epoch, source, shard, len(found))
+                future.set_result(ShardInOrder.of(found, order))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()

@@ -1,0 +1,66 @@
+"""Rows: a piece of a shard → segments of its documents, and segments → a row of the batch."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from lcm_ds.data.reader import Shard
+
+
+class Segment(NamedTuple):
+    """Concepts `start` to `stop` of a document, counted in the document."""
+
+    shard: Shard
+    document: int  # in the shard's own order
+    start: int
+    stop: int
+
+
+class ShardInOrder(NamedTuple):
+    """A shard with its documents in the order in which an epoch reads them."""
+
+    shard: Shard
+    documents: list[int]
+    ends: list[int]  # concepts up to the end of documents[i], in that order
+
+    @classmethod
+    def of(cls, shard: Shard, order: np.ndarray) -> ShardInOrder:
+        """`order`: int64 [documents], as lcm_ds.data.plan.document_order gives it."""
+        return cls(shard, order.tolist(), np.cumsum(shard.lengths[order]).tolist())
+
+
+def cut(read: ShardInOrder, start: int, stop: int, max_segment: int) -> Iterator[Segment]:
+    """Segments of the concepts `start` to `stop` of a shard, counted in the order in which it is read.
+
+    A document longer than max_segment is wrapped: cut at multiples of max_segment counted from its first concept,
+    wherever rows begin and end.
+    """
+    at = bisect_right(read.ends, start)
+    while start < stop:
+        first, end = read.ends[at - 1] if at else 0, min(stop, read.ends[at])
+        while start < end:
+            offset = start - first
+            until = min(end - first, (offset // max_segment + 1) * max_segment)
+            yield Segment(read.shard, read.documents[at], offset, until)
+            start = first + until
+        at += 1
+
+
+def fill_row(segments: Iterable[Segment], concepts: np.ndarray, segment_ids: np.ndarray) -> None:
+    """Copy a row's segments to its place in a batch.
+
+    concepts: [row_length, embed_dim], zeros after the last segment; segment_ids: int32 [row_length], 0, 1, 2 … and −1
+    after the last.
+    """
+    filled = 0
+    for number, (shard, document, start, stop) in enumerate(segments):
+        until = filled + stop - start
+        concepts[filled:until] = shard.concepts(document)[start:stop]
+        segment_ids[filled:until] = number
+        filled = until
+    concepts[filled:] = 0
+    segment_ids[filled:] = -1
