@@ -35,7 +35,7 @@ class Normalizer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Normalizer:
         """Moves to another device as asked, but is never cast: rounding here would shift every concept."""
-        exact = {name: buffer for name, buffer in self.named_buffers(recurse=False)}
+        exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
             moved = getattr(self, name)
