@@ -8,10 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from lcm_ds.data.format import DatasetInfo, EndOfText, commit, finish, write_normalizer
 from lcm_ds.data.normalizer import fit
 from lcm_ds.data.writer import Document, write_shard
+
+# The same examples on every machine, however slow it is.
+settings.register_profile("suite", deadline=None, derandomize=True)
+settings.load_profile("suite")
 
 END_OF_TEXT = "End of text."
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lcm_ds.data.plan import Piece, Plan, Source, document_order, fingerprint, share_lanes
 from lcm_ds.errors import InputError
 
-shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
+shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 9)
 sources = st.lists(st.builds(Source, shard_sizes, st.floats(0.5, 2)), min_size=1, max_size=3)
 
 
@@ -214,7 +214,7 @@ def test_fingerprint_changes_with_all_that_decides_the_order_and_with_nothing_el
     assert fingerprint(**{**same, "weights": [2, 6]}) == fingerprint(**same)
 
 
-@settings(deadline=None, max_examples=3)
+@settings(max_examples=3)
 @given(st.integers(0, 2**63 - 1))
 def test_60_billion_concepts_in_150_000_shards(seed: int) -> None:
     sizes = np.random.default_rng(0).integers(300_000, 500_000, 150_000)
@@ -223,7 +223,7 @@ def test_60_billion_concepts_in_150_000_shards(seed: int) -> None:
     plan.pieces(0, 0)
     assert time.perf_counter() - began < 3  # measured: 0.1
     spans = []
-    for step in (0, 1000, 123_456, 200_000):
+    for step in range(0, 200_001, 10_000):
         began = time.perf_counter()
         rows = [plan.pieces(step, lane) for lane in range(224)]
         spans.append(time.perf_counter() - began)

@@ -1,0 +1,36 @@
+"""What the tests of datasets share: documents, and datasets that may be damaged."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lcm_ds.data.writer import Document
+
+
+@pytest.fixture
+def document() -> Callable[..., Document]:
+    """document(key, n, embed_dim=4) -> a document of n random concepts; further keywords replace its fields."""
+
+    def make(key: str, n: int = 3, embed_dim: int = 4, **fields: object) -> Document:
+        random = np.random.default_rng(sum(key.encode()) + n)
+        values = {
+            "key": key,
+            "id": f"text/{key}",
+            "source": "tests",
+            "sentences": [f"Sätze {i} of {key}." for i in range(n)],
+            "concepts": random.normal(size=(n, embed_dim)).astype(np.float32),
+        }
+        return Document(**(values | fields))
+
+    return make
+
+
+@pytest.fixture
+def own_dataset(synthetic_dataset: Callable[..., Path], tmp_path: Path) -> Path:
+    """A copy of a synthetic dataset of 4 shards with 10 documents each, for one test to damage."""
+    return Path(shutil.copytree(synthetic_dataset(), tmp_path / "own"))
