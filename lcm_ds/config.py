@@ -129,6 +129,8 @@ class DataConfig(Schema):
     max_segment: int = Field(128, ge=2)
     workers: int = Field(1, ge=0)  # prefetch threads
     cache_dir: str | None = None  # where shards of remote datasets are kept
+    # always: a shard's checksum is compared when a process first opens it; size: only its size
+    verify: Literal["always", "size"] = "always"
 
     @field_validator("train", mode="before")
     @classmethod

@@ -97,6 +97,7 @@ class Dataset:
     info: DatasetInfo
     shards: tuple[ShardInfo, ...]
     cache_dir: str | None = None  # where shards that are not on this machine are kept
+    checksums: bool = True  # whether a shard's sha256 is compared when this process first opens it
 
     @property
     def embed_dim(self) -> int:
@@ -118,8 +119,10 @@ class Dataset:
         return remote.fetch(place, shard.sha256, shard.bytes, self.cache_dir)
 
 
-def open_dataset(path: str | Path, cache_dir: str | Path | None = None) -> Dataset:
+def open_dataset(path: str | Path, cache_dir: str | Path | None = None, checksums: bool = True) -> Dataset:
     """The dataset in the folder or at the URL `path`; `cache_dir` keeps the shards of one that is elsewhere.
+
+    Sizes of shards are compared here, their checksums when one is first opened, unless `checksums` is false.
 
     Raises InputError with every mistake: no such folder, not finished, a file that is not as it should be, a shard that
     is missing or has another size than shards.jsonl lists.
@@ -150,7 +153,7 @@ def open_dataset(path: str | Path, cache_dir: str | Path | None = None) -> Datas
             )
     mistakes.raise_if_any()
     assert info is not None
-    return Dataset(folder, info, tuple(shards), None if cache_dir is None else str(cache_dir))
+    return Dataset(folder, info, tuple(shards), None if cache_dir is None else str(cache_dir), checksums)
 
 
 def finish(folder: str | Path, info: DatasetInfo) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from functools import lru_cache
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from lcm_ds.data.format import SHARDS, Dataset, ShardInfo
 from lcm_ds.data.tar import Member, read_members
-from lcm_ds.errors import InputError
+from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import sha256_of
 
 
@@ -131,21 +132,25 @@ class Shard:
 
 def open_shard(dataset: Dataset, index: int) -> Shard:
     """Shard `index` of a dataset, checked against it; fetched first where it is elsewhere. Raises InputError."""
-    return Shard(dataset.shard_file(index), dataset.shards[index], dataset.embed_dim, dataset.info.dtype)
+    info = dataset.shards[index]
+    shard = Shard(dataset.shard_file(index), info, dataset.embed_dim, dataset.info.dtype)
+    if dataset.checksums and (found := _checksum(shard.path, shard.path.stat().st_mtime_ns)) != info.sha256:
+        raise InputError(f"{shard.path}: has sha256 {found}, {SHARDS} lists {info.sha256}: its bytes have changed")
+    return shard
 
 
 def verify(dataset: Dataset) -> list[str]:
     """Read every shard again; a line for each whose checksum is not that listed or whose documents are not whole."""
-    mistakes = []
-    for index, info in enumerate(dataset.shards):
-        try:
-            shard = open_shard(dataset, index)
-        except InputError as error:
-            mistakes.extend(error.mistakes)
-            continue
-        if (found := sha256_of(shard.path)) != info.sha256:
-            mistakes.append(f"{shard.path}: has sha256 {found}, {SHARDS} lists {info.sha256}")
-    return mistakes
+    mistakes = Collector()
+    for index in range(len(dataset.shards)):
+        with mistakes:
+            open_shard(replace(dataset, checksums=True), index)
+    return mistakes.mistakes
+
+
+@lru_cache(maxsize=1 << 18)  # once a process and shard: epochs come back to the same ones
+def _checksum(path: Path, changed: int) -> str:
+    return sha256_of(path)
 
 
 def _map(path: Path) -> mmap:

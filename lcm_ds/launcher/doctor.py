@@ -68,14 +68,15 @@ def doctor(
 def memory_gib(parameters: int, stage: int, ranks: int, half: bool, fp32_gradients: bool) -> dict[str, float]:
     """GiB a rank holds of parameters, gradients and AdamW's states under a ZeRO stage; activations come on top.
 
-    Bytes a parameter as in the ZeRO paper (arXiv 1910.02054, section 3.1), in half precision 2 for the parameter, 2
-    (4 where they accumulate in fp32) for the gradient and 12 for master weight and moments; in fp32 4, 4 and 8.
-    Stage 1 shares the states among the ranks, stage 2 the gradients, too, stage 3 everything.
+    Bytes a parameter as in the ZeRO paper (arXiv 1910.02054, section 3.1): 2 in half precision and 4 in fp32 for the
+    parameter and for its gradient (4 where gradients accumulate in fp32), 12 for the master weight, which DeepSpeed
+    keeps in fp32, too, and the two moments. Stage 1 shares the states among the ranks, stage 2 the gradients, too,
+    stage 3 everything.
     """
     each = {
         "parameters": 2 if half else 4,
         "gradients": 4 if not half or fp32_gradients else 2,
-        "optimizer states": 12 if half else 8,
+        "optimizer states": 12,
     }
     shared_from = {"parameters": 3, "gradients": 2, "optimizer states": 1}
     return {

@@ -55,9 +55,8 @@ def check(path: str | Path, overrides: Sequence[str], world_size: int) -> Job:
         ds = _read_ds(mapping.get("deepspeed"), Path(path))
     data = mapping.get("data") if isinstance(mapping.get("data"), dict) else {}
     assert isinstance(data, dict)
-    cache_dir = data.get("cache_dir") if isinstance(data.get("cache_dir"), str) else None
-    datasets = [_open(entry, "data.train", cache_dir, path, mistakes) for entry in _train_paths(data)]
-    validation = _open(data.get("validation"), "data.validation", cache_dir, path, mistakes)
+    datasets = [_open(entry, "data.train", data, path, mistakes) for entry in _train_paths(data)]
+    validation = _open(data.get("validation"), "data.validation", data, path, mistakes)
     if config is None or ds is None:
         mistakes.raise_if_any()
     assert config is not None
@@ -106,11 +105,12 @@ def _train_paths(data: dict[str, Any]) -> list[Any]:
     return [train]
 
 
-def _open(value: Any, key: str, cache_dir: str | None, path: str | Path, mistakes: Collector) -> Dataset | None:
+def _open(value: Any, key: str, data: dict[str, Any], path: str | Path, mistakes: Collector) -> Dataset | None:
     if not isinstance(value, str):
         return None
+    cache_dir = data.get("cache_dir")
     try:
-        return open_dataset(value, cache_dir)
+        return open_dataset(value, cache_dir if isinstance(cache_dir, str) else None, data.get("verify") != "size")
     except InputError as error:
         mistakes.mistakes.extend(f"{path}: {key}: {line}" for line in error.mistakes)
         return None

@@ -32,7 +32,7 @@ from lcm_ds.train import checkpoint as checkpoints
 from lcm_ds.train.check import Job
 from lcm_ds.train.engine import build_engine, build_model, connect, set_learning_rate
 from lcm_ds.train.loss import derive_seed, input_noise, squared_error, target_mask
-from lcm_ds.train.metrics import RunLog, set_up_logging
+from lcm_ds.train.metrics import RunLog, prints_to_log, set_up_logging
 from lcm_ds.train.place import Place
 from lcm_ds.train.schedule import learning_rate_factor
 from lcm_ds.train.speed import SpeedMeter, memory_gib, peak_tflops
@@ -63,15 +63,17 @@ def train(job: Job, place: Place) -> int:
             return DONE
     run_dir.mkdir(parents=True, exist_ok=True)
     set_up_logging(run_dir, place.rank)
-    device = connect(place)
+    with prints_to_log(run_dir):
+        device = connect(place)
     if first:
         prepare_run_folder(job, place)
-    model = build_model(job.model, read_normalizer(job.datasets[0].path), job.config.seed, job.ds)
-    engine = build_engine(model, job.config.optim, job.ds)
     start = 0
-    if newest is not None:
-        checkpoints.restore(engine, newest)
-        start = newest.step
+    with prints_to_log(run_dir):
+        model = build_model(job.model, read_normalizer(job.datasets[0].path), job.config.seed, job.ds)
+        engine = build_engine(model, job.config.optim, job.ds)
+        if newest is not None:
+            checkpoints.restore(engine, newest)
+            start = newest.step
     concepts_seen = newest.state()["concepts"] if newest is not None else 0
     if first:
         announce(job, place, engine, start)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,13 @@ def set_up_logging(run_dir: Path, rank: int) -> None:
         library.handlers = []
         library.propagate = True
         library.setLevel(logging.INFO if name.lower() == "deepspeed" else logging.WARNING)
+
+
+@contextlib.contextmanager
+def prints_to_log(run_dir: Path) -> Iterator[None]:
+    """What libraries print goes to RUN/log.txt instead of the console."""
+    with (run_dir / "log.txt").open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        yield
 
 
 class RunLog:

@@ -111,7 +111,7 @@ def _from_rank(numbers: _Numbers) -> Place:
     # A PyTorchJob starts one process in each pod, and says nothing of local ranks.
     local_rank = numbers("LOCAL_RANK", 0)
     local_size = numbers("LOCAL_SIZE", world_size if "LOCAL_RANK" in environ else 1)  # DeepSpeed's name for it
-    alone = world_size == 1
+    alone = world_size <= 1
     if not alone and "MASTER_ADDR" not in environ:
         numbers.mistakes.append("environment: MASTER_ADDR is missing: the host of rank 0")
     return Place(
