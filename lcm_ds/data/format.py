@@ -123,7 +123,6 @@ def open_dataset(path: str | Path, cache_dir: str | Path | None = None, checksum
     """The dataset in the folder or at the URL `path`; `cache_dir` keeps the shards of one that is elsewhere.
 
     Sizes of shards are compared here, their checksums when one is first opened, unless `checksums` is false.
-
     Raises InputError with every mistake: no such folder, not finished, a file that is not as it should be, a shard that
     is missing or has another size than shards.jsonl lists.
     """

@@ -35,18 +35,18 @@ class Shard:
     ) -> None:
         self.path = Path(path)
         self.name = info.name if info is not None else self.path.name
-        # A shard of the cache has its checksum for a name, which tells nobody where it is from.
-        self._where = str(path) if self.path.name == Path(self.name).name else f"{self.name} (kept as {path})"
+        # For messages: a shard of the cache has its checksum for a name, which tells nobody where it is from.
+        self.where = str(path) if self.path.name == Path(self.name).name else f"{self.name} (kept as {path})"
         self.embed_dim = embed_dim
         self.dtype = None if dtype is None else np.dtype(dtype).newbyteorder("<")
         self._data = _map(self.path)
         if info is not None and len(self._data) != info.bytes:
-            raise InputError(f"{self._where}: has {len(self._data)} bytes, {SHARDS} lists {info.bytes}")
+            raise InputError(f"{self.where}: has {len(self._data)} bytes, {SHARDS} lists {info.bytes}")
         self.keys: list[str] = []
         self._metas: dict[str, Member] = {}
         self._offsets: list[int] = []
         lengths = []
-        for member in read_members(self._data, self._where):
+        for member in read_members(self._data, self.where):
             key, extension = _split(member.name)
             if extension == "npy":
                 offset, length = self._check(key, member)
@@ -83,17 +83,17 @@ class Shard:
         try:
             found = json.loads(self._data[member.offset : member.offset + member.size])
         except ValueError as error:
-            raise InputError(f"{self._where}: {key}.json: not JSON: {error}") from None
+            raise InputError(f"{self.where}: {key}.json: not JSON: {error}") from None
         if not isinstance(found, dict) or not isinstance(found.get("sentences", []), list):
-            raise InputError(f"{self._where}: {key}.json: has to be an object with a list of sentences")
+            raise InputError(f"{self.where}: {key}.json: has to be an object with a list of sentences")
         count, length = len(found.get("sentences", [])), int(self.lengths[document])
         if count != length and "sentences" in found:
-            raise InputError(f"{self._where}: {key}: has {count} sentences and {length} concepts")
+            raise InputError(f"{self.where}: {key}: has {count} sentences and {length} concepts")
         return meta | found
 
     def _check(self, key: str, member: Member) -> tuple[int, int]:
         """Where the document's numbers begin, and how many concepts they are."""
-        where = f"{self._where}: {key}.npy"
+        where = f"{self.where}: {key}.npy"
         # The length of the header: two bytes in version 1 of the format, four after it.
         head = self._data[member.offset : member.offset + min(12, member.size)]
         width = 2 if head[6:7] == b"\1" else 4
@@ -119,33 +119,38 @@ class Shard:
     def _check_counts(self, info: ShardInfo | None) -> None:
         if len(keys := set(self.keys)) != len(self.keys):
             twice = next(key for i, key in enumerate(self.keys) if key in self.keys[:i])
-            raise InputError(f"{self._where}: {twice}: two documents have this key")
+            raise InputError(f"{self.where}: {twice}: two documents have this key")
         if orphans := self._metas.keys() - keys:
-            raise InputError(f"{self._where}: {min(orphans)}: has a .json and no .npy")
+            raise InputError(f"{self.where}: {min(orphans)}: has a .json and no .npy")
         found = (len(self), int(self.lengths.sum()))
         if info is not None and found != (info.documents, info.concepts):
             raise InputError(
-                f"{self._where}: has {found[0]} documents with {found[1]} concepts, "
+                f"{self.where}: has {found[0]} documents with {found[1]} concepts, "
                 f"{SHARDS} lists {info.documents} with {info.concepts}"
             )
 
 
 def open_shard(dataset: Dataset, index: int) -> Shard:
     """Shard `index` of a dataset, checked against it; fetched first where it is elsewhere. Raises InputError."""
-    info = dataset.shards[index]
-    shard = Shard(dataset.shard_file(index), info, dataset.embed_dim, dataset.info.dtype)
-    if dataset.checksums and (found := _checksum(shard.path, shard.path.stat().st_mtime_ns)) != info.sha256:
-        raise InputError(f"{shard.path}: has sha256 {found}, {SHARDS} lists {info.sha256}: its bytes have changed")
+    shard = Shard(dataset.shard_file(index), dataset.shards[index], dataset.embed_dim, dataset.info.dtype)
+    if dataset.checksums:
+        _compare(shard, _checksum(shard.path, shard.path.stat().st_mtime_ns), dataset.shards[index])
     return shard
 
 
 def verify(dataset: Dataset) -> list[str]:
     """Read every shard again; a line for each whose checksum is not that listed or whose documents are not whole."""
     mistakes = Collector()
-    for index in range(len(dataset.shards)):
+    for index, info in enumerate(dataset.shards):
         with mistakes:
-            open_shard(replace(dataset, checksums=True), index)
+            shard = open_shard(replace(dataset, checksums=False), index)
+            _compare(shard, sha256_of(shard.path), info)
     return mistakes.mistakes
+
+
+def _compare(shard: Shard, sha256: str, info: ShardInfo) -> None:
+    if sha256 != info.sha256:
+        raise InputError(f"{shard.where}: has sha256 {sha256}, {SHARDS} lists {info.sha256}: its bytes have changed")
 
 
 @lru_cache(maxsize=1 << 18)  # once a process and shard: epochs come back to the same ones

@@ -1,0 +1,256 @@
+"""Contract 2: the same global batch, in the same order, however many ranks, micro-batches and threads there are."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lcm_ds.data.format import Dataset, open_dataset
+from lcm_ds.data.loader import FEWEST_OPEN, Batch, Loader, trace, validation_batches
+from lcm_ds.data.plan import Plan, Source
+from lcm_ds.data.reader import open_shard
+from lcm_ds.errors import InputError
+
+ROWS, LENGTH, MAX_SEGMENT = 24, 32, 16
+
+
+@pytest.fixture(scope="module")
+def dataset(synthetic_dataset: Callable[..., Path]) -> Dataset:
+    """13 shards, 129 documents, about 3000 concepts: an epoch is 4 steps and a bit."""
+    return open_dataset(synthetic_dataset(documents=129, documents_per_shard=10, embed_dim=4, lengths=(2, 45)))
+
+
+def plan_of(*datasets: Dataset, epochs: int | None = None, rows: int = ROWS, length: int = LENGTH) -> Plan:
+    return Plan([Source([s.concepts for s in d.shards]) for d in datasets], 11, rows, length, epochs)
+
+
+def load(dataset: Dataset, plan: Plan, steps: range, world_size: int, micro: int, workers: int) -> Iterator[Batch]:
+    """All ranks' batches of `steps`, in order of step, rank and micro-batch: the global batch from its first row on."""
+    loaders = [
+        Loader([dataset], plan, MAX_SEGMENT, rank, world_size, micro, workers, steps.start)
+        for rank in range(world_size)
+    ]
+    iterators = [iter(loader) for loader in loaders]
+    for step in steps:
+        for loader, iterator in zip(loaders, iterators, strict=True):
+            for index, batch in enumerate(islice(iterator, loader.micro_batches)):
+                assert (batch.step, batch.index) == (step, index)
+                yield batch
+    for loader in loaders:
+        loader.close()
+
+
+def joined(batches: list[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of batches, put where their lanes say."""
+    by_lane = sorted(batches, key=lambda batch: (batch.step, batch.first_lane))
+    return torch.cat([b.concepts for b in by_lane]), torch.cat([b.segment_ids for b in by_lane])
+
+
+@pytest.fixture(scope="module")
+def reference(dataset: Dataset) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first 7 steps, read on one rank in one micro-batch without threads."""
+    return joined(list(load(dataset, plan_of(dataset), range(7), 1, ROWS, 0)))
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_the_global_batch_is_the_same_for_any_world_size_micro_batch_and_workers(
+    dataset: Dataset, reference: tuple[torch.Tensor, torch.Tensor], data: st.DataObject
+) -> None:
+    world_size = data.draw(st.sampled_from([n for n in range(1, 9) if ROWS % n == 0]))
+    lanes = ROWS // world_size
+    micro = data.draw(st.sampled_from([n for n in range(1, lanes + 1) if lanes % n == 0]))
+    workers, start = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 6))
+    batches = list(load(dataset, plan_of(dataset), range(start, 7), world_size, micro, workers))
+    # In this order the rows already lie as they do in the global batch.
+    assert [batch.first_lane for batch in batches] == list(range(0, ROWS, micro)) * (7 - start)
+    for found, expected in zip(joined(batches), reference, strict=True):
+        assert torch.equal(found, expected[start * ROWS :])
+
+
+def test_each_concept_is_read_once_an_epoch_until_the_last_lane_ends(dataset: Dataset) -> None:
+    plan = plan_of(dataset, epochs=3)
+    loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, 4)
+    read: Counter[bytes] = Counter()
+    steps, empty = set(), 0
+    for batch in loader:
+        steps.add(batch.step)
+        empty += int((batch.segment_ids < 0).all(dim=1).sum())
+        read.update(concept.numpy().tobytes() for concept in batch.concepts[batch.segment_ids >= 0])
+    loader.close()
+    stored: Counter[bytes] = Counter()
+    for index in range(len(dataset.shards)):
+        shard = open_shard(dataset, index)
+        stored.update(concept.tobytes() for i in range(len(shard)) for concept in shard.concepts(i))
+    assert read == Counter({concept: 3 * times for concept, times in stored.items()})
+    assert steps == set(range(plan.steps or 0))
+    assert empty > 0  # lanes that were exhausted before the last
+
+
+def test_rows_are_segments_numbered_from_0_and_then_padding(dataset: Dataset) -> None:
+    plan = plan_of(dataset, epochs=1)
+    loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, ROWS, workers=0)
+    for batch in loader:
+        targets = 0
+        assert batch.concepts.shape == (ROWS, LENGTH, 4)
+        assert (batch.concepts.dtype, batch.segment_ids.dtype) == (torch.float16, torch.int32)
+        for concepts, ids in zip(batch.concepts, batch.segment_ids.tolist(), strict=True):
+            real = [i for i in ids if i >= 0]
+            assert ids == real + [-1] * (LENGTH - len(real))
+            lengths = Counter(real)
+            assert real == sorted(real)
+            assert sorted(lengths) == list(range(len(lengths)))
+            assert max(lengths.values(), default=0) <= MAX_SEGMENT
+            assert not concepts[len(real) :].any()
+            targets += len(real) - len(lengths)
+        assert batch.targets == targets
+        assert batch.real_concepts == int((batch.segment_ids >= 0).sum())
+
+
+def test_trace_names_what_the_loader_delivers(dataset: Dataset) -> None:
+    plan = plan_of(dataset)
+    batch = Loader([dataset], plan, MAX_SEGMENT, 0, 1, ROWS, workers=0).read(5, 0)
+    shards = {shard.name: open_shard(dataset, i) for i, shard in enumerate(dataset.shards)}
+    filled = dict.fromkeys(range(ROWS), 0)
+    for line in trace([dataset], plan, MAX_SEGMENT, 5):
+        shard, first = shards[line.shard], filled[line.lane]
+        document = shard.keys.index(line.key)
+        last = filled[line.lane] = first + line.stop - line.start
+        assert set(batch.segment_ids[line.lane, first:last].tolist()) == {line.segment}
+        expected = torch.from_numpy(shard.concepts(document)[line.start : line.stop].copy())
+        assert torch.equal(batch.concepts[line.lane, first:last], expected)
+        meta = shard.meta(document)
+        assert line.id == meta["id"]
+        assert meta["sentences"][line.start].startswith(line.words)
+        assert line.words
+    assert set(filled.values()) == {LENGTH}
+
+
+def test_a_mixture_reads_each_dataset_in_its_lanes(dataset: Dataset, synthetic_dataset: Callable[..., Path]) -> None:
+    other = open_dataset(synthetic_dataset(documents=30, embed_dim=4, seed=1, dtype="float32"))
+    plan = plan_of(dataset, other)
+    datasets = [dataset, other]
+    batch = Loader(datasets, plan, MAX_SEGMENT, 0, 1, ROWS, workers=0).read(0, 0)
+    assert batch.concepts.dtype == torch.float32  # the wider of the two
+    ids = {line.lane: line.id for line in trace(datasets, plan, MAX_SEGMENT, 0)}
+    assert all(name.startswith(f"text-{int(lane >= ROWS // 2)}-") for lane, name in ids.items())
+
+
+def test_rows_that_cannot_be_shared_out_are_refused(dataset: Dataset) -> None:
+    with pytest.raises(InputError, match="24 is not a multiple of 5 ranks × 2 micro_batch_rows"):
+        Loader([dataset], plan_of(dataset), MAX_SEGMENT, 0, 5, 2)
+
+
+# --- threads ---
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("lcm-ds-loader")]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_an_error_comes_where_its_batch_would_have_and_names_the_shard(own_dataset: Path, workers: int) -> None:
+    dataset = open_dataset(own_dataset)
+    plan = plan_of(dataset, rows=1, length=16)
+    (missing,) = {piece.shard for piece in plan.pieces(plan_end(plan, dataset) - 1, 0)}
+    (own_dataset / dataset.shards[missing].name).unlink()
+    loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, 1, workers)
+    batches = iter(loader)
+    first = next(s for s in range(100) if any(p.shard == missing for p in plan.pieces(s, 0)))
+    assert [batch.step for batch in islice(batches, first)] == list(range(first))
+    assert first > 4
+    with pytest.raises(InputError, match=f"{dataset.shards[missing].name}: cannot be read: No such file"):
+        next(batches)
+    loader.close()
+    assert loader_threads() == []
+
+
+def plan_end(plan: Plan, dataset: Dataset) -> int:
+    """Steps of the first epoch of a plan with one lane."""
+    return dataset.info.totals.concepts // plan.row_length
+
+
+def test_threads_end_in_the_middle_and_read_no_further_ahead_than_needed(dataset: Dataset) -> None:
+    reads = []
+
+    class Counting(Loader):
+        def read(self, step: int, index: int) -> Batch:
+            reads.append((step, index))
+            return super().read(step, index)
+
+    loader = Counting([dataset], plan_of(dataset), MAX_SEGMENT, 0, 1, 4, workers=2)
+    next(iter(loader))
+    deadline = time.monotonic() + 10
+    while len(reads) < 7 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert len(reads) == 7  # the one that was taken, and two a worker and two more ahead of it
+    assert loader_threads()
+    loader.close()
+    assert loader_threads() == []
+
+
+def test_shards_open_at_a_time_are_few_however_long_it_goes_on(synthetic_dataset: Callable[..., Path]) -> None:
+    dataset = open_dataset(synthetic_dataset(documents=60, documents_per_shard=1, embed_dim=4))
+    before = len(os.listdir("/proc/self/fd"))
+    loader = Loader([dataset], plan_of(dataset, epochs=50, rows=2), MAX_SEGMENT, 0, 1, 2, workers=0)
+    most = max(len(os.listdir("/proc/self/fd")) - before for _ in loader)
+    assert 0 < most <= FEWEST_OPEN + 2
+
+
+# --- elsewhere ---
+
+
+def test_a_dataset_elsewhere_gives_the_same_batches(
+    dataset: Dataset, reference: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    fsspec.filesystem("memory").put(dataset.path, "memory://loader", recursive=True)
+    there = open_dataset("memory://loader", tmp_path)
+    batches = list(load(there, plan_of(there), range(7), 2, 3, 2))
+    for found, expected in zip(joined(batches), reference, strict=True):
+        assert torch.equal(found, expected)
+
+
+# --- validation ---
+
+
+def validation_rows(dataset: Dataset, micro: int, world_size: int, rows: int | None) -> list[list[Batch]]:
+    return [
+        list(validation_batches(dataset, LENGTH, MAX_SEGMENT, micro, rank, world_size, rows))
+        for rank in range(world_size)
+    ]
+
+
+@settings(max_examples=30)
+@given(st.integers(1, 8), st.integers(1, 5), st.one_of(st.none(), st.integers(1, 200)))
+def test_validation_is_the_same_rows_for_any_world_size(
+    dataset: Dataset, world_size: int, micro: int, rows: int | None
+) -> None:
+    by_rank = validation_rows(dataset, micro, world_size, rows)
+    assert len({len(batches) for batches in by_rank}) == 1  # or ranks would wait for one another
+    found, ids = joined([batch for batches in by_rank for batch in batches])
+    whole, whole_ids = joined(validation_rows(dataset, 1, 1, None)[0])
+    wanted = min(rows or len(whole), len(whole))
+    assert torch.equal(found[:wanted], whole[:wanted])
+    assert torch.equal(ids[:wanted], whole_ids[:wanted])
+    assert (ids[wanted:] == -1).all()
+    assert len(found) < wanted + world_size * micro
+
+
+def test_validation_reads_each_concept_once(dataset: Dataset) -> None:
+    batches = validation_rows(dataset, 4, 2, None)
+    assert sum(b.real_concepts for rank in batches for b in rank) == dataset.info.totals.concepts
+    _, ids = joined([batch for rank in batches for batch in rank])
+    full = (ids >= 0).all(dim=1)
+    assert full[: int(full.sum())].all()  # only the last rows are filled up
