@@ -46,6 +46,16 @@ def load_encoder(config: EncoderConfig) -> Encoder:
     return SentenceTransformerEncoder(config)
 
 
+def batches(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices of texts in batches, the longest texts first.
+
+    Texts of as many tokens are together: little padding, and most batches have none, so that attention needs no mask.
+    """
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
 def resolve_device(device: str | None) -> torch.device:
     """The device by its name; the first CUDA device, or else the CPU, by default."""
     try:

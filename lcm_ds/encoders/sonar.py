@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lcm_ds.config import EncoderConfig
-from lcm_ds.encoders.base import check_revision, commit_of, quiet, resolve_device, resolve_dtype, unreachable
+from lcm_ds.encoders.base import batches, check_revision, commit_of, quiet, resolve_device, resolve_dtype, unreachable
 from lcm_ds.errors import InputError
 
 _LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
@@ -50,15 +50,13 @@ class SonarEncoder:
     def encode(self, texts: list[str]) -> np.ndarray:
         """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts.
 
-        Texts of about the same number of tokens are batched together, the longest first.
+        Longer texts than `max_tokens` are truncated.
         """
         concepts = np.empty((len(texts), self.embed_dim), np.float32)
         if not texts:
             return concepts
         tokens = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
-        order = sorted(range(len(texts)), key=lambda index: len(tokens[index]), reverse=True)
-        for start in range(0, len(order), self.config.batch_size):
-            batch = order[start : start + self.config.batch_size]
+        for batch in batches([len(ids) for ids in tokens], self.config.batch_size):
             ids, mask = _pad([tokens[index] for index in batch], self._model.config.pad_token_id)
             concepts[batch] = embed(self._model, ids.to(self.device), mask.to(self.device)).cpu().numpy()
         return concepts
