@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,11 +60,19 @@ def test_a_commit_cut_off_anywhere_is_no_commit_and_the_next_one_is_whole(tmp_pa
         assert read_shards(tmp_path) == [SHARDS[0], SHARDS[3]]
 
 
-def test_commits_at_the_same_time_are_all_whole(tmp_path: Path) -> None:
+def test_commits_at_the_same_time_wait_for_one_another_and_are_all_whole(tmp_path: Path) -> None:
     shards = [replace(SHARDS[0], name=f"{i:03d}.tar") for i in range(100)]
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda shard: commit(tmp_path, shard), shards))
     assert read_shards(tmp_path) == shards
+    with (tmp_path / "shards.jsonl").open("ab") as file, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waiting = pool.submit(commit, tmp_path, SHARDS[3])
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=0.2)
+        fcntl.flock(file, fcntl.LOCK_UN)
+        waiting.result()
+    assert SHARDS[3] in read_shards(tmp_path)
 
 
 def test_a_line_that_is_not_one_of_ours_is_named_with_its_number(tmp_path: Path) -> None:

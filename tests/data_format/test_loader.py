@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-import fsspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,6 +95,15 @@ def test_each_concept_is_read_once_an_epoch_until_the_last_lane_ends(dataset: Da
     assert read == Counter({concept: 3 * times for concept, times in stored.items()})
     assert steps == set(range(plan.steps or 0))
     assert empty > 0  # lanes that were exhausted before the last
+
+
+def test_documents_of_a_shard_have_another_order_in_each_epoch(synthetic_dataset: Callable[..., Path]) -> None:
+    dataset = open_dataset(synthetic_dataset(documents=10, documents_per_shard=10))
+    total = dataset.info.totals.concepts
+    plan = plan_of(dataset, rows=1, length=total)  # a step is an epoch
+    orders = [[(line.id, line.start) for line in trace([dataset], plan, 128, step)] for step in range(3)]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
+    assert len({tuple(order) for order in orders}) == 3
 
 
 def test_rows_are_segments_numbered_from_0_and_then_padding(dataset: Dataset) -> None:
@@ -215,8 +223,7 @@ def test_shards_open_at_a_time_are_few_however_long_it_goes_on(synthetic_dataset
 def test_a_dataset_elsewhere_gives_the_same_batches(
     dataset: Dataset, reference: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
 ) -> None:
-    fsspec.filesystem("memory").put(dataset.path, "memory://loader", recursive=True)
-    there = open_dataset("memory://loader", tmp_path)
+    there = open_dataset(f"file://{dataset.path}", tmp_path)
     batches = list(load(there, plan_of(there), range(7), 2, 3, 2))
     for found, expected in zip(joined(batches), reference, strict=True):
         assert torch.equal(found, expected)

@@ -150,6 +150,15 @@ def test_damage_is_an_error_or_not_in_what_is_read(whole_shard: tuple[Path, Shar
     assert message.startswith(f"{folder}/damaged.tar: ")
 
 
+def test_a_header_that_changed_in_one_byte_is_damage(whole_shard: tuple[Path, ShardInfo]) -> None:
+    whole = (whole_shard[0] / "whole.tar").read_bytes()
+    for header in (member.offset - 512 for member in read_members(whole, "here")):
+        for at in range(header, header + 512, 7):
+            damaged = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+            with pytest.raises(InputError, match=r"^here: is "):
+                read_members(damaged, "here")
+
+
 # --- documents ---
 
 
