@@ -116,8 +116,9 @@ class SonarDecoder:
     def _generate(self, concepts: Tensor, beams: int, max_new_tokens: int) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutput
 
-        # Each concept stands where an encoder's output of one token would. Beam search changes it in place: a copy.
-        hidden = concepts.to(self.device, self.dtype, copy=True)[:, None]
+        # Each concept stands where an encoder's output for one token would. Beam search repeats what is in the
+        # BaseModelOutput in place: a new one for every call.
+        hidden = concepts.to(self.device, self.dtype)[:, None]
         return self._model.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
             attention_mask=torch.ones(hidden.shape[:2], dtype=torch.long, device=self.device),

@@ -152,11 +152,8 @@ def _tables(part: _Part, config: SourceConfig) -> Iterator[Any]:
 
     try:
         dataset = datasets.load_dataset(split=config.split if config.dataset else "train", **part.arguments)
-    except (
-        OSError,
-        ValueError,
-    ) as error:
-        # OSError: missing, unreachable, offline; ValueError: no such config or split
+    except (OSError, ValueError) as error:
+        # An OSError where it is missing or out of reach, a ValueError where it has no such config or split.
         raise InputError(f"source: {part.name}: cannot be opened: {_first_line(error)}") from None
     yield from dataset.with_format("arrow").iter(batch_size=_ROWS_PER_TABLE)
 

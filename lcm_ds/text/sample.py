@@ -105,7 +105,7 @@ def _texts() -> Iterator[tuple[str, str, Callable[[], list[str]]]]:
         ("python", Path(sysconfig.get_path("stdlib")), ()),
         ("torch", Path(torch.origin).parent, ("torch",)),
     ):
-        for path in root.rglob("*.py"):
+        for path in sorted(root.rglob("*.py")):
             parts = path.relative_to(root).with_suffix("").parts
             if not _NOT_DOCUMENTED.intersection(parts):
                 module = ".".join((*prefix, *parts)).removesuffix(".__init__")

@@ -23,7 +23,7 @@ _END_MARKS = frozenset(".!?…‥।॥؟۔" + "。！？｡．︒﹒﹖﹗")
 # Control characters, halves of surrogate pairs, and spaces of no width (which str.split does not know).
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\u200b\u2060\ufeff]")
 _BLANK_LINE = re.compile(r"\n\s*\n")
-_LIST_ITEM = re.compile(r"(?:[-*•·–—]|\(?\w{1,3}[.)])\s")
+_LIST_ITEM = re.compile(r"(?:[-*•·–—]|\(?(?:\d{1,3}|[a-zA-Z]|[ivx]{2,4})[.)])\s")
 # Where a long sentence may be cut: at a space, or behind a mark that needs none.
 _BREAK = re.compile(rf" |(?<=[{_UNSPACED_MARKS}])(?=\S)")
 _CLAUSE_END = re.compile(rf"[,;:!?…)\]—–{_UNSPACED_MARKS}][\"'”’»]?$| [-—–]$")

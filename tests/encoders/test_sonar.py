@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_sonar import save_tiny_sonar
 from transformers import M2M100ForConditionalGeneration, NllbTokenizer
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
 from lcm_ds.config import EncoderConfig
@@ -125,7 +126,7 @@ def test_a_missing_or_wrong_model_is_one_mistake(tiny_sonar: tuple[Path, Path], 
 
 
 def test_decoding_is_beam_search_from_the_concept_alone(tiny_sonar: tuple[Path, Path]) -> None:
-    """Against a greedy search by hand, for a beam of one; and the concepts are left as they were."""
+    """Against a greedy search by hand for a beam of one, one by one for five; and the concepts stay as they were."""
     concepts = sonar(tiny_sonar[0]).encode(TEXTS)
     before = concepts.copy()
     decoder = SonarDecoder(str(tiny_sonar[1]), "fra_Latn", dtype="float32", device="cpu", batch_size=2)
@@ -141,7 +142,19 @@ def test_decoding_is_beam_search_from_the_concept_alone(tiny_sonar: tuple[Path, 
                 )
                 tokens.append(int(model.lm_head(states.last_hidden_state[0, -1]).argmax()))
         assert sentence == tokenizer.decode(tokens, skip_special_tokens=True)
-    assert len(decoder.decode(concepts, max_new_tokens=8)) == len(TEXTS)
+    beam = [
+        model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=torch.tensor(concept)[None, None]),
+            decoder_start_token_id=2,
+            forced_bos_token_id=tokenizer.convert_tokens_to_ids("fra_Latn"),
+            num_beams=5,
+            max_new_tokens=8,
+        )
+        for concept in concepts
+    ]
+    by_beam = decoder.decode(concepts, max_new_tokens=8)
+    assert by_beam == [tokenizer.decode(tokens[0], skip_special_tokens=True) for tokens in beam]
+    assert by_beam != sentences
     np.testing.assert_array_equal(concepts, before)
     assert decoder.decode(concepts[:0]) == []
 

@@ -110,6 +110,11 @@ def test_missing_columns_are_named_with_those_that_are_there(folder: Path) -> No
         source("huggingface", paths=[str(folder / "numbers.parquet")])
 
 
+def test_a_limit_in_sentences_is_for_the_sample_alone(folder: Path) -> None:
+    with pytest.raises(ValueError, match="take_sentences is for the source sample"):
+        source("files", paths=[str(folder / "*.txt")], take_sentences=5)
+
+
 def test_missing_and_unreadable_files_are_all_named_at_once(folder: Path) -> None:
     (folder / "broken.parquet").write_bytes(b"PAR1 and nothing more")
     (folder / "notes.csv").write_text("text\n")
