@@ -137,13 +137,13 @@ def _needs(job: Job, ranks: int) -> Iterator[str]:
     yield f"model         {parameters:,} parameters, {precision}"
     for each in (1, 2, 3):
         parts = memory_gib(parameters, each, ranks, precision != "float32", fp32_gradients)
-        sizes = ", ".join(f"{what} {size:.2f}" for what, size in parts.items())
+        sizes = ", ".join(f"{what} {size:.3g}" for what, size in parts.items())
         this = "  <- this run" if each == stage else ""
-        yield f"ZeRO {each}        {sum(parts.values()):.2f} GiB a rank ({sizes}), and activations{this}"
+        yield f"ZeRO {each}        {sum(parts.values()):.3g} GiB a rank ({sizes}), and activations{this}"
     free = shutil.disk_usage(_nearest_folder(job.run_dir)).free / 2**30
     # parameters in the model's dtype, master weights and two moments
     checkpoint = parameters * (14 if precision != "float32" else 16) / 2**30
-    yield f"disk          {free:.1f} GiB free; a checkpoint takes about {checkpoint:.2f} GiB"
+    yield f"disk          {free:.1f} GiB free; a checkpoint takes about {checkpoint:.3g} GiB"
 
 
 def _nearest_folder(path: Path) -> Path:

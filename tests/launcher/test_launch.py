@@ -1,0 +1,110 @@
+"""`lcm-ds launch` and `lcm-ds doctor`: what is wrong is told once, before anything starts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lcm_ds.errors import InputError
+from lcm_ds.launcher.doctor import doctor, memory_gib
+from lcm_ds.launcher.launch import launch
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def config(synthetic_dataset, tmp_path):
+    """A run of two steps of a tiny model."""
+    path = tmp_path / "config.yaml"
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    mapping = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"preset": "quickstart", "embed_dim": 16, **sizes},
+        "data": {"train": str(synthetic_dataset()), "row_length": 16, "max_segment": 8},
+        "batch": {"rows_per_step": 4, "micro_batch_rows": 2},
+        "optim": {"lr": 1e-3},
+        "steps": 2,
+        "deepspeed": str(ROOT / "ds_configs/zero1_fp32.json"),
+    }
+    path.write_text(yaml.safe_dump(mapping))
+    return path
+
+
+def mistakes_of(*arguments, **keywords):
+    with pytest.raises(InputError) as caught:
+        launch(*arguments, **keywords)
+    return caught.value.mistakes
+
+
+def put_first_on_path(folder, monkeypatch, does):
+    """A pdsh and an ssh that only do this."""
+    for name in ("pdsh", "ssh"):
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+def test_exactly_one_way_to_launch_is_asked_for(config):
+    assert len(mistakes_of(config)) == 1
+    assert len(mistakes_of(config, local=2, slurm=True)) == 1
+
+
+def test_mistakes_of_the_hostfile_and_the_config_come_together_and_nothing_starts(config, tmp_path):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("a slots=2\nb\n")
+    lines = mistakes_of(config, ["noise_std=-1", "optim.lrr=1"], hostfile=hostfile)
+    assert [line.split(": ")[0] for line in lines] == [str(hostfile), str(config), str(config)]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("ways", [{"local": 0}, {"openmpi": -1}, {"local": 3}])
+def test_a_number_of_processes_that_cannot_be_is_refused(config, ways):
+    (line,) = mistakes_of(config, **ways)
+    assert "rows_per_step" in line if ways == {"local": 3} else "1 or more" in line
+
+
+def test_a_hostfile_that_names_this_machine_alone_needs_no_ssh(config, tmp_path, monkeypatch):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=2\n")
+    put_first_on_path(tmp_path, monkeypatch, "exit 1")
+    env = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-m", "lcm_ds.cli", "launch", "--hostfile", str(hostfile), str(config)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run/checkpoints/step_00000002/COMPLETE").exists()
+
+
+def test_a_0_that_the_run_folder_does_not_bear_out_is_not_believed(config, tmp_path, monkeypatch, capfd):
+    put_first_on_path(tmp_path, monkeypatch, "exit 0")
+    (tmp_path / "hostfile").write_text("worker-0 slots=1\nworker-1 slots=1\n")
+    assert launch(config, hostfile=tmp_path / "hostfile", master_addr="127.0.0.1") == 1
+    assert "ended at step 0 of 2" in capfd.readouterr().err
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_prints_the_machine_and_what_a_run_needs(config, capsys):
+    assert doctor(config) == 0
+    out = capsys.readouterr().out
+    for told in ("deepspeed", "accelerator", "parameters", "ZeRO 1", "<- this run", "disk"):
+        assert told in out
+
+
+def test_doctor_tells_every_mistake_and_ends_with_2(config, tmp_path, capsys):
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("a\n")
+    assert doctor(config, ["noise_std=-1", "optim.lrr=1"], hostfile) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
+def test_memory_is_that_of_the_zero_paper():
+    # section 3.1 and figure 1: 7.5 B parameters, 64 devices, gradients in half precision; its GB are 10⁹ bytes
+    gigabytes = {
+        stage: sum(memory_gib(7_500_000_000, stage, 64, half=True, fp32_gradients=False).values()) * 2**30 / 1e9
+        for stage in (0, 1, 2, 3)
+    }
+    assert gigabytes == pytest.approx({0: 120, 1: 31.4, 2: 16.6, 3: 1.9}, abs=0.05)
