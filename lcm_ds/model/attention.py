@@ -5,16 +5,16 @@ Nothing outside this module knows which one runs; both agree to rounding.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-try:  # flash kernels over segments: CUDA only, and not in every build
+varlen_attn: Any = None
+with contextlib.suppress(ImportError):  # flash kernels over segments: CUDA only, and not in every build
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
 
 
 class SegmentLayout(NamedTuple):
@@ -56,8 +56,8 @@ class SegmentLayout(NamedTuple):
 
     def to(self, device: torch.device) -> SegmentLayout:
         """The same on another device."""
-        tensors = (tensor.to(device, non_blocking=True) for tensor in self[:3])
-        return SegmentLayout(*tensors, self.max_seqlen)
+        starts, positions, cu_seqlens = (tensor.to(device, non_blocking=True) for tensor in self[:3])
+        return SegmentLayout(starts, positions, cu_seqlens, self.max_seqlen)
 
     def mask(self) -> Tensor:
         """bool [rows, 1, row_length, row_length]: may position i look at position j?"""
@@ -99,12 +99,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, mas
     """
     if mask is None:
         rows, length = query.shape[:2]
-        packed = (tensor.flatten(0, 1) for tensor in (query, key, value))
+        query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
         ends, longest = layout.cu_seqlens, layout.max_seqlen
-        out = varlen_attn(*packed, ends, ends, longest, longest, window_size=(-1, 0))
+        out: Tensor = varlen_attn(query, key, value, ends, ends, longest, longest, window_size=(-1, 0))
         return out.unflatten(0, (rows, length))
-    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2)
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
 def attend_cached(query: Tensor, key: Tensor, value: Tensor, layer: int, cache: Cache) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -98,14 +98,15 @@ class BaseLCM(PreTrainedModel):
     config_class = BaseLCMConfig
     base_model_prefix = "base_lcm"
     main_input_name = "concepts"
-    _no_split_modules = ("DecoderLayer",)
-    _keep_in_fp32_modules_strict = ("normalizer",)
+    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012 (Hugging Face's own declaration)
+    _keep_in_fp32_modules_strict = ["normalizer"]  # noqa: RUF012
 
     def __init__(self, config: BaseLCMConfig) -> None:
         super().__init__(config)
         self.normalizer = Normalizer(config.embed_dim)
         self.pre_net = nn.Linear(config.embed_dim, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        layers = [DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)]
+        self.layers: Sequence[DecoderLayer] = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_net = nn.Linear(config.hidden_size, config.embed_dim)
         # Calls a layer without keeping its activations (torch's or DeepSpeed's checkpointing); None keeps them.
@@ -134,7 +135,7 @@ class BaseLCM(PreTrainedModel):
         hidden = self.pre_net(inputs.to(self.pre_net.weight.dtype))
         if layout is None:
             seen = 0 if cache is None else len(cache)
-            layout = SegmentLayout.one_segment(*concepts.shape[:2], concepts.device, seen)
+            layout = SegmentLayout.one_segment(concepts.shape[0], concepts.shape[1], concepts.device, seen)
         mask = None if cache is not None or uses_varlen(hidden.device, hidden.dtype) else layout.mask()
         rope = rope_tables(layout.positions, self.config.head_dim, self.config.rope_theta)
         for layer in self.layers:
@@ -157,9 +158,8 @@ class BaseLCM(PreTrainedModel):
     def _std(self, linear: nn.Linear) -> float:
         """initializer_range, over √(2 · layers) for what is added to the residual stream (GPT-2) and for the output."""
         std: float = self.config.initializer_range
-        adds = linear is self.post_net or any(
-            linear in (layer.self_attn.o_proj, layer.mlp.down_proj) for layer in self.layers
-        )
+        ends = [layer.self_attn.o_proj for layer in self.layers] + [layer.mlp.down_proj for layer in self.layers]
+        adds = any(linear is end for end in [self.post_net, *ends])
         return std / math.sqrt(2 * self.config.num_hidden_layers) if adds else std
 
     def initialization(self, seed: int) -> Iterator[tuple[list[nn.Parameter], Callable[[], None]]]:
@@ -168,10 +168,9 @@ class BaseLCM(PreTrainedModel):
         The values depend on (seed, config) alone: not on dtype, device, world size or ZeRO stage.
         """
         for name, module in self.named_modules():
+            # RMSNorm's scales are 1 as they are made.
             if isinstance(module, nn.Linear):
-                yield [module.weight, module.bias], self._filler(seed, name, module)
-            elif isinstance(module, RMSNorm):
-                yield [module.weight], lambda module=module: nn.init.ones_(module.weight)
+                yield list(module.parameters()), self._filler(seed, name, module)
 
     def initialize(self, seed: int) -> BaseLCM:
         """Fill all parameters from a seed; returns the model."""

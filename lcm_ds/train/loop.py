@@ -291,15 +291,15 @@ class Run:
             loss = (totals[0] / count).item()
             variances = moments[1::2] / count - (moments[0::2] / count).square()  # predictions, targets
             spread = (variances[0].sum() / variances[1].sum()).item()
-            values = {
+            found = {
                 "val_loss": loss,
                 "val_loss_sum": loss * dims,
                 "val_cosine": (totals[1] / count).item(),
                 "val_variance_ratio": spread,
                 "val_targets": int(totals[2].item()),
             }
-            self.run_log.write(done, values)
-            self.run_log.say(done, values)
+            self.run_log.write(done, found)
+            self.run_log.say(done, found)
         self.speed.reset()
 
     def save(self, done: int) -> None:
