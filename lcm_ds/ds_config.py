@@ -131,7 +131,8 @@ def check(mapping: dict[str, Any], origin: str | Path) -> None:
     except ValidationError as error:
         mistakes.extend(_mistake(DeepSpeedJson, item) for item in error.errors())
     mistakes.extend(_optimizer_mistakes(rest))
-    mistakes.extend(_combinations(rest))
+    told = {mistake.split(": ")[0] for mistake in mistakes}
+    mistakes.extend(mistake for mistake in _combinations(rest) if mistake.split(": ")[0] not in told)
     if mistakes:
         raise InputError([f"{origin}: {mistake}" for mistake in mistakes])
 
@@ -145,7 +146,7 @@ def _optimizer_mistakes(mapping: dict[str, Any]) -> Iterator[str]:
     kind, params = block["type"], block.get("params", {})
     if not isinstance(params, dict):
         return
-    known = optimizer_params(kind, params, offloaded=_block(mapping, "zero_optimization", "offload_optimizer") != {})
+    known = optimizer_params(kind, params, _offloaded(mapping))
     if known is None:
         yield f"optimizer.type: {kind!r} is no optimizer of DeepSpeed or torch.optim{nearest(kind, optimizer_types())}"
         return
@@ -237,12 +238,12 @@ def resolve(
         steps = accumulation_steps(batch.rows_per_step, batch.micro_batch_rows, world_size, config_path)
         said["gradient_accumulation_steps"] = steps, f"rows_per_step / ({world_size} ranks * micro_batch_rows)"
     optimizer = resolved.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
-    offloaded = _block(resolved, "zero_optimization", "offload_optimizer") != {}
-    takes = optimizer_params(optimizer["type"], optimizer.setdefault("params", {}), offloaded) or set()
+    takes = optimizer_params(optimizer["type"], optimizer.setdefault("params", {}), _offloaded(resolved)) or set()
     for dotted, (value, yaml_key) in said.items():
         *path, key = dotted.split(".")
         block = _block(resolved, *path)
         if path and key not in takes:
+            block.pop(key, None)  # "auto", of an optimizer that does not take it
             continue
         if block.get(key, "auto") != "auto" and block[key] != value:
             mistakes.mistakes.append(
@@ -360,6 +361,11 @@ def _block(mapping: dict[str, Any], *path: str) -> dict[str, Any]:
     for key in path:
         block = block.get(key) if isinstance(block, dict) else None
     return block if isinstance(block, dict) else {}
+
+
+def _offloaded(mapping: dict[str, Any]) -> bool:
+    """Whether the optimizer steps on the CPU while the model is elsewhere."""
+    return _block(mapping, "zero_optimization", "offload_optimizer").get("device", "none") != "none"
 
 
 def _enabled(mapping: dict[str, Any], key: str) -> bool:

@@ -178,7 +178,9 @@ def test_known_and_refused_keys_are_those_that_the_installed_deepspeed_asks_for(
         ({"zero_optimization": True}, "zero_optimization"),
         ({"zero_optimization": {"reduce_bucket_size": 0}}, "zero_optimization.reduce_bucket_size"),
         ({"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}, "zero_optimization.offload_optimizer.device"),
+        ({"zero_optimization": {"stage": "two"}}, "zero_optimization.stage"),
         ({"bf16": {"enabled": "true"}}, "bf16.enabled"),
+        ({"bf16": {"enabled": 3}}, "bf16.enabled"),
         ({"bf16": {"enabled": "auto"}}, "bf16.enabled"),
         ({"fp16": {"enabled": True, "loss_scale": -1}}, "fp16.loss_scale"),
         ({"gradient_clipping": -1}, "gradient_clipping"),
@@ -283,7 +285,7 @@ def test_what_the_yaml_owns_is_filled_in(said):
 
 
 def test_an_optimizer_is_given_only_what_it_takes():
-    mapping = {"optimizer": {"type": "SGD"}}
+    mapping = {"optimizer": {"type": "SGD", "params": {"betas": "auto"}}}
     params = ds_config.resolve(mapping, train_config(), 1, "f.json")["optimizer"]["params"]
     assert params == {"lr": 3e-4, "weight_decay": 0.1}
 
