@@ -1,0 +1,153 @@
+"""What a position may see: the concepts before it in its own segment, and nothing else."""
+
+import pytest
+import torch
+
+from lcm_ds.model.attention import SegmentLayout, attend, rope_tables, rotate, uses_varlen
+
+
+def packed_ids(*rows):
+    """Segment ids of rows given as lists of segment lengths; a negative length is padding."""
+    ids = []
+    for row in rows:
+        ids.append([segment if length > 0 else -1 for segment, length in enumerate(row) for _ in range(abs(length))])
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("changed", [1, 4, 8])
+def test_no_output_moves_when_a_later_concept_does(make_model, changed):
+    model = make_model()
+    concepts = torch.randn(2, 9, 12)
+    moved = concepts.clone()
+    moved[:, changed:] += torch.randn(2, 9 - changed, 12)
+    before, after = model(concepts), model(moved)
+    assert torch.allclose(before[:, :changed], after[:, :changed], atol=1e-6)
+    assert not torch.allclose(before[:, changed], after[:, changed], atol=1e-2)
+
+
+def test_an_output_has_no_gradient_at_later_concepts_and_one_at_all_before(make_model):
+    model = make_model()
+    concepts = torch.randn(1, 7, 12, requires_grad=True)
+    for position in range(7):
+        (gradient,) = torch.autograd.grad(model(concepts)[0, position].sum(), concepts)
+        assert gradient[0, position + 1 :].abs().sum() == 0
+        assert (gradient[0, : position + 1].abs().sum(dim=1) > 0).all()
+
+
+def test_a_packed_row_gives_what_its_segments_give_one_at_a_time(make_model):
+    model = make_model()
+    lengths = [[5, 1, 3, 7], [16], [2, 9, -5]]
+    concepts = torch.randn(3, 16, 12)
+    packed = model(concepts, SegmentLayout.from_ids(packed_ids(*lengths), max_seqlen=16))
+    for row, segments in enumerate(lengths):
+        start = 0
+        for length in segments:
+            if length > 0:
+                alone = model(concepts[row : row + 1, start : start + length])
+                assert torch.allclose(packed[row, start : start + length], alone[0], atol=1e-5)
+            start += abs(length)
+
+
+def test_no_gradient_crosses_the_ends_of_a_segment(make_model):
+    model = make_model()
+    concepts = torch.randn(1, 10, 12, requires_grad=True)
+    layout = SegmentLayout.from_ids(packed_ids([4, 4, -2]), max_seqlen=10)
+    (gradient,) = torch.autograd.grad(model(concepts, layout)[0, 4:8].sum(), concepts)
+    assert (gradient[0, 4:8].abs().sum(dim=1) > 0).all()
+    assert gradient[0, :4].abs().sum() == 0
+    assert gradient[0, 8:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_never_becomes_nan(make_model, dtype):
+    model = make_model().to(dtype)
+    ids = packed_ids([3, -5], [-8], [8])
+    concepts = torch.randn(3, 8, 12)
+    concepts[ids < 0] = 0
+    predictions = model(concepts, SegmentLayout.from_ids(ids, max_seqlen=8))
+    assert predictions.isfinite().all()
+    predictions.float()[ids >= 0].square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_positions_restart_at_every_segment():
+    layout = SegmentLayout.from_ids(packed_ids([3, 4, -2], [1, 1, 7]), max_seqlen=9)
+    assert layout.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 0], [0, 0, 0, 1, 2, 3, 4, 5, 6]]
+
+
+def test_a_layout_has_the_same_shapes_for_any_number_of_segments():
+    few = SegmentLayout.from_ids(packed_ids([9], [9]), max_seqlen=9)
+    many = SegmentLayout.from_ids(packed_ids([1] * 9, [3, 2, -4]), max_seqlen=9)
+    assert [tensor.shape for tensor in few[:3]] == [tensor.shape for tensor in many[:3]]
+    assert few.max_seqlen == many.max_seqlen
+    assert few.cu_seqlens.tolist() == [0, 9] + [18] * 17
+    # each padded position is a segment of its own
+    assert many.cu_seqlens.tolist() == [*range(10), 12, 14, 15, 16, 17, 18, 18, 18, 18]
+
+
+def test_one_segment_a_row_is_the_layout_of_equal_ids():
+    made = SegmentLayout.one_segment(3, 5, torch.device("cpu"))
+    parsed = SegmentLayout.from_ids(torch.zeros(3, 5, dtype=torch.int32), max_seqlen=5)
+    assert all(torch.equal(one, other) for one, other in zip(made[:3], parsed[:3], strict=True))
+    assert made.max_seqlen == parsed.max_seqlen
+
+
+def test_rope_turns_interleaved_pairs_by_hand():
+    cos, sin = rope_tables(torch.tensor([[0, 3]]), head_dim=4, theta=100.0)
+    turned = rotate(torch.tensor([1.0, 0.0, 0.0, 1.0]).expand(1, 2, 1, 4), cos, sin)
+    assert turned[0, 0, 0].tolist() == [1, 0, 0, 1]
+    # pair 0 turns by 3, pair 1 by 3 / √100
+    by_hand = torch.tensor([3.0, 3.0, 0.3, 0.3])
+    expected = torch.stack([by_hand[0].cos(), by_hand[1].sin(), -by_hand[2].sin(), by_hand[3].cos()])
+    assert torch.allclose(turned[0, 1, 0], expected)
+
+
+def test_only_distances_matter_to_rotated_products():
+    query, key = torch.randn(2, 1, 1, 1, 8)
+
+    def product(at_query, at_key):
+        q = rotate(query, *rope_tables(torch.tensor([[at_query]]), 8, 1e4))
+        k = rotate(key, *rope_tables(torch.tensor([[at_key]]), 8, 1e4))
+        return (q * k).sum()
+
+    assert torch.allclose(product(5, 2), product(103, 100), atol=1e-4)
+    assert not torch.allclose(product(5, 2), product(5, 4), atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flash_kernels_agree_with_masked_sdpa(dtype):
+    device = torch.device("cuda")
+    if not uses_varlen(device, dtype):
+        pytest.skip("this build of torch has no varlen_attn")
+    generator = torch.Generator(device).manual_seed(0)
+    layout = SegmentLayout.from_ids(packed_ids([50, 1, 13], [30, 20, -14]), max_seqlen=64).to(device)
+    results = []
+    for mask in (None, layout.mask()):
+        generator.manual_seed(0)
+        inputs = [
+            torch.randn(2, 64, 4, 64, device=device, dtype=dtype, generator=generator).requires_grad_() for _ in "qkv"
+        ]
+        out = attend(*inputs, layout, mask)
+        weights = torch.randn(out.shape, device=device, dtype=dtype, generator=generator)
+        results.append((out, *torch.autograd.grad((out * weights).sum(), inputs)))
+    for flash, masked in zip(*results, strict=True):
+        assert torch.allclose(flash.float(), masked.float(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_packed_batch_on_a_gpu_is_near_the_cpu(make_model):
+    model = make_model(hidden_size=64, num_attention_heads=2)
+    concepts = torch.randn(2, 16, 12)
+    layout = SegmentLayout.from_ids(packed_ids([5, 11], [2, 9, -5]), max_seqlen=16)
+    real = packed_ids([5, 11], [2, 9, -5]) >= 0
+    exact = model(concepts, layout)
+    device = torch.device("cuda")
+    fast = model.to(device, torch.bfloat16)(concepts.to(device), layout.to(device)).float().cpu()
+    assert fast.isfinite().all()
+    error = (fast - exact)[real].square().mean() / exact[real].square().mean()
+    assert error < 1e-3

@@ -1,0 +1,154 @@
+"""Meta's checkpoints, through `lcm-ds import-meta`, compute what Meta's code computed with them."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lcm_ds.errors import InputError
+from lcm_ds.generate.autoregressive import generate
+from lcm_ds.model.meta import import_meta
+from lcm_ds.model.modeling import BaseLCM
+
+
+def weights_of(golden, prefix=""):
+    """Meta's state dict, each name with `prefix` in front."""
+    names = [name for name in golden if name.startswith("model.")]
+    return {prefix + name.removeprefix("model."): golden[name] for name in names}
+
+
+def agrees(model, golden):
+    with torch.inference_mode():
+        output = model(golden["input"])
+    return torch.allclose(output, golden["output"], atol=1e-4, rtol=0)
+
+
+def import_on_command_line(*arguments):
+    command = [sys.executable, "-m", "lcm_ds.cli", "import-meta", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_golden_inputs_give_golden_outputs_through_the_command_line(golden_path, golden, tmp_path):
+    done = import_on_command_line(golden_path, tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    model = BaseLCM.from_pretrained(tmp_path / "model").eval()
+    # fp32 on both sides: 1e-4 is what has to hold, and it is far nearer
+    assert agrees(model, golden)
+    assert (model(golden["input"]) - golden["output"]).abs().max() < 2e-5
+
+
+def test_import_returns_the_model_that_it_wrote(golden_path, golden, tmp_path):
+    model = import_meta(golden_path, tmp_path / "model")
+    written = BaseLCM.from_pretrained(tmp_path / "model")
+    assert agrees(model, golden)
+    assert not model.training
+    for name, value in written.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_golden_prompts_go_on_as_in_metas_code(golden_path, golden, tmp_path):
+    model = import_meta(golden_path, tmp_path / "model")
+    prompts, generated = golden["prompt"], golden["generated"]
+    length = generated.shape[1] - prompts.shape[1]
+    made = generate(model, list(prompts), length, stop_repeat=2.0)
+    for prompt, whole, generation in zip(prompts, generated, made, strict=True):
+        assert torch.equal(whole[: len(prompt)], prompt)
+        assert torch.allclose(generation.concepts, whole[len(prompt) :], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
+def test_a_pt_file_is_the_same_with_any_prefix(golden, tmp_path, prefix):
+    torch.save({"model": weights_of(golden, prefix), "step": 3}, tmp_path / "meta.pt")
+    assert agrees(import_meta(tmp_path / "meta.pt", tmp_path / "model", heads=4), golden)
+
+
+def test_the_number_of_heads_matters_and_is_taken_from_the_call(golden, tmp_path):
+    torch.save({"model": weights_of(golden)}, tmp_path / "meta.pt")
+    model = import_meta(tmp_path / "meta.pt", tmp_path / "model", heads=2)
+    assert model.config.num_attention_heads == 2
+    assert not agrees(model, golden)
+
+
+@pytest.mark.parametrize("kind", ["scaler", "normalizer"])
+def test_a_normaliser_in_the_file_comes_along(golden, tmp_path, kind):
+    center, scale = torch.randn(48), torch.rand(48) + 0.5
+    both = {f"{end}.{kind}.{name}": t for end in ("frontend", "postnet") for name, t in
+            (("center", center), ("scale", scale))}  # fmt: skip
+    torch.save({"model": {**weights_of(golden), **both}}, tmp_path / "meta.pt")
+    import_meta(tmp_path / "meta.pt", tmp_path / "model", heads=4)
+    normalizer = BaseLCM.from_pretrained(tmp_path / "model").normalizer
+    assert torch.equal(normalizer.center, center)
+    assert torch.equal(normalizer.scale, scale)
+
+
+def test_without_a_normaliser_raw_and_normalised_space_are_one(golden_path, tmp_path):
+    model = import_meta(golden_path, tmp_path / "model")
+    concepts = torch.randn(3, 48)
+    assert torch.equal(model.normalizer.normalize(concepts), concepts)
+
+
+def lacking(golden):
+    weights = weights_of(golden)
+    del weights["lcm.layers.1.ffn.inner_proj.bias"]
+    return {"model": weights}
+
+
+def reshaped(golden):
+    weights = weights_of(golden)
+    weights["postnet.fc.weight"] = torch.zeros(48, 63)
+    return {"model": weights}
+
+
+BAD = {
+    "layers.1.mlp.up_proj.bias is missing": lacking,
+    "post_net.weight has shape [48, 63], [48, 64] fits the others": reshaped,
+    "decoder.extra: unknown to Base-LCM": lambda g: {"model": {**weights_of(g), "decoder.extra": torch.zeros(2)}},
+    "pre_net.weight is missing": lambda g: {"model": {"embed.weight": torch.zeros(2, 2)}},
+    'has to be {"model": state_dict}': weights_of,
+    "has to be {": lambda g: {"model": "weights.bin"},
+    "cannot be read as a checkpoint": lambda g: b"not a checkpoint",
+}
+
+
+@pytest.mark.parametrize("told", BAD)
+def test_what_is_no_checkpoint_is_refused_in_one_line(golden, tmp_path, told):
+    path = tmp_path / "meta.pt"
+    content = BAD[told](golden)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(InputError) as refused:
+        import_meta(path, tmp_path / "model", heads=4)
+    (line,) = refused.value.mistakes
+    assert line.startswith(f"{path}: ")
+    assert told in line
+    assert "\n" not in line
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    torch.save({"model": print}, tmp_path / "meta.pt")
+    with pytest.raises(InputError, match="cannot be read as a checkpoint"):
+        import_meta(tmp_path / "meta.pt", tmp_path / "model")
+
+
+@pytest.mark.parametrize("heads", [None, 3, 0, 64])
+def test_heads_that_do_not_divide_the_width_are_refused(golden, tmp_path, heads):
+    torch.save({"model": weights_of(golden)}, tmp_path / "meta.pt")
+    with pytest.raises(InputError, match=f"--heads {heads}: has to divide the width 64"):
+        import_meta(tmp_path / "meta.pt", tmp_path / "model", heads=heads)
+
+
+def test_the_command_line_says_what_is_wrong_without_a_traceback(golden, tmp_path):
+    save_file({"input": torch.zeros(2)}, tmp_path / "other.safetensors")
+    done = import_on_command_line(tmp_path / "other.safetensors", tmp_path / "model")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "other.safetensors" in done.stderr
+    missing = import_on_command_line(tmp_path / "none.pt", tmp_path / "model")
+    assert missing.returncode == 2
+    assert len(missing.stderr.splitlines()) == 1
