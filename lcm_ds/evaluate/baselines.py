@@ -1,0 +1,91 @@
+"""What a model has to beat: predictors that need no training beyond linear algebra.
+
+All are fitted on the training dataset, in normalised space, and applied to the same targets as the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from lcm_ds.evaluate.metrics import Targets
+
+Predictor = Callable[[Targets], Tensor]
+
+# Ridge penalties that are tried, as shares of the mean variance of the inputs.
+PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+HELD_OUT = 10  # every so many-th block of the training data chooses among them
+
+
+class Sums:
+    """Sums of a least-squares problem: inputs with a 1 appended, outputs; fp64."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.xx = torch.zeros(inputs + 1, inputs + 1, dtype=torch.float64)
+        self.xy = torch.zeros(inputs + 1, outputs, dtype=torch.float64)
+        self.yy = 0.0
+        self.count = 0
+
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """[n, inputs] and [n, outputs]."""
+        x = torch.cat([inputs.double(), torch.ones(len(inputs), 1, dtype=torch.float64)], dim=1)
+        y = outputs.double()
+        self.xx += x.T @ x
+        self.xy += x.T @ y
+        self.yy += y.square().sum().item()
+        self.count += len(y)
+
+    def plus(self, other: Sums) -> Sums:
+        """Both together."""
+        total = Sums(len(self.xx) - 1, self.xy.shape[1])
+        total.xx, total.xy = self.xx + other.xx, self.xy + other.xy
+        total.yy, total.count = self.yy + other.yy, self.count + other.count
+        return total
+
+    def solve(self, penalty: float) -> Tensor:
+        """Weights [inputs + 1, outputs] of the ridge regression; the constant (last row) is not penalised."""
+        inputs = len(self.xx) - 1
+        ridge = torch.zeros_like(self.xx)
+        ridge.diagonal()[:inputs] = penalty * self.xx.diagonal()[:inputs].mean() + 1e-9
+        return torch.linalg.solve(self.xx + ridge, self.xy)
+
+    def squared_error(self, weights: Tensor) -> float:
+        """Summed squared error of `weights` on this data."""
+        fitted = (weights * (self.xx @ weights)).sum() - 2 * (weights * self.xy).sum()
+        return self.yy + float(fitted)
+
+
+def ridge(fit: Sums, held_out: Sums) -> Tensor:
+    """Ridge weights by the penalty that is best on held-out training data, then fitted on all of it."""
+    best = min(PENALTIES, key=lambda penalty: held_out.squared_error(fit.solve(penalty)))
+    return fit.plus(held_out).solve(best)
+
+
+def apply(weights: Tensor, inputs: Tensor) -> Tensor:
+    """[n, inputs] → fp32 [n, outputs]."""
+    return (inputs.double() @ weights[:-1] + weights[-1]).float()
+
+
+def fit_baselines(training: Iterable[Targets], embed_dim: int) -> dict[str, Predictor]:
+    """The baselines by name, fitted on blocks of training targets.
+
+    mean: the mean target; copy: the last concept; ridge from last: linear in it; ridge from context: linear in the mean of
+    all concepts before the target.
+    """
+    last = [Sums(embed_dim, embed_dim), Sums(embed_dim, embed_dim)]
+    context = [Sums(embed_dim, embed_dim), Sums(embed_dim, embed_dim)]
+    for number, targets in enumerate(training):
+        held_out = number % HELD_OUT == HELD_OUT - 1
+        last[held_out].add(targets.last, targets.truth)
+        context[held_out].add(targets.context, targets.truth)
+    everything = last[0].plus(last[1])
+    mean = (everything.xy[-1] / everything.count).float()
+    from_last, from_context = ridge(*last), ridge(*context)
+    return {
+        "mean concept": lambda targets: mean.expand_as(targets.truth),
+        "copy of the last": lambda targets: targets.last,
+        "ridge from the last": lambda targets: apply(from_last, targets.last),
+        "ridge from the context's mean": lambda targets: apply(from_context, targets.context),
+    }
