@@ -19,7 +19,7 @@ def model():
         num_hidden_layers=3,
         num_attention_heads=4,
         intermediate_size=48,
-        initializer_range=0.5,
+        initializer_range=0.3,
         dropout=0.1,
     )
     model = BaseLCM(config).initialize(1)
