@@ -72,13 +72,11 @@ def go_on(
     sentences = splitter_of(datasets[0]).split(prompt)
     if not sentences:
         raise InputError("--prompt: no sentence is found in it")
-    if len(sentences) >= max_segment:
-        print(
-            f"prompt: the last {max_segment - 1} of {len(sentences)} sentences, as many as the model has seen at once"
-        )
-        sentences = sentences[1 - max_segment :]
-    else:
+    if len(sentences) < max_segment:
         print(f"prompt: {len(sentences)} sentences")
+    else:
+        print(f"prompt: the last {max_segment - 1} of {len(sentences)} sentences (data.max_segment is {max_segment})")
+        sentences = sentences[1 - max_segment :]
     for sentence in sentences:
         print(f"      {sentence}")
     concepts = torch.from_numpy(encoder.encode(sentences))
