@@ -70,6 +70,11 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--hostfile", metavar="F", help="hosts in DeepSpeed's format, over pdsh and ssh")
     where.add_argument("--slurm", action="store_true", help="inside an allocation: srun, one task a device")
     where.add_argument("--openmpi", type=int, metavar="N", help="mpirun, N processes")
+    verb.add_argument("--include", default="", metavar="HOSTS", help="with --hostfile: these alone")
+    verb.add_argument("--exclude", default="", metavar="HOSTS", help="with --hostfile: all but these")
+    verb.add_argument("--master-addr", metavar="HOST", help="the host of rank 0, where it cannot be told")
+    verb.add_argument("--master-port", type=int, metavar="PORT")
+    verb.add_argument("--ssh-port", type=int, metavar="PORT")
     _config(verb)
 
     verb = _verb(verbs, "evaluate", evaluate, "the model against its baselines on the validation split",
@@ -162,6 +167,11 @@ def launch(arguments: argparse.Namespace) -> int:
         hostfile=arguments.hostfile,
         slurm=arguments.slurm,
         openmpi=arguments.openmpi,
+        include=arguments.include,
+        exclude=arguments.exclude,
+        master_addr=arguments.master_addr,
+        master_port=arguments.master_port,
+        ssh_port=arguments.ssh_port,
     )
 
 

@@ -15,9 +15,9 @@ IQR_TO_STD = 0.7413
 def fit(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """center = median, scale = (75th − 25th percentile) · 0.7413, of each dimension (LCM paper, section 2.4.1).
 
-    samples: [n, embed_dim], raw space. Returns fp32 [embed_dim] twice. Constant dimensions (see `constant`) carry nothing:
-    they are centred and keep their scale of 1. Raises InputError where there are fewer than two samples, or where
-    dimensions vary and yet have no spread between the percentiles: they are named.
+    samples: [n, embed_dim], raw space. Returns fp32 [embed_dim] twice. Constant dimensions (see `constant`) carry
+    nothing: they are centred and keep their scale of 1. Raises InputError where there are fewer than two samples, or
+    where dimensions vary and yet have no spread between the percentiles: they are named.
     """
     if samples.ndim != 2 or len(samples) < 2:
         raise InputError(f"a normaliser is fitted to samples [n, embed_dim], n ≥ 2; these are {samples.shape}")

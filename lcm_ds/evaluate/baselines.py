@@ -71,8 +71,8 @@ def apply(weights: Tensor, inputs: Tensor) -> Tensor:
 def fit_baselines(training: Iterable[Targets], embed_dim: int) -> dict[str, Predictor]:
     """The baselines by name, fitted on blocks of training targets.
 
-    mean: the mean target; copy: the last concept; ridge from last: linear in it; ridge from context: linear in the mean of
-    all concepts before the target.
+    The mean target; the last concept itself; linear in the last concept; linear in the mean of all concepts before the
+    target in its segment.
     """
     last = [Sums(embed_dim, embed_dim), Sums(embed_dim, embed_dim)]
     context = [Sums(embed_dim, embed_dim), Sums(embed_dim, embed_dim)]

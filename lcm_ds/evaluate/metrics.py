@@ -33,9 +33,9 @@ class Targets:
 def contrastive_accuracy(predicted: Tensor, targets: Targets, truth: Tensor) -> Tensor:
     """Share of the other concepts of a block that are further from each prediction than its truth is: [n], 0 to 1.
 
-    predicted, truth: [n, embed_dim], in one space; `truth` is targets.truth in that space. The truth's two neighbours in
-    its document are left out (LCM paper, arXiv 2412.08821, section 2.4.1: CA). A concept as near as the truth is not
-    further.
+    predicted, truth: [n, embed_dim], in one space; `truth` is targets.truth in that space. The truth's two neighbours
+    in its document are left out (LCM paper, arXiv 2412.08821: contrastive accuracy, CA). A concept as near as the truth
+    is not further.
     """
     # Not by matrix products, which would round away the difference between near concepts.
     distance = torch.cdist(predicted, truth, compute_mode="donot_use_mm_for_euclid_dist")

@@ -17,7 +17,7 @@ from lcm_ds.data.loader import Batch, validation_batches
 from lcm_ds.errors import InputError
 from lcm_ds.evaluate.baselines import fit_baselines
 from lcm_ds.evaluate.metrics import BLOCK, SPACES, Score, Targets
-from lcm_ds.files import write_whole
+from lcm_ds.files import sha256_of, write_whole
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.train.checkpoint import find, load_model
@@ -48,9 +48,14 @@ def evaluate(run_dir: str | Path, dataset: str | None = None, json_path: str | N
             raise InputError(f"{opened.path}: embed_dim {opened.embed_dim}, the model has {model.config.embed_dim}")
     if validation.info.encoder != training.info.encoder:
         raise InputError(
-            f"{validation.path}: encoded with {validation.info.encoder}, the model is trained on {training.info.encoder}"
+            f"{validation.path}: encoded with {validation.info.encoder}, "
+            f"the model is trained on {training.info.encoder}"
         )
-    question = {"step": step, "model": checkpoint.state()["fingerprint"], "validation": validation.fingerprint}
+    question = {
+        "step": step,
+        "checkpoint": sha256_of(checkpoint.path / "COMPLETE"),
+        "validation": validation.fingerprint,
+    }
     found = _there_already(run_dir / FILE, question) if dataset is None else None
     if found is not None:
         print(f"{run_dir / FILE}: already evaluated at step {step}")
@@ -65,7 +70,7 @@ def evaluate(run_dir: str | Path, dataset: str | None = None, json_path: str | N
 
 
 def measure(model: BaseLCM, training: Dataset, validation: Dataset, data: DataConfig) -> dict[str, Any]:
-    """Figures of the model and its baselines: {"targets", "seconds", "scores": {predictor: {space: {metric: value}}}}."""
+    """Figures of the model and its baselines; under "scores": {predictor: {space: {metric: value}}}."""
     started = time.perf_counter()
     fitted_on = [
         targets for targets, _ in _blocks(model, training, data, predict=False, rows=FIT_ON // data.row_length)

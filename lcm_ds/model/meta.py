@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lcm_ds.errors import InputError
 from lcm_ds.model.config import BaseLCMConfig
+from lcm_ds.model.folder import check_new, write_folder
 from lcm_ds.model.modeling import BaseLCM
 
 # Meta's names → ours, prefixes first. In fairseq2's GLU the gate goes through SiLU and inner_proj is what it gates.
@@ -42,6 +43,7 @@ def import_meta(checkpoint: str | Path, output: str | Path, heads: int | None = 
     a head. Without a normaliser in the file the model's is the identity. Raises InputError for a file that is not such
     a checkpoint.
     """
+    check_new(output)
     weights, header = read_checkpoint(Path(checkpoint))
     renamed = {rename(name): tensor.float() for name, tensor in weights.items()}
     config = _config_of(renamed, header, heads, checkpoint)
@@ -62,7 +64,7 @@ def import_meta(checkpoint: str | Path, output: str | Path, heads: int | None = 
     if mistakes:
         raise InputError(sorted(mistakes))
     model.load_state_dict(renamed)
-    model.save_pretrained(output)
+    write_folder(model, output)
     return model.eval()
 
 

@@ -17,10 +17,13 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> int:
     try:
         place = read_place(os.environ)
         speaks = place.local_rank == 0  # one process a host says what is wrong
+        from lcm_ds import ds_config
         from lcm_ds.train.check import check
         from lcm_ds.train.loop import train
 
-        return train(check(config_path, overrides, place.world_size), place)
+        job = check(config_path, overrides, place.world_size)
+        ds_config.check_device(job.ds, config_path)
+        return train(job, place)
     except InputError as error:
         if speaks:
             print(error, file=sys.stderr)

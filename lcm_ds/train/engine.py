@@ -23,7 +23,8 @@ def connect(place: Place) -> torch.device:
     os.environ.update(place.environment())
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
-        accelerator.set_device(place.local_rank)
+        # Under srun --gpus-per-task=1 each process sees one device, whatever its local rank.
+        accelerator.set_device(place.local_rank % accelerator.device_count())
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return torch.device(accelerator.current_device_name())
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 from lcm_ds.config import TrainConfig
 from lcm_ds.data.format import Dataset, open_dataset
-from lcm_ds.encoders.base import quiet
 from lcm_ds.errors import InputError
-from lcm_ds.files import sync_folder
+from lcm_ds.model.folder import check_new, write_folder
 from lcm_ds.train.checkpoint import find, load_model
 
 CARD = """\
@@ -69,26 +66,10 @@ def export(run_dir: str | Path, output: str | Path, step: int | None = None) -> 
     The folder is whole or not there. Raises InputError where there is no such run or checkpoint, or `output` is a file
     or a folder that is not empty.
     """
-    output = Path(output)
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise InputError(f"{output}: is there already; export writes a new folder")
+    check_new(output)
     model, config, step = load_model(run_dir, step)
-    card = _card(Path(run_dir), output.name, config, step, model.num_parameters(), model.config.embed_dim)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        with quiet():
-            model.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        for path in partial.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        os.replace(partial, output)
-        sync_folder(output.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"{output}: cannot be written: {error.strerror or error}") from None
+    card = _card(Path(run_dir), Path(output).name, config, step, model.num_parameters(), model.config.embed_dim)
+    write_folder(model, output, card)
     print(f"{output}: the model after {step} steps, {model.num_parameters():,} parameters")
 
 

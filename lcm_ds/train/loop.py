@@ -6,6 +6,8 @@ resumed run goes on bit for bit on the same number of ranks; all ranks agree bef
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import platform
 import subprocess
@@ -152,8 +154,8 @@ class Run:
                 self.save(done)
             if outcome.stop and done < total:
                 if self.place.rank == 0:
-                    print(f"stopped at step {done} on request ({self.stop.reason or 'of another rank'}); "
-                          f"a checkpoint is saved, start again to go on", flush=True)  # fmt: skip
+                    who = self.stop.reason or "another rank's"
+                    print(f"stopped at step {done} on request ({who}); a checkpoint is saved, start again to go on")
                     self.stop.file.unlink(missing_ok=True)
                 return STOPPED
         if self.place.rank == 0:
@@ -329,12 +331,13 @@ def identity(job: Job, place: Place) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of what decides a run's numbers, and the project's git commit where it runs from a checkout."""
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    commit = ""
+    with contextlib.suppress(OSError):  # no git on this machine
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "lcm_ds": lcm_ds.__version__,
-        "git_commit": commit.stdout.strip() or "unknown",
+        "git_commit": commit or "unknown",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,
@@ -344,8 +347,6 @@ def versions() -> dict[str, str]:
 
 def prepare_run_folder(job: Job, place: Place) -> None:
     """Leftovers go; the config as resolved, with versions and world size, comes (rank 0)."""
-    import json
-
     checkpoints.clear_partial(job.run_dir)
     (job.run_dir / "STOP").unlink(missing_ok=True)
     write_whole(job.run_dir / "config.yaml", dump(job.config, world_size=place.world_size, **versions()))
