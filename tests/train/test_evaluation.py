@@ -1,0 +1,51 @@
+"""The evaluation of a real run: the model and its baselines on the same targets, told so that anyone can read it."""
+
+import json
+
+from runs import finish, run_dir, start
+
+
+def test_the_table_has_the_model_and_its_baselines(trained, concepts, tmp_path):
+    run = run_dir(trained(2))
+    code, out, err = finish(start("evaluate", run, "--json", tmp_path / "figures.json"))
+    assert code == 0, err
+    assert "tensorboard --logdir" in out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures == json.loads((run / "evaluation.json").read_text())
+    scores = figures["scores"]
+    assert all(name in out for name in scores)
+    assert len(scores) == 5
+    documents = [json.loads(line) for line in (concepts["validation"] / "shards.jsonl").read_text().splitlines()]
+    held = sum(shard["concepts"] for shard in documents)
+    # Each segment has a first concept that is no target, and a document one segment or more.
+    assert figures["documents"] == sum(shard["documents"] for shard in documents)
+    assert 0.5 * held < figures["targets"] < held - figures["documents"] + 1
+    # The documents' language is a rotation: copying the last concept is hopeless in it, a linear map is right.
+    mse = {name: by["normalised"]["mse"] for name, by in scores.items()}
+    assert mse["ridge from the last"] < mse["mean concept"] < mse["copy of the last"]
+    assert mse["Base-LCM"] < mse["mean concept"]
+    for by in scores.values():
+        for space in ("normalised", "raw"):
+            assert set(by[space]) == {"mse", "l2", "cosine", "ca", "variance_ratio"}
+            assert 0 <= by[space]["ca"] <= 1
+
+    # Asked again, it says so and does not do it again.
+    before = (run / "evaluation.json").stat().st_mtime_ns
+    code, out, err = finish(start("evaluate", run))
+    assert code == 0, err
+    assert "already evaluated at step 40" in out
+    assert all(name in out for name in scores)
+    assert (run / "evaluation.json").stat().st_mtime_ns == before
+
+
+def test_mistakes_end_with_2(trained, make_config, synthetic_dataset, tmp_path):
+    run = run_dir(trained(2))
+    for arguments, told in (
+        ((tmp_path / "no_run",), "no run here"),
+        ((run, "--dataset", synthetic_dataset(documents=10, embed_dim=24)), "embed_dim 24"),
+        ((run, "--dataset", tmp_path), "not a finished dataset"),
+    ):
+        code, _, err = finish(start("evaluate", *arguments))
+        assert code == 2
+        assert told in err
+        assert len(err.splitlines()) == 1
