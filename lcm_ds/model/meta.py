@@ -29,9 +29,8 @@ RENAMED = (
     (r"\.ffn\.gate_proj\.", ".mlp.gate_proj."),
     (r"\.ffn\.inner_proj\.", ".mlp.up_proj."),
     (r"\.ffn\.output_proj\.", ".mlp.down_proj."),
-    # the normaliser sits in both of Meta's ends, the same twice
-    (r"^(frontend|postnet)\.(scaler|normalizer)\.center$", "normalizer.center"),
-    (r"^(frontend|postnet)\.(scaler|normalizer)\.scale$", "normalizer.scale"),
+    # Meta applies it outside of the model's forward pass, and keeps it in the frontend
+    (r"^frontend\.sonar_normalizer\.", "normalizer."),
 )
 HEAD_DIM = 128  # of Meta's models: 2048 wide with 16 heads
 
@@ -41,7 +40,7 @@ def import_meta(checkpoint: str | Path, output: str | Path, heads: int | None = 
 
     heads: attention heads, which the weights do not tell; by default what the file's header says, else 128 dimensions
     a head. Without a normaliser in the file the model's is the identity. Raises InputError for a file that is not such
-    a checkpoint.
+    a checkpoint, and for one of a model that computes something else (a normaliser that clips, weight normalisation).
     """
     check_new(output)
     weights, header = read_checkpoint(Path(checkpoint))
@@ -50,9 +49,9 @@ def import_meta(checkpoint: str | Path, output: str | Path, heads: int | None = 
     with torch.device("meta"):
         model = BaseLCM(config)
     model = model.to_empty(device="cpu")
-    for name in ("center", "scale"):
-        identity = torch.full((config.embed_dim,), float(name == "scale"))
-        renamed.setdefault(f"normalizer.{name}", identity)
+    if not any(name.startswith("normalizer.") for name in renamed):
+        renamed["normalizer.center"] = torch.zeros(config.embed_dim)
+        renamed["normalizer.scale"] = torch.ones(config.embed_dim)
     expected = model.state_dict()
     mistakes = [f"{checkpoint}: {name} is missing" for name in expected.keys() - renamed.keys()]
     mistakes += [f"{checkpoint}: {name}: unknown to Base-LCM" for name in renamed.keys() - expected.keys()]
@@ -99,11 +98,12 @@ def _config_of(weights: dict[str, Tensor], header: dict[str, str], heads: int | 
         if name not in weights or weights[name].ndim != 2:
             raise InputError(f"{origin}: no Base-LCM in here: {name} is missing (Meta's name may differ)")
     hidden_size, embed_dim = weights["pre_net.weight"].shape
-    if heads is None and "num_heads" in header:
-        heads = int(header["num_heads"])
+    heads = _number(header, "num_heads", int, heads, origin) if heads is None else heads
     if heads is None and hidden_size % HEAD_DIM == 0:
         heads = hidden_size // HEAD_DIM
-    if heads is None or heads < 1 or hidden_size % (2 * heads):
+    if heads is None:
+        raise InputError(f"{origin}: --heads: the weights do not tell how many attention heads share {hidden_size}")
+    if heads < 1 or hidden_size % (2 * heads):
         raise InputError(f"{origin}: --heads {heads}: has to divide the width {hidden_size} into even parts")
     layers = {int(match[1]) for match in map(re.compile(r"layers\.(\d+)\.").match, weights) if match}
     return BaseLCMConfig(
@@ -112,6 +112,14 @@ def _config_of(weights: dict[str, Tensor], header: dict[str, str], heads: int | 
         num_hidden_layers=max(layers) + 1,
         num_attention_heads=heads,
         intermediate_size=weights["layers.0.mlp.gate_proj.weight"].shape[0],
-        rms_norm_eps=float(header.get("norm_eps", 1e-5)),
-        rope_theta=float(header.get("rope_theta", 10_000.0)),
+        rms_norm_eps=_number(header, "norm_eps", float, 1e-5, origin),
+        rope_theta=_number(header, "rope_theta", float, 10_000.0, origin),
     )
+
+
+def _number(header: dict[str, str], key: str, kind: type, default: Any, origin: Any) -> Any:
+    """What the header says under `key`, as a number; `default` where it says nothing."""
+    try:
+        return kind(header[key]) if key in header else default
+    except ValueError:
+        raise InputError(f"{origin}: {key}: {header[key]!r} in the header is not a number") from None

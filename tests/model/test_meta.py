@@ -72,16 +72,23 @@ def test_the_number_of_heads_matters_and_is_taken_from_the_call(golden, tmp_path
     assert not agrees(model, golden)
 
 
-@pytest.mark.parametrize("kind", ["scaler", "normalizer"])
-def test_a_normaliser_in_the_file_comes_along(golden, tmp_path, kind):
+def with_normaliser(golden, prefix="", **vectors):
+    """Meta's state dict of a model with a normaliser: named as in large_concept_model's LCMFrontend."""
+    entries = {f"{prefix}frontend.sonar_normalizer.{name}": vector for name, vector in vectors.items()}
+    return {**weights_of(golden, prefix), **entries}
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_normaliser_of_metas_frontend_comes_along(golden, tmp_path, prefix):
     center, scale = torch.randn(48), torch.rand(48) + 0.5
-    both = {f"{end}.{kind}.{name}": t for end in ("frontend", "postnet") for name, t in
-            (("center", center), ("scale", scale))}  # fmt: skip
-    torch.save({"model": {**weights_of(golden), **both}}, tmp_path / "meta.pt")
+    torch.save({"model": with_normaliser(golden, prefix, center=center, scale=scale)}, tmp_path / "meta.pt")
     import_meta(tmp_path / "meta.pt", tmp_path / "model", heads=4)
-    normalizer = BaseLCM.from_pretrained(tmp_path / "model").normalizer
-    assert torch.equal(normalizer.center, center)
-    assert torch.equal(normalizer.scale, scale)
+    model = BaseLCM.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(model.normalizer.center, center)
+    assert torch.equal(model.normalizer.scale, scale)
+    # Meta's forward takes normalised concepts: raw ones give ours the same
+    raw = model.normalizer.denormalize(golden["input"])
+    assert torch.allclose(model(raw), golden["output"], atol=1e-4, rtol=0)
 
 
 def test_without_a_normaliser_raw_and_normalised_space_are_one(golden_path, tmp_path):
@@ -106,6 +113,11 @@ BAD = {
     "layers.1.mlp.up_proj.bias is missing": lacking,
     "post_net.weight has shape [48, 63], [48, 64] fits the others": reshaped,
     "decoder.extra: unknown to Base-LCM": lambda g: {"model": {**weights_of(g), "decoder.extra": torch.zeros(2)}},
+    # half a normaliser, or one that clips, is not the model's
+    "normalizer.scale is missing": lambda g: {"model": with_normaliser(g, center=torch.zeros(48))},
+    "normalizer.clip_min: unknown to Base-LCM": lambda g: {
+        "model": with_normaliser(g, center=torch.zeros(48), scale=torch.ones(48), clip_min=torch.zeros(48))
+    },
     "pre_net.weight is missing": lambda g: {"model": {"embed.weight": torch.zeros(2, 2)}},
     'has to be {"model": state_dict}': weights_of,
     "has to be {": lambda g: {"model": "weights.bin"},
@@ -136,11 +148,31 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
         import_meta(tmp_path / "meta.pt", tmp_path / "model")
 
 
-@pytest.mark.parametrize("heads", [None, 3, 0, 64])
+@pytest.mark.parametrize("heads", [3, 0, 64])
 def test_heads_that_do_not_divide_the_width_are_refused(golden, tmp_path, heads):
     torch.save({"model": weights_of(golden)}, tmp_path / "meta.pt")
     with pytest.raises(InputError, match=f"--heads {heads}: has to divide the width 64"):
         import_meta(tmp_path / "meta.pt", tmp_path / "model", heads=heads)
+
+
+def test_heads_that_nothing_tells_are_asked_for(golden, tmp_path):
+    torch.save({"model": weights_of(golden)}, tmp_path / "meta.pt")
+    with pytest.raises(InputError, match="--heads: the weights do not tell how many attention heads share 64"):
+        import_meta(tmp_path / "meta.pt", tmp_path / "model")
+
+
+def test_heads_default_to_metas_128_dimensions_each(golden, tmp_path):
+    weights = {name: torch.zeros([4 * n if n == 64 else n for n in w.shape]) for name, w in weights_of(golden).items()}
+    torch.save({"model": weights}, tmp_path / "meta.pt")
+    config = import_meta(tmp_path / "meta.pt", tmp_path / "model").config
+    assert (config.hidden_size, config.num_attention_heads) == (256, 2)
+
+
+@pytest.mark.parametrize("key", ["num_heads", "norm_eps", "rope_theta"])
+def test_a_header_that_holds_no_number_is_refused(golden, tmp_path, key):
+    save_file(weights_of(golden, "model."), tmp_path / "meta.safetensors", {"num_heads": "4", key: "four"})
+    with pytest.raises(InputError, match=f"{key}: 'four' in the header is not a number"):
+        import_meta(tmp_path / "meta.safetensors", tmp_path / "model")
 
 
 def test_the_command_line_says_what_is_wrong_without_a_traceback(golden, tmp_path):
