@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lcm_ds.model.attention import Cache, SegmentLayout, attend, attend_cached, rope_tables, rotate, uses_varlen
 from lcm_ds.model.config import BaseLCMConfig
+from lcm_ds.model.dropout import Draw, drop
 from lcm_ds.model.normalizer import Normalizer
 
 Rope = tuple[Tensor, Tensor]
@@ -79,14 +81,21 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.layer = layer
 
     def forward(
-        self, x: Tensor, rope: Rope, layout: SegmentLayout, mask: Tensor | None, cache: Cache | None = None
+        self,
+        x: Tensor,
+        rope: Rope,
+        layout: SegmentLayout,
+        mask: Tensor | None,
+        draw: Draw | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """[rows, row_length, hidden_size] → the same."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, layout, mask, cache))
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        attended = self.self_attn(self.input_layernorm(x), rope, layout, mask, cache)
+        x = x + drop(attended, draw, 2 * self.layer)
+        return x + drop(self.mlp(self.post_attention_layernorm(x)), draw, 2 * self.layer + 1)
 
 
 class BaseLCM(PreTrainedModel):
@@ -118,6 +127,7 @@ class BaseLCM(PreTrainedModel):
         concepts: Tensor,
         layout: SegmentLayout | None = None,
         noise: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """Predictions in normalised space; entry t predicts concept t + 1.
@@ -125,6 +135,8 @@ class BaseLCM(PreTrainedModel):
         concepts: [rows, row_length, embed_dim], raw space, any floating dtype.
         layout: where the segments lie; None: every row is one segment.
         noise: the same shape, normalised space, added to the normalised inputs.
+        dropout_keys: int64 [rows], what decides which values of a row are dropped; in training with dropout they are
+        needed, elsewhere they do nothing.
         cache: what earlier calls saw of the same rows; it grows by these concepts. Goes without a layout.
 
         Returns [rows, row_length, embed_dim] in the parameters' dtype; `normalizer.denormalize` gives raw concepts.
@@ -138,11 +150,14 @@ class BaseLCM(PreTrainedModel):
             layout = SegmentLayout.one_segment(concepts.shape[0], concepts.shape[1], concepts.device, seen)
         mask = None if cache is not None or uses_varlen(hidden.device, hidden.dtype) else layout.mask()
         rope = rope_tables(layout.positions, self.config.head_dim, self.config.rope_theta)
+        draw = None
+        if self.training and self.config.dropout > 0:
+            if dropout_keys is None:
+                raise ValueError("training with dropout needs dropout_keys, a number for each row")
+            draw = Draw.of(dropout_keys, concepts.shape[1], self.config.hidden_size, self.config.dropout)
         for layer in self.layers:
-            if self.recompute is not None and self.training:
-                hidden = self.recompute(layer, hidden, rope, layout, mask)
-            else:
-                hidden = layer(hidden, rope, layout, mask, cache)
+            call = partial(layer, rope=rope, layout=layout, mask=mask, draw=draw, cache=cache)
+            hidden = call(hidden) if self.recompute is None or not self.training else self.recompute(call, hidden)
         return self.post_net(self.norm(hidden))
 
     # --- initial weights ----------------------------------------------------------------------------------------------

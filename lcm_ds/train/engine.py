@@ -57,7 +57,10 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
 
 
 def build_engine(model: BaseLCM, optim: OptimConfig, ds: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """The DeepSpeed engine around `model`, with the optimizer that the JSON names."""
+    """The DeepSpeed engine around `model`, with the optimizer and the activation checkpointing that the JSON names."""
+    if "activation_checkpointing" in ds:
+        deepspeed.checkpointing.configure(None, deepspeed_config=ds)
+        model.recompute = deepspeed.checkpointing.checkpoint
     engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model, optim), config=ds)
     return engine
 

@@ -33,7 +33,7 @@ from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.train import checkpoint as checkpoints
 from lcm_ds.train.check import Job
 from lcm_ds.train.engine import build_engine, build_model, connect, set_learning_rate
-from lcm_ds.train.loss import derive_seed, input_noise, squared_error, target_mask
+from lcm_ds.train.loss import dropout_keys, input_noise, squared_error, target_mask
 from lcm_ds.train.metrics import RunLog, prints_to_log, set_up_logging
 from lcm_ds.train.place import Place
 from lcm_ds.train.schedule import learning_rate_factor
@@ -177,8 +177,6 @@ class Run:
         engine.train()
         loss = torch.zeros((), device=self.device)
         for batch in micro_batches:
-            # Seeded by what is drawn for, not by what was drawn before: a resumed run draws the same.
-            torch.manual_seed(derive_seed(config.seed, "dropout", step, batch.first_lane))
             error = self.error(batch, step)
             engine.backward(error * share, scale_wrt_gas=False)
             engine.step()
@@ -218,10 +216,11 @@ class Run:
         raw = batch.concepts.to(self.device, non_blocking=True)
         segment_ids = batch.segment_ids.to(self.device, non_blocking=True)
         layout = SegmentLayout.from_ids(batch.segment_ids, config.data.max_segment).to(self.device)
-        noise = None
+        noise = keys = None
         if step is not None:
             noise = input_noise(raw, config.noise_std, config.seed, step, batch.first_lane)
-        predictions = self.engine(raw, layout, noise)
+            keys = dropout_keys(len(raw), config.seed, step, batch.first_lane).to(self.device)
+        predictions = self.engine(raw, layout, noise, keys)
         return predictions, self.engine.module.normalizer.normalize(raw), target_mask(segment_ids)
 
     def guard(self, step: int) -> None:

@@ -37,6 +37,12 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def dropout_keys(rows: int, seed: int, step: int, first_lane: int) -> Tensor:
+    """Keys of one micro-batch for the model's dropout: int64 [rows], below 2**32; row i is of lane first_lane + i."""
+    keys = [derive_seed(seed, "dropout", step, first_lane + row) & 0xFFFFFFFF for row in range(rows)]
+    return torch.tensor(keys, dtype=torch.int64)
+
+
 def input_noise(like: Tensor, std: float, seed: int, step: int, first_lane: int) -> Tensor | None:
     """Gaussian noise for one micro-batch, fp32, in normalised space; None where `std` is 0.
 

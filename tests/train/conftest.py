@@ -34,7 +34,7 @@ def make_config(concepts, tmp_path_factory):
                 "intermediate_size": 64,
                 "num_hidden_layers": 2,
                 "num_attention_heads": 4,
-                "dropout": 0.0,
+                "dropout": 0.1,
             },
             "data": {
                 "train": str(concepts["train"]),

@@ -1,0 +1,48 @@
+"""Dropout that is a function of a row's key, and not of what was drawn before.
+
+With torch's dropout a row would lose other values on another number of devices, in another micro-batch, or after a
+resume. Here every value's fate is a hash of (key of its row, layer, position, dimension), computed where it is needed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WORD = 0xFFFFFFFF
+
+
+class Draw(NamedTuple):
+    """What decides, for one batch, which values are dropped."""
+
+    keys: Tensor  # int64 [rows, 1, 1], below 2**32
+    numbers: Tensor  # int64 [1, row_length, hidden_size], below 2**32: of position and dimension, hashed
+    p: float  # share that is dropped
+
+    @classmethod
+    def of(cls, keys: Tensor, row_length: int, hidden_size: int, p: float) -> Draw:
+        """keys: int64 [rows]."""
+        numbers = torch.arange(row_length * hidden_size, device=keys.device).view(1, row_length, hidden_size)
+        return cls((keys & WORD).view(-1, 1, 1), mix(numbers), p)
+
+
+def drop(x: Tensor, draw: Draw | None, site: int) -> Tensor:
+    """x [rows, row_length, hidden_size] with a share p of it set to 0 and the rest times 1 / (1 − p).
+
+    site: the number of the place in the model, so that each drops other values. Without a draw x is left alone.
+    """
+    if draw is None:
+        return x
+    kept = mix(draw.numbers ^ mix(mix(draw.keys) + site)) >= int(draw.p * 2**32)
+    return torch.where(kept, x / (1 - draw.p), 0.0)
+
+
+def mix(numbers: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3 (Appleby, public domain): each int64 below 2**32 to another, every bit stirred."""
+    # Products run over 63 bits; what wraps is above the 32 that are kept.
+    numbers = numbers & WORD
+    numbers = ((numbers ^ (numbers >> 16)) * 0x85EBCA6B) & WORD
+    numbers = ((numbers ^ (numbers >> 13)) * 0xC2B2AE35) & WORD
+    return numbers ^ (numbers >> 16)
