@@ -24,7 +24,7 @@ from lcm_ds.data.format import (
     read_shards,
     write_normalizer,
 )
-from lcm_ds.data.normalizer import UniformSample, fit
+from lcm_ds.data.normalizer import UniformSample, constant, fit
 from lcm_ds.data.reader import open_shard
 from lcm_ds.errors import InputError
 
@@ -252,9 +252,19 @@ def test_the_fit_is_median_and_interquartile_range() -> None:
 
 def test_dimensions_without_spread_are_named() -> None:
     samples = np.random.default_rng(0).normal(size=(100, 40))
-    samples[:, [3, 37]] = 0.5
+    samples[:80, [3, 37]] = 0.5
     with pytest.raises(InputError, match=r"2 of 40 dimensions .* cannot be normalised: 3, 37"):
         fit(samples)
+
+
+def test_constant_dimensions_are_centred_and_not_stretched() -> None:
+    samples = np.random.default_rng(0).normal(size=(1000, 8)).astype(np.float16)
+    samples[:, 2] = 0.25
+    samples[:, 5] = np.random.default_rng(1).choice([0, 6e-8], 1000)  # nearly 0: rounding is all that it holds
+    assert constant(samples).tolist() == [2, 5]
+    center, scale = fit(samples)
+    assert (center[2], scale[2], scale[5]) == (0.25, 1.0, 1.0)
+    assert np.abs((samples[:, [2, 5]] - center[[2, 5]]) / scale[[2, 5]]).max() < 1e-6
 
 
 def test_a_uniform_sample_does_not_depend_on_the_order_of_what_is_added() -> None:
