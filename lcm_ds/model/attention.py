@@ -87,9 +87,16 @@ class Cache:
         return self.layers[layer]
 
 
-def uses_varlen(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the flash kernels over segments serve this device and dtype."""
-    return varlen_attn is not None and device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+def uses_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the flash kernels over segments serve this device, dtype and width of a head."""
+    if varlen_attn is None or device.type != "cuda" or not varlen_takes(dtype, head_dim):
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def varlen_takes(dtype: torch.dtype, head_dim: int) -> bool:
+    """What the kernels ask of their inputs; unlike SDPA, varlen_attn does not pad a head."""
+    return dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, mask: Tensor | None) -> Tensor:

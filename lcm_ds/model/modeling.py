@@ -148,7 +148,8 @@ class BaseLCM(PreTrainedModel):
         if layout is None:
             seen = 0 if cache is None else len(cache)
             layout = SegmentLayout.one_segment(concepts.shape[0], concepts.shape[1], concepts.device, seen)
-        mask = None if cache is not None or uses_varlen(hidden.device, hidden.dtype) else layout.mask()
+        varlen = uses_varlen(hidden.device, hidden.dtype, self.config.head_dim)
+        mask = None if cache is not None or varlen else layout.mask()
         rope = rope_tables(layout.positions, self.config.head_dim, self.config.rope_theta)
         draw = None
         if self.training and self.config.dropout > 0:

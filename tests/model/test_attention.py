@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lcm_ds.model.attention import SegmentLayout, attend, rope_tables, rotate, uses_varlen
+from lcm_ds.model.attention import SegmentLayout, attend, rope_tables, rotate, uses_varlen, varlen_takes
 
 
 def packed_ids(*rows):
@@ -116,13 +116,21 @@ def test_only_distances_matter_to_rotated_products():
     assert not torch.allclose(product(5, 2), product(5, 4), atol=1e-3)
 
 
+def test_heads_that_flash_kernels_refuse_are_not_given_to_them():
+    assert all(varlen_takes(torch.bfloat16, head_dim) for head_dim in (8, 64, 128, 256))
+    assert not any(varlen_takes(torch.bfloat16, head_dim) for head_dim in (4, 18, 100, 264))
+    assert varlen_takes(torch.float16, 64)
+    assert not varlen_takes(torch.float32, 64)
+    assert not uses_varlen(torch.device("cpu"), torch.bfloat16, head_dim=64)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_flash_kernels_agree_with_masked_sdpa(dtype):
     device = torch.device("cuda")
-    if not uses_varlen(device, dtype):
-        pytest.skip("this build of torch has no varlen_attn")
+    if not uses_varlen(device, dtype, head_dim=64):
+        pytest.skip("no flash kernels over segments in this build of torch or for this device")
     generator = torch.Generator(device).manual_seed(0)
     layout = SegmentLayout.from_ids(packed_ids([50, 1, 13], [30, 20, -14]), max_seqlen=64).to(device)
     results = []
@@ -140,8 +148,9 @@ def test_flash_kernels_agree_with_masked_sdpa(dtype):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_packed_batch_on_a_gpu_is_near_the_cpu(make_model):
-    model = make_model(hidden_size=64, num_attention_heads=2)
+@pytest.mark.parametrize("hidden_size", [64, 36], ids=["flash", "heads-of-18"])
+def test_a_packed_batch_on_a_gpu_is_near_the_cpu(make_model, hidden_size):
+    model = make_model(hidden_size=hidden_size, num_attention_heads=2)
     concepts = torch.randn(2, 16, 12)
     layout = SegmentLayout.from_ids(packed_ids([5, 11], [2, 9, -5]), max_seqlen=16)
     real = packed_ids([5, 11], [2, 9, -5]) >= 0

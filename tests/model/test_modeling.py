@@ -98,6 +98,12 @@ def test_other_seeds_give_other_weights(make_model):
             assert (weight - other[name]).abs().max() > 0.01, name
 
 
+def test_no_two_modules_start_with_the_same_weights(make_model):
+    weights = [weight.flatten()[:64] for _, weight in make_model(seed=5).named_parameters() if weight.ndim == 2]
+    for index, one in enumerate(weights):
+        assert not any(torch.equal(one, other) for other in weights[:index])
+
+
 def test_a_module_has_the_same_weights_whatever_order_or_dtype_it_is_filled_in(make_model):
     exact = make_model(seed=5)
     rough = make_model(seed=0).bfloat16()
