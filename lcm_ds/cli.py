@@ -26,6 +26,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         # The reader of our output (head, less) has gone: not a failure of ours.
         sys.stderr.close()
@@ -126,11 +129,16 @@ def _overrides(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("overrides", metavar="key=value", nargs="*", help="dotted paths into the YAML")
 
 
-def prepare(arguments: argparse.Namespace) -> None:
+def prepare(arguments: argparse.Namespace) -> int:
     from lcm_ds.config import PrepareConfig, load
     from lcm_ds.prepare.pipeline import prepare
 
-    prepare(load(PrepareConfig, arguments.config, arguments.overrides))
+    try:
+        prepare(load(PrepareConfig, arguments.config, arguments.overrides))
+    except KeyboardInterrupt:
+        print("interrupted: what is finished is kept, start again to go on", file=sys.stderr)
+        return 75
+    return 0
 
 
 def index(arguments: argparse.Namespace) -> None:

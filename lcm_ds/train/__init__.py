@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -19,12 +20,18 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> int:
         speaks = place.local_rank == 0  # one process a host says what is wrong
         from lcm_ds import ds_config
         from lcm_ds.train.check import check
-        from lcm_ds.train.loop import train
+        from lcm_ds.train.loop import resume_point, train
 
         job = check(config_path, overrides, place.world_size)
         ds_config.check_device(job.ds, config_path)
-        return train(job, place)
+        newest = resume_point(job, place)
+        speaks = True  # from here on a mistake, in a shard, is known to the rank that finds it
+        return train(job, place, newest)
     except InputError as error:
         if speaks:
             print(error, file=sys.stderr)
         return 2
+    except Exception:
+        # To RUN/log.txt as well, once it is there; the others are ended by whoever started them.
+        logging.getLogger("lcm_ds.train").exception("this process ends with an error")
+        return 1

@@ -7,6 +7,7 @@ resumed run goes on bit for bit on the same number of ranks; all ranks agree bef
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import platform
@@ -32,6 +33,7 @@ from lcm_ds.files import write_whole
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.train import checkpoint as checkpoints
 from lcm_ds.train.check import Job
+from lcm_ds.train.checkpoint import Checkpoint
 from lcm_ds.train.engine import build_engine, build_model, connect, set_learning_rate
 from lcm_ds.train.loss import dropout_keys, input_noise, squared_error, target_mask
 from lcm_ds.train.metrics import RunLog, prints_to_log, set_up_logging
@@ -45,24 +47,31 @@ logger = logging.getLogger("lcm_ds.train")
 DONE, STOPPED = 0, 75
 
 
-def train(job: Job, place: Place) -> int:
+def resume_point(job: Job, place: Place) -> Checkpoint | None:
+    """The run's newest complete checkpoint, None where there is none yet.
+
+    Raises InputError where it does not belong to this config or number of ranks.
+    """
+    found = checkpoints.list_checkpoints(job.run_dir)
+    if not found:
+        return None
+    mistakes = checkpoints.resume_mistakes(found[-1], identity(job, place))
+    if mistakes:
+        raise InputError(mistakes)
+    return found[-1]
+
+
+def train(job: Job, place: Place, newest: Checkpoint | None) -> int:
     """Train until the run is done or somebody asks it to stop; returns the exit code, 0 or 75.
 
-    Starts from the run's newest complete checkpoint where there is one. Raises InputError where that checkpoint does
-    not belong to this config, RuntimeError where training cannot go on.
+    newest: the checkpoint to start from. Raises InputError for a shard that turns out not to be what was written,
+    RuntimeError where training cannot go on.
     """
     run_dir, first = job.run_dir, place.rank == 0
-    found = checkpoints.list_checkpoints(run_dir)
-    newest = found[-1] if found else None
-    state = identity(job, place)
-    if newest is not None:
-        mistakes = checkpoints.resume_mistakes(newest, state)
-        if mistakes:
-            raise InputError(mistakes)
-        if newest.step >= job.total_steps:
-            if first:
-                print(f"{run_dir}: already trained for {newest.step} steps, nothing to do")
-            return DONE
+    if newest is not None and newest.step >= job.total_steps:
+        if first:
+            print(f"{run_dir}: already trained for {newest.step} steps, nothing to do")
+        return DONE
     run_dir.mkdir(parents=True, exist_ok=True)
     set_up_logging(run_dir, place.rank)
     with prints_to_log(run_dir):
@@ -92,14 +101,16 @@ def train(job: Job, place: Place) -> int:
         start_step=start,
     )
     try:
-        run = Run(job, place, engine, device, run_log, stop, state, concepts_seen)
-        return run.steps(iter(loader), start)
+        run = Run(job, place, engine, device, run_log, stop, concepts_seen)
+        code = run.steps(iter(loader), start)
+        # Not after an error: other ranks may wait in a collective, and this one would wait with them.
+        dist.destroy_process_group()
+        return code
     finally:
         loader.close()
         stop.close()
         if run_log is not None:
             run_log.close()
-        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -125,11 +136,10 @@ class Run:
         device: torch.device,
         run_log: RunLog | None,
         stop: StopRequest,
-        state: dict[str, Any],
         concepts_seen: int,
     ) -> None:
         self.job, self.place, self.engine, self.device = job, place, engine, device
-        self.run_log, self.stop, self.state = run_log, stop, state
+        self.run_log, self.stop = run_log, stop
         self.concepts_seen = concepts_seen
         self.skipped_in_a_row = 0
         self.saved_at: int | None = None
@@ -307,7 +317,7 @@ class Run:
         """A checkpoint after `done` steps, and the retention of the older ones."""
         if self.saved_at == done:
             return
-        state = {"step": done, "concepts": self.concepts_seen, **self.state}
+        state = {"step": done, "concepts": self.concepts_seen, **identity(self.job, self.place)}
         path = checkpoints.save(self.engine, self.job.run_dir, done, state)
         if self.place.rank == 0:
             logger.info("saved %s", path)
@@ -328,6 +338,7 @@ def identity(job: Job, place: Place) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of what decides a run's numbers, and the project's git commit where it runs from a checkout."""
     commit = ""
