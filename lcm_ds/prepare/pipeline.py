@@ -49,6 +49,18 @@ class Unit:
     encoded: int = 0  # different ones among those that were encoded
 
 
+@dataclass(frozen=True)
+class Work:
+    """A preparation: what is read, what is made of it, and where it goes."""
+
+    config: PrepareConfig
+    out: Path
+    source: Source
+    splitter: Splitter
+    encoder: Encoder
+    end: np.ndarray  # fp32 [embed_dim]: the end-of-text concept
+
+
 def prepare(config: PrepareConfig, encoder: Encoder | None = None) -> None:
     """Make the datasets OUT/train and OUT/validation, or go on making them where a former call was ended.
 
@@ -71,8 +83,9 @@ def prepare(config: PrepareConfig, encoder: Encoder | None = None) -> None:
             print(f"{out}: going on after {_summary(units)}", flush=True)
         _drop_unfinished(out, {unit.unit for unit in units})
         end = encoder.encode([config.end_of_text])[0]
-        _make_units(config, out, source, splitter, encoder, end, units)
-        _finish(config, out, source, splitter, encoder, end, units)
+        work = Work(config, out, source, splitter, encoder, end)
+        _make_units(work, units)
+        _finish(work, units)
     print(f"{out}: {_summary(units)}")
 
 
@@ -82,45 +95,30 @@ def split_of(document_id: str, validation: float) -> str:
     return "validation" if int.from_bytes(digest, "little") < validation * 2**64 else "train"
 
 
-def _make_units(
-    config: PrepareConfig,
-    out: Path,
-    source: Source,
-    splitter: Splitter,
-    encoder: Encoder,
-    end: np.ndarray,
-    units: list[Unit],
-) -> None:
+def _make_units(work: Work, units: list[Unit]) -> None:
     """Make the units that are not done yet and add them to `units`."""
+    source, size = work.source, work.config.documents_per_shard
     done = {unit.unit for unit in units}
     number = 0
     with Progress(source.total, given=sum(unit.given for unit in units)) as progress:
-        while source.total is None or number * config.documents_per_shard < source.total:
+        while source.total is None or number * size < source.total:
             if number not in done:
-                start = number * config.documents_per_shard
-                texts = list(source.documents(start, start + config.documents_per_shard))
+                texts = list(source.documents(number * size, (number + 1) * size))
                 if not texts:
                     break
-                unit = _make_unit(config, out, number, texts, splitter, encoder, end)
+                unit = _make_unit(work, number, texts)
                 units.append(unit)
                 progress.add(unit.given, unit.sentences)
             number += 1
 
 
-def _make_unit(
-    config: PrepareConfig,
-    out: Path,
-    number: int,
-    texts: list[TextDocument],
-    splitter: Splitter,
-    encoder: Encoder,
-    end: np.ndarray,
-) -> Unit:
+def _make_unit(work: Work, number: int, texts: list[TextDocument]) -> Unit:
     """Sentences, concepts and shards of one unit, committed."""
+    config, out, end = work.config, work.out, work.end
     unit = Unit(number, given=len(texts))
     refused: Counter[str] = Counter()
     chosen: list[tuple[int, TextDocument, list[str]]] = []
-    for place, (text, sentences, reason) in enumerate(_judged(config, texts, splitter)):
+    for place, (text, sentences, reason) in enumerate(_judged(work, texts)):
         if reason is None:
             chosen.append((number * config.documents_per_shard + place, text, sentences))
         else:
@@ -128,7 +126,7 @@ def _make_unit(
     # A sentence that stands in a unit several times is encoded once.
     distinct = list(dict.fromkeys(sentence for *_, sentences in chosen for sentence in sentences))
     row = {sentence: index for index, sentence in enumerate(distinct)}
-    concepts = encoder.encode(distinct) if distinct else np.empty((0, len(end)), np.float32)
+    concepts = work.encoder.encode(distinct) if distinct else np.empty((0, len(end)), np.float32)
     documents: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for index, text, sentences in chosen:
         own = np.vstack([concepts[[row[sentence] for sentence in sentences]], end])
@@ -155,9 +153,7 @@ def _make_unit(
     return unit
 
 
-def _judged(
-    config: PrepareConfig, texts: Iterable[TextDocument], splitter: Splitter
-) -> Iterator[tuple[TextDocument, list[str], str | None]]:
+def _judged(work: Work, texts: Iterable[TextDocument]) -> Iterator[tuple[TextDocument, list[str], str | None]]:
     """Each document of a unit with its sentences, and why it is refused, or None."""
     ids: set[str] = set()
     for text in texts:
@@ -168,31 +164,19 @@ def _judged(
         elif not text.text.strip():
             reason = "empty"
         else:
-            sentences = splitter.split(text.text)
-            if len(sentences) < config.min_sentences:
+            sentences = work.splitter.split(text.text)
+            if len(sentences) < work.config.min_sentences:
                 reason = "too_few_sentences"
-            elif config.max_sentences is not None and len(sentences) > config.max_sentences:
+            elif work.config.max_sentences is not None and len(sentences) > work.config.max_sentences:
                 reason = "too_many_sentences"
         ids.add(text.id)
         yield text, sentences, reason
 
 
-def _finish(
-    config: PrepareConfig,
-    out: Path,
-    source: Source,
-    splitter: Splitter,
-    encoder: Encoder,
-    end: np.ndarray,
-    units: list[Unit],
-) -> None:
+def _finish(work: Work, units: list[Unit]) -> None:
     """The normaliser, fitted on the training split, and dataset.json of both splits, which makes them datasets."""
-    kept = Counter[str]()
-    refused = Counter[str]()
-    for unit in units:
-        kept.update(unit.kept)
-        refused.update(unit.refused)
-    given = sum(unit.given for unit in units)
+    config, out, end = work.config, work.out, work.end
+    given, kept, refused = _counts(units)
     if not kept["train"]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in refused.items()) or "the source is empty"
         raise InputError(f"{out}: none of {given} documents is left to train on ({reasons})")
@@ -214,14 +198,14 @@ def _finish(
             continue
         write_normalizer(out / split, center, scale, statistics)
         info = DatasetInfo(
-            encoder=encoder.describe(),
+            encoder=work.encoder.describe(),
             embed_dim=len(end),
             dtype=config.dtype,
             language=config.sentences.language,
-            splitter=splitter.settings(),
+            splitter=work.splitter.settings(),
             end_of_text=EndOfText(text=config.end_of_text, vector=[float(value) for value in end]),
             source={
-                **source.describe(),
+                **work.source.describe(),
                 "split": split,
                 "validation_share": config.validation,
                 "given": given,
@@ -301,15 +285,19 @@ def _owned(out: Path) -> Iterator[None]:
 
 def _summary(units: list[Unit]) -> str:
     """Documents and sentences of the units, in a line."""
-    refused = Counter[str]()
-    kept = Counter[str]()
-    for unit in units:
-        refused.update(unit.refused)
-        kept.update(unit.kept)
+    given, kept, refused = _counts(units)
     reasons = "".join(f", {count:,} refused ({reason})" for reason, count in sorted(refused.items()))
     sentences = sum(unit.sentences for unit in units)
-    given = sum(unit.given for unit in units)
     return (
         f"{given:,} documents: {kept['train']:,} to train on, {kept['validation']:,} for validation{reasons}; "
         f"{sentences:,} sentences"
     )
+
+
+def _counts(units: list[Unit]) -> tuple[int, Counter[str], Counter[str]]:
+    """Documents of the units: given, kept by split, refused by reason."""
+    kept, refused = Counter[str](), Counter[str]()
+    for unit in units:
+        kept.update(unit.kept)
+        refused.update(unit.refused)
+    return sum(unit.given for unit in units), kept, refused
