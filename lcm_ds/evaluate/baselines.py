@@ -15,8 +15,8 @@ from lcm_ds.evaluate.metrics import Targets
 Predictor = Callable[[Targets], Tensor]
 
 # Ridge penalties that are tried, as shares of the mean variance of the inputs.
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
-HELD_OUT = 10  # every so many-th block of the training data chooses among them
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+HELD_OUT = 10  # one in so many segments of the training data chooses among them
 
 
 class Sums:
@@ -76,10 +76,12 @@ def fit_baselines(training: Iterable[Targets], embed_dim: int) -> dict[str, Pred
     """
     last = [Sums(embed_dim, embed_dim), Sums(embed_dim, embed_dim)]
     context = [Sums(embed_dim, embed_dim), Sums(embed_dim, embed_dim)]
-    for number, targets in enumerate(training):
-        held_out = number % HELD_OUT == HELD_OUT - 1
-        last[held_out].add(targets.last, targets.truth)
-        context[held_out].add(targets.context, targets.truth)
+    for targets in training:
+        # Whole segments, stirred, so that what chooses is not of the documents that are fitted, nor of every tenth one.
+        chooses = ((targets.segment * 0x9E3779B1) >> 16) % HELD_OUT == 0
+        for held_out, part in enumerate((~chooses, chooses)):
+            last[held_out].add(targets.last[part], targets.truth[part])
+            context[held_out].add(targets.context[part], targets.truth[part])
     everything = last[0].plus(last[1])
     mean = (everything.xy[-1] / everything.count).float()
     from_last, from_context = ridge(*last), ridge(*context)
