@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lcm_ds.data.format import DATASET, Dataset, open_dataset
+from lcm_ds.data.format import DATASET, NORMALIZER, Dataset, open_dataset, read_normalizer
 from lcm_ds.data.reader import open_shard
 from lcm_ds.data.reader import verify as read_again
 from lcm_ds.errors import Collector, InputError
@@ -75,9 +76,24 @@ def _rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
         yield "end of text", repr(info.end_of_text.text)
     source = dict(info.source)
     refused = source.pop("refused", {})
+    yield "normaliser", _normalizer(dataset)
     yield "source", _told(source) or "not known"
     yield "refused", _told(refused) or "none"
     yield "fingerprint", dataset.fingerprint
+
+
+def _normalizer(dataset: Dataset) -> str:
+    """What the normaliser was fitted on, where its file says so, and the ranges of its two vectors."""
+    from safetensors import safe_open
+
+    center, scale = read_normalizer(dataset.path)
+    with safe_open(Path(dataset.path) / NORMALIZER, "np") as file:
+        statistics = json.loads((file.metadata() or {}).get("statistics", "{}"))
+    ranges = {
+        "center": f"{center.min():.3g} to {center.max():.3g}",
+        "scale": f"{scale.min():.3g} to {scale.max():.3g}",
+    }
+    return _told(statistics | ranges)
 
 
 def _lengths(dataset: Dataset, shards: range) -> tuple[np.ndarray, np.ndarray]:

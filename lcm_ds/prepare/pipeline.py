@@ -28,13 +28,13 @@ from lcm_ds.data.reader import Shard
 from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.encoders import Encoder, load_encoder
 from lcm_ds.errors import InputError
-from lcm_ds.files import write_whole
+from lcm_ds.files import sync_folder, write_whole
 from lcm_ds.prepare.progress import Progress
 from lcm_ds.text.sentences import Splitter
 from lcm_ds.text.sources import Source, TextDocument, open_source
 
 SPLITS = ("train", "validation")
-CONFIG, UNITS, LOCK = "prepare.yaml", "units.jsonl", "prepare.lock"
+CONFIG, PARTS, UNITS, LOCK = "prepare.yaml", "parts.json", "units.jsonl", "prepare.lock"
 
 
 @dataclass
@@ -65,8 +65,8 @@ def prepare(config: PrepareConfig, encoder: Encoder | None = None) -> None:
     """Make the datasets OUT/train and OUT/validation, or go on making them where a former call was ended.
 
     encoder: instead of loading the one the config names. A finished dataset is left as it is. Raises InputError for a
-    source or an encoder that cannot be used, an output folder of another config or in use, and for a source that gives
-    no documents to train on.
+    source or an encoder that cannot be used, an output folder of another config or in use, an encoder, a source or a
+    splitter that is not what it was when the dataset was begun, and for a source that gives no documents to train on.
     """
     out = Path(config.output)
     if _is_finished(out, config):
@@ -75,15 +75,21 @@ def prepare(config: PrepareConfig, encoder: Encoder | None = None) -> None:
     # Before the folder is there: a mistake in the config leaves nothing behind.
     source, splitter = open_source(config.source, config.sentences), Splitter(config.sentences)
     encoder = encoder or load_encoder(config.encoder)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: output: cannot be made: {error.strerror}") from None
     with _owned(out):
+        # Again, now that nobody else can: since then a process with another config may have been here. (One that has
+        # finished this very dataset has left nothing to do: what follows writes the same files once more.)
+        _is_finished(out, config)
         write_whole(out / CONFIG, dump(config))
         units = _read_units(out)
         if units:
             print(f"{out}: going on after {_summary(units)}", flush=True)
         _drop_unfinished(out, {unit.unit for unit in units})
-        end = encoder.encode([config.end_of_text])[0]
-        work = Work(config, out, source, splitter, encoder, end)
+        work = Work(config, out, source, splitter, encoder, _end_of_text(config, encoder))
+        _check_parts(work)
         _make_units(work, units)
         _finish(work, units)
     print(f"{out}: {_summary(units)}")
@@ -93,6 +99,20 @@ def split_of(document_id: str, validation: float) -> str:
     """The split a document belongs to: a function of its id and the share of validation alone."""
     digest = hashlib.blake2b(document_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "validation" if int.from_bytes(digest, "little") < validation * 2**64 else "train"
+
+
+def _end_of_text(config: PrepareConfig, encoder: Encoder) -> np.ndarray:
+    """The end-of-text concept; one that cannot be stored would refuse every document, after hours of encoding."""
+    end = encoder.encode([config.end_of_text])[0]
+    if not _storable(end, config.dtype):
+        raise InputError(f"end_of_text: the encoder makes {config.end_of_text!r} a concept that is not finite")
+    return end
+
+
+def _storable(concepts: np.ndarray, dtype: str) -> bool:
+    """Whether all numbers are finite, as `dtype` too."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(concepts.astype(dtype)).all())
 
 
 def _make_units(work: Work, units: list[Unit]) -> None:
@@ -130,9 +150,7 @@ def _make_unit(work: Work, number: int, texts: list[TextDocument]) -> Unit:
     documents: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for index, text, sentences in chosen:
         own = np.vstack([concepts[[row[sentence] for sentence in sentences]], end])
-        with np.errstate(over="ignore"):
-            storable = np.isfinite(own.astype(config.dtype)).all()
-        if not storable:
+        if not _storable(own, config.dtype):
             refused["not_finite"] += 1
             continue
         split = split_of(text.id, config.validation)
@@ -144,7 +162,9 @@ def _make_unit(work: Work, number: int, texts: list[TextDocument]) -> Unit:
     for split, kept in documents.items():
         if kept:
             folder = out / split
-            folder.mkdir(exist_ok=True)
+            if not folder.exists():
+                folder.mkdir()
+                sync_folder(out)
             commit(folder, write_shard(folder, f"{number:08d}.tar", kept, config.dtype))
     with (out / UNITS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(unit)) + "\n")
@@ -224,22 +244,47 @@ def _finish(work: Work, units: list[Unit]) -> None:
 def _is_finished(out: Path, config: PrepareConfig) -> bool:
     """Whether the dataset is there. Raises InputError where the folder belongs to another config."""
     if not (out / CONFIG).exists():
-        if out.exists() and any(path.name != LOCK for path in out.iterdir()):
+        if out.exists() and not out.is_dir():
+            raise InputError(f"{out}: output: is a file; name a folder")
+        # A call that was killed at its very start has left no more than these.
+        if out.exists() and any(path.name not in (LOCK, f"{CONFIG}.partial") for path in out.iterdir()):
             raise InputError(f"{out}: output: is not empty and holds no {CONFIG}; choose a new folder")
         return False
-    before, now = yaml.safe_load((out / CONFIG).read_text(encoding="utf-8")), config.model_dump(mode="json")
-    differing = [
-        key for key in _flat(before).keys() | _flat(now).keys() if _flat(before).get(key) != _flat(now).get(key)
-    ]
-    if differing:
-        raise InputError(
-            f"{out}: {key}: was {_flat(before).get(key)!r} when this dataset was begun and is now "
-            f"{_flat(now).get(key)!r}; choose a new output or go back"
-            for key in sorted(differing)
-        )
+    _check_same(out, yaml.safe_load((out / CONFIG).read_text(encoding="utf-8")), config.model_dump(mode="json"))
     if not (out / "train" / DATASET).exists():
         return False
     return (out / "validation" / DATASET).exists() or not any(u.kept["validation"] for u in _read_units(out))
+
+
+def _check_parts(work: Work) -> None:
+    """Refuse to go on with parts that are no longer what they were: half the dataset would be made otherwise.
+
+    The config alone does not tell: a hub's newest revision changes, an automatic dtype depends on the device, new files
+    match a glob, the documentation that `sample` reads comes with Python.
+    """
+    parts = {
+        "encoder": work.encoder.describe(),
+        "sentences": work.splitter.settings(),
+        "source": work.source.describe(),
+    }
+    text = json.dumps(parts, indent=2, ensure_ascii=False) + "\n"
+    path = work.out / PARTS
+    if path.exists():
+        _check_same(work.out, json.loads(path.read_text(encoding="utf-8")), json.loads(text))
+    else:
+        write_whole(path, text)
+
+
+def _check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise InputError with a line for each key whose value is not what it was when this dataset was begun."""
+    was, is_now = _flat(before), _flat(now)
+    differing = sorted(key for key in was.keys() | is_now.keys() if was.get(key) != is_now.get(key))
+    if differing:
+        raise InputError(
+            f"{out}: {key}: was {was.get(key)!r} when this dataset was begun and is now {is_now.get(key)!r}; "
+            "choose a new output or go back"
+            for key in differing
+        )
 
 
 def _flat(mapping: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -15,10 +15,11 @@ EMBED_DIM = 8
 class HashEncoder:
     """A concept is a Gaussian draw seeded by its sentence; one with "not a number" in it has no concept."""
 
-    name, model, revision, embed_dim = "hash", "blake2b", None, EMBED_DIM
+    name, model, embed_dim = "hash", "blake2b", EMBED_DIM
 
-    def __init__(self, seconds=0.0):
+    def __init__(self, seconds=0.0, revision=None):
         self.seconds = seconds
+        self.revision = revision
         self.seen = []
 
     def encode(self, texts):

@@ -1,6 +1,7 @@
 """Text → dataset: the same bytes however often it was killed, every document in one split, every refusal counted."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import yaml
 from preparing import HashEncoder
 
 from lcm_ds.config import PrepareConfig
-from lcm_ds.data.format import open_dataset, read_normalizer
+from lcm_ds.data.format import open_dataset, read_normalizer, read_shards
 from lcm_ds.data.reader import open_shard
 from lcm_ds.errors import InputError
+from lcm_ds.files import sha256_of
 from lcm_ds.prepare.inspect import inspect
 from lcm_ds.prepare.pipeline import prepare, split_of
 
@@ -99,26 +101,74 @@ def test_two_runs_write_the_same_bytes(make_config, tmp_path):
     assert written(tmp_path / "out") == written(tmp_path / "again")
 
 
-@pytest.mark.parametrize("units_done", [0, 1, 3, 5])
-def test_killed_and_started_again_it_ends_with_the_same_bytes(make_config, tmp_path, units_done):
+def prepare_and_be_killed(config, event):
+    """Prepare in a process of its own that SIGKILL ends when it is about to open or rename file number `event` in the
+    output folder; returns whether it came that far."""
+    child = os.fork()
+    if child == 0:
+        left = event
+
+        def kill(name, arguments):
+            nonlocal left
+            if name in ("open", "os.rename") and str(arguments[0]).startswith(config.output):
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(kill)
+        try:
+            prepare(config, HashEncoder())
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def test_killed_before_any_of_its_writes_and_started_again_it_ends_with_the_same_bytes(make_config, texts, tmp_path):
+    source = {"name": "files", "paths": [str(texts / "00*.txt")]}
+    common = {"source": source, "documents_per_shard": 5, "validation": 0.4}
+    prepare(make_config(**common), HashEncoder())
+    whole = written(tmp_path / "out")
+    assert {"train/00000001.tar", "validation/00000001.tar"} <= whole.keys()
+    event = 0
+    while prepare_and_be_killed(config := make_config(**common, output=str(tmp_path / f"killed-{event}/out")), event):
+        for split in ("train", "validation"):
+            folder = Path(config.output) / split
+            if (folder / "dataset.json").exists():
+                open_dataset(folder)  # what says that it is finished is whole
+        prepare(config, HashEncoder())
+        assert written(config.output) == whole, f"killed at event {event}"
+        event += 1
+    assert event > 40  # the last time nothing was left to kill
+    assert written(config.output) == whole
+
+
+def test_killed_in_the_middle_of_encoding_it_goes_on_where_it_was(make_config, tmp_path, capsys):
     prepare(make_config(), HashEncoder())
     config = make_config(output=str(tmp_path / "killed"))
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    process = subprocess.Popen([sys.executable, SCRIPT, path, "0.2"], stdout=subprocess.DEVNULL)
-    units = tmp_path / "killed/units.jsonl"
+    process = subprocess.Popen([sys.executable, SCRIPT, path, "0.3"], stdout=subprocess.DEVNULL)
+    wait_for_units(tmp_path / "killed", 2)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    with pytest.raises(InputError, match="not a finished dataset"):
+        open_dataset(tmp_path / "killed/train")
+    capsys.readouterr()
+    encoder = HashEncoder()
+    prepare(config, encoder)
+    assert "going on after" in capsys.readouterr().out
+    assert encoder.seen.count("This is a header.") <= 4  # of 6 units, each of which has this sentence
+    assert written(tmp_path / "killed") == written(tmp_path / "out")
+
+
+def wait_for_units(out, count):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        done = len(units.read_text().splitlines()) if units.exists() else 0
-        if done >= units_done and (tmp_path / "killed/prepare.lock").exists():
-            break
+        if (out / "units.jsonl").exists() and (out / "units.jsonl").read_text().count("\n") >= count:
+            return
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    with pytest.raises(InputError):
-        open_dataset(tmp_path / "killed/train")  # what is not finished is no dataset
-    prepare(config, HashEncoder())
-    assert written(tmp_path / "killed") == written(tmp_path / "out")
+    raise AssertionError(f"{count} units were not done in a minute")
 
 
 def test_shards_of_a_unit_that_was_not_finished_are_made_again(make_config, tmp_path):
@@ -152,6 +202,52 @@ def test_another_config_is_refused_naming_what_differs(make_config):
     with pytest.raises(InputError) as caught:
         prepare(make_config(validation=0.3, sentences={"max_characters": 100}), HashEncoder())
     assert [line.split(": ")[1] for line in caught.value.mistakes] == ["sentences.max_characters", "validation"]
+
+
+def test_another_encoder_behind_the_same_config_is_refused_before_the_halves_are_mixed(make_config, tmp_path):
+    class Fails(HashEncoder):
+        def encode(self, texts):
+            if any("story 30 " in text for text in texts):
+                raise RuntimeError("out of memory")
+            return super().encode(texts)
+
+    config = make_config()
+    with pytest.raises(RuntimeError):
+        prepare(config, Fails(revision="a"))
+    with pytest.raises(InputError, match=r"encoder\.revision: was 'a' when this dataset was begun and is now 'b'"):
+        prepare(config, HashEncoder(revision="b"))
+    prepare(config, HashEncoder(revision="a"))
+    assert len(documents(config.output)) == DOCUMENTS
+
+
+def test_texts_that_came_since_are_not_mixed_in(make_config, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/1.txt").write_text("A text alone. It is.")
+    config = make_config(source={"name": "files", "paths": [str(tmp_path / "texts/*.txt")]}, validation=0)
+    prepare(config, HashEncoder())
+    (tmp_path / "out/train/dataset.json").unlink()
+    (tmp_path / "texts/0.txt").write_text("And another. It is new.")
+    with pytest.raises(InputError, match=r"source\.files: was 1 when"):
+        prepare(config, HashEncoder())
+
+
+def test_a_folder_of_something_else_is_left_alone(make_config, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="is not empty"):
+        prepare(make_config(), HashEncoder())
+    with pytest.raises(InputError, match="is a file"):
+        prepare(make_config(output=str(tmp_path / "out/thesis.txt")), HashEncoder())
+    with pytest.raises(InputError, match="cannot be made: Not a directory"):
+        prepare(make_config(output=str(tmp_path / "out/thesis.txt/out")), HashEncoder())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_an_end_of_text_without_a_concept_is_refused_before_anything_is_encoded(make_config):
+    encoder = HashEncoder()
+    with pytest.raises(InputError, match=r"end_of_text: .* not finite"):
+        prepare(make_config(end_of_text="This is not a number."), encoder)
+    assert encoder.seen == ["This is not a number."]
 
 
 def test_a_second_process_on_the_folder_is_refused(make_config, tmp_path):
@@ -232,7 +328,8 @@ def test_webdataset_reads_what_was_written(make_config):
     assert all(np.array_equal(sample["npy"], concepts) for sample, (_, concepts) in zip(samples, ours, strict=True))
 
 
-def test_inspect_shows_both_splits_and_names_a_changed_shard(make_config, capsys):
+def test_inspect_shows_both_splits_and_names_a_changed_shard(make_config, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     config = make_config()
     prepare(config, HashEncoder())
     capsys.readouterr()
@@ -240,6 +337,10 @@ def test_inspect_shows_both_splits_and_names_a_changed_shard(make_config, capsys
     out = capsys.readouterr().out
     assert out.count("as written") == 2
     assert "blake2b" in out
+    assert "sentencizer" in out
+    assert open_dataset(Path(config.output) / "validation").fingerprint in out
+    concepts = open_dataset(Path(config.output) / "train").info.totals.concepts
+    assert f"concepts {concepts}, constant_dimensions []" in out
     shard = sorted((Path(config.output) / "train").glob("*.tar"))[2]
     content = bytearray(shard.read_bytes())
     content[650] ^= 1  # in the first concept: behind a tar header of 512 bytes and an .npy header of 128
@@ -249,11 +350,25 @@ def test_inspect_shows_both_splits_and_names_a_changed_shard(make_config, capsys
         inspect(config.output, verify=True)
 
 
-def test_real_sentences_and_a_real_encoder(make_config, tmp_path):
-    source = {"name": "sample", "take_sentences": 60}
-    config = make_config(source=source, validation=0.0, documents_per_shard=5)
+def test_ctrl_c_leaves_whole_things_only_and_the_real_encoder_goes_on(make_config, tmp_path, capsys):
+    source = {"name": "sample", "take_sentences": 400}
+    config = make_config(source=source, validation=0.0, documents_per_shard=1)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    command = [sys.executable, "-m", "lcm_ds.cli", "prepare", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_units(tmp_path / "out", 1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "start again to go on" in errors
+    assert "Traceback" not in errors
+    train = tmp_path / "out/train"
+    assert not list(train.glob("*.partial"))
+    assert all(sha256_of(train / shard.name) == shard.sha256 for shard in read_shards(train))
     prepare(config)
-    dataset = open_dataset(tmp_path / "out/train")
+    assert "going on after" in capsys.readouterr().out
+    dataset = open_dataset(train)
     assert dataset.embed_dim == 384
     assert dataset.info.encoder["name"] == "sentence-transformers"
     norms = np.concatenate([np.linalg.norm(c.astype(np.float32), axis=1) for _, _, c in _train(dataset)])
