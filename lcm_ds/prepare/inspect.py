@@ -15,7 +15,7 @@ from lcm_ds.data.reader import verify as read_again
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.prepare.pipeline import SPLITS
 
-SAMPLED_SHARDS = 20  # for the lengths of sentences, which only the texts tell
+SAMPLED_SHARDS = 50  # for the lengths of sentences, which only the texts tell
 
 
 def inspect(path: str | Path, verify: bool = False) -> None:
