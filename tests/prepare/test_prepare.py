@@ -1,5 +1,6 @@
 """Text → dataset: the same bytes however often it was killed, every document in one split, every refusal counted."""
 
+import functools
 import json
 import os
 import signal
@@ -356,7 +357,10 @@ def test_ctrl_c_leaves_whole_things_only_and_the_real_encoder_goes_on(make_confi
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     command = [sys.executable, "-m", "lcm_ds.cli", "prepare", str(path)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # What runs in the background of a script inherits that SIGINT is ignored; at a terminal it is not.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, **pipes, text=True, preexec_fn=heed)
     wait_for_units(tmp_path / "out", 1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
