@@ -68,8 +68,10 @@ def apply(weights: Tensor, inputs: Tensor) -> Tensor:
     return (inputs.double() @ weights[:-1] + weights[-1]).float()
 
 
-def fit_baselines(training: Iterable[Targets], embed_dim: int) -> dict[str, Predictor]:
-    """The baselines by name, fitted on blocks of training targets.
+def fit_baselines(training: Iterable[Targets], embed_dim: int) -> tuple[dict[str, Predictor], int]:
+    """The baselines by name, fitted on blocks of training targets, and how many targets these were.
+
+    The blocks are summed up as they come, none is kept: memory is that of the sums, [embed_dim, embed_dim].
 
     The mean target; the last concept itself; linear in the last concept; linear in the mean of all concepts before the
     target in its segment.
@@ -85,9 +87,10 @@ def fit_baselines(training: Iterable[Targets], embed_dim: int) -> dict[str, Pred
     everything = last[0].plus(last[1])
     mean = (everything.xy[-1] / everything.count).float()
     from_last, from_context = ridge(*last), ridge(*context)
-    return {
+    baselines: dict[str, Predictor] = {
         "mean concept": lambda targets: mean.expand_as(targets.truth),
         "copy of the last": lambda targets: targets.last,
         "ridge from the last": lambda targets: apply(from_last, targets.last),
         "ridge from the context's mean": lambda targets: apply(from_context, targets.context),
     }
+    return baselines, everything.count

@@ -35,7 +35,7 @@ def contrastive_accuracy(predicted: Tensor, targets: Targets, truth: Tensor) -> 
 
     predicted, truth: [n, embed_dim], in one space; `truth` is targets.truth in that space. The truth's two neighbours
     in its document are left out (LCM paper, arXiv 2412.08821: contrastive accuracy, CA). A concept as near as the truth
-    is not further.
+    is not further. NaN for a target that has no others in its block.
     """
     # Not by matrix products, which would round away the difference between near concepts.
     distance = torch.cdist(predicted, truth, compute_mode="donot_use_mm_for_euclid_dist")
@@ -43,7 +43,7 @@ def contrastive_accuracy(predicted: Tensor, targets: Targets, truth: Tensor) -> 
     same = targets.segment.unsqueeze(1) == targets.segment.unsqueeze(0)
     apart = (targets.position.unsqueeze(1) - targets.position.unsqueeze(0)).abs()
     counted = ~(same & (apart <= 1))  # neither itself nor a neighbour
-    return (further & counted).sum(1) / counted.sum(1).clamp(min=1)
+    return (further & counted).sum(1) / counted.sum(1)
 
 
 @dataclass
@@ -55,6 +55,7 @@ class Score:
     l2: float = 0.0
     cosine: float = 0.0
     contrastive: float = 0.0
+    compared: int = 0  # targets that had others to be told apart from
     moments: dict[str, Tensor] = field(default_factory=dict)  # fp64 [embed_dim]: sums and sums of squares
 
     def add(self, predicted: Tensor, truth: Tensor, targets: Targets) -> None:
@@ -64,26 +65,31 @@ class Score:
         self.squared += error.square().mean(1).sum().item()
         self.l2 += error.norm(dim=1).sum().item()
         self.cosine += F.cosine_similarity(predicted, truth, dim=1).sum().item()
-        self.contrastive += contrastive_accuracy(predicted, targets, truth).sum().item()
+        shares = contrastive_accuracy(predicted, targets, truth)
+        self.contrastive += shares.nansum().item()
+        self.compared += int((~shares.isnan()).sum())
         for name, values in (("predicted", predicted.double()), ("truth", truth.double())):
             for power, total in (("sum", values.sum(0)), ("squares", values.square().sum(0))):
                 key = f"{name}_{power}"
                 self.moments[key] = self.moments.get(key, 0) + total
 
-    def read(self) -> dict[str, float]:
-        """mse (mean over dimensions), l2, cosine, ca, each a mean over targets, and variance_ratio.
+    def read(self) -> dict[str, float | None]:
+        """mse (mean over dimensions), l2, cosine, ca, each a mean over targets, of which there has to be one at least.
 
         variance_ratio: variance of the predictions over that of the targets, both summed over dimensions. A regression
-        that tends to the mean of what could follow has a low one.
+        that tends to the mean of what could follow has a low one. None stands for what so few targets do not tell: ca
+        where none had others beside it, variance_ratio where all are the same.
         """
+        of_truth = self._variance("truth")
         return {
             "mse": self.squared / self.count,
             "l2": self.l2 / self.count,
             "cosine": self.cosine / self.count,
-            "ca": self.contrastive / self.count,
-            "variance_ratio": self._variance("predicted") / self._variance("truth"),
+            "ca": self.contrastive / self.compared if self.compared else None,
+            "variance_ratio": self._variance("predicted") / of_truth if of_truth else None,
         }
 
     def _variance(self, name: str) -> float:
         mean = self.moments[f"{name}_sum"] / self.count
-        return float((self.moments[f"{name}_squares"] / self.count - mean.square()).sum())
+        # That of a constant may come out a rounding below 0.
+        return max(0.0, float((self.moments[f"{name}_squares"] / self.count - mean.square()).sum()))

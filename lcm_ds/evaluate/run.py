@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lcm_ds.config import DataConfig
+from lcm_ds.config import DataConfig, TrainConfig, load
 from lcm_ds.data.format import Dataset, open_dataset
 from lcm_ds.data.loader import Batch, validation_batches
-from lcm_ds.errors import InputError
+from lcm_ds.errors import Collector, InputError
 from lcm_ds.evaluate.baselines import fit_baselines
 from lcm_ds.evaluate.metrics import BLOCK, SPACES, Score, Targets
 from lcm_ds.files import sha256_of, write_whole
@@ -32,50 +32,72 @@ def evaluate(run_dir: str | Path, dataset: str | None = None, json_path: str | N
     """Measure the run's newest checkpoint on its validation dataset, or on `dataset`, and print the table.
 
     Returns what RUN/evaluation.json holds (written for the run's own validation dataset; where it is there already for
-    this checkpoint, it is printed again). Raises InputError for a run without a checkpoint, and for a dataset that is
-    missing or of another encoder.
+    this checkpoint and dataset, it is printed again). Raises InputError for a run without a checkpoint, for a dataset
+    that is missing, of another encoder or without targets, and where json_path cannot be written.
     """
     run_dir = Path(run_dir)
-    checkpoint = find(run_dir)
-    model, config, step = load_model(run_dir)
-    path = dataset or config.data.validation
-    if path is None:
-        raise InputError(f"{run_dir}: the run has no data.validation; name a dataset with --dataset")
-    validation = open_dataset(path, config.data.cache_dir, config.data.verify == "always")
-    training = open_dataset(config.data.train[0].path, config.data.cache_dir, config.data.verify == "always")
-    for opened in (validation, training):
-        if opened.embed_dim != model.config.embed_dim:
-            raise InputError(f"{opened.path}: embed_dim {opened.embed_dim}, the model has {model.config.embed_dim}")
-    if validation.info.encoder != training.info.encoder:
-        raise InputError(
-            f"{validation.path}: encoded with {validation.info.encoder}, "
-            f"the model is trained on {training.info.encoder}"
-        )
+    mistakes = Collector()
+    # Before the work, not after it.
+    if json_path is not None and (Path(json_path).is_dir() or not Path(json_path).absolute().parent.is_dir()):
+        mistakes.mistakes.append(f"--json: {json_path}: has to be a file in a folder that is there")
+    with mistakes:
+        checkpoint = find(run_dir)
+        config = load(TrainConfig, run_dir / "config.yaml")
+        path = dataset or config.data.validation
+        if path is None:
+            raise InputError(f"{run_dir}: the run has no data.validation; name a dataset with --dataset")
+        training, validation = _open(config.data, path, checkpoint.state()["model"]["embed_dim"])
+    mistakes.raise_if_any()
     question = {
-        "step": step,
+        "step": checkpoint.step,
         "checkpoint": sha256_of(checkpoint.path / "COMPLETE"),
         "validation": validation.fingerprint,
     }
-    found = _there_already(run_dir / FILE, question) if dataset is None else None
+    written: Path | str | None = run_dir / FILE
+    found = _there_already(run_dir / FILE, question)
     if found is not None:
-        print(f"{run_dir / FILE}: already evaluated at step {step}")
+        print(f"{run_dir / FILE}: already evaluated at step {checkpoint.step}")
     else:
+        model, _, _ = load_model(run_dir, checkpoint.step)
         found = {**question, "dataset": path, **measure(model, training, validation, config.data)}
         if dataset is None:
             write_whole(run_dir / FILE, json.dumps(found, indent=1) + "\n")
+        else:
+            written = json_path
     if json_path is not None:
         Path(json_path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    _print_table(run_dir, found)
+    _print_table(run_dir, found, written)
     return found
 
 
-def measure(model: BaseLCM, training: Dataset, validation: Dataset, data: DataConfig) -> dict[str, Any]:
-    """Figures of the model and its baselines; under "scores": {predictor: {space: {metric: value}}}."""
+def _open(data: DataConfig, path: str, embed_dim: int) -> tuple[list[Dataset], Dataset]:
+    """The training datasets and the one to measure on, all of the model's embed_dim and of one encoder."""
+    mistakes = Collector()
+    opened: list[Dataset] = []
+    for place in (*(source.path for source in data.train), path):
+        with mistakes:
+            opened.append(open_dataset(place, data.cache_dir, data.verify == "always"))
+    mistakes.raise_if_any()
+    *training, validation = opened
+    for each in opened:
+        if each.embed_dim != embed_dim:
+            mistakes.mistakes.append(f"{each.path}: embed_dim {each.embed_dim}, the model has {embed_dim}")
+    if validation.info.encoder != training[0].info.encoder:
+        mistakes.mistakes.append(
+            f"{validation.path}: encoded with {validation.info.encoder}, "
+            f"the model is trained on {training[0].info.encoder}"
+        )
+    mistakes.raise_if_any()
+    return training, validation
+
+
+def measure(model: BaseLCM, training: Sequence[Dataset], validation: Dataset, data: DataConfig) -> dict[str, Any]:
+    """Figures of the model and its baselines; under "scores": {predictor: {space: {metric: value}}}.
+
+    training: the datasets of data.train, in its order. Raises InputError where validation has no targets.
+    """
     started = time.perf_counter()
-    fitted_on = [
-        targets for targets, _ in _blocks(model, training, data, predict=False, rows=FIT_ON // data.row_length)
-    ]
-    baselines = fit_baselines(fitted_on, model.config.embed_dim)
+    baselines, fitted_on = fit_baselines(_training_targets(model, training, data), model.config.embed_dim)
     scores = {name: {space: Score() for space in SPACES} for name in (MODEL, *baselines)}
     for targets, predicted in _blocks(model, validation, data, predict=True):
         truth = {"normalised": targets.truth, "raw": model.normalizer.denormalize(targets.truth)}
@@ -84,13 +106,23 @@ def measure(model: BaseLCM, training: Dataset, validation: Dataset, data: DataCo
             in_space = {"normalised": values, "raw": model.normalizer.denormalize(values)}
             for space in SPACES:
                 scores[name][space].add(in_space[space], truth[space], targets)
+    if not scores[MODEL]["raw"].count:
+        raise InputError(f"{validation.path}: holds nothing to predict: each of its documents is a single concept")
     return {
         "documents": validation.info.totals.documents,
         "targets": scores[MODEL]["raw"].count,
-        "baselines_fitted_on": sum(len(targets) for targets in fitted_on),
+        "baselines_fitted_on": fitted_on,
         "scores": {name: {space: score.read() for space, score in by.items()} for name, by in scores.items()},
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def _training_targets(model: BaseLCM, training: Sequence[Dataset], data: DataConfig) -> Iterator[Targets]:
+    """At most FIT_ON concepts' targets, each dataset's share that of its weight, as in the run."""
+    weights = [source.weight for source in data.train]
+    for dataset, weight in zip(training, weights, strict=True):
+        rows = max(1, round(FIT_ON * weight / sum(weights) / data.row_length))
+        yield from (targets for targets, _ in _blocks(model, dataset, data, predict=False, rows=rows))
 
 
 @torch.no_grad()
@@ -155,8 +187,8 @@ def _there_already(path: Path, question: dict[str, Any]) -> dict[str, Any] | Non
     return found if all(found.get(key) == value for key, value in question.items()) else None
 
 
-def _print_table(run_dir: Path, found: dict[str, Any]) -> None:
-    """The figures as a table that anyone can read; the best of each column is marked."""
+def _print_table(run_dir: Path, found: dict[str, Any], written: Path | str | None) -> None:
+    """The figures as a table that anyone can read, the best of each column marked; `written`: where all of them are."""
     from rich.console import Console
     from rich.table import Table
 
@@ -180,10 +212,14 @@ def _print_table(run_dir: Path, found: dict[str, Any]) -> None:
         cells = []
         for _, space, metric, best, form in columns:
             value = values[space][metric]
+            if value is None:
+                cells.append("–  ")
+                continue
             wins = best is not None and value == best(by[space][metric] for by in scores.values())
             cells.append(form.format(value).replace("%", "") + (" *" if wins else "  "))
         table.add_row(predictor, *cells, style="bold" if predictor == MODEL else None)
     console = Console(width=None if Console().is_terminal else 110)
     console.print(table)
-    print(f"MSE in normalised space is the training loss; raw space is the encoder's. All figures: {run_dir / FILE}")
+    print("MSE in normalised space is the training loss; raw space is the encoder's.", end=" ")
+    print("--json FILE keeps these figures." if written is None else f"All figures: {written}")
     print(f"curves: tensorboard --logdir {run_dir / 'tensorboard'}")

@@ -26,7 +26,8 @@ def mse(predicted, truth):
 def test_baselines_do_what_their_names_say():
     training = [made(256, seed)[0] for seed in range(20)]
     held_out, _ = made(1000, 500)
-    fitted = fit_baselines(training, 6)
+    fitted, count = fit_baselines(training, 6)
+    assert count == 20 * 256
     assert list(fitted) == ["mean concept", "copy of the last", "ridge from the last", "ridge from the context's mean"]
     mean = torch.cat([targets.truth for targets in training]).mean(0)
     assert torch.allclose(fitted["mean concept"](held_out), mean.expand(1000, 6), atol=1e-4)

@@ -74,3 +74,22 @@ def test_variance_ratio_shows_a_collapse_to_the_mean():
         score = Score()
         score.add(shrink * truth + 3.0, truth, targets(truth))
         assert score.read()["variance_ratio"] == pytest.approx(shrink**2, abs=1e-6)
+
+
+def test_a_target_without_others_beside_it_does_not_count_as_told_apart_wrongly():
+    truth = torch.randn(4, 3)
+    score = Score()
+    score.add(truth, truth, targets(truth, segment=[0, 1, 2, 3], position=[1, 1, 1, 1]))
+    score.add(truth[:1], truth[:1], targets(truth[:1]))  # a last block of one
+    assert score.read()["ca"] == 1.0
+    neighbours = Score()
+    neighbours.add(truth[:2], truth[:2], targets(truth[:2]))  # two, next to each other in a document
+    assert neighbours.read()["ca"] is None
+
+
+def test_the_variance_of_a_constant_is_not_below_0():
+    score = Score()
+    for _ in range(50):
+        truth = torch.randn(7, 4)
+        score.add(torch.full_like(truth, 0.1), truth, targets(truth))
+    assert 0 <= score.read()["variance_ratio"] < 1e-12

@@ -1,0 +1,147 @@
+"""The evaluation of a run: baselines of what the run was trained on, figures only where there are some, every mistake."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+from lcm_ds.config import DataConfig
+from lcm_ds.data.format import DatasetInfo, commit, finish, open_dataset, write_normalizer
+from lcm_ds.data.writer import Document, write_shard
+from lcm_ds.errors import InputError
+from lcm_ds.evaluate import run as evaluation
+from lcm_ds.evaluate.run import evaluate, measure
+from lcm_ds.model.config import BaseLCMConfig
+from lcm_ds.model.modeling import BaseLCM
+
+EMBED_DIM = 8
+ENCODER = {"name": "synthetic", "model": "islands", "revision": None}
+
+
+@pytest.fixture(scope="session")
+def make_dataset(tmp_path_factory):
+    """A finished dataset of documents of `length` concepts around `middle`, in a space that is normalised as it is."""
+
+    def make(middle, documents=20, length=6, encoder=ENCODER, embed_dim=EMBED_DIM):
+        folder = tmp_path_factory.mktemp("dataset")
+        random = np.random.default_rng(abs(hash((middle, documents, length))))
+        made = [
+            Document(f"{n:04d}", f"text-{n}", "synthetic", ["A sentence."] * length, middle + concepts)
+            for n, concepts in enumerate(random.normal(size=(documents, length, embed_dim)).astype(np.float32))
+        ]
+        commit(folder, write_shard(folder, "0.tar", made, "float32"))
+        write_normalizer(folder, np.zeros(embed_dim), np.ones(embed_dim), {})
+        finish(folder, DatasetInfo(encoder=encoder, embed_dim=embed_dim, dtype="float32"))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run(make_dataset, tmp_path_factory):
+    """A run of two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    mapping = {
+        "run_dir": str(folder / "run"),
+        "model": {"preset": "quickstart", "embed_dim": EMBED_DIM, "hidden_size": 16, "intermediate_size": 32,
+                  "num_hidden_layers": 1, "num_attention_heads": 2},
+        "data": {"train": str(make_dataset(0.0)), "validation": str(make_dataset(0.5)), "row_length": 16,
+                 "max_segment": 8},
+        "batch": {"rows_per_step": 2, "micro_batch_rows": 2},
+        "optim": {"lr": 1e-3},
+        "steps": 2,
+        "deepspeed": "ds_configs/zero1_fp32.json",
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(mapping))
+    command = [sys.executable, "-m", "lcm_ds.cli", "train", str(folder / "config.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "run"
+
+
+def measured(train, validation, row_length=16):
+    """What `measure` says of an untrained model."""
+    data = DataConfig(train=train, row_length=row_length, max_segment=8)
+    config = BaseLCMConfig(embed_dim=EMBED_DIM, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                           num_attention_heads=2)  # fmt: skip
+    model = BaseLCM(config).eval()
+    return measure(model, [open_dataset(source.path) for source in data.train], open_dataset(validation), data)
+
+
+def squared_distance_of_the_mean_concept(figures):
+    return figures["scores"]["mean concept"]["normalised"]["mse"]
+
+
+def test_baselines_are_fitted_on_all_datasets_of_a_mixture(make_dataset):
+    low, high, validation = make_dataset(-3.0), make_dataset(3.0), make_dataset(3.0, documents=30)
+    alone = measured(str(low), validation)
+    both = measured([{"path": str(low)}, {"path": str(high)}], validation)
+    # A target's variance is 1 in each dimension; the mean concept lies 6 away from the validation's, then 3.
+    assert squared_distance_of_the_mean_concept(alone) == pytest.approx(1 + 6**2, rel=0.05)
+    assert squared_distance_of_the_mean_concept(both) == pytest.approx(1 + 3**2, rel=0.05)
+    assert both["baselines_fitted_on"] == pytest.approx(2 * alone["baselines_fitted_on"], rel=0.1)
+
+
+def test_each_dataset_of_a_mixture_gets_the_share_of_its_weight(make_dataset, monkeypatch):
+    low, high, validation = make_dataset(-3.0), make_dataset(3.0), make_dataset(3.0, documents=30)
+    monkeypatch.setattr(evaluation, "FIT_ON", 8 * 12)  # 8 rows: 2 of one dataset, 6 of the other
+    figures = measured([{"path": str(low), "weight": 1}, {"path": str(high), "weight": 3}], validation, row_length=12)
+    # Rows of 12 hold two whole documents of 6: 10 targets each.
+    assert figures["baselines_fitted_on"] == 8 * 10
+    assert squared_distance_of_the_mean_concept(figures) == pytest.approx(1 + 1.5**2, rel=0.15)
+
+
+def test_one_target_has_an_error_and_no_figure_that_needs_others(run, make_dataset, capsys):
+    figures = evaluate(run, str(make_dataset(0.5, documents=1, length=2)))
+    assert figures["targets"] == 1
+    for by in figures["scores"].values():
+        for space in ("normalised", "raw"):
+            assert by[space]["ca"] is None
+            assert by[space]["variance_ratio"] is None
+            assert by[space]["mse"] > 0
+    assert "–" in capsys.readouterr().out
+
+
+def test_a_dataset_without_targets_is_refused(run, make_dataset):
+    lonely = make_dataset(0.5, documents=3, length=1)
+    with pytest.raises(InputError, match="holds nothing to predict") as caught:
+        evaluate(run, str(lonely))
+    assert str(lonely) in caught.value.mistakes[0]
+
+
+def test_all_mistakes_are_told_before_the_model_is_loaded(run, make_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    other = make_dataset(0.5, encoder={**ENCODER, "revision": "b"}, embed_dim=4)
+    with pytest.raises(InputError) as caught:
+        evaluate(run, str(other), str(tmp_path / "nowhere/figures.json"))
+    first, second, third = caught.value.mistakes
+    assert "--json" in first
+    assert "embed_dim 4, the model has 8" in second
+    assert "'revision': 'b'" in third
+
+
+def test_what_is_evaluated_already_is_told_from_the_file(run, capsys, monkeypatch):
+    first = evaluate(run)
+    assert json.loads((run / "evaluation.json").read_text()) == first
+    assert f"All figures: {run / 'evaluation.json'}" in capsys.readouterr().out
+    monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert evaluate(run) == first
+    # The same dataset by its name is the same question.
+    assert evaluate(run, first["dataset"]) == first
+    assert capsys.readouterr().out.count("already evaluated at step 2") == 2
+
+
+def test_another_dataset_leaves_the_run_s_own_figures_alone(run, make_dataset, tmp_path, capsys):
+    own = evaluate(run)
+    capsys.readouterr()
+    file = tmp_path / "figures.json"
+    figures = evaluate(run, str(make_dataset(2.0)), str(file))
+    told = capsys.readouterr().out
+    assert figures != own
+    assert json.loads(file.read_text()) == figures
+    assert json.loads((run / "evaluation.json").read_text()) == own
+    assert f"All figures: {file}" in told
+    assert "evaluation.json" not in told
