@@ -27,6 +27,21 @@ class Schema(BaseModel):
 # --- lcm-ds prepare ---------------------------------------------------------------------------------------------------
 
 
+class RangeConfig(Schema):
+    """The values of a numeric column that are taken: from `min` to `max`, both included."""
+
+    min: float | None = None
+    max: float | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> RangeConfig:
+        if self.min is None and self.max is None:
+            raise ValueError("has to have min, max or both")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"min {self.min:g} is above max {self.max:g}: nothing would be taken")
+        return self
+
+
 class SourceConfig(Schema):
     """Where documents come from."""
 
@@ -39,9 +54,13 @@ class SourceConfig(Schema):
     streaming: bool = True
     text_column: str = "text"
     id_column: str | None = "id"
+    # rows whose language differs from sentences.language are refused; null: no column says it
+    language_column: str | None = None
+    # numeric columns and the range to take, e.g. {int_score: {min: 3}}; a row without a number is not taken
+    filter: dict[str, RangeConfig] = {}
     # huggingface (local parquet, JSONL) and files: paths and globs
     paths: list[str] = []
-    # take this many documents, after leaving out the first `skip`
+    # take this many documents, after leaving out the first `skip`: rows of the source, before any filter
     skip: int = Field(0, ge=0)
     take: int | None = Field(None, gt=0)
     # sample: no more documents once they have this many sentences together
@@ -53,6 +72,8 @@ class SourceConfig(Schema):
             raise ValueError("source huggingface takes either dataset (a hub id) or paths (local parquet or JSONL)")
         if self.name == "files" and not self.paths:
             raise ValueError("source files needs paths: a list of text files or globs")
+        if self.name != "huggingface" and (self.filter or self.language_column):
+            raise ValueError(f"filter and language_column are for the source huggingface; {self.name} has no columns")
         if self.name != "sample" and self.take_sentences is not None:
             raise ValueError(f"take_sentences is for the source sample; source {self.name} has take")
         return self
@@ -75,8 +96,11 @@ class EncoderConfig(Schema):
     language: str = "eng_Latn"  # SONAR: an NLLB code
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the arithmetic
     device: str | None = None  # default: cuda where there is one
-    batch_size: int = Field(64, gt=0)
+    # of a batch, padding included; default: what suits the kind of device
+    tokens_per_batch: int | None = Field(None, gt=0)
     max_tokens: int = Field(512, gt=2)
+    compile: bool = False  # torch.compile: minutes at the start, for long preparations on GPUs
+    threads: int = Field(1, gt=0)  # of a process, where it computes on the CPU
 
 
 class PrepareConfig(Schema):
@@ -86,13 +110,19 @@ class PrepareConfig(Schema):
     source: SourceConfig
     sentences: SentencesConfig = SentencesConfig()  # type: ignore[call-arg]
     encoder: EncoderConfig
-    dtype: Literal["float16", "float32"] = "float16"  # of the stored concepts
+    # of the stored concepts; int8 takes half of float16's bytes, a step for each dimension
+    dtype: Literal["float16", "float32", "int8"] = "float16"
+    # with an encoder each, where no launcher says how many; default: one a GPU, on a CPU one for `encoder.threads` cores
+    processes: int | None = Field(None, gt=0)
+    split_workers: int = Field(1, gt=0)  # processes beside each of them, which read and split texts
     documents_per_shard: int = Field(1000, gt=0)
     min_sentences: int = Field(2, ge=1)
     max_sentences: int | None = Field(None, ge=1)
     end_of_text: str = "End of text."
     validation: float = Field(0.01, ge=0, lt=1)  # share of documents, by a hash of their id
     normalizer_samples: int = Field(1_000_000, gt=1)
+    max_refused: float = Field(0.01, ge=0, le=1)  # share of documents that may turn out impossible to encode
+    check_space: bool = True  # refuse to start where the disk will not hold the dataset, by an estimate
 
 
 # --- lcm-ds train -----------------------------------------------------------------------------------------------------

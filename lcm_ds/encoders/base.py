@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lcm_ds.config import EncoderConfig
 from lcm_ds.errors import InputError
 from lcm_ds.files import sha256_of
 
 
+# Enough for the matrix products of the device to run at their full speed, little enough that few texts are padded.
+TOKENS_PER_BATCH = {"cuda": 32_768, "cpu": 2_048}
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Texts that an encoder takes at a time."""
+
+    rows: list[int]  # which of the texts they are
+    inputs: dict[str, Any]  # what the model takes; tensors on the CPU
+    tokens: int  # of the texts
+    places: int  # tokens and padding
+
+
 class Encoder(Protocol):
-    """Turns sentences into concepts; the same sentence into the same concept, whatever comes with it, to rounding."""
+    """Turns sentences into concepts; the same sentence into the same concept, whatever comes with it, to rounding.
+
+    The batches of given texts are always the same, and so are, on one kind of device, their concepts to the last bit.
+    """
 
     name: str  # of the kind, as in the config
     model: str  # the hub id or folder, as in the config
     revision: str | None  # the hub's commit, or "sha256:…" of a folder's weights
     embed_dim: int
+
+    def tokenize(self, texts: list[str]) -> list[TokenBatch]:
+        """Texts as batches of about as long ones, each text in one of them; the device is not used."""
+
+    def embed(self, batch: TokenBatch) -> np.ndarray:
+        """Concepts of the batch's texts, float32 [len(batch.rows), embed_dim]."""
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts."""
@@ -45,14 +70,35 @@ def load_encoder(config: EncoderConfig) -> Encoder:
     return SentenceTransformerEncoder(config)
 
 
-def batches(lengths: list[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices of texts in batches, the longest texts first.
+def encode(encoder: Encoder, texts: list[str]) -> np.ndarray:
+    """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts, batch by batch."""
+    concepts = np.empty((len(texts), encoder.embed_dim), np.float32)
+    for batch in encoder.tokenize(texts):
+        concepts[batch.rows] = encoder.embed(batch)
+    return concepts
 
-    Texts of as many tokens are together: little padding, and most batches have none, so that attention needs no mask.
+
+def in_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Indices of texts of these lengths, in tokens, in batches that have at most so many tokens, padding included.
+
+    The longest come first, so that a batch that is too large for the device fails at once. A text that alone is longer
+    is a batch of its own.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+    found = []
+    while order:
+        size = max(1, tokens_per_batch // max(1, lengths[order[0]]))
+        found.append(order[:size])
+        order = order[size:]
+    return found
+
+
+def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
+    """Token ids padded to the longest row, and the mask of the real ones, both int64 [n, length]."""
+    length = max(map(len, rows))
+    ids = torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+    return ids, mask
 
 
 def resolve_device(device: str | None) -> torch.device:
@@ -64,6 +110,11 @@ def resolve_device(device: str | None) -> torch.device:
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device: {device!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
     return resolved
+
+
+def resolve_tokens_per_batch(config: EncoderConfig, device: torch.device) -> int:
+    """The size of a batch: as the config says it, or what suits the kind of device."""
+    return config.tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:

@@ -10,7 +10,18 @@ import numpy as np
 import torch
 
 from lcm_ds.config import EncoderConfig
-from lcm_ds.encoders.base import batches, check_revision, commit_of, resolve_device, resolve_dtype, unreachable
+from lcm_ds.encoders.base import (
+    TokenBatch,
+    check_revision,
+    commit_of,
+    encode,
+    in_batches,
+    pad,
+    resolve_device,
+    resolve_dtype,
+    resolve_tokens_per_batch,
+    unreachable,
+)
 from lcm_ds.errors import InputError
 from lcm_ds.quiet import quiet
 
@@ -47,29 +58,50 @@ class SentenceTransformerEncoder:
         self.max_tokens = min(config.max_tokens, model.max_seq_length or config.max_tokens)
         model.max_seq_length = self.max_tokens
         self._model = model.eval()
+        if config.compile:
+            transformer.compile(dynamic=True)
+        self._tokenizer = _plain_tokenizer(model)
+        self._tokens_per_batch = resolve_tokens_per_batch(config, self.device)
         self.embed_dim: int = self._model.encode(".").shape[0]
 
-    def encode(self, texts: list[str]) -> np.ndarray:
-        """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts.
+    def tokenize(self, texts: list[str]) -> list[TokenBatch]:
+        """Texts as batches of token ids; texts longer than `max_tokens` are truncated.
 
-        Longer texts than `max_tokens` are truncated.
+        Where the library has to see the texts themselves (models with a prompt or a tokenizer of their own), the
+        batches hold these, and characters count for tokens, four for one.
         """
-        concepts = np.empty((len(texts), self.embed_dim), np.float32)
-        for batch in batches(self._lengths(texts), self.config.batch_size):
-            # The library sorts by characters; by tokens is a fourth faster.
-            some = [texts[index] for index in batch]
-            concepts[batch] = self._model.encode(some, batch_size=len(some), show_progress_bar=False)
+        if not texts:
+            return []
+        if self._tokenizer is None:
+            lengths = [len(text) // 4 + 1 for text in texts]
+        else:
+            tokens = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
+            lengths = [len(ids) for ids in tokens]
+        batches = []
+        for rows in in_batches(lengths, self._tokens_per_batch):
+            real, places = sum(lengths[row] for row in rows), lengths[rows[0]] * len(rows)
+            if self._tokenizer is None:
+                inputs: dict[str, Any] = {"texts": [texts[row] for row in rows]}
+            else:
+                ids, mask = pad([tokens[row] for row in rows], self._tokenizer.pad_token_id or 0)
+                inputs = {"input_ids": ids, "attention_mask": mask}
+            batches.append(TokenBatch(rows, inputs, real, places))
+        return batches
+
+    @torch.inference_mode()
+    def embed(self, batch: TokenBatch) -> np.ndarray:
+        """Concepts of a batch, float32 [n, embed_dim]."""
+        if "texts" in batch.inputs:
+            texts = batch.inputs["texts"]
+            found: np.ndarray = self._model.encode(texts, batch_size=len(texts), show_progress_bar=False)
+            return found.astype(np.float32, copy=False)
+        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
+        concepts: np.ndarray = self._model(inputs)["sentence_embedding"].float().cpu().numpy()
         return concepts
 
-    def _lengths(self, texts: list[str]) -> list[int]:
-        """Numbers of tokens where the model has a tokenizer of transformers, else of characters."""
-        from transformers import PreTrainedTokenizerBase
-
-        tokenizer = self._model.tokenizer
-        if not texts or not isinstance(tokenizer, PreTrainedTokenizerBase):
-            return [len(text) for text in texts]
-        tokens = tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
-        return [len(ids) for ids in tokens]
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts."""
+        return encode(self, texts)
 
     def describe(self) -> dict[str, Any]:
         """For dataset.json."""
@@ -81,6 +113,15 @@ class SentenceTransformerEncoder:
             "max_tokens": self.max_tokens,
             "embed_dim": self.embed_dim,
         }
+
+
+def _plain_tokenizer(model: Any) -> Any:
+    """The model's tokenizer of transformers, where its token ids and their mask are all that the model takes."""
+    from transformers import PreTrainedTokenizerBase
+
+    tokenizer = model.tokenizer
+    plain = isinstance(tokenizer, PreTrainedTokenizerBase) and model.default_prompt_name is None
+    return tokenizer if plain else None
 
 
 def _to_float32(module: torch.nn.Module, inputs: Any, outputs: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from lcm_ds.config import EncoderConfig
-from lcm_ds.encoders.base import batches, check_revision, commit_of, resolve_device, resolve_dtype, unreachable
+from lcm_ds.encoders.base import (
+    TokenBatch,
+    check_revision,
+    commit_of,
+    encode,
+    in_batches,
+    pad,
+    resolve_device,
+    resolve_dtype,
+    resolve_tokens_per_batch,
+    unreachable,
+)
 from lcm_ds.errors import InputError
 from lcm_ds.quiet import quiet
 
@@ -46,21 +57,33 @@ class SonarEncoder:
         self._tokenizer = _load_tokenizer(config.model, config.revision, self._model.config.vocab_size)
         check_language(self._tokenizer, config.language, "encoder.language")
         self._tokenizer.src_lang = config.language
+        self._tokens_per_batch = resolve_tokens_per_batch(config, self.device)
+        self._padding: int = self._model.config.pad_token_id
+        self._run = torch.compile(self._model, dynamic=True) if config.compile else self._model
+
+    def tokenize(self, texts: list[str]) -> list[TokenBatch]:
+        """Texts as batches of token ids; texts longer than `max_tokens` are truncated."""
+        if not texts:
+            return []
+        tokens = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
+        lengths = [len(ids) for ids in tokens]
+        batches = []
+        for rows in in_batches(lengths, self._tokens_per_batch):
+            ids, mask = pad([tokens[row] for row in rows], self._padding)
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            batches.append(TokenBatch(rows, inputs, sum(lengths[row] for row in rows), ids.numel()))
+        return batches
 
     @torch.inference_mode()
-    def encode(self, texts: list[str]) -> np.ndarray:
-        """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts.
-
-        Longer texts than `max_tokens` are truncated.
-        """
-        concepts = np.empty((len(texts), self.embed_dim), np.float32)
-        if not texts:
-            return concepts
-        tokens = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
-        for batch in batches([len(ids) for ids in tokens], self.config.batch_size):
-            ids, mask = _pad([tokens[index] for index in batch], self._model.config.pad_token_id)
-            concepts[batch] = embed(self._model, ids.to(self.device), mask.to(self.device)).cpu().numpy()
+    def embed(self, batch: TokenBatch) -> np.ndarray:
+        """Concepts of a batch, float32 [n, embed_dim], in raw space."""
+        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
+        concepts: np.ndarray = embed(self._run, **inputs).cpu().numpy()
         return concepts
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts."""
+        return encode(self, texts)
 
     def describe(self) -> dict[str, Any]:
         """For dataset.json."""
@@ -131,7 +154,7 @@ class SonarDecoder:
         )
 
 
-def embed(model: torch.nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def embed(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     """Concepts [n, embed_dim], float32, of token ids [n, length]: the mean of the outputs over all unmasked tokens."""
     hidden = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
     weights = attention_mask.to(hidden.dtype)
@@ -146,14 +169,6 @@ def check_language(tokenizer: Any, language: str, key: str) -> int:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise InputError(f"{key}: {language!r} is no language code of this model (NLLB's look like eng_Latn){hint}")
     return known[language]
-
-
-def _pad(rows: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Token ids padded to the longest row, and the mask of the real ones, both int64 [n, length]."""
-    length = max(map(len, rows))
-    ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-    return ids, mask
 
 
 def _load(kind: Any, model: str, revision: str | None, dtype: torch.dtype) -> Any:

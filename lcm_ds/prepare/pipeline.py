@@ -220,7 +220,7 @@ def _finish(work: Work, units: list[Unit]) -> None:
         info = DatasetInfo(
             encoder=work.encoder.describe(),
             embed_dim=len(end),
-            dtype=config.dtype,
+            dtype=config.dtype,  # type: ignore[arg-type]
             language=config.sentences.language,
             splitter=work.splitter.settings(),
             end_of_text=EndOfText(text=config.end_of_text, vector=[float(value) for value in end]),

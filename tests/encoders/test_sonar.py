@@ -50,8 +50,8 @@ def test_concepts_come_in_the_order_of_the_texts_and_do_not_depend_on_the_batch(
     assert one_by_one.dtype == np.float32
     assert one_by_one.shape == (len(TEXTS), 32)
     assert np.abs(one_by_one[:, None] - one_by_one[None]).sum(-1)[~np.eye(len(TEXTS), dtype=bool)].min() > 0.1
-    for batch_size in (2, 64):
-        together = sonar(tiny_sonar[0], batch_size=batch_size).encode(TEXTS)
+    for tokens_per_batch in (20, 4096):
+        together = sonar(tiny_sonar[0], tokens_per_batch=tokens_per_batch).encode(TEXTS)
         np.testing.assert_allclose(together, one_by_one, atol=1e-5)
 
 
