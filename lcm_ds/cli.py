@@ -130,15 +130,9 @@ def _overrides(verb: argparse.ArgumentParser) -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> int:
-    from lcm_ds.config import PrepareConfig, load
-    from lcm_ds.prepare.pipeline import prepare
+    from lcm_ds.prepare import main
 
-    try:
-        prepare(load(PrepareConfig, arguments.config, arguments.overrides))
-    except KeyboardInterrupt:
-        print("interrupted: what is finished is kept, start again to go on", file=sys.stderr)
-        return 75
-    return 0
+    return main(arguments.config, arguments.overrides)
 
 
 def index(arguments: argparse.Namespace) -> None:

@@ -112,16 +112,16 @@ class PrepareConfig(Schema):
     encoder: EncoderConfig
     # of the stored concepts; int8 takes half of float16's bytes, a step for each dimension
     dtype: Literal["float16", "float32", "int8"] = "float16"
-    # with an encoder each, where no launcher says how many; default: one a GPU, on a CPU one for `encoder.threads` cores
+    # with an encoder each, where no launcher says it; default: one a GPU, on a CPU one for `encoder.threads` cores
     processes: int | None = Field(None, gt=0)
-    split_workers: int = Field(1, gt=0)  # processes beside each of them, which read and split texts
+    split_workers: int = Field(1, ge=0)  # processes beside each that read and split texts; 0: a thread of its own does
     documents_per_shard: int = Field(1000, gt=0)
     min_sentences: int = Field(2, ge=1)
     max_sentences: int | None = Field(None, ge=1)
     end_of_text: str = "End of text."
     validation: float = Field(0.01, ge=0, lt=1)  # share of documents, by a hash of their id
     normalizer_samples: int = Field(1_000_000, gt=1)
-    max_refused: float = Field(0.01, ge=0, le=1)  # share of documents that may turn out impossible to encode
+    max_refused: float = Field(0.01, ge=0, le=1)  # share of documents that may turn out impossible to encode; one may
     check_space: bool = True  # refuse to start where the disk will not hold the dataset, by an estimate
 
 

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from lcm_ds.config import Schema, validate
 from lcm_ds.data import remote
+from lcm_ds.data.quantization import Quantization
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import sync_folder, write_whole
 
@@ -74,13 +75,21 @@ class EndOfText(Schema):
     vector: list[float]  # [embed_dim], raw space
 
 
+class Steps(Schema):
+    """How concepts are stored in 8 bits: see lcm_ds.data.quantization."""
+
+    center: list[float]  # [embed_dim], raw space
+    step: list[float]  # [embed_dim]
+
+
 class DatasetInfo(Schema):
     """dataset.json."""
 
     format_version: Literal[1] = 1
     encoder: dict[str, Any]  # name, model, revision, …: datasets of one mixture must agree on all of it
     embed_dim: int = Field(gt=0)
-    dtype: Literal["float16", "float32"]
+    dtype: Literal["float16", "float32", "int8"]  # of the numbers in the shards
+    quantization: Steps | None = None  # what int8 stands for
     language: str | None = None
     splitter: dict[str, Any] = Field(default_factory=dict)
     end_of_text: EndOfText | None = None  # none for tars made elsewhere that do not say
@@ -103,6 +112,14 @@ class Dataset:
     def embed_dim(self) -> int:
         """Numbers in a concept."""
         return self.info.embed_dim
+
+    @cached_property
+    def quantization(self) -> Quantization | None:
+        """What the numbers of an int8 dataset stand for."""
+        steps = self.info.quantization
+        if steps is None:
+            return None
+        return Quantization(np.asarray(steps.center, np.float32), np.asarray(steps.step, np.float32))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -256,6 +273,11 @@ def _parse_info(text: bytes, path: str) -> DatasetInfo:
         raise InputError(
             f"{path}: end_of_text.vector has {len(info.end_of_text.vector)} numbers, embed_dim is {info.embed_dim}"
         )
+    if (info.dtype == "int8") != (info.quantization is not None):
+        raise InputError(f"{path}: quantization is for dtype int8, which needs it; dtype is {info.dtype}")
+    for name, values in info.quantization.model_dump().items() if info.quantization else ():
+        if len(values) != info.embed_dim:
+            raise InputError(f"{path}: quantization.{name} has {len(values)} numbers, embed_dim is {info.embed_dim}")
     return info
 
 

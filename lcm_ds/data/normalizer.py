@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from lcm_ds.data.format import ShardInfo
+from lcm_ds.data.reader import Shard
 from lcm_ds.errors import InputError
 
 # The interquartile range of a normal distribution times this is its standard deviation.
@@ -63,8 +67,7 @@ class UniformSample:
 
     def add(self, name: str, concepts: np.ndarray) -> None:
         """Consider concepts [n, embed_dim]; `name` is unique among all that is added, as a shard's name is."""
-        digest = hashlib.blake2b(f"{self.seed}/{name}".encode(), digest_size=16).digest()
-        numbers = np.random.Philox(key=np.frombuffer(digest, np.uint64)).random_raw(len(concepts))
+        numbers = _numbers(self.seed, name, len(concepts))
         chosen = numbers <= self._below
         self.count += len(concepts)
         self._numbers.append(numbers[chosen])
@@ -84,3 +87,58 @@ class UniformSample:
         self._numbers, self._concepts, self._held = [numbers[keep]], [concepts[keep]], len(keep)
         if len(keep) == self.size:
             self._below = self._numbers[0][-1]
+
+
+def draw(
+    shards: Sequence[ShardInfo], open_shard: Callable[[ShardInfo], Shard], size: int, seed: int = 0, threads: int = 4
+) -> np.ndarray:
+    """The concepts that a UniformSample of all shards, each under its name, holds, read without reading the others.
+
+    Returns [min(size, concepts), embed_dim]. Which they are follows from the shards' names and counts alone; in memory
+    are the sample and 24 bytes for each of it.
+    """
+    chosen = np.empty((0, 3), np.uint64)  # random number, shard, position in the shard
+    below = np.uint64(2**64 - 1)
+    waiting: list[np.ndarray] = []
+    held = 0
+    for index, shard in enumerate(shards):
+        numbers = _numbers(seed, shard.name, shard.concepts)
+        at = np.flatnonzero(numbers <= below)
+        waiting.append(np.stack([numbers[at], np.full(len(at), index, np.uint64), at.astype(np.uint64)], axis=1))
+        held += len(at)
+        if held > 0.25 * size or index == len(shards) - 1:
+            chosen, waiting, held = np.concatenate([chosen, *waiting]), [], 0
+            chosen = chosen[np.argsort(chosen[:, 0], kind="stable")[:size]]
+            below = chosen[-1, 0] if len(chosen) == size else below
+    if not len(chosen):
+        raise InputError("there are no concepts to fit a normaliser to")
+
+    by_shard = np.argsort(chosen[:, 1], kind="stable")
+    indices, begins = np.unique(chosen[by_shard, 1], return_index=True)
+
+    def read(shard: ShardInfo, places: np.ndarray) -> np.ndarray:
+        """The concepts that are at these places of the sample, all of one shard."""
+        opened = open_shard(shard)
+        positions = chosen[places, 2].astype(np.int64)
+        ends = np.cumsum(opened.lengths)
+        documents = np.searchsorted(ends, positions, side="right")
+        firsts = positions - (ends - opened.lengths)[documents]
+        pairs = zip(documents.tolist(), firsts.tolist(), strict=True)
+        return np.concatenate([opened.concepts(document, first, first + 1) for document, first in pairs])
+
+    sample: np.ndarray | None = None
+    groups = np.split(by_shard, begins[1:])
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(read, (shards[int(index)] for index in indices), groups)
+        for places, concepts in zip(groups, found, strict=True):
+            if sample is None:
+                sample = np.empty((len(chosen), concepts.shape[1]), concepts.dtype)
+            sample[places] = concepts
+    assert sample is not None
+    return sample
+
+
+def _numbers(seed: int, name: str, count: int) -> np.ndarray:
+    """uint64 [count]: the random numbers of what was added under a name."""
+    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
+    return np.random.Philox(key=np.frombuffer(digest, np.uint64)).random_raw(count)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lcm_ds.data.format import SHARDS, Dataset, ShardInfo
+from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.tar import Member, read_members
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import sha256_of
@@ -27,23 +28,30 @@ class Shard:
 
     keys: of each document; lengths: int64, concepts of each document. `info`, `embed_dim` and `dtype` are what the tar
     has to agree with; left out, embed_dim and dtype are those of its first document (None where it has none).
-    Raises InputError naming shard and key.
+    quantization: what int8 numbers stand for. Raises InputError naming shard and key.
     """
 
     def __init__(
-        self, path: str | Path, info: ShardInfo | None = None, embed_dim: int | None = None, dtype: str | None = None
+        self,
+        path: str | Path,
+        info: ShardInfo | None = None,
+        embed_dim: int | None = None,
+        dtype: str | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         self.path = Path(path)
         self.name = info.name if info is not None else self.path.name
         # For messages: a shard of the cache has its checksum for a name, which tells nobody where it is from.
         self.where = str(path) if self.path.name == Path(self.name).name else f"{self.name} (kept as {path})"
         self.embed_dim = embed_dim
+        self.quantization = quantization
         self.dtype = None if dtype is None else np.dtype(dtype).newbyteorder("<")
         self._data = _map(self.path)
         if info is not None and len(self._data) != info.bytes:
             raise InputError(f"{self.where}: has {len(self._data)} bytes, {SHARDS} lists {info.bytes}")
         self.keys: list[str] = []
         self._metas: dict[str, Member] = {}
+        self._npys: list[Member] = []
         self._offsets: list[int] = []
         lengths = []
         for member in read_members(self._data, self.where):
@@ -51,6 +59,7 @@ class Shard:
             if extension == "npy":
                 offset, length = self._check(key, member)
                 self.keys.append(key)
+                self._npys.append(member)
                 self._offsets.append(offset)
                 lengths.append(length)
             elif extension == "json":
@@ -62,12 +71,26 @@ class Shard:
         """Documents."""
         return len(self.keys)
 
-    def concepts(self, document: int) -> np.ndarray:
-        """The document's concepts, [n, embed_dim], raw space, stored dtype: a read-only view of the memory map."""
-        n = int(self.lengths[document])
+    def concepts(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Concepts `start` to `stop` of the document, all by default: [n, embed_dim], raw space.
+
+        In the stored dtype a read-only view of the memory map; float16 where they are stored in 8 bits.
+        """
+        first, last, _ = slice(start, stop).indices(int(self.lengths[document]))
         assert self.embed_dim is not None
-        flat = np.frombuffer(self._data, self.dtype, n * self.embed_dim, self._offsets[document])
-        return flat.reshape(n, self.embed_dim)
+        assert self.dtype is not None
+        offset = self._offsets[document] + first * self.embed_dim * self.dtype.itemsize
+        flat = np.frombuffer(self._data, self.dtype, (last - first) * self.embed_dim, offset)
+        stored = flat.reshape(last - first, self.embed_dim)
+        return stored if self.quantization is None else self.quantization.decode(stored)
+
+    def members(self, document: int) -> dict[str, bytes]:
+        """The document's files in the tar, by extension."""
+        key = self.keys[document]
+        found = {"npy": self._npys[document]}
+        if key in self._metas:
+            found["json"] = self._metas[key]
+        return {name: bytes(self._data[m.offset : m.offset + m.size]) for name, m in found.items()}
 
     def meta(self, document: int) -> dict[str, Any]:
         """The document's `id`, `source` and `sentences`, and what else its JSON holds.
@@ -132,7 +155,9 @@ class Shard:
 
 def open_shard(dataset: Dataset, index: int) -> Shard:
     """Shard `index` of a dataset, checked against it; fetched first where it is elsewhere. Raises InputError."""
-    shard = Shard(dataset.shard_file(index), dataset.shards[index], dataset.embed_dim, dataset.info.dtype)
+    shard = Shard(
+        dataset.shard_file(index), dataset.shards[index], dataset.embed_dim, dataset.info.dtype, dataset.quantization
+    )
     if dataset.checksums:
         _compare(shard, _checksum(shard.path, shard.path.stat().st_mtime_ns), dataset.shards[index])
     return shard

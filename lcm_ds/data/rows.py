@@ -59,7 +59,7 @@ def fill_row(segments: Iterable[Segment], concepts: np.ndarray, segment_ids: np.
     filled = 0
     for number, (shard, document, start, stop) in enumerate(segments):
         until = filled + stop - start
-        concepts[filled:until] = shard.concepts(document)[start:stop]
+        concepts[filled:until] = shard.concepts(document, start, stop)
         segment_ids[filled:until] = number
         filled = until
     concepts[filled:] = 0

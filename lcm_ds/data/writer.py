@@ -9,7 +9,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import numpy as np
 from webdataset.writer import TarWriter
 
 from lcm_ds.data.format import ShardInfo
+from lcm_ds.data.quantization import Quantization
+from lcm_ds.data.reader import Shard
 from lcm_ds.errors import InputError
 from lcm_ds.files import sha256_of, sync_folder
 
@@ -35,31 +38,57 @@ class Document:
     concepts: np.ndarray  # [n, embed_dim], raw space, any float dtype
 
 
-def write_shard(folder: str | Path, name: str, documents: Iterable[Document], dtype: str = "float16") -> ShardInfo:
+def write_shard(
+    folder: str | Path,
+    name: str,
+    documents: Iterable[Document],
+    dtype: str = "float16",
+    quantization: Quantization | None = None,
+) -> ShardInfo:
     """Write documents as the shard `folder`/`name`, concepts stored as `dtype`; returns its line for `commit`.
 
-    Raises InputError, and leaves no shard, for a document whose key is not a key or is there already, that is empty,
-    whose sentences and concepts differ in number, whose embed_dim is not that of the first document, or whose concepts
-    are not finite numbers (in `dtype`).
+    quantization: how int8 stores them. Raises InputError, and leaves no shard, for a document whose key is not a key or
+    is there already, that is empty, whose sentences and concepts differ in number, whose embed_dim is not that of the
+    first document, or whose concepts are not finite numbers (in `dtype`).
     """
     target = Path(folder) / name
-    partial = target.with_name(target.name + ".partial")
-    keys: set[str] = set()
-    concepts, embed_dim = 0, None
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes], int]]:
+        keys: set[str] = set()
+        embed_dim = None
+        for document in documents:
+            where = f"{target}: document {document.key} ({document.id})"
+            stored = _stored(document, dtype, quantization, embed_dim, where)
+            if document.key in keys:
+                raise InputError(f"{where}: its key is there already")
+            keys.add(document.key)
+            embed_dim = stored.shape[1]
+            yield document.key, {"npy": _npy(stored), "json": _meta(document)}, len(stored)
+
+    return _write(target, samples())
+
+
+def copy_shard(shard: Shard, documents: Iterable[int], folder: str | Path, name: str) -> ShardInfo:
+    """Write some documents of a shard as the shard `folder`/`name`, byte for byte; returns its line for `commit`."""
+    samples = ((shard.keys[i], shard.members(i), int(shard.lengths[i])) for i in documents)
+    return _write(Path(folder) / name, samples)
+
+
+def _write(target: Path, samples: Iterable[tuple[str, dict[str, bytes], int]]) -> ShardInfo:
+    """Write the tar of samples: key, files by extension, and number of concepts of each."""
+    # A name that no other process has, so that two of them never write one file.
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
+    documents = concepts = 0
     try:
         with partial.open("wb") as file:
             # Times, owner and mode are fixed, so that a shard's bytes are a function of its documents.
             with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
-                for document in documents:
-                    stored = _stored(document, dtype, embed_dim, f"{target}: document {document.key} ({document.id})")
-                    if document.key in keys:
-                        raise InputError(f"{target}: document {document.key} ({document.id}): its key is there already")
-                    tar.write({"__key__": document.key, "npy": _npy(stored), "json": _meta(document)})
-                    keys.add(document.key)
-                    concepts, embed_dim = concepts + len(stored), stored.shape[1]
+                for key, files, length in samples:
+                    tar.write({"__key__": key, **files})
+                    documents, concepts = documents + 1, concepts + length
             file.flush()
             os.fsync(file.fileno())
-        info = ShardInfo(name, len(keys), concepts, partial.stat().st_size, sha256_of(partial))
+        info = ShardInfo(target.name, documents, concepts, partial.stat().st_size, sha256_of(partial))
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
@@ -67,7 +96,9 @@ def write_shard(folder: str | Path, name: str, documents: Iterable[Document], dt
     return info
 
 
-def _stored(document: Document, dtype: str, embed_dim: int | None, where: str) -> np.ndarray:
+def _stored(
+    document: Document, dtype: str, quantization: Quantization | None, embed_dim: int | None, where: str
+) -> np.ndarray:
     """The document's concepts as they are stored: little-endian `dtype` [n, embed_dim]. Raises InputError."""
     if not _KEY.fullmatch(document.key) or document.key.startswith("__"):
         raise InputError(f"{where}: a key is 1 to 80 letters, digits, _ or -, and does not begin with __")
@@ -80,15 +111,17 @@ def _stored(document: Document, dtype: str, embed_dim: int | None, where: str) -
         raise InputError(f"{where}: embed_dim is {concepts.shape[1]}, that of the documents before it {embed_dim}")
     if len(document.sentences) != len(concepts):
         raise InputError(f"{where}: has {len(document.sentences)} sentences and {len(concepts)} concepts")
+    assert (dtype == "int8") == (quantization is not None)
+    wide = "float16" if quantization else dtype
     with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(concepts, np.dtype(dtype).newbyteorder("<"))
+        stored = np.ascontiguousarray(concepts, np.dtype(wide).newbyteorder("<"))
     finite = np.isfinite(stored).all(axis=1)
     if not finite.all():
         bad = int(np.argmin(finite))
         raise InputError(
-            f"{where}: concept {bad} is not finite{_overflow(concepts[bad], dtype)}: {document.sentences[bad][:60]!r}"
+            f"{where}: concept {bad} is not finite{_overflow(concepts[bad], wide)}: {document.sentences[bad][:60]!r}"
         )
-    return stored
+    return stored if quantization is None else quantization.encode(concepts)
 
 
 def _overflow(concept: np.ndarray, dtype: str) -> str:

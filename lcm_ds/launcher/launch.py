@@ -1,13 +1,15 @@
-"""`lcm-ds launch`: check the run once, then start its workers, here or on many hosts."""
+"""`lcm-ds launch`: check a run or a preparation once, then start its workers, here or on many hosts."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lcm_ds.config import PrepareConfig, TrainConfig, load, read_yaml
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.launcher import hosts as host_lists
 from lcm_ds.launcher import remote
@@ -16,7 +18,17 @@ from lcm_ds.launcher.local import run_local
 if TYPE_CHECKING:
     from lcm_ds.train.check import Job
 
-MODULE = "lcm_ds.train"
+
+@dataclass(frozen=True)
+class _Task:
+    """What is started: a run, or a preparation."""
+
+    module: str
+    config: TrainConfig | PrepareConfig
+    folder: Path  # RUN or OUT
+    stops: bool  # whether its workers look for RUN/STOP
+    check_local: Callable[[int], None]  # raises InputError where this host cannot have so many of its workers
+    missing: Callable[[], str | None]  # what is not there although all workers ended well
 
 
 def launch(
@@ -33,7 +45,9 @@ def launch(
     master_port: int | None = None,
     ssh_port: int | None = None,
 ) -> int:
-    """Start the workers of a run in one of four ways, and wait for them; returns their exit code.
+    """Start the workers of a run, or of a preparation, in one of four ways, and wait for them; returns their exit code.
+
+    A config with a source of text is one of a preparation.
 
     `local`: so many processes on this host. `hostfile`: DeepSpeed's runner over pdsh and ssh, with `include`,
     `exclude` and `ssh_port` as it takes them. `slurm`: srun, in an allocation. `openmpi`: so many processes of mpirun.
@@ -52,43 +66,78 @@ def launch(
             world_size = remote.slurm_tasks(os.environ)
         else:
             world_size = _processes(local, "--local") if local is not None else _processes(openmpi, "--openmpi")
-    job: Job | None = None
+    task: _Task | None = None
     with mistakes:
-        job = _check(config_path, overrides, world_size)
+        task = _task(config_path, overrides, world_size)
     mistakes.raise_if_any()
-    assert job is not None
+    assert task is not None
 
+    worker = [sys.executable, "-u", "-m", task.module, str(config_path), *overrides]
     if local is not None:
-        _check_devices(job, local)
-        return run_local(_worker(config_path, overrides), local, master_port=master_port)
+        task.check_local(local)
+        return run_local(worker, local, master_port=master_port)
     if hostfile is not None and len(devices) == 1 and host_lists.is_this_host(next(iter(devices))):
         # Nothing to reach over ssh: the same as --local, on the devices that the hostfile leaves.
         environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, next(iter(devices.values()))))}
-        return run_local(_worker(config_path, overrides), world_size, environ, master_port)
+        return run_local(worker, world_size, environ, master_port)
 
-    config = remote.resolve_config(job.config, Path(config_path))
+    config = remote.resolve_config(task.config, Path(config_path), task.folder)
     environ = dict(os.environ)
     if hostfile is not None:
         command = remote.deepspeed_command(
-            hostfile, MODULE, config, include, exclude, master_addr, master_port, ssh_port
+            hostfile, task.module, config, include, exclude, master_addr, master_port, ssh_port
         )
         host_lists.check_reachable(list(devices), hostfile, ssh_port)
         environ["DS_ENV_FILE"] = str((config.parent / "environment").resolve())
         remote.write_environment(Path(environ["DS_ENV_FILE"]), os.environ)
     elif slurm:
         environ.update(_rendezvous(master_addr, master_port))
-        command = remote.slurm_command(world_size, MODULE, config)
+        command = remote.slurm_command(world_size, task.module, config)
     else:
         environ.update(_rendezvous(master_addr, master_port))
-        command = remote.openmpi_command(world_size, MODULE, config, environ)
-    code = remote.follow(command, environ, job.run_dir)
-    return _believed(code, job)
+        command = remote.openmpi_command(world_size, task.module, config, environ)
+    code = remote.follow(command, environ, task.folder / "STOP" if task.stops else None)
+    # DeepSpeed's runner ends with 0, too, when what it waits for was killed by a signal.
+    missing = task.missing() if code == 0 else None
+    if missing is not None:
+        print(f"lcm-ds launch: the workers ended, and {missing}", file=sys.stderr, flush=True)
+        return 1
+    return code
 
 
-def _check(config_path: str | Path, overrides: Sequence[str], world_size: int) -> Job:
+def _task(config_path: str | Path, overrides: Sequence[str], world_size: int) -> _Task:
+    """What the config is for, checked as far as can be before its workers are there."""
+    if "source" in read_yaml(config_path, overrides):
+        return _preparation(load(PrepareConfig, config_path, overrides))
     from lcm_ds.train.check import check
 
-    return check(config_path, overrides, world_size)
+    return _run(check(config_path, overrides, world_size))
+
+
+def _preparation(config: PrepareConfig) -> _Task:
+    out = Path(config.output)
+
+    def check_local(processes: int) -> None:
+        import torch
+
+        devices = torch.cuda.device_count()
+        if config.encoder.device is None and 0 < devices < processes:
+            raise InputError(f"--local {processes}: this host has {devices} CUDA devices")
+
+    def missing() -> str | None:
+        return None if (out / "train" / "dataset.json").exists() else f"{out}/train is not finished"
+
+    return _Task("lcm_ds.prepare", config, out, False, check_local, missing)
+
+
+def _run(job: Job) -> _Task:
+    def missing() -> str | None:
+        from lcm_ds.train.checkpoint import list_checkpoints
+
+        steps = max((checkpoint.step for checkpoint in list_checkpoints(job.run_dir)), default=0)
+        return None if steps >= job.total_steps else f"{job.run_dir} is at step {steps} of {job.total_steps}"
+
+    return _Task("lcm_ds.train", job.config, job.run_dir, True, lambda n: _check_devices(job, n), missing)
 
 
 def _processes(number: int | None, option: str) -> int:
@@ -114,27 +163,7 @@ def _check_devices(job: Job, processes: int) -> None:
     mistakes.raise_if_any()
 
 
-def _worker(config_path: str | Path, overrides: Sequence[str]) -> list[str]:
-    return [sys.executable, "-u", "-m", MODULE, str(config_path), *overrides]
-
-
 def _rendezvous(master_addr: str | None, master_port: int | None) -> Mapping[str, str]:
     """Where the workers meet, as far as the call says it; the workers work out the rest (see train/place.py)."""
     said = {"MASTER_ADDR": master_addr, "MASTER_PORT": str(master_port) if master_port else None}
     return {name: value for name, value in said.items() if value}
-
-
-def _believed(code: int, job: Job) -> int:
-    """The exit code of another launcher, where the run folder bears it out.
-
-    DeepSpeed's runner ends with 0, too, when what it waits for was killed by a signal.
-    """
-    from lcm_ds.train.checkpoint import list_checkpoints
-
-    if code != 0:
-        return code
-    steps = max((checkpoint.step for checkpoint in list_checkpoints(job.run_dir)), default=0)
-    if steps >= job.total_steps:
-        return 0
-    print(f"lcm-ds launch: the workers ended at step {steps} of {job.total_steps}", file=sys.stderr, flush=True)
-    return 1

@@ -7,15 +7,15 @@ launcher, however the launcher ends.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 
+from lcm_ds.processes import die_with_parent
 from lcm_ds.train.place import Place, free_port
 
 STOPPED = 75
@@ -24,7 +24,6 @@ GRACE_SECONDS = 30.0  # between SIGTERM and SIGKILL; DeepSpeed's launcher gives 
 POLL_SECONDS = 0.05
 # Before the others of a stopped or a refused run are told to end: they are on their way out, and have things to write.
 PATIENCE_SECONDS = {STOPPED: GRACE_SECONDS, 2: 5.0}
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 Worker = subprocess.Popen[bytes]
 
@@ -63,18 +62,6 @@ def run_local(
 def exit_code(returncode: int) -> int:
     """A worker's exit code as the launcher passes it on (DESIGN: Contract 4)."""
     return returncode if returncode in (0, 2, STOPPED) else 1
-
-
-def die_with_parent(number: int = signal.SIGKILL) -> Callable[[], None]:
-    """For `preexec_fn`: the kernel sends this signal to the child when the process that started it ends."""
-    libc, parent = ctypes.CDLL(None, use_errno=True), os.getpid()
-
-    def set_death_signal() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
-        if os.getppid() != parent:  # it ended before the line above
-            os.kill(os.getpid(), number)
-
-    return set_death_signal
 
 
 def _start(command: Sequence[str], environ: Mapping[str, str]) -> Worker:

@@ -16,11 +16,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-from lcm_ds.config import TrainConfig, dump
+from lcm_ds.config import PrepareConfig, TrainConfig, dump
 from lcm_ds.ds_config import find
 from lcm_ds.errors import InputError
 from lcm_ds.files import write_whole
-from lcm_ds.launcher.local import die_with_parent, exit_code
+from lcm_ds.launcher.local import STOPPED, exit_code
+from lcm_ds.processes import die_with_parent
 from lcm_ds.train.place import DEFAULT_PORT
 
 # Variables that change what a worker does. PYTHON* is sent by DeepSpeed itself.
@@ -56,14 +57,17 @@ def travelling(environ: Mapping[str, str]) -> dict[str, str]:
     return chosen
 
 
-def resolve_config(config: TrainConfig, config_path: Path) -> Path:
-    """Write the config with its overrides into the run folder, where every host sees it; returns its path."""
-    deepspeed = config.deepspeed
-    if isinstance(deepspeed, str):
-        deepspeed = str(find(deepspeed, config_path))  # as found from the first config, the copy lies elsewhere
-    path = Path(config.run_dir) / "launch" / "config.yaml"
+def resolve_config(config: TrainConfig | PrepareConfig, config_path: Path, folder: Path) -> Path:
+    """Write the config with its overrides into the run's or the dataset's folder, where every host sees it.
+
+    Returns its path.
+    """
+    if isinstance(config, TrainConfig) and isinstance(config.deepspeed, str):
+        # As found from the first config: the copy lies elsewhere.
+        config = config.model_copy(update={"deepspeed": str(find(config.deepspeed, config_path))})
+    path = folder / "launch" / "config.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, dump(config.model_copy(update={"deepspeed": deepspeed})))
+    write_whole(path, dump(config))
     return path
 
 
@@ -166,11 +170,12 @@ def openmpi_command(processes: int, module: str, config: Path, environ: Mapping[
 # --- waiting ----------------------------------------------------------------------------------------------------------
 
 
-def follow(command: Sequence[str], environ: Mapping[str, str], run_dir: Path) -> int:
+def follow(command: Sequence[str], environ: Mapping[str, str], stop_file: Path | None) -> int:
     """Run another launcher's command to its end; returns its exit code: 0, 2 and 75 as they are, anything else as 1.
 
     These launchers answer a signal by killing. So the first one here becomes the file RUN/STOP, at which all ranks
-    save and end with 75; the second one is passed on.
+    save and end with 75; the second one is passed on. Without such a file (what is prepared loses nothing by being
+    killed) the first one is passed on, and the exit code is 75.
     """
     try:
         # A session of its own: a Ctrl-C on the terminal reaches this process alone.
@@ -179,29 +184,30 @@ def follow(command: Sequence[str], environ: Mapping[str, str], run_dir: Path) ->
         )
     except FileNotFoundError:
         raise InputError(f"{command[0]}: is not installed here") from None
-    with _stopping(child, run_dir):
-        return exit_code(child.wait())
+    with _stopping(child, stop_file) as asked:
+        code = exit_code(child.wait())
+    return STOPPED if asked and stop_file is None else code
 
 
 @contextlib.contextmanager
-def _stopping(child: subprocess.Popen[bytes], run_dir: Path) -> Iterator[None]:
-    asked = False
+def _stopping(child: subprocess.Popen[bytes], stop_file: Path | None) -> Iterator[list[int]]:
+    """While inside, signals are answered; yields those that came."""
+    asked: list[int] = []
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+        asked.append(number)
+        if stop_file is None or len(asked) > 1:
             os.killpg(child.pid, signal.SIGTERM)
             return
-        asked = True
         with contextlib.suppress(OSError):
-            (run_dir / "STOP").touch()
+            stop_file.touch()
         said = f"{signal.Signals(number).name}: the ranks save and stop at the next step; once more ends them at once"
         print(f"lcm-ds launch: {said}", file=sys.stderr, flush=True)
 
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     previous = {number: signal.signal(number, on_signal) for number in numbers}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

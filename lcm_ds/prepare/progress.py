@@ -1,9 +1,11 @@
-"""How far a preparation is: a bar on a terminal, a plain line every ten seconds elsewhere."""
+"""How far a preparation is, over all ranks: a bar on a terminal, a plain line every ten seconds elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
@@ -11,12 +13,13 @@ SECONDS_A_LINE = 10.0
 
 
 class Progress:
-    """Counts documents and sentences from `given` documents on; total: of the source, None where it is not known."""
+    """Counts documents from `given` on; total: of the source, None where it is not known; started: time.monotonic()."""
 
-    def __init__(self, total: int | None, given: int = 0) -> None:
-        self.total, self.given = total, given
-        self.sentences = 0
-        self._started = self._last_line = time.monotonic()
+    def __init__(self, total: int | None, given: int, ranks: int, started: float) -> None:
+        self.total, self.given, self.ranks = total, given, ranks
+        self._started, self._given_before = started, given
+        self._last_line = time.monotonic()
+        self._sums: dict[str, float] = {}
         self._bar: Any = None
         if sys.stdout.isatty():
             from rich import progress
@@ -26,9 +29,9 @@ class Progress:
                 progress.BarColumn(),
                 progress.MofNCompleteColumn(),
                 progress.TextColumn("documents, {task.fields[speed]}"),
-                progress.TimeRemainingColumn(),
+                progress.TextColumn("{task.fields[left]}"),
             )
-            self._task = self._bar.add_task("encoding", total=total, completed=given, speed="")
+            self._task = self._bar.add_task("encoding", total=total, completed=given, speed="", left="")
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -38,22 +41,53 @@ class Progress:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
-        if kind is None and self.sentences:
-            print(f"encoded {self.sentences:,} sentences in {self._seconds():.0f} s, {self._speed()}", flush=True)
 
-    def add(self, documents: int, sentences: int) -> None:
-        """So much more is done."""
+    def add(self, documents: int) -> None:
+        """So many more documents are done with."""
         self.given += documents
-        self.sentences += sentences
+
+    def say(self, line: str) -> None:
+        """Print a line beside the bar."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.given, speed=self._speed())
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, flush=True)
+
+    def show(self, figures: Sequence[dict[str, float]]) -> None:
+        """Bring the view up to date with what the ranks tell."""
+        self._sums = {key: sum(each[key] for each in figures) for key in (figures[0] if figures else {})}
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.given, speed=self._speed(), left=self._left())
         elif time.monotonic() - self._last_line >= SECONDS_A_LINE:
             self._last_line = time.monotonic()
             share = "" if self.total is None else f" of {self.total:,} ({self.given / max(1, self.total):.0%})"
-            print(f"{self.given:,} documents{share}, {self._speed()}", flush=True)
+            left = self._left()
+            print(f"{self.given:,} documents{share}, {self._speed()}{left and ', ' + left}", flush=True)
+
+    def told(self) -> str | None:
+        """What the encoders did and how much of the time they were at it, in a line; None where they did nothing."""
+        sums, seconds = self._sums, self._seconds()
+        if not sums.get("sentences"):
+            return None
+        spared = 1 - sums["encoded"] / sums["sentences"]
+        processes = f" in {self.ranks} processes" if self.ranks > 1 else ""
+        return (
+            f"encoded {sums['sentences']:,.0f} sentences in {seconds:.0f} s{processes}, {self._speed()}; "
+            f"{spared:.1%} of them repeat others and were spared; "
+            f"padding {1 - sums['tokens'] / max(1, sums['places']):.1%} of {sums['places']:,.0f} token places; "
+            f"encoder busy {sums['busy'] / (seconds * self.ranks):.0%} of the time"
+        )
 
     def _seconds(self) -> float:
-        return time.monotonic() - self._started
+        return max(1e-9, time.monotonic() - self._started)
 
     def _speed(self) -> str:
-        return f"{self.sentences / max(1e-9, self._seconds()):,.0f} sentences/s"
+        return f"{self._sums.get('sentences', 0) / self._seconds():,.0f} sentences/s"
+
+    def _left(self) -> str:
+        """The time left, at the speed so far."""
+        done = self.given - self._given_before
+        if self.total is None or done == 0:
+            return ""
+        seconds = self._seconds() / done * (self.total - self.given)
+        return f"{timedelta(seconds=round(seconds))} left"

@@ -9,7 +9,7 @@ from typing import Any
 
 from lcm_ds.config import SourceConfig
 from lcm_ds.errors import InputError
-from lcm_ds.text.sources import TextDocument, window
+from lcm_ds.text.sources import TextDocument, even_units, window
 
 
 class FilesSource:
@@ -18,14 +18,27 @@ class FilesSource:
     Raises InputError where a path or glob names no file.
     """
 
-    def __init__(self, config: SourceConfig) -> None:
+    def __init__(self, config: SourceConfig, index: dict[str, Any] | None = None) -> None:
         self.config = config
-        self.files = expand(config.paths)
+        if index is None:
+            self.files = expand(config.paths)
+            self._bytes = sum(path.stat().st_size for path in self.files)
+        else:
+            self.files, self._bytes = [Path(path) for path in index["files"]], index["bytes"]
 
     @property
     def total(self) -> int:
         """How many documents there are."""
         return len(self.files[slice(*window(self.config, 0, None))])
+
+    @property
+    def characters(self) -> int:
+        """About as many as the files have bytes."""
+        return round(self._bytes * self.total / max(1, len(self.files)))
+
+    def units(self, size: int) -> Iterator[tuple[int, int]]:
+        """Ranges of `size` files."""
+        return even_units(self.total, size)
 
     def documents(self, start: int = 0, stop: int | None = None) -> Iterator[TextDocument]:
         """Files number `start` up to, not including, `stop`; raises InputError naming a file that is not UTF-8."""
@@ -38,13 +51,14 @@ class FilesSource:
                 raise InputError(f"{path}: cannot be read: {error.strerror}") from None
             yield TextDocument(path.as_posix(), "files", text)
 
-    def __iter__(self) -> Iterator[TextDocument]:
-        return self.documents()
-
     def describe(self) -> dict[str, Any]:
         """What the documents were taken from, for dataset.json."""
         chosen = self.config.model_dump(include={"paths", "skip", "take"}, exclude_defaults=True)
-        return {"name": "files", **chosen, "files": len(self.files)}
+        return {"name": "files", **chosen, "files": len(self.files), "bytes": self._bytes}
+
+    def index(self) -> dict[str, Any]:
+        """The files."""
+        return {"files": [str(path) for path in self.files], "bytes": self._bytes}
 
 
 def expand(paths: Sequence[str]) -> list[Path]:

@@ -22,10 +22,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lcm_ds.config import SourceConfig
+from lcm_ds.config import SentencesConfig, SourceConfig
 from lcm_ds.text.prose import is_prose, prose
 from lcm_ds.text.sentences import Splitter
-from lcm_ds.text.sources import TextDocument, window
+from lcm_ds.text.sources import TextDocument, even_units, window
 
 # A document with a larger share of sentences that earlier documents have is taken for a copy.
 MAX_SEEN = 0.3
@@ -35,26 +35,33 @@ _NOT_DOCUMENTED = {"site-packages", "dist-packages", "test", "tests", "testing",
 class SampleSource:
     """Documents of whole English sentences, a blank line between any two, each sentence in one document only.
 
-    `splitter` has to be the one that makes the concepts later: what counts as a sentence is its word. The order is by
-    a hash of the id, which mixes the three origins, so that a part of the documents is a fair sample of all.
+    `sentences` says how they are split later, which decides what counts as a sentence. The order is by a hash of the
+    id, which mixes the three origins, so that a part of the documents is a fair sample of all.
     """
 
-    def __init__(self, config: SourceConfig, splitter: Splitter) -> None:
-        self.config = config
-        self.splitter = splitter
+    def __init__(self, config: SourceConfig, sentences: SentencesConfig, index: dict[str, Any] | None = None) -> None:
+        self.config, self.sentences = config, sentences
         self._documents: list[TextDocument] | None = None
+        if index is not None:
+            self._documents = [TextDocument(*document) for document in index["documents"]]
 
     @property
     def total(self) -> int:
         """How many documents there are."""
         return len(self._all())
 
+    @property
+    def characters(self) -> int:
+        """Characters of all documents."""
+        return sum(len(document.text) for document in self._all())
+
+    def units(self, size: int) -> Iterator[tuple[int, int]]:
+        """Ranges of `size` documents."""
+        return even_units(self.total, size)
+
     def documents(self, start: int = 0, stop: int | None = None) -> Iterator[TextDocument]:
         """Documents number `start` up to, not including, `stop`."""
         return iter(self._all()[start:stop])
-
-    def __iter__(self) -> Iterator[TextDocument]:
-        return self.documents()
 
     def describe(self) -> dict[str, Any]:
         """What the text was taken from, for dataset.json."""
@@ -65,6 +72,10 @@ class SampleSource:
             **self.config.model_dump(include={"skip", "take", "take_sentences"}, exclude_defaults=True),
         }
 
+    def index(self) -> dict[str, Any]:
+        """The documents, so that other processes need not make them once more."""
+        return {"documents": [(document.id, document.source, document.text) for document in self._all()]}
+
     def _all(self) -> list[TextDocument]:
         """All documents; the later ones depend on the earlier ones, so they are made once and kept (a few MB)."""
         if self._documents is None:
@@ -74,13 +85,14 @@ class SampleSource:
     def _distinct(self) -> Iterator[TextDocument]:
         seen: set[str] = set()
         given = 0
+        splitter = Splitter(self.sentences)
         for id, source, read in sorted(_texts(), key=lambda text: hashlib.sha256(text[0].encode()).digest()):
             if self.config.take_sentences is not None and given >= self.config.take_sentences:
                 return
             sentences: dict[str, str] = {}
-            for whole in self.splitter.whole("\n\n".join(map(prose, read()))):
+            for whole in splitter.whole("\n\n".join(map(prose, read()))):
                 if is_prose(whole):
-                    for sentence in self.splitter.cut(whole):
+                    for sentence in splitter.cut(whole):
                         sentences.setdefault(_key(sentence), sentence)
             fresh = {key: sentence for key, sentence in sentences.items() if key not in seen}
             if fresh and len(sentences) - len(fresh) <= MAX_SEEN * len(sentences):

@@ -16,18 +16,29 @@ class TextDocument:
     id: str
     source: str
     text: str
+    refused: str | None = None  # why the source itself leaves it out; its text is not given then
 
 
 class Source(Protocol):
     """Documents in a stable order, numbered from 0.
 
     `documents(start, stop)` gives a range of them, so that each of many processes can make the part of a dataset that
-    is its own. Ranges asked for in rising order cost no more than one pass over the source.
+    is its own; the ranges of `units` are those that are read without reading what belongs to others.
     """
 
     @property
     def total(self) -> int | None:
         """How many documents there are; None where only reading all would tell."""
+
+    @property
+    def characters(self) -> int | None:
+        """About how many characters all documents have together; None where that is not known."""
+
+    def units(self, size: int) -> Iterator[tuple[int, int]]:
+        """Ranges (start, stop) of about `size` documents, in order, which together are the whole source.
+
+        Without end where the total is not known: the first range without documents is behind the last document.
+        """
 
     def documents(self, start: int = 0, stop: int | None = None) -> Iterator[TextDocument]:
         """Documents number `start` up to, not including, `stop`; fewer or none where the source ends before.
@@ -35,11 +46,11 @@ class Source(Protocol):
         Raises InputError where the source cannot be read.
         """
 
-    def __iter__(self) -> Iterator[TextDocument]:
-        """All documents."""
-
     def describe(self) -> dict[str, Any]:
         """What the documents were taken from, for dataset.json."""
+
+    def index(self) -> dict[str, Any]:
+        """What was found out by looking at the source, for `open_source` in other processes; JSON holds it."""
 
 
 def window(config: SourceConfig, start: int, stop: int | None) -> tuple[int, int | None]:
@@ -48,22 +59,32 @@ def window(config: SourceConfig, start: int, stop: int | None) -> tuple[int, int
     return config.skip + start, config.skip + min(ends) if ends else None
 
 
-def open_source(config: SourceConfig, sentences: SentencesConfig | None = None) -> Source:
+def even_units(total: int | None, size: int) -> Iterator[tuple[int, int]]:
+    """Ranges of `size` documents."""
+    start = 0
+    while total is None or start < total:
+        yield start, start + size if total is None else min(start + size, total)
+        start += size
+
+
+def open_source(
+    config: SourceConfig, sentences: SentencesConfig | None = None, index: dict[str, Any] | None = None
+) -> Source:
     """The source that a config names.
 
-    `sentences` says how the texts will be split later; the source `sample` needs it to keep any sentence from occurring
-    in two documents, the others leave it aside. Raises InputError where files, a dataset or its columns are missing.
+    sentences: how the texts will be split later: the source `sample` needs it to keep any sentence from occurring in
+    two documents, `huggingface` its language, to compare with a column. index: what a source of the same config has
+    found out; nothing is looked at again then. Raises InputError where files, a dataset or its columns are missing.
     """
+    sentences = sentences or SentencesConfig()  # type: ignore[call-arg]
     if config.name == "sample":
         from lcm_ds.text.sample import SampleSource
-        from lcm_ds.text.sentences import Splitter
 
-        splitter = Splitter(sentences or SentencesConfig())  # type: ignore[call-arg]
-        return SampleSource(config, splitter)
+        return SampleSource(config, sentences, index)
     if config.name == "files":
         from lcm_ds.text.files import FilesSource
 
-        return FilesSource(config)
+        return FilesSource(config, index)
     from lcm_ds.text.huggingface import HuggingFaceSource
 
-    return HuggingFaceSource(config)
+    return HuggingFaceSource(config, sentences.language, index)

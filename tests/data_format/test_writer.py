@@ -104,7 +104,9 @@ def test_a_bad_document_is_refused_by_name_and_leaves_no_shard(tmp_path: Path, c
 def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path: Path, document: Make) -> None:
     def documents() -> Iterator[Document]:
         for i in range(3):
-            assert [path.name for path in tmp_path.iterdir()] == ["a.tar.partial"]
+            (only,) = tmp_path.iterdir()
+            assert only.name.startswith("a.tar.")
+            assert only.name.endswith(".partial")
             yield document(f"d{i}")
 
     write_shard(tmp_path, "a.tar", documents())

@@ -1,4 +1,4 @@
-"""The evaluation of a run: baselines of what the run was trained on, figures only where there are some, every mistake."""
+"""The evaluation of a run: baselines of what it was trained on, figures only where there are some, every mistake."""
 
 import json
 import subprocess

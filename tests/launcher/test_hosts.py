@@ -195,7 +195,7 @@ def start(tmp_path, hosts, what, **environment):
         f"    master_addr='127.0.0.1', master_port={free_port()});"
         f"file = {str(run_dir / 'launch' / 'environment')!r};"
         "remote.write_environment(Path(file), os.environ);"
-        f"sys.exit(remote.follow(command, {{**os.environ, 'DS_ENV_FILE': file}}, Path({str(run_dir)!r})))"
+        f"sys.exit(remote.follow(command, {{**os.environ, 'DS_ENV_FILE': file}}, Path({str(run_dir / 'STOP')!r})))"
     )
     env = {**os.environ, **hosts, "PYTHONPATH": f"{HERE}:{ROOT}", "DS_ACCELERATOR": "cpu", **environment}
     return subprocess.Popen(
@@ -265,6 +265,6 @@ def test_mpirun_starts_workers_and_their_exit_code_comes_back(tmp_path, what, co
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
     }
     command = remote.openmpi_command(2, "toy_worker", config, environ)
-    assert remote.follow(command, environ, tmp_path) == code
+    assert remote.follow(command, environ, tmp_path / "STOP") == code
     places = [json.loads((tmp_path / str(rank)).read_text())["place"] for rank in (0, 1)]
     assert [place["LOCAL_RANK"] for place in places] == ["0", "1"]

@@ -81,7 +81,7 @@ def test_a_0_that_the_run_folder_does_not_bear_out_is_not_believed(config, tmp_p
     put_first_on_path(tmp_path, monkeypatch, "exit 0")
     (tmp_path / "hostfile").write_text("worker-0 slots=1\nworker-1 slots=1\n")
     assert launch(config, hostfile=tmp_path / "hostfile", master_addr="127.0.0.1") == 1
-    assert "ended at step 0 of 2" in capfd.readouterr().err
+    assert "run is at step 0 of 2" in capfd.readouterr().err
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

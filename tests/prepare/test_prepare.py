@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 import webdataset
 import yaml
-from preparing import HashEncoder
+from preparing import HashEncoder, written
 
 from lcm_ds.config import PrepareConfig
 from lcm_ds.data.format import open_dataset, read_normalizer, read_shards
 from lcm_ds.data.reader import open_shard
 from lcm_ds.errors import InputError
 from lcm_ds.files import sha256_of
+from lcm_ds.prepare import pipeline
 from lcm_ds.prepare.inspect import inspect
-from lcm_ds.prepare.pipeline import prepare, split_of
+from lcm_ds.prepare.output import split_of
+from lcm_ds.prepare.pipeline import prepare
 
 DOCUMENTS = 60
 SCRIPT = Path(__file__).with_name("preparing.py")
@@ -47,19 +49,12 @@ def make_config(texts, tmp_path):
             "encoder": {"name": "sentence-transformers", "model": "minilm"},
             "documents_per_shard": 10,
             "validation": 0.2,
+            "split_workers": 0,
             **changes,
         }
         return PrepareConfig(**mapping)
 
     return make
-
-
-def written(folder):
-    """Everything that a dataset consists of, but for the order in which lines were appended."""
-    files = [path for path in Path(folder).rglob("*") if path.is_file()]
-    files = [path for path in files if path.name not in ("prepare.yaml", "prepare.lock")]
-    bytes_of = {str(path.relative_to(folder)): path.read_bytes() for path in files}
-    return {name: sorted(data.splitlines()) if name.endswith(".jsonl") else data for name, data in bytes_of.items()}
 
 
 def documents(folder):
@@ -172,9 +167,11 @@ def wait_for_units(out, count):
     raise AssertionError(f"{count} units were not done in a minute")
 
 
-def test_shards_of_a_unit_that_was_not_finished_are_made_again(make_config, tmp_path):
+def test_shards_of_a_unit_that_was_not_finished_are_made_again(make_config, tmp_path, monkeypatch):
     config = make_config()
-    prepare(config, HashEncoder())
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "forget_ids", lambda out: None)  # the last thing that a preparation does
+        prepare(config, HashEncoder())
     before = written(config.output)
     # As if the power had failed after the shards of the last unit were committed and before the unit was.
     out = Path(config.output)
@@ -184,8 +181,8 @@ def test_shards_of_a_unit_that_was_not_finished_are_made_again(make_config, tmp_
     (out / "units.jsonl").write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:20])
     encoder = HashEncoder()
     prepare(config, encoder)
-    assert written(out) == before
-    assert 0 < len(encoder.seen) < 60
+    assert written(out) == {name: data for name, data in before.items() if not name.startswith("ids/")}
+    assert 0 < len(encoder.seen) < 70  # the end-of-text and a unit
 
 
 def test_a_finished_dataset_is_said_to_be_there_and_not_made_again(make_config, capsys):
@@ -207,6 +204,13 @@ def test_another_config_is_refused_naming_what_differs(make_config):
 
 def test_another_encoder_behind_the_same_config_is_refused_before_the_halves_are_mixed(make_config, tmp_path):
     class Fails(HashEncoder):
+        """From story 30 on its device is broken."""
+
+        def embed(self, batch):
+            if any("story 30 " in text for text in self.seen):
+                raise RuntimeError("device lost")
+            return super().embed(batch)
+
         def encode(self, texts):
             if any("story 30 " in text for text in texts):
                 raise RuntimeError("out of memory")
@@ -287,7 +291,7 @@ def test_refused_documents_are_counted_by_reason(make_config, tmp_path):
     assert source["refused"] == {
         "duplicate_id": 1,
         "empty": 1,
-        "not_finite": 1,
+        "not_encoded": 1,
         "too_few_sentences": 1,
         "too_many_sentences": 1,
     }

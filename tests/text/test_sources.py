@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def every_range_is_that_part_of_the_whole(of: Source, size: int) -> None:
-    whole = list(of)
+    whole = list(of.documents())
     units = [document for start in range(0, len(whole), size) for document in of.documents(start, start + size)]
     assert units == whole
     assert list(of.documents(len(whole) // 2)) == whole[len(whole) // 2 :]
@@ -51,7 +51,7 @@ def every_range_is_that_part_of_the_whole(of: Source, size: int) -> None:
 
 def test_rows_of_local_parquet_in_order_by_any_range(folder: Path) -> None:
     of = source("huggingface", paths=[str(folder / "*" / "*.parquet")])
-    documents = list(of)
+    documents = list(of.documents())
     assert of.total == 700
     assert documents[650] == TextDocument("doc-650", "b/part.parquet", "Text 650.")
     assert [document.id for document in documents] == [f"doc-{n}" for n in range(700)]
@@ -69,11 +69,11 @@ def test_a_range_left_half_read_does_not_disturb_the_next(folder: Path) -> None:
 
 def test_ids_fall_back_to_the_file_and_the_row(folder: Path) -> None:
     jsonl = source("huggingface", paths=[str(folder / "rows.jsonl")])
-    assert [document.id for document in jsonl] == ["7", "rows.jsonl#1", "9"]
-    assert [document.text for document in jsonl] == ["First.", "", "Third."]  # a null text is an empty one
+    assert [document.id for document in jsonl.documents()] == ["7", "rows.jsonl#1", "9"]
+    assert [document.text for document in jsonl.documents()] == ["First.", "", "Third."]  # a null text is an empty one
     every_range_is_that_part_of_the_whole(jsonl, 2)
     numbered = source("huggingface", paths=[str(folder / "*" / "*.parquet")], id_column=None)
-    ids = [document.id for document in numbered]
+    ids = [document.id for document in numbered.documents()]
     assert (ids[0], ids[-1]) == ("a/part.parquet#0", "b/part.parquet#99")
     assert len(set(ids)) == 700
 
@@ -81,20 +81,20 @@ def test_ids_fall_back_to_the_file_and_the_row(folder: Path) -> None:
 def test_skip_and_take_count_over_all_files(folder: Path) -> None:
     paths = [str(folder / "*" / "*.parquet"), str(folder / "rows.jsonl")]
     of = source("huggingface", paths=paths, skip=690, take=12)
-    assert [document.id for document in of] == [*(f"doc-{n}" for n in range(690, 700)), "7", "rows.jsonl#1"]
+    assert [document.id for document in of.documents()] == [*(f"doc-{n}" for n in range(690, 700)), "7", "rows.jsonl#1"]
     assert [document.id for document in of.documents(9, 11)] == ["doc-699", "7"]
     assert source("huggingface", paths=paths[:1], skip=690, take=12).total == 10
     jsonl_first = source("huggingface", paths=[str(folder / "a*" / "*"), *paths[1:]], skip=602)
-    assert [document.id for document in jsonl_first] == ["9"]
+    assert [document.id for document in jsonl_first.documents()] == ["9"]
     texts = source("files", paths=[str(folder / "*.txt")], skip=1, take=5)
-    assert [document.text for document in texts] == ["Two.\n"]
+    assert [document.text for document in texts.documents()] == ["Two.\n"]
     assert texts.total == 1
 
 
 def test_text_files_are_documents_in_the_order_of_their_names(folder: Path) -> None:
     of = source("files", paths=[str(folder / "two.txt"), str(folder / "*.txt")])
-    assert [document.text for document in of] == ["Über one.\n", "Two.\n"]
-    assert [Path(document.id).name for document in of] == ["one.txt", "two.txt"]
+    assert [document.text for document in of.documents()] == ["Über one.\n", "Two.\n"]
+    assert [Path(document.id).name for document in of.documents()] == ["one.txt", "two.txt"]
     assert of.describe()["files"] == 2
 
 
@@ -131,10 +131,10 @@ def test_missing_and_unreadable_files_are_all_named_at_once(folder: Path) -> Non
     assert "neither parquet nor JSONL" in error.value.mistakes[1]
     (folder / "broken.jsonl").write_text('{"text": "ok", "id": 1}\n{"text": oh')
     with pytest.raises(InputError, match=r"broken\.jsonl: cannot be read"):
-        list(source("huggingface", paths=[str(folder / "broken.jsonl")]))
+        list(source("huggingface", paths=[str(folder / "broken.jsonl")]).documents())
     (folder / "latin.txt").write_bytes("Über".encode("latin-1"))
     with pytest.raises(InputError, match=r"latin\.txt: not UTF-8 text: .* at byte 0"):
-        list(source("files", paths=[str(folder / "latin.txt")]))
+        list(source("files", paths=[str(folder / "latin.txt")]).documents())
 
 
 def test_a_dataset_of_the_hub_that_cannot_be_reached_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,23 +157,23 @@ def sample() -> Source:
 def test_no_sentence_of_the_sample_is_in_two_documents(sample: Source) -> None:
     """By the splitter that makes the concepts; so whichever documents validate, training has not seen them."""
     splitter = Splitter(SentencesConfig.model_validate({"max_characters": 200}))
-    sentences = [sentence for document in sample for sentence in splitter.split(document.text)]
+    sentences = [sentence for document in sample.documents() for sentence in splitter.split(document.text)]
     assert len(sentences) == len(set(sentences))
     assert 2500 <= len(sentences) < 4000
 
 
 def test_the_sample_mixes_its_origins_and_never_changes(sample: Source) -> None:
-    documents = list(sample)
+    documents = list(sample.documents())
     assert {document.source for document in documents} == {"python-topics", "python", "torch"}
     assert len({document.id for document in documents}) == len(documents) == sample.total
     shorter = source("sample", take_sentences=500)
-    assert [document.id for document in shorter] == [document.id for document in documents][: shorter.total]
+    assert [document.id for document in shorter.documents()] == [document.id for document in documents][: shorter.total]
     every_range_is_that_part_of_the_whole(sample, 17)
     assert sample.describe()["take_sentences"] == 2500
 
 
 def test_the_sample_is_english_prose(sample: Source) -> None:
-    text = "\n".join(document.text for document in sample)
+    text = "\n".join(document.text for document in sample.documents())
     for code in (">>>", "::", "```", "==", "def "):
         assert text.count(code) < 10
     words = text.lower().split()

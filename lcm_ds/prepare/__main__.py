@@ -1,0 +1,16 @@
+"""`python -m lcm_ds.prepare CONFIG [key=value …]`: a rank, under any launcher. The same as `lcm-ds prepare`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lcm_ds.prepare import main
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m lcm_ds.prepare", description=__doc__)
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
+    parser.add_argument("--local_rank", type=int, help="given by DeepSpeed's launcher; LOCAL_RANK says the same")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.config, arguments.overrides))

@@ -1,0 +1,145 @@
+"""What the ranks of a preparation tell one another: which unit is whose, what is written, how far each is.
+
+All of it goes through a store that rank 0 holds, a few hundred bytes a unit. No process group is needed: ranks work at
+their own speed, and only rank 0 has to last to the end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import DistNetworkError, DistStoreError, HashStore, PrefixStore, Store, TCPStore
+
+from lcm_ds.errors import InputError
+from lcm_ds.train.place import Place
+
+# Until all have come: rank 0 may first have to look at thousands of files, others to fetch a model.
+PATIENCE = timedelta(hours=2)
+# For the others to see that rank 0 has failed.
+SECONDS_TO_END = 5.0
+_GO, _NEXT, _REPORTS, _FAILED, _LEFT = "go", "next", "reports", "failed", "left"
+
+
+class PeerFailed(Exception):
+    """Another rank has failed with an exit code; `message` is empty where somebody else says why."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
+class Peers:
+    """The other ranks, as one of them sees them. Safe to use from several threads."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._store: Store = _store(place)
+        self._read = 0  # reports that `reports` has given
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.place.rank == 0
+
+    def begin(self, said: dict[str, Any]) -> None:
+        """Rank 0: let the others begin; `said` is what they have to know."""
+        self._store.set(_GO, json.dumps(said))
+
+    def wait(self) -> dict[str, Any]:
+        """The others: what rank 0 says when they may begin. Raises PeerFailed."""
+        self._store.wait([_GO], PATIENCE)
+        self.check()
+        said: dict[str, Any] = json.loads(self._store.get(_GO))
+        return said
+
+    def claim(self) -> int:
+        """The next number from 0 that no rank has claimed. Raises PeerFailed."""
+        self.check()
+        return self._store.add(_NEXT, 1) - 1
+
+    def report(self, message: dict[str, Any]) -> None:
+        """Send rank 0 a message."""
+        number = self._store.add(_REPORTS, 1)
+        self._store.set(f"{_REPORTS}/{number}", json.dumps(message))
+
+    def reports(self) -> list[dict[str, Any]]:
+        """Rank 0: the messages that have come since it last asked."""
+        found = []
+        # Never `get` what may not be there yet: it would wait, and keep this process's other threads from the store.
+        while self._store.check([key := f"{_REPORTS}/{self._read + 1}"]):
+            self._read += 1
+            found.append(json.loads(self._store.get(key)))
+            self._store.delete_key(key)
+        return found
+
+    def tell(self, figures: dict[str, float]) -> None:
+        """Say how far this rank is."""
+        self._store.set(f"figures/{self.place.rank}", json.dumps(figures))
+
+    def told(self) -> list[dict[str, float]]:
+        """How far each rank is that has said it."""
+        keys = [f"figures/{rank}" for rank in range(self.place.world_size)]
+        return [json.loads(self._store.get(key)) for key in keys if self._store.check([key])]
+
+    def leave(self) -> None:
+        """This rank has nothing left to report."""
+        self._store.add(_LEFT, 1)
+
+    def left(self) -> int:
+        """How many ranks have left."""
+        return self._store.add(_LEFT, 0)
+
+    def fail(self, error: BaseException) -> BaseException:
+        """Let the others end, too, and know why; returns what this rank is to end with: rank 0 says it."""
+        try:
+            if not self._store.check([_FAILED]):
+                self._store.set(_FAILED, json.dumps(_told(self.place.rank, error)))
+            if self.leads:
+                self._store.set(_GO, "{}")
+                self._await_others(SECONDS_TO_END)
+            else:
+                self.leave()
+        except (DistStoreError, DistNetworkError):
+            return PeerFailed(1, "")  # rank 0 has ended, which is why
+        if self.leads:
+            return error
+        return PeerFailed(error.code if isinstance(error, PeerFailed) else _told(0, error)[0], "")
+
+    def _await_others(self, seconds: float) -> None:
+        """Give the others time to see that this rank is about to end, and the store with it."""
+        until = time.monotonic() + seconds
+        while self.left() < self.place.world_size - 1 and time.monotonic() < until:
+            time.sleep(0.05)
+
+    def check(self) -> None:
+        """Raise PeerFailed where another rank has failed."""
+        if self._store.check([_FAILED]):
+            code, message = json.loads(self._store.get(_FAILED))
+            raise PeerFailed(code, message)
+
+
+def _told(rank: int, error: BaseException) -> tuple[int, str]:
+    """The exit code that an error means, and what the user reads."""
+    if isinstance(error, PeerFailed):
+        return error.code, error.message
+    if isinstance(error, InputError):
+        return 2, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 75, ""
+    return 1, f"rank {rank}: {type(error).__name__}: {error}"
+
+
+def _store(place: Place) -> Store:
+    if place.world_size == 1:
+        return HashStore()
+    # Under torchrun the store is its agent's, and outlives a restart of the workers.
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    holds = place.rank == 0 and not agents
+    store = TCPStore(
+        place.master_addr, place.master_port, None, is_master=holds, timeout=PATIENCE, wait_for_workers=False
+    )
+    return PrefixStore(f"lcm-ds prepare/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -1,0 +1,118 @@
+"""Reading and splitting the documents of a unit, in processes of their own or in a thread."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lcm_ds.config import PrepareConfig
+from lcm_ds.prepare.output import SOURCE
+from lcm_ds.processes import die_with_parent
+from lcm_ds.text.sentences import Splitter
+from lcm_ds.text.sources import Source, open_source
+
+
+class Range(NamedTuple):
+    """A unit: documents `start` up to, not including, `stop` of the source."""
+
+    unit: int
+    start: int
+    stop: int
+
+
+class Text(NamedTuple):
+    """A document of a unit, cut into sentences."""
+
+    number: int  # in the source, from 0
+    id: str
+    source: str
+    sentences: list[str]
+    refused: str | None  # why it is left out
+
+
+class Reader:
+    """Reads units of a source."""
+
+    def __init__(self, config: PrepareConfig, source: Source, splitter: Splitter) -> None:
+        self.config, self.source, self.splitter = config, source, splitter
+
+    def read(self, unit: Range) -> list[Text]:
+        """The documents of a unit in order; none where the source has ended. Raises InputError."""
+        texts: list[Text] = []
+        ids: set[str] = set()
+        for number, document in enumerate(self.source.documents(unit.start, unit.stop), start=unit.start):
+            sentences: list[str] = []
+            refused = document.refused
+            if refused is None and document.id in ids:
+                refused = "duplicate_id"
+            if refused is None:
+                sentences, refused = self._split(document.text)
+            if refused is None:
+                ids.add(document.id)
+            texts.append(Text(number, document.id, document.source, sentences if refused is None else [], refused))
+        return texts
+
+    def _split(self, text: str) -> tuple[list[str], str | None]:
+        """The sentences of a text, and why it is refused."""
+        if not text.strip():
+            return [], "empty"
+        sentences = self.splitter.split(text)
+        if len(sentences) < self.config.min_sentences:
+            return sentences, "too_few_sentences"
+        if self.config.max_sentences is not None and len(sentences) > self.config.max_sentences:
+            return sentences, "too_many_sentences"
+        return sentences, None
+
+
+class Readers:
+    """Reads units ahead, in `split_workers` processes, or in a thread where that is 0."""
+
+    def __init__(self, reader: Reader) -> None:
+        config = reader.config
+        self.ahead = max(1, config.split_workers) + 1  # units in the making
+        self._reader = reader
+        self._pool: Executor
+        if config.split_workers == 0:
+            self._pool = ThreadPoolExecutor(1, "lcm-ds-reader")
+        else:
+            self._pool = ProcessPoolExecutor(
+                config.split_workers,
+                multiprocessing.get_context("spawn"),
+                initializer=_start,
+                initargs=(config.model_dump(mode="json"), os.getpid()),
+            )
+
+    def submit(self, unit: Range) -> Future[list[Text]]:
+        """What `Reader.read` gives, when it is there. Call it from a thread that lasts: it starts the processes."""
+        if isinstance(self._pool, ThreadPoolExecutor):
+            return self._pool.submit(self._reader.read, unit)
+        return self._pool.submit(_read, unit)
+
+    def close(self) -> None:
+        """End the processes; what they have not begun is dropped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+_own: Reader  # in a process of Readers: its reader
+
+
+def _start(mapping: dict[str, Any], parent: int) -> None:
+    global _own
+    die_with_parent(parent=parent)()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent to answer
+    _own = open_reader(PrepareConfig(**mapping))
+
+
+def _read(unit: Range) -> list[Text]:
+    return _own.read(unit)
+
+
+def open_reader(config: PrepareConfig) -> Reader:
+    """The reader of a preparation that has been begun: what rank 0 found out about the source is in its output."""
+    index = json.loads((Path(config.output) / SOURCE).read_text(encoding="utf-8"))
+    return Reader(config, open_source(config.source, config.sentences, index), Splitter(config.sentences))

@@ -1,0 +1,84 @@
+"""Rows → documents: which columns hold what, which rows are left out, and what is wrong with a file's columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lcm_ds.config import SourceConfig
+from lcm_ds.errors import InputError
+from lcm_ds.text.sources import TextDocument
+
+
+class Columns:
+    """The columns of a source. language: what the language column has to say, upper case or lower."""
+
+    def __init__(self, config: SourceConfig, language: str) -> None:
+        self.config, self.language = config, language.lower()
+        named = [config.text_column, config.id_column, config.language_column, *config.filter]
+        self.names = list(dict.fromkeys(name for name in named if name is not None))
+
+    def document(self, part: str, row: int, values: dict[str, Any]) -> TextDocument:
+        """The document that a row of a part (a file, a dataset) is. Raises InputError where its text is no string."""
+        config = self.config
+        id = values.get(config.id_column) if config.id_column is not None else None
+        id = f"{part}#{row}" if id is None else str(id)
+        refused = self._refused(values)
+        if refused is not None:
+            return TextDocument(id, part, "", refused)
+        text = values.get(config.text_column)
+        if text is not None and not isinstance(text, str):
+            raise InputError(f"{part}, row {row}: {config.text_column!r} is {text!r:.60}, not a string")
+        return TextDocument(id, part, text or "")
+
+    def _refused(self, values: dict[str, Any]) -> str | None:
+        """Why the source itself leaves a row out."""
+        for name, limits in self.config.filter.items():
+            value = values.get(name)
+            if not isinstance(value, (int, float)) or math.isnan(value):
+                return "filtered"
+            if (limits.min is not None and value < limits.min) or (limits.max is not None and value > limits.max):
+                return "filtered"
+        column = self.config.language_column
+        if column is not None and str(values.get(column)).lower() != self.language:
+            return "language"
+        return None
+
+    def check_schema(self, part: str, schema: Any) -> None:
+        """Raise InputError with a line for each column that is missing or of the wrong type; a pyarrow schema."""
+        import pyarrow
+
+        mistakes = self.missing(part, schema.names)
+        config, types = self.config, pyarrow.types
+        if config.text_column in schema.names:
+            kind = schema.field(config.text_column).type
+            if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
+                mistakes.append(f"source.text_column: {config.text_column!r} of {part} holds {kind}, not strings")
+        for name in config.filter:
+            if name in schema.names:
+                kind = schema.field(name).type
+                if not (types.is_integer(kind) or types.is_floating(kind)):
+                    mistakes.append(f"source.filter: {name!r} of {part} holds {kind}, not numbers")
+        if mistakes:
+            raise InputError(mistakes)
+
+    def missing(self, part: str, there: Iterable[str]) -> list[str]:
+        """A line for each column that a part has not got."""
+        names = list(there)
+        listed, config = ", ".join(names), self.config
+        keys = {"text_column": config.text_column, "id_column": config.id_column}
+        keys["language_column"] = config.language_column
+        wanted: Sequence[tuple[str, str | None]] = [*keys.items(), *(("filter", name) for name in config.filter)]
+        mistakes = []
+        for key, name in wanted:
+            if name is not None and name not in names:
+                hint = " (null: documents are named by file and row)" if key == "id_column" else ""
+                mistakes.append(f"source.{key}: {part} has no column {name!r}; its columns: {listed}{hint}")
+        return mistakes
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,86 @@
+"""Parquet files, here or at a URL: the row groups that a range needs, and of these only the columns that are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import fsspec
+
+from lcm_ds.errors import InputError
+from lcm_ds.text.columns import Columns, first_line
+from lcm_ds.text.sources import TextDocument
+
+# Rows decoded at a time: few enough for very long documents, enough that pyarrow's share of the time is small.
+_ROWS = 256
+
+
+class ParquetFile:
+    """A file; groups: the rows of each of its row groups; size: bytes of the file."""
+
+    def __init__(self, columns: Columns, place: str, name: str, size: int, characters: int, groups: list[int]) -> None:
+        self.columns, self.place, self.name, self.size = columns, place, name, size
+        self.characters, self.groups = characters, groups
+        self.rows = sum(groups)
+
+    @classmethod
+    def look(cls, columns: Columns, place: str, name: str) -> ParquetFile:
+        """The file, from its footer. Raises InputError where it is no parquet, or columns are missing."""
+        file = _opened(place, name)
+        columns.check_schema(name, file.schema_arrow)
+        meta = file.metadata
+        groups = [meta.row_group(index) for index in range(meta.num_row_groups)]
+        column = file.schema_arrow.names.index(columns.config.text_column)
+        flat = meta.num_columns == len(file.schema_arrow.names)  # else columns of the footer are leaves of nested ones
+        characters = sum(g.column(column).total_uncompressed_size if flat else g.total_byte_size for g in groups)
+        size = fsspec.core.url_to_fs(place)[0].size(fsspec.core.url_to_fs(place)[1])
+        return cls(columns, place, name, size, characters, [group.num_rows for group in groups])
+
+    def index(self) -> dict[str, Any]:
+        """What `look` found, as the constructor takes it."""
+        return {"place": self.place, "name": self.name, "size": self.size, "characters": self.characters,
+                "groups": self.groups}  # fmt: skip
+
+    def pieces(self, size: int) -> Iterator[int]:
+        """Rows of the row groups; one of far more than `size` in even parts."""
+        for rows in self.groups:
+            parts = round(rows / size) if rows > 2 * size else 1
+            yield from (rows * (part + 1) // parts - rows * part // parts for part in range(parts))
+
+    def read(self, first: int, last: int) -> Iterator[TextDocument]:
+        """Rows `first` up to, not including, `last`. Raises InputError."""
+        import pyarrow
+
+        groups, row, begin = [], None, 0
+        for index, rows in enumerate(self.groups):
+            if begin < last and begin + rows > first:
+                groups.append(index)
+                row = begin if row is None else row
+            begin += rows
+        if row is None:
+            return
+        try:
+            batches = _opened(self.place, self.name).iter_batches(
+                _ROWS, row_groups=groups, columns=self.columns.names, use_threads=False
+            )
+            for batch in batches:
+                if row + batch.num_rows > first:
+                    for values in batch.slice(max(0, first - row), last - max(first, row)).to_pylist():
+                        yield self.columns.document(self.name, max(first, row), values)
+                        first = max(first, row) + 1
+                row += batch.num_rows
+                if first >= last:
+                    return
+        except (pyarrow.ArrowException, OSError) as error:
+            raise InputError(f"{self.name}: cannot be read: {first_line(error)}") from None
+
+
+@lru_cache(maxsize=4)
+def _opened(place: str, name: str) -> Any:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(fsspec.open(place, "rb").open(), pre_buffer="://" in place)
+    except (pyarrow.ArrowException, OSError, ValueError, ImportError) as error:
+        raise InputError(f"{name}: not a parquet file that can be read: {first_line(error)}") from None

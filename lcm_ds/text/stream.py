@@ -1,0 +1,69 @@
+"""Datasets of the hub that are no parquet, through the datasets library: streamed, from the beginning to the range."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lcm_ds.errors import InputError
+from lcm_ds.text.columns import Columns, first_line
+from lcm_ds.text.sources import TextDocument
+
+_ROWS = 256
+
+
+class Stream:
+    """The rows of a hub dataset. A later range goes on where the last one stopped, an earlier one begins again.
+
+    look: read the first rows now, so that a missing column shows before an hour is lost. Raises InputError.
+    """
+
+    def __init__(self, columns: Columns, look: bool) -> None:
+        self.columns = columns
+        self._rows: Iterator[tuple[int, dict[str, Any]]] | None = None
+        self._next = 0
+        if look:
+            self._rows = self._open()
+
+    def read(self, first: int, last: int | None) -> Iterator[TextDocument]:
+        """Rows `first` up to, not including, `last`; fewer or none where the dataset ends before."""
+        if self._rows is None or self._next > first:
+            self._rows, self._next = self._open(), 0
+        name = str(self.columns.config.dataset)
+        while last is None or self._next < last:
+            found = next(self._rows, None)
+            if found is None:
+                return
+            number, values = found
+            self._next = number + 1
+            if number >= first:
+                yield self.columns.document(name, number, values)
+
+    def _open(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        import datasets
+
+        config = self.columns.config
+        name = str(config.dataset)
+        try:
+            dataset = datasets.load_dataset(
+                name, name=config.config, revision=config.revision, split=config.split, streaming=config.streaming
+            )
+            tables = dataset.with_format("arrow").iter(batch_size=_ROWS)
+            first = next(tables, None)
+        except Exception as error:  # many kinds, from many libraries
+            raise InputError(f"source: {name}: cannot be opened: {first_line(error)}") from None
+        if first is not None:
+            self.columns.check_schema(name, first.schema)
+
+        def rows() -> Iterator[tuple[int, dict[str, Any]]]:
+            number, table = 0, first
+            while table is not None:
+                for values in table.select(self.columns.names).to_pylist():
+                    yield number, values
+                    number += 1
+                try:
+                    table = next(tables, None)
+                except Exception as error:
+                    raise InputError(f"{name}: cannot be read: {first_line(error)}") from None
+
+        return rows()

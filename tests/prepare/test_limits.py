@@ -1,0 +1,137 @@
+"""What a preparation does at the limits of disk, memory and patience: it says so, and loses nothing."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from preparing import HashEncoder, written
+
+from lcm_ds.config import PrepareConfig
+from lcm_ds.data.format import open_dataset
+from lcm_ds.errors import InputError
+from lcm_ds.prepare.pipeline import prepare
+
+SCRIPT = Path(__file__).with_name("preparing.py")
+
+
+def write_lines(path, count, sentences=5, wrong=()):
+    """JSONL of so many documents; those in `wrong` hold a sentence that cannot be encoded."""
+    with path.open("w") as file:
+        for n in range(count):
+            words = [f"Sentence {k} of document {n} is no other's." for k in range(sentences)]
+            file.write(
+                json.dumps({"id": str(n), "text": " ".join(words) + " This is not a text." * (n in wrong)}) + "\n"
+            )
+    return path
+
+
+def config_of(path, output, **changes):
+    return PrepareConfig(
+        **{
+            "output": str(output),
+            "source": {"name": "huggingface", "paths": [str(path)]},
+            "encoder": {"name": "sentence-transformers", "model": "minilm"},
+            "documents_per_shard": 20,
+            "validation": 0.1,
+            "split_workers": 0,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder on a disk of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_with_one_line_and_leaves_only_committed_shards(small_disk, tmp_path):
+    lines = write_lines(tmp_path / "lines.jsonl", 400)
+    prepare(config_of(lines, tmp_path / "whole"), HashEncoder())
+    config = config_of(lines, small_disk / "out", check_space=False)
+    with pytest.raises(InputError, match=r"the disk is full .*: what is committed is kept; make room"):
+        prepare(config, HashEncoder())
+    done = len((small_disk / "out/units.jsonl").read_text().splitlines())
+    assert 0 < done < 20
+    for split in ("train", "validation"):
+        folder = small_disk / "out" / split
+        listed = {json.loads(line)["name"] for line in (folder / "shards.jsonl").read_text().splitlines()}
+        assert {path.name for path in folder.glob("*.tar*")} == listed
+        assert not (folder / "dataset.json").exists()
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    encoder = HashEncoder()
+    prepare(config, encoder)
+    assert 0 < len(encoder.seen) < 400 * 5
+    assert written(small_disk / "out") == written(tmp_path / "whole")
+
+
+def test_what_will_not_fit_is_refused_before_anything_is_encoded(small_disk, tmp_path):
+    lines = write_lines(tmp_path / "lines.jsonl", 4000)
+    encoder = HashEncoder()
+    with pytest.raises(InputError, match=r"takes about 0\.001\d* GB, 0\.00026\d* GB are free.*check_space=false"):
+        prepare(config_of(lines, small_disk / "out"), encoder)
+    assert encoder.seen == ["End of text."]
+
+
+def test_memory_does_not_grow_with_the_source(tmp_path):
+    peaks = {}
+    for count in (400, 4000):
+        lines = write_lines(tmp_path / f"{count}.jsonl", count, sentences=40)
+        config = config_of(lines, tmp_path / str(count), normalizer_samples=1000)
+        path = tmp_path / f"{count}.yaml"
+        path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+        done = subprocess.run([sys.executable, SCRIPT, path, "0"], capture_output=True, text=True, check=True)
+        peaks[count] = int(re.search(r"peak (\d+) KiB", done.stdout)[1])
+        assert open_dataset(tmp_path / str(count) / "train").info.source["given"] == count
+    assert peaks[4000] < 1.1 * peaks[400], peaks
+
+
+def test_a_document_that_cannot_be_encoded_is_named_and_the_others_are_kept(tmp_path, capsys):
+    lines = write_lines(tmp_path / "lines.jsonl", 100, wrong=(33,))
+    prepare(config_of(lines, tmp_path / "out"), HashEncoder())
+    assert "not encoded: document 33: ValueError: this is not a text" in capsys.readouterr().out
+    source = open_dataset(tmp_path / "out/train").info.source
+    assert source["refused"] == {"not_encoded": 1}
+    assert sum(source["kept"].values()) == 99
+
+
+def test_too_many_documents_that_cannot_be_encoded_stop_the_run(tmp_path):
+    lines = write_lines(tmp_path / "lines.jsonl", 100, wrong=range(40, 60, 3))
+    config = config_of(lines, tmp_path / "out", max_refused=0.05)
+    with pytest.raises(InputError, match=r"7 of 100 documents could not be encoded.*max_refused 0\.05.*58"):
+        prepare(config, HashEncoder())
+    assert len((tmp_path / "out/units.jsonl").read_text().splitlines()) == 2  # those before
+    # It is a matter of patience, not of the dataset: more of it, and the same folder goes on.
+    prepare(config.model_copy(update={"max_refused": 0.1}), HashEncoder())
+    assert open_dataset(tmp_path / "out/train").info.source["refused"] == {"not_encoded": 7}
+
+
+def test_a_batch_that_the_device_cannot_hold_is_a_mistake_in_the_config(tmp_path):
+    import torch
+
+    class Small(HashEncoder):
+        def embed(self, batch):
+            if len(batch.rows) == 5:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().embed(batch)
+
+    lines = write_lines(tmp_path / "lines.jsonl", 10)
+    with pytest.raises(InputError, match=r"encoder\.tokens_per_batch: a batch of 5 tokens"):
+        prepare(config_of(lines, tmp_path / "out"), Small())
+
+
+def test_splitting_in_processes_gives_what_splitting_in_a_thread_gives(tmp_path):
+    lines = write_lines(tmp_path / "lines.jsonl", 100)
+    prepare(config_of(lines, tmp_path / "thread"), HashEncoder())
+    prepare(config_of(lines, tmp_path / "processes", split_workers=2), HashEncoder())
+    assert written(tmp_path / "processes") == written(tmp_path / "thread")
