@@ -56,6 +56,15 @@ def build_parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "inspect", inspect, "what a dataset holds", "lcm-ds inspect datasets/quickstart --verify")
     verb.add_argument("dataset", metavar="DATASET")
     verb.add_argument("--verify", action="store_true", help="re-read every shard against its checksum")
+    verb.add_argument("--sample", type=int, default=0, metavar="N", help="print N of its documents")
+
+    verb = _verb(verbs, "fit-normalizer", fit_normalizer, "one normaliser for a mixture of datasets",
+                 "lcm-ds fit-normalizer datasets/web/train=3 datasets/books/train=1")  # fmt: skip
+    verb.add_argument("datasets", metavar="DATASET[=WEIGHT]", nargs="+")
+    verb.add_argument(
+        "--samples", type=int, default=1_000_000, metavar="N", help="concepts to fit to; default: 1000000"
+    )
+    verb.add_argument("--output", metavar="FILE", help="write it there; default: into every dataset")
 
     verb = _verb(verbs, "trace", trace, "the documents that a step sees", "lcm-ds trace runs/quickstart --step 120")
     verb.add_argument("run", metavar="RUN|CONFIG", help="a run folder or a train config")
@@ -144,7 +153,13 @@ def index(arguments: argparse.Namespace) -> None:
 def inspect(arguments: argparse.Namespace) -> None:
     from lcm_ds.prepare.inspect import inspect
 
-    inspect(arguments.dataset, verify=arguments.verify)
+    inspect(arguments.dataset, verify=arguments.verify, sample=arguments.sample)
+
+
+def fit_normalizer(arguments: argparse.Namespace) -> None:
+    from lcm_ds.prepare.refit import fit_normalizer
+
+    fit_normalizer(arguments.datasets, arguments.samples, arguments.output)
 
 
 def trace(arguments: argparse.Namespace) -> None:

@@ -228,9 +228,13 @@ def write_normalizer(folder: str | Path, center: np.ndarray, scale: np.ndarray, 
 
     center, scale: [embed_dim], raw space, stored in fp32. statistics: what they were fitted on, kept beside them.
     """
+    write_normalizer_file(Path(folder) / NORMALIZER, center, scale, statistics)
+
+
+def write_normalizer_file(path: Path, center: np.ndarray, scale: np.ndarray, statistics: dict[str, Any]) -> None:
+    """Write a normaliser to a file of any name, as `write_normalizer` does."""
     tensors = {"center": np.ascontiguousarray(center, "<f4"), "scale": np.ascontiguousarray(scale, "<f4")}
-    data = safetensors.numpy.save(tensors, metadata={"statistics": json.dumps(statistics, sort_keys=True)})
-    write_whole(Path(folder) / NORMALIZER, data)
+    write_whole(path, safetensors.numpy.save(tensors, metadata={"statistics": json.dumps(statistics, sort_keys=True)}))
 
 
 def read_normalizer(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:

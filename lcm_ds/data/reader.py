@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 from mmap import ACCESS_READ, mmap
@@ -163,14 +165,26 @@ def open_shard(dataset: Dataset, index: int) -> Shard:
     return shard
 
 
-def verify(dataset: Dataset) -> list[str]:
-    """Read every shard again; a line for each whose checksum is not that listed or whose documents are not whole."""
-    mistakes = Collector()
-    for index, info in enumerate(dataset.shards):
+def verify(dataset: Dataset, threads: int = 4) -> Iterator[list[str]]:
+    """Read every shard again, a few at a time: for each, in order, what is wrong with it.
+
+    Its checksum is compared, and every document: its array, its JSON, and as many sentences as concepts.
+    """
+    unchecked = replace(dataset, checksums=False)
+
+    def check(index: int) -> list[str]:
+        mistakes = Collector()
         with mistakes:
-            shard = open_shard(replace(dataset, checksums=False), index)
-            _compare(shard, sha256_of(shard.path), info)
-    return mistakes.mistakes
+            shard = open_shard(unchecked, index)
+            with mistakes:
+                _compare(shard, sha256_of(shard.path), dataset.shards[index])
+            for document in range(len(shard)):
+                with mistakes:
+                    shard.meta(document)
+        return mistakes.mistakes
+
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(check, range(len(dataset.shards)))
 
 
 def _compare(shard: Shard, sha256: str, info: ShardInfo) -> None:

@@ -3,47 +3,82 @@
 from __future__ import annotations
 
 import json
+import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import safe_open
 
+from lcm_ds.data import remote
 from lcm_ds.data.format import DATASET, NORMALIZER, Dataset, open_dataset, read_normalizer
 from lcm_ds.data.reader import open_shard
 from lcm_ds.data.reader import verify as read_again
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.prepare.pipeline import SPLITS
+from lcm_ds.prepare.output import SPLITS
 
 SAMPLED_SHARDS = 50  # for the lengths of sentences, which only the texts tell
+BAR = 28  # characters of the longest bar of a histogram
 
 
-def inspect(path: str | Path, verify: bool = False) -> None:
+def inspect(path: str | Path, verify: bool = False, sample: int = 0) -> None:
     """Print totals, lengths, encoder, splitter and refusals of a dataset, or of both splits in the folder of prepare.
 
-    verify: read every shard again and compare it with its checksum. Raises InputError with all that is wrong.
+    path: a folder or a URL, whose shards are fetched for the time of the call. verify: read every shard again and
+    compare it with its checksum. sample: print so many documents, always the same. Raises InputError with all that is
+    wrong.
     """
     mistakes = Collector()
-    for folder in _datasets_in(Path(path)):
-        with mistakes:
-            dataset = open_dataset(folder, checksums=False)
-            _print_table(dataset)
-            if verify:
-                _verify(dataset)
+    with tempfile.TemporaryDirectory(prefix="lcm-ds-") as cache:
+        for folder in _datasets_in(str(path)):
+            with mistakes:
+                dataset = open_dataset(folder, cache, checksums=False)
+                _print_table(dataset)
+                if sample:
+                    _print_documents(dataset, sample)
+                if verify:
+                    _verify(dataset)
     mistakes.raise_if_any()
 
 
-def _datasets_in(path: Path) -> list[Path]:
+def _datasets_in(path: str) -> list[str]:
     """The dataset itself, or the splits in a folder that prepare has made."""
-    splits = [path / split for split in SPLITS if (path / split / DATASET).exists()]
-    return splits if splits and not (path / DATASET).exists() else [path]
+    if remote.read_bytes(remote.join(path, DATASET)) is not None:
+        return [path]
+    splits = [remote.join(path, split) for split in SPLITS]
+    return [split for split in splits if remote.read_bytes(remote.join(split, DATASET)) is not None] or [path]
 
 
 def _verify(dataset: Dataset) -> None:
-    wrong = read_again(dataset)
+    from rich.console import Console
+    from rich.progress import track
+
+    wrong = []
+    shards = track(
+        read_again(dataset), "verifying", len(dataset.shards), transient=True, disable=not Console().is_terminal
+    )
+    for mistakes in shards:
+        wrong += mistakes
     if wrong:
         raise InputError(wrong)
     print(f"{dataset.path}: {len(dataset.shards)} shards verified: every checksum and every document is as written")
+
+
+def _print_documents(dataset: Dataset, count: int) -> None:
+    """Documents drawn from all of the dataset's, the same ones each time."""
+    ends = np.cumsum([shard.documents for shard in dataset.shards])
+    total = int(ends[-1])
+    for number in sorted(random.Random(0).sample(range(total), min(count, total))):
+        index = int(np.searchsorted(ends, number, side="right"))
+        shard = open_shard(dataset, index)
+        document = number - int(ends[index] - dataset.shards[index].documents)
+        meta = shard.meta(document)
+        print(f"\n{meta['id']} ({meta['source']}; {shard.name}, {shard.keys[document]})")
+        for place, sentence in enumerate(meta["sentences"]):
+            print(f"{place:6}  {sentence}")
+    print()
 
 
 def _print_table(dataset: Dataset) -> None:
@@ -55,7 +90,7 @@ def _print_table(dataset: Dataset) -> None:
     table.add_column(overflow="fold")
     for name, value in _rows(dataset):
         table.add_row(name, value)
-    Console().print(table)
+    Console().print(table, markup=False)
 
 
 def _rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
@@ -67,7 +102,7 @@ def _rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
     step = max(1, len(dataset.shards) // SAMPLED_SHARDS)
     lengths, characters = _lengths(dataset, range(0, len(dataset.shards), step))
     of = "" if step == 1 else f" (of {len(lengths):,} documents)"
-    yield "concepts a document", _spread(lengths) + of
+    yield "sentences a document", _spread(lengths) + of
     if len(characters):
         yield "characters a sentence", _spread(characters) + of
     yield "encoder", _told(info.encoder)
@@ -84,11 +119,11 @@ def _rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
 
 def _normalizer(dataset: Dataset) -> str:
     """What the normaliser was fitted on, where its file says so, and the ranges of its two vectors."""
-    from safetensors import safe_open
-
     center, scale = read_normalizer(dataset.path)
-    with safe_open(Path(dataset.path) / NORMALIZER, "np") as file:
-        statistics = json.loads((file.metadata() or {}).get("statistics", "{}"))
+    statistics: dict[str, Any] = {}
+    if not remote.is_remote(dataset.path):
+        with safe_open(Path(dataset.path) / NORMALIZER, "np") as file:
+            statistics = json.loads((file.metadata() or {}).get("statistics", "{}"))
     ranges = {
         "center": f"{center.min():.3g} to {center.max():.3g}",
         "scale": f"{scale.min():.3g} to {scale.max():.3g}",
@@ -97,21 +132,38 @@ def _normalizer(dataset: Dataset) -> str:
 
 
 def _lengths(dataset: Dataset, shards: range) -> tuple[np.ndarray, np.ndarray]:
-    """Concepts of each document, and characters of each sentence but the end-of-text, in these shards."""
+    """Sentences of each document, and characters of each sentence, in these shards, but for the end-of-text."""
     lengths: list[int] = []
     characters: list[int] = []
     end = None if dataset.info.end_of_text is None else dataset.info.end_of_text.text
     for index in shards:
         shard = open_shard(dataset, index)
-        lengths.extend(shard.lengths.tolist())
-        for document in range(len(shard)):
-            characters.extend(len(text) for text in shard.meta(document)["sentences"] if text != end)
+        for document, concepts in enumerate(shard.lengths.tolist()):
+            sentences = shard.meta(document)["sentences"]
+            ended = end is not None and (not sentences or sentences[-1] == end)
+            lengths.append(concepts - ended)
+            characters.extend(len(text) for text in sentences[: len(sentences) - ended])
     return np.asarray(lengths), np.asarray(characters)
 
 
 def _spread(values: np.ndarray) -> str:
+    """Percentiles in a line, and a histogram below it."""
     low, middle, high, highest = np.percentile(values, (5, 50, 95, 100))
-    return f"median {middle:.0f}, mean {values.mean():.1f}, 5–95 % {low:.0f}–{high:.0f}, longest {highest:.0f}"
+    line = f"median {middle:.0f}, mean {values.mean():.1f}, 5–95 % {low:.0f}–{high:.0f}, longest {highest:.0f}"
+    return "\n".join([line, *_histogram(values)])
+
+
+def _histogram(values: np.ndarray) -> Iterator[str]:
+    """Bars over ranges that double in width: lengths of texts are spread over several orders of magnitude."""
+    edges = [0, 1]
+    while edges[-1] <= values.max():
+        edges.append(edges[-1] * 2)
+    counts, _ = np.histogram(values, edges)
+    width = len(f"{edges[-1]:,}")
+    for first, after, count in zip(edges, edges[1:], counts.tolist(), strict=False):
+        if count:
+            bar = "█" * max(1, round(BAR * count / counts.max()))
+            yield f"{first:>{width},}–{after - 1:<{width},} {bar} {count:,}"
 
 
 def _told(mapping: dict[str, Any]) -> str:

@@ -1,0 +1,153 @@
+"""`inspect` says what a dataset holds and what is wrong with it; `fit-normalizer` makes one normaliser of several."""
+
+import json
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from preparing import HashEncoder
+
+from lcm_ds.cli import main
+from lcm_ds.config import PrepareConfig
+from lcm_ds.data.format import open_dataset, read_normalizer
+from lcm_ds.data.reader import open_shard
+from lcm_ds.errors import InputError
+from lcm_ds.prepare.inspect import inspect
+from lcm_ds.prepare.pipeline import prepare
+from lcm_ds.prepare.refit import fit_normalizer
+
+LENGTHS = [2, 3, 3, 5, 9, 17]
+
+
+def prepared(folder, name, encoder=None, lengths=LENGTHS, **changes):
+    """A dataset of documents of so many sentences."""
+    path = folder / f"{name}.jsonl"
+    with path.open("w") as file:
+        for number, length in enumerate(lengths):
+            text = " ".join(f"Sentence {line} of {name} {number} is here." for line in range(length))
+            file.write(json.dumps({"id": f"{name}-{number}", "text": text}) + "\n")
+    mapping = {
+        "output": str(folder / name),
+        "source": {"name": "huggingface", "paths": [str(path)]},
+        "encoder": {"name": "sentence-transformers", "model": "minilm"},
+        "documents_per_shard": 2,
+        "validation": 0,
+        "split_workers": 0,
+        **changes,
+    }
+    prepare(PrepareConfig(**mapping), encoder or HashEncoder())
+    return folder / name
+
+
+@pytest.fixture
+def dataset(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    out = prepared(tmp_path, "tales")
+    capsys.readouterr()
+    return out
+
+
+def test_a_dataset_is_shown_with_its_lengths_as_histograms(dataset, capsys):
+    inspect(dataset)
+    out = capsys.readouterr().out
+    counts = {2: 3, 4: 1, 8: 1, 16: 1}  # documents of 2–3, 4–7, 8–15, 16–31 sentences
+    for first, count in counts.items():
+        assert f"{first}–{2 * first - 1}" in out.replace(" ", "")
+        assert any(line.strip(" │").startswith(f"{first}–") or f" {first}–" in line for line in out.splitlines()), count
+    assert "median 4, mean 6.5" in out
+    assert "blake2b" in out
+    assert "sentencizer" in out
+    assert open_dataset(dataset / "train").fingerprint in out
+
+
+def test_a_sample_of_documents_is_always_the_same_and_has_every_sentence(dataset, capsys):
+    inspect(dataset, sample=3)
+    first = capsys.readouterr().out
+    inspect(dataset, sample=3)
+    assert capsys.readouterr().out == first
+    shown = [line for line in first.splitlines() if line.startswith("tales-")]
+    assert len(shown) == 3
+    number = int(shown[0].split()[0].removeprefix("tales-"))
+    for line in range(LENGTHS[number]):
+        assert f"{line}  Sentence {line} of tales {number} is here." in first
+    inspect(dataset, sample=100)
+    assert sum(line.startswith("tales-") for line in capsys.readouterr().out.splitlines()) == len(LENGTHS)
+
+
+def test_verify_reads_all_again_and_names_every_shard_that_changed(dataset, capsys):
+    inspect(dataset, verify=True)
+    assert "3 shards verified: every checksum and every document is as written" in capsys.readouterr().out
+    shards = sorted((dataset / "train").glob("*.tar"))
+    for shard in shards[1:]:
+        content = bytearray(shard.read_bytes())
+        content[650] ^= 1  # in the first concept: behind a tar header of 512 bytes and an .npy header of 128
+        shard.write_bytes(content)
+    inspect(dataset)  # without verify nothing is read again
+    with pytest.raises(InputError) as caught:
+        inspect(dataset, verify=True)
+    assert [Path(line.split(": ")[0]).name for line in caught.value.mistakes] == ["00000001.tar", "00000002.tar"]
+    assert main(["inspect", str(dataset), "--verify"]) == 2
+
+
+def test_a_dataset_at_a_url_is_inspected_and_verified(dataset, capsys):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(dataset / "train"), "/tales/train", recursive=True)
+    inspect("memory://tales", verify=True)
+    assert "3 shards verified" in capsys.readouterr().out
+    memory.rm("/tales", recursive=True)
+
+
+# --- fit-normalizer ---------------------------------------------------------------------------------------------------
+
+
+class Shifted(HashEncoder):
+    """Concepts somewhere else."""
+
+    def embed(self, batch):
+        return super().embed(batch) + 1
+
+
+def concepts_of(folder):
+    dataset = open_dataset(folder)
+    shards = [open_shard(dataset, index) for index in range(len(dataset.shards))]
+    return np.concatenate([shard.concepts(i) for shard in shards for i in range(len(shard))]).astype(np.float32)
+
+
+def test_a_mixture_has_one_normaliser_fitted_by_weight(tmp_path, capsys):
+    low = prepared(tmp_path, "low", lengths=[50] * 20) / "train"
+    high = prepared(tmp_path, "high", Shifted(), lengths=[50] * 20) / "train"
+    assert main(["fit-normalizer", f"{low}=3", f"{high}=1"]) == 0
+    out = capsys.readouterr().out
+    assert "75.0% of the sample" in out
+    center, scale = read_normalizer(low)
+    assert all(np.array_equal(one, other) for one, other in zip((center, scale), read_normalizer(high), strict=True))
+    # Three quarters around 0 and one around 1, a standard deviation of 0.05 each: the median lies in the lower part.
+    assert np.allclose(center, np.percentile(concepts_of(low), 66.7, axis=0), atol=0.03)
+    fit_normalizer([f"{low}=1", f"{high}=3"])
+    assert (read_normalizer(low)[0] > 0.9).all()
+    open_dataset(low)  # still a finished dataset
+
+
+def test_with_an_output_the_datasets_stay_as_they_are(dataset, tmp_path):
+    before = (dataset / "train/normalizer.safetensors").read_bytes()
+    fit_normalizer([str(dataset / "train")], output=str(tmp_path / "n.safetensors"))
+    assert (dataset / "train/normalizer.safetensors").read_bytes() == before
+    center, scale = read_normalizer(dataset / "train")
+    from safetensors.numpy import load_file
+
+    written = load_file(tmp_path / "n.safetensors")
+    assert np.array_equal(written["center"], center)
+    assert np.array_equal(written["scale"], scale)
+
+
+def test_mistakes_in_a_mixture_are_told_at_once_and_nothing_is_written(dataset, tmp_path):
+    other = prepared(tmp_path, "other", HashEncoder(revision="b")) / "train"
+    before = (other / "normalizer.safetensors").read_bytes()
+    with pytest.raises(InputError) as caught:
+        fit_normalizer([str(dataset / "train"), f"{other}=2", f"{other}=none", str(tmp_path / "absent")])
+    weight, absent, encoder = caught.value.mistakes
+    assert "the weight behind = has to be a number above 0, not 'none'" in weight
+    assert "no such dataset folder" in absent
+    assert "'revision': 'b'" in encoder
+    assert (other / "normalizer.safetensors").read_bytes() == before
