@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import random
+import tempfile
+from itertools import accumulate
 from pathlib import Path
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lcm_ds.config import SentencesConfig, SourceConfig
+from lcm_ds.config import PrepareConfig, SentencesConfig, SourceConfig, load
 from lcm_ds.errors import InputError
 from lcm_ds.text.prose import is_prose, prose
 from lcm_ds.text.sentences import Splitter
@@ -228,3 +235,174 @@ def test_prose_leaves_code_lists_and_markup_behind() -> None:
 )
 def test_what_counts_as_an_english_sentence(sentence: str, expected: bool) -> None:
     assert is_prose(sentence) is expected
+
+
+# --- units ------------------------------------------------------------------------------------------------------------
+
+
+def write_groups(path: Path, groups: list[int], first: int) -> None:
+    """A parquet file with row groups of these sizes; ids count on from `first`."""
+    with pyarrow.parquet.ParquetWriter(
+        path, pyarrow.schema({"text": pyarrow.string(), "id": pyarrow.string()})
+    ) as file:
+        for rows in groups:
+            numbers = range(first, first + rows)
+            file.write_table(pyarrow.table({"text": [f"Text {n}." for n in numbers], "id": [f"{n}" for n in numbers]}))
+            first += rows
+
+
+@settings(max_examples=25)
+@given(
+    files=st.lists(st.lists(st.integers(1, 40), max_size=5), min_size=1, max_size=4),
+    size=st.integers(1, 30),
+    skip=st.integers(0, 50),
+    take=st.none() | st.integers(1, 120),
+)
+def test_units_are_all_rows_once_in_order_whatever_the_row_groups(
+    files: list[list[int]], size: int, skip: int, take: int | None
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        first = 0
+        for number, groups in enumerate(files):
+            write_groups(Path(folder) / f"{number}.parquet", groups, first)
+            first += sum(groups)
+        of = source("huggingface", paths=[f"{folder}/*.parquet"], skip=skip, take=take)
+        units = list(of.units(size))
+        expected = [str(n) for n in range(skip, first)][:take]
+        shuffled = random.Random(0).sample(units, len(units))
+        found = {unit: [document.id for document in of.documents(*unit)] for unit in shuffled}
+        assert [id for unit in units for id in found[unit]] == expected
+        assert all(found.values())
+        assert all(stop - start <= 2.5 * size + 1 for start, stop in units)
+        if take is None and not skip and all(rows <= 2 * size for groups in files for rows in groups):
+            ends = set(accumulate(rows for groups in files for rows in groups))
+            assert {stop for _, stop in units} <= ends
+
+
+def test_a_range_reads_its_own_row_groups_and_the_columns_that_are_used(tmp_path: Path, monkeypatch) -> None:
+    write_groups(tmp_path / "0.parquet", [10] * 8, 0)
+    of = source("huggingface", paths=[str(tmp_path / "0.parquet")])
+    asked: list[tuple[list[int], list[str]]] = []
+    whole = pyarrow.parquet.ParquetFile.iter_batches
+
+    def iter_batches(self, batch_size, row_groups, columns, **more):
+        asked.append((row_groups, columns))
+        return whole(self, batch_size, row_groups=row_groups, columns=columns, **more)
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", iter_batches)
+    for unit in of.units(20):
+        assert len(list(of.documents(*unit))) == 20
+    assert asked == [
+        ([0, 1], ["text", "id"]),
+        ([2, 3], ["text", "id"]),
+        ([4, 5], ["text", "id"]),
+        ([6, 7], ["text", "id"]),
+    ]
+
+
+def test_14_files_of_large_row_groups_feed_100_processes(tmp_path: Path) -> None:
+    for number in range(14):
+        write_groups(tmp_path / f"{number:02d}.parquet", [1000], 1000 * number)
+    units = list(source("huggingface", paths=[str(tmp_path / "*.parquet")]).units(100))
+    assert len(units) == 140
+    assert {stop - start for start, stop in units} == {100}
+
+
+def test_rows_are_left_out_by_number_and_language_and_keep_their_place(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    scores, languages = [1.5, 2.5, None, 3.5, float("nan"), 4.5], ["en", "EN", "en", "de", "en", "en"]
+    parquet(path, 0, 6, score=scores, language=languages)
+    lines = [
+        {"id": f"doc-{n}", "text": f"Text {n}.", "score": s, "language": v}
+        for n, (s, v) in enumerate(zip(scores, languages, strict=True))
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for name in ("rows.parquet", "rows.jsonl"):
+        settings = {"filter": {"score": {"min": 2, "max": 4}}, "language_column": "language"}
+        of = source("huggingface", paths=[str(tmp_path / name)], **settings)
+        found = [(document.id, document.text, document.refused) for document in of.documents()]
+        assert found == [
+            ("doc-0", "", "filtered"),
+            ("doc-1", "Text 1.", None),
+            ("doc-2", "", "filtered"),
+            ("doc-3", "", "language"),
+            ("doc-4", "", "filtered"),
+            ("doc-5", "", "filtered"),
+        ]
+        assert of.describe()["filter"] == {"score": {"min": 2.0, "max": 4.0}}
+    with pytest.raises(InputError) as error:
+        source(
+            "huggingface", paths=[str(path)], filter={"text": {"min": 1}, "stars": {"max": 1}}, language_column="lang"
+        )
+    assert [line.split(":")[0] for line in error.value.mistakes] == [
+        "source.language_column",
+        "source.filter",
+        "source.filter",
+    ]
+
+
+def test_a_second_process_needs_no_second_look(folder: Path, monkeypatch) -> None:
+    settings = {"paths": [str(folder / "*" / "*.parquet"), str(folder / "rows.jsonl")]}
+    config = SourceConfig.model_validate({"name": "huggingface", **settings})
+    first = open_source(config)
+    index = json.loads(json.dumps(first.index()))
+    monkeypatch.setattr("lcm_ds.text.huggingface._look", lambda *_: pytest.fail("looked again"))
+    second = open_source(config, index=index)
+    assert list(second.documents()) == list(first.documents())
+    assert (second.total, second.characters) == (first.total, first.characters)
+    assert second.describe() == first.describe()
+    sample = open_source(SourceConfig.model_validate({"name": "sample", "take": 3}))
+    again = open_source(sample.config, index=json.loads(json.dumps(sample.index())))
+    assert list(again.documents()) == list(sample.documents())
+
+
+def test_jsonl_is_read_from_the_mark_before_a_range_and_compressed_too(tmp_path: Path) -> None:
+    lines = [json.dumps({"id": str(n), "text": "ä" * (n % 7)}) for n in range(2300)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        of = source("huggingface", paths=[str(tmp_path / name)])
+        assert of.total == 2300
+        every_range_is_that_part_of_the_whole(of, 499)
+        assert [document.id for document in of.documents(1500, 1503)] == ["1500", "1501", "1502"]
+    (tmp_path / "c.jsonl").write_text('{"id": "1", "text": "One."}\n[1, 2]\n')
+    with pytest.raises(InputError, match=r"c\.jsonl: line 2 is not an object"):
+        list(source("huggingface", paths=[str(tmp_path / "c.jsonl")]).documents())
+
+
+def test_files_at_a_url_are_read_in_ranges(folder: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder / "a" / "part.parquet"), "/sources/part.parquet")
+    memory.put(str(folder / "rows.jsonl"), "/sources/rows.jsonl")
+    of = source("huggingface", paths=["memory://sources/part.parquet", "memory://sources/rows.jsonl"])
+    assert of.total == 603
+    assert [document.id for document in of.documents(598, 601)] == ["doc-598", "doc-599", "7"]
+    memory.rm("/sources", recursive=True)
+
+
+def test_an_empty_source_has_no_units(tmp_path: Path) -> None:
+    write_groups(tmp_path / "0.parquet", [], 0)
+    (tmp_path / "0.jsonl").write_text("")
+    for name in ("0.parquet", "0.jsonl"):
+        of = source("huggingface", paths=[str(tmp_path / name)])
+        assert of.total == 0
+        assert list(of.units(10)) == []
+        assert list(of.documents()) == []
+
+
+def test_every_config_in_the_repository_is_valid() -> None:
+    paths = sorted((Path(__file__).parents[2] / "configs/prepare").glob("*.yaml"))
+    configs = {path.stem: load(PrepareConfig, path) for path in paths}
+    assert {
+        "quickstart",
+        "text_files",
+        "fineweb_edu_mini",
+        "fineweb_edu_10bt",
+        "fineweb_edu_100bt",
+        "fineweb_edu_full",
+    } <= set(configs)
+    for name, config in configs.items():
+        if name.startswith("fineweb"):
+            assert config.encoder.name == "sonar"
+            assert config.source.dataset is not None
+    assert configs["fineweb_edu_mini"].source.take == 1000
