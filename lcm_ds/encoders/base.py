@@ -16,7 +16,6 @@ from lcm_ds.config import EncoderConfig
 from lcm_ds.errors import InputError
 from lcm_ds.files import sha256_of
 
-
 # Enough for the matrix products of the device to run at their full speed, little enough that few texts are padded.
 TOKENS_PER_BATCH = {"cuda": 32_768, "cpu": 2_048}
 

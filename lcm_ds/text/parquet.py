@@ -34,7 +34,8 @@ class ParquetFile:
         column = file.schema_arrow.names.index(columns.config.text_column)
         flat = meta.num_columns == len(file.schema_arrow.names)  # else columns of the footer are leaves of nested ones
         characters = sum(g.column(column).total_uncompressed_size if flat else g.total_byte_size for g in groups)
-        size = fsspec.core.url_to_fs(place)[0].size(fsspec.core.url_to_fs(place)[1])
+        filesystem, path = fsspec.core.url_to_fs(place)
+        size = filesystem.size(path)
         return cls(columns, place, name, size, characters, [group.num_rows for group in groups])
 
     def index(self) -> dict[str, Any]:
@@ -81,6 +82,10 @@ def _opened(place: str, name: str) -> Any:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(fsspec.open(place, "rb").open(), pre_buffer="://" in place)
+        filesystem, path = fsspec.core.url_to_fs(place)
+        # From elsewhere pyarrow asks for what a range needs in few large pieces: nothing is to be read behind them.
+        far = "://" in place
+        options = {"cache_type": "none"} if far else {}
+        return pyarrow.parquet.ParquetFile(filesystem.open(path, "rb", **options), pre_buffer=far)
     except (pyarrow.ArrowException, OSError, ValueError, ImportError) as error:
         raise InputError(f"{name}: not a parquet file that can be read: {first_line(error)}") from None
