@@ -124,8 +124,13 @@ class _Leader:
         known = config.source.dataset is not None and (out / SOURCE).exists()
         index = json.loads((out / SOURCE).read_text(encoding="utf-8")) if known else None
         source = open_source(config.source, config.sentences, index)
-        reader = Reader(config, source, Splitter(config.sentences))
-        encoder = self._given_encoder or _load(config, self.place)
+        reader = Reader(config, source)
+        with contextlib.closing(Readers(config)) as readers:  # they get ready while the encoder is loaded
+            encoder = self._given_encoder or _load(config, self.place)
+            self._prepare_with(encoder, reader, readers, peers)
+
+    def _prepare_with(self, encoder: Encoder, reader: Reader, readers: Readers, peers: Peers) -> None:
+        config, out, source = self.config, self.out, reader.source
         end = _end_of_text(config, encoder)
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -138,7 +143,7 @@ class _Leader:
             try:
                 units = self._begin(source, reader, encoder)
                 rank = Rank(config, encoder, end, self._quantization(reader, encoder), peers)
-                progress = self._encode(rank, reader, units)
+                progress = self._encode(rank, source, readers, units)
                 tidy(out, {unit.unit for unit in units})
                 units = drop_duplicates(out, units)
                 self._finish(source, reader.splitter, rank, units)
@@ -187,16 +192,16 @@ class _Leader:
             write_whole(path, found.model_dump_json())
         return _read_quantization(path)
 
-    def _encode(self, rank: Rank, reader: Reader, units: list[Unit]) -> Progress:
+    def _encode(self, rank: Rank, source: Source, readers: Readers, units: list[Unit]) -> Progress:
         """Make the units that are not done yet, with all ranks, and add them to `units`."""
-        total = reader.source.total
+        total = source.total
         peers, done = rank.peers, {unit.unit for unit in units}
         peers.begin({"done": _ranges(sorted(done))})
         given = sum(unit.given for unit in units)
         with Progress(total, given, self.place.world_size, self.started) as progress:
             clerk = Clerk(self.config, peers, units, progress, self._check_children)
             try:
-                _take_part(rank, reader, done)
+                _take_part(rank, source, readers, done)
                 clerk.close()
             except BaseException as error:
                 peers.fail(error)
@@ -279,31 +284,28 @@ def _follow(config: PrepareConfig, place: Place, encoder: Encoder | None) -> Non
     """Any other rank: makes units until there are none left."""
     peers = Peers(place)
     try:
-        encoder = encoder or _load(config, place)
-        said = peers.wait()
-        if said["done"] is None:
-            peers.leave()
-            return
-        out = Path(config.output)
-        begun = json.loads((out / PARTS).read_text(encoding="utf-8"))["encoder"]
-        if begun != encoder.describe():
-            raise InputError(f"rank {place.rank}: its encoder is {encoder.describe()}, that of rank 0 {begun}")
-        path = out / QUANTIZATION
-        quantization = _read_quantization(path) if config.dtype == "int8" else None
-        rank = Rank(config, encoder, _end_of_text(config, encoder), quantization, peers)
-        _take_part(rank, open_reader(config), {unit for first, last in said["done"] for unit in range(first, last)})
+        with contextlib.closing(Readers(config)) as readers:
+            encoder = encoder or _load(config, place)
+            end = _end_of_text(config, encoder)
+            said = peers.wait()
+            if said["done"] is None:
+                peers.leave()
+                return
+            out = Path(config.output)
+            begun = json.loads((out / PARTS).read_text(encoding="utf-8"))["encoder"]
+            if begun != encoder.describe():
+                raise InputError(f"rank {place.rank}: its encoder is {encoder.describe()}, that of rank 0 {begun}")
+            quantization = _read_quantization(out / QUANTIZATION) if config.dtype == "int8" else None
+            done = {unit for first, last in said["done"] for unit in range(first, last)}
+            _take_part(Rank(config, encoder, end, quantization, peers), open_reader(config).source, readers, done)
     except BaseException as error:
         raise peers.fail(error) from None
 
 
-def _take_part(rank: Rank, reader: Reader, done: set[int]) -> None:
+def _take_part(rank: Rank, source: Source, readers: Readers, done: set[int]) -> None:
     """Make units until there are none left to claim."""
-    readers = Readers(reader)
-    try:
-        encode_units(rank, readers, _pending(reader.source, rank.config.documents_per_shard, done))
-        rank.peers.leave()
-    finally:
-        readers.close()
+    encode_units(rank, readers, _pending(source, rank.config.documents_per_shard, done))
+    rank.peers.leave()
 
 
 def _pending(source: Source, size: int, done: set[int]) -> Iterator[Range]:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +39,13 @@ class Text(NamedTuple):
 class Reader:
     """Reads units of a source."""
 
-    def __init__(self, config: PrepareConfig, source: Source, splitter: Splitter) -> None:
-        self.config, self.source, self.splitter = config, source, splitter
+    def __init__(self, config: PrepareConfig, source: Source) -> None:
+        self.config, self.source = config, source
+
+    @cached_property
+    def splitter(self) -> Splitter:
+        """Cuts texts into sentences; made when it is first asked for, which takes seconds."""
+        return Splitter(self.config.sentences)
 
     def read(self, unit: Range) -> list[Text]:
         """The documents of a unit in order; none where the source has ended. Raises InputError."""
@@ -70,27 +76,29 @@ class Reader:
 
 
 class Readers:
-    """Reads units ahead, in `split_workers` processes, or in a thread where that is 0."""
+    """Reads units ahead, in `split_workers` processes, or in a thread where that is 0.
 
-    def __init__(self, reader: Reader) -> None:
-        config = reader.config
+    The processes get ready at once; the first unit may be asked for when the source's index is in the output. Make it
+    in a thread that lasts: the processes end with it.
+    """
+
+    def __init__(self, config: PrepareConfig) -> None:
         self.ahead = max(1, config.split_workers) + 1  # units in the making
-        self._reader = reader
         self._pool: Executor
         if config.split_workers == 0:
             self._pool = ThreadPoolExecutor(1, "lcm-ds-reader")
-        else:
-            self._pool = ProcessPoolExecutor(
-                config.split_workers,
-                multiprocessing.get_context("spawn"),
-                initializer=_start,
-                initargs=(config.model_dump(mode="json"), os.getpid()),
-            )
+            self._in_thread = cache(partial(open_reader, config))
+            return
+        context = multiprocessing.get_context("spawn")
+        arguments = (config.model_dump(mode="json"), os.getpid())
+        self._pool = ProcessPoolExecutor(config.split_workers, context, initializer=_start, initargs=arguments)
+        for _ in range(config.split_workers):
+            self._pool.submit(_get_ready)
 
     def submit(self, unit: Range) -> Future[list[Text]]:
-        """What `Reader.read` gives, when it is there. Call it from a thread that lasts: it starts the processes."""
+        """What `Reader.read` gives, when it is there."""
         if isinstance(self._pool, ThreadPoolExecutor):
-            return self._pool.submit(self._reader.read, unit)
+            return self._pool.submit(lambda: self._in_thread().read(unit))
         return self._pool.submit(_read, unit)
 
     def close(self) -> None:
@@ -98,21 +106,37 @@ class Readers:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-_own: Reader  # in a process of Readers: its reader
+_config: PrepareConfig  # in a process of Readers
 
 
 def _start(mapping: dict[str, Any], parent: int) -> None:
-    global _own
+    global _config
     die_with_parent(parent=parent)()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent to answer
-    _own = open_reader(PrepareConfig(**mapping))
+    _config = PrepareConfig(**mapping)
+
+
+def _get_ready() -> None:
+    _splitter()
+
+
+@cache
+def _splitter() -> Splitter:
+    return Splitter(_config.sentences)
+
+
+@cache
+def _reader() -> Reader:
+    reader = open_reader(_config)
+    reader.splitter = _splitter()
+    return reader
 
 
 def _read(unit: Range) -> list[Text]:
-    return _own.read(unit)
+    return _reader().read(unit)
 
 
 def open_reader(config: PrepareConfig) -> Reader:
     """The reader of a preparation that has been begun: what rank 0 found out about the source is in its output."""
     index = json.loads((Path(config.output) / SOURCE).read_text(encoding="utf-8"))
-    return Reader(config, open_source(config.source, config.sentences, index), Splitter(config.sentences))
+    return Reader(config, open_source(config.source, config.sentences, index))
