@@ -1,6 +1,6 @@
 """The whole of `lcm-ds prepare` beside the plain way to encode: sentences a second, how busy the encoder is, memory.
 
-python benchmarks/prepare.py [--parquet FILE …] [--config CONFIG] [--repeats 3] [key=value …]
+python benchmarks/prepare.py [--parquet GLOB] [--config CONFIG] [--repeats 3] [key=value …]
 
 The plain way is that of the published SONAR pipeline: fixed batches of 10 sentences in their order, fp32, one process.
 Memory is the largest sum over all processes of a call, for a tenth of the documents and for all of them.
@@ -36,7 +36,7 @@ def main() -> None:
     """Measure, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/prepare/quickstart.yaml")
-    parser.add_argument("--parquet", nargs="*", help="instead of the config's source")
+    parser.add_argument("--parquet", action="append", metavar="FILE", help="or a glob; instead of the config's source")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments, more = parser.parse_known_args()

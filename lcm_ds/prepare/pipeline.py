@@ -119,8 +119,8 @@ class _Leader:
 
     def _prepare(self, peers: Peers) -> None:
         config, out = self.config, self.out
-        # Before the folder is there: a mistake in the config leaves nothing behind.
-        # A dataset of the hub does not change under its commit; what is on this machine is looked at again.
+        # Before the output is there: a mistake in the config leaves nothing behind. A dataset of the hub stays as it is
+        # under its commit; what is on this machine is looked at again.
         known = config.source.dataset is not None and (out / SOURCE).exists()
         index = json.loads((out / SOURCE).read_text(encoding="utf-8")) if known else None
         source = open_source(config.source, config.sentences, index)
@@ -206,6 +206,8 @@ class _Leader:
             except BaseException as error:
                 peers.fail(error)
                 clerk.abandon()
+                with contextlib.suppress(OSError):
+                    tidy(self.out, {unit.unit for unit in units})
                 raise
         return progress
 

@@ -74,10 +74,11 @@ def hashing(config, seconds=0.0):
     return [sys.executable, str(SCRIPT), str(config), str(seconds)]
 
 
-def test_three_ranks_make_what_one_makes_and_each_makes_some(write_config, tmp_path):
-    one = write_config("one")
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_three_ranks_make_what_one_makes_and_each_makes_some(write_config, tmp_path, dtype):
+    one = write_config("one", dtype=dtype)
     prepare(config_at(one), HashEncoder())
-    process = launcher(3, hashing(write_config("three", split_workers=1), 0.05))
+    process = launcher(3, hashing(write_config("three", split_workers=1, dtype=dtype), 0.05))
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "in 3 processes" in out
