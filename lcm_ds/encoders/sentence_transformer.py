@@ -14,6 +14,7 @@ from lcm_ds.encoders.base import (
     TokenBatch,
     check_revision,
     commit_of,
+    compute_in,
     encode,
     in_batches,
     pad,
@@ -52,7 +53,8 @@ class SentenceTransformerEncoder:
                 model = SentenceTransformer(path, device=str(self.device), revision=revision)
         except (OSError, ValueError) as error:
             raise unreachable(config.model, error) from None
-        transformer = model[0].to(self.dtype)
+        transformer = model[0]
+        compute_in(transformer, self.dtype, self.device)
         transformer.register_forward_hook(_to_float32)
         self.revision = check_revision(path, config.revision, commit_of(getattr(transformer, "auto_model", None)))
         self.max_tokens = min(config.max_tokens, model.max_seq_length or config.max_tokens)

@@ -21,6 +21,7 @@ from lcm_ds.encoders.base import (
     TokenBatch,
     check_revision,
     commit_of,
+    compute_in,
     encode,
     in_batches,
     pad,
@@ -50,7 +51,9 @@ class SonarEncoder:
         self.model = config.model
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        self._model = _load(M2M100Encoder, config.model, config.revision, self.dtype).to(self.device)
+        self._model = _load(M2M100Encoder, config.model, config.revision, torch.float32)
+        compute_in(self._model, self.dtype, self.device)
+        self._model.to(self.device)
         self.revision = check_revision(config.model, config.revision, commit_of(self._model))
         self.embed_dim: int = self._model.config.d_model
         self.max_tokens = min(config.max_tokens, self._model.config.max_position_embeddings)
@@ -70,7 +73,8 @@ class SonarEncoder:
         batches = []
         for rows in in_batches(lengths, self._tokens_per_batch):
             ids, mask = pad([tokens[row] for row in rows], self._padding)
-            inputs = {"input_ids": ids, "attention_mask": mask}
+            # Where nothing is padded, attention without a mask takes the faster kernels.
+            inputs = {"input_ids": ids} if mask.all() else {"input_ids": ids, "attention_mask": mask}
             batches.append(TokenBatch(rows, inputs, sum(lengths[row] for row in rows), ids.numel()))
         return batches
 
@@ -154,9 +158,11 @@ class SonarDecoder:
         )
 
 
-def embed(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def embed(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Concepts [n, embed_dim], float32, of token ids [n, length]: the mean of the outputs over all unmasked tokens."""
     hidden = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
+    if attention_mask is None:
+        return hidden.mean(dim=1)
     weights = attention_mask.to(hidden.dtype)
     return torch.einsum("nld,nl->nd", hidden, weights) / weights.sum(dim=1, keepdim=True)
 

@@ -164,6 +164,8 @@ def owned(out: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{out}: another process is preparing this dataset") from None
+        except OSError as error:  # some file systems of clusters have no locks
+            print(f"{out}: cannot be locked ({error.strerror}): see to it that nothing else writes there", flush=True)
         yield
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from lcm_ds.config import SourceConfig
@@ -49,7 +49,7 @@ class Columns:
         """Raise InputError with a line for each column that is missing or of the wrong type; a pyarrow schema."""
         import pyarrow
 
-        mistakes = self.missing(part, schema.names)
+        mistakes = self._missing(part, schema.names)
         config, types = self.config, pyarrow.types
         if config.text_column in schema.names:
             kind = schema.field(config.text_column).type
@@ -63,9 +63,22 @@ class Columns:
         if mistakes:
             raise InputError(mistakes)
 
-    def missing(self, part: str, there: Iterable[str]) -> list[str]:
+    def check_rows(self, part: str, rows: Sequence[dict[str, Any]]) -> None:
+        """The same for rows that have no schema: a column is there where any of them has it."""
+        mistakes = self._missing(part, {name: None for row in rows for name in row})
+        wanted: list[tuple[str, str, tuple[type, ...], str]] = [
+            ("text_column", self.config.text_column, (str,), "strings")
+        ]
+        wanted += [("filter", name, (int, float), "numbers") for name in self.config.filter]
+        for key, name, kinds, meant in wanted:
+            wrong = [value for row in rows if not isinstance(value := row.get(name), kinds) and value is not None]
+            if wrong:
+                mistakes.append(f"source.{key}: {name!r} of {part} holds {wrong[0]!r:.60}, not {meant}")
+        if mistakes:
+            raise InputError(mistakes)
+
+    def _missing(self, part: str, names: Collection[str]) -> list[str]:
         """A line for each column that a part has not got."""
-        names = list(there)
         listed, config = ", ".join(names), self.config
         keys = {"text_column": config.text_column, "id_column": config.id_column}
         keys["language_column"] = config.language_column

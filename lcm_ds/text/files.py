@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ class FilesSource:
         self.config = config
         if index is None:
             self.files = expand(config.paths)
-            self._bytes = sum(path.stat().st_size for path in self.files)
+            self._sizes = [path.stat().st_size for path in self.files]
         else:
-            self.files, self._bytes = [Path(path) for path in index["files"]], index["bytes"]
+            self.files, self._sizes = [Path(path) for path in index["files"]], index["sizes"]
+        self._bytes = sum(self._sizes)
 
     @property
     def total(self) -> int:
@@ -41,8 +43,13 @@ class FilesSource:
         return even_units(self.total, size)
 
     def documents(self, start: int = 0, stop: int | None = None) -> Iterator[TextDocument]:
-        """Files number `start` up to, not including, `stop`; raises InputError naming a file that is not UTF-8."""
-        for path in self.files[slice(*window(self.config, start, stop))]:
+        """Files number `start` up to, not including, `stop`.
+
+        Raises InputError naming a file that is not UTF-8, or not what it was when the source was looked at.
+        """
+        rows = slice(*window(self.config, start, stop))
+        for path, size in zip(self.files[rows], self._sizes[rows], strict=True):
+            check_size(str(path), str(path), size)
             try:
                 text = path.read_bytes().decode("utf-8-sig")
             except UnicodeDecodeError as error:
@@ -57,8 +64,8 @@ class FilesSource:
         return {"name": "files", **chosen, "files": len(self.files), "bytes": self._bytes}
 
     def index(self) -> dict[str, Any]:
-        """The files."""
-        return {"files": [str(path) for path in self.files], "bytes": self._bytes}
+        """The files and their sizes."""
+        return {"files": [str(path) for path in self.files], "sizes": self._sizes}
 
 
 def expand(paths: Sequence[str]) -> list[Path]:
@@ -81,3 +88,17 @@ def expand(paths: Sequence[str]) -> list[Path]:
     if mistakes:
         raise InputError(mistakes)
     return sorted(found)
+
+
+def check_size(place: str, name: str, size: int) -> None:
+    """Raise InputError where a file of this machine is gone or has another size than when the source was looked at."""
+    if "://" in place:
+        return
+    try:
+        now = os.path.getsize(place)
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from None
+    if now != size:
+        raise InputError(
+            f"{name}: has {now} bytes, but had {size} when the source was looked at: start anew, or restore it"
+        )

@@ -63,7 +63,7 @@ class HuggingFaceSource:
         else:
             self._files = _look(columns, *_places(config.paths))
         if config.dataset is not None and not self._files:
-            self._stream = Stream(columns, look=index is None)
+            self._stream = Stream(columns, self._commit or config.revision, look=index is None)
         self._ends = list(accumulate(file.rows for file in self._files))
 
     @property
@@ -146,7 +146,7 @@ def hub_files(config: SourceConfig) -> list[str]:
 
 def _places(paths: Sequence[str]) -> tuple[list[str], list[str]]:
     """The files and URLs that are meant, in order, and their names: a file's is its path below what all share."""
-    urls = [path for path in paths if "://" in path]
+    urls = list(dict.fromkeys(path for path in paths if "://" in path))
     files = expand([path for path in paths if "://" not in path])
     common = os.path.commonpath([path.parent for path in files]) if files else ""
     names = [Path(os.path.relpath(path, common)).as_posix() for path in files]

@@ -10,9 +10,12 @@ import fsspec
 
 from lcm_ds.errors import InputError
 from lcm_ds.text.columns import Columns, first_line
+from lcm_ds.text.files import check_size
 from lcm_ds.text.sources import TextDocument
 
 _MARKED = 500  # lines from one mark to the next
+_LOOKED_AT = 100  # rows that tell which columns there are: a row may lack what others have
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _PIECE = 1 << 20
 
 
@@ -30,7 +33,7 @@ class JsonlFile:
 
     @classmethod
     def look(cls, columns: Columns, place: str, name: str) -> JsonlFile:
-        """The file, read once for where its lines begin. Raises InputError where its first row lacks columns."""
+        """The file, read once for where its lines begin. Raises InputError where its first rows lack columns."""
         rows, marks, position, line_begins = 0, [0], 0, True
         try:
             filesystem, path = fsspec.core.url_to_fs(place)
@@ -44,14 +47,12 @@ class JsonlFile:
                             marks.append(position + at + 1)
                     position += len(piece)
                     line_begins = piece.endswith(b"\n")
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:  # an OSError, and what the libraries of compression and of remote places raise
             raise InputError(f"{name}: cannot be read: {first_line(error)}") from None
         found = cls(columns, place, name, size, position, rows + (not line_begins), marks)
-        for number, values in found._objects(0, min(1, found.rows)):
-            mistakes = columns.missing(name, values)
-            if mistakes:
-                raise InputError(mistakes)
-            columns.document(name, number, values)
+        first_rows = [found._object(number, line) for number, line in found._lines(0, min(_LOOKED_AT, found.rows))]
+        if first_rows:
+            columns.check_rows(name, first_rows)
         return found
 
     def index(self) -> dict[str, Any]:
@@ -65,23 +66,24 @@ class JsonlFile:
 
     def read(self, first: int, last: int) -> Iterator[TextDocument]:
         """Rows `first` up to, not including, `last`. Raises InputError."""
-        for number, values in self._objects(first, last):
-            yield self.columns.document(self.name, number, values)
+        check_size(self.place, self.name, self.size)
+        for number, line in self._lines(first, last):
+            yield self.columns.document(self.name, number, self._object(number, line))
 
-    def _objects(self, first: int, last: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _lines(self, first: int, last: int) -> Iterator[tuple[int, bytes]]:
         try:
             with _open(self.place) as file:
                 number = 0
-                if not _compressed(self.place):
+                if not self.place.endswith(_COMPRESSED):
                     number = first // _MARKED * _MARKED
                     file.seek(self.marks[first // _MARKED])
                 for line in file:
                     if number >= last:
                         return
                     if number >= first:
-                        yield number, self._object(number, line)
+                        yield number, line
                     number += 1
-        except (OSError, EOFError) as error:
+        except Exception as error:  # as above
             raise InputError(f"{self.name}: cannot be read: {first_line(error)}") from None
 
     def _object(self, number: int, line: bytes) -> dict[str, Any]:
@@ -94,9 +96,7 @@ class JsonlFile:
         return values
 
 
-def _compressed(place: str) -> bool:
-    return place.endswith((".gz", ".zst", ".bz2", ".xz"))
-
-
 def _open(place: str) -> Any:
+    if place.endswith(_COMPRESSED) and fsspec.utils.infer_compression(place) is None:
+        raise ImportError(f"{place[place.rindex('.') :]} needs: pip install zstandard")  # the one that may be missing
     return fsspec.open(place, "rb", compression="infer").open()

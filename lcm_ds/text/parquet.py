@@ -10,6 +10,7 @@ import fsspec
 
 from lcm_ds.errors import InputError
 from lcm_ds.text.columns import Columns, first_line
+from lcm_ds.text.files import check_size
 from lcm_ds.text.sources import TextDocument
 
 # Rows decoded at a time: few enough for very long documents, enough that pyarrow's share of the time is small.
@@ -51,8 +52,12 @@ class ParquetFile:
 
     def read(self, first: int, last: int) -> Iterator[TextDocument]:
         """Rows `first` up to, not including, `last`. Raises InputError."""
-        import pyarrow
+        check_size(self.place, self.name, self.size)
+        for row, values in self._values(first, last):
+            yield self.columns.document(self.name, row, values)
 
+    def _values(self, first: int, last: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The rows with their numbers, from the row groups that hold them."""
         groups, row, begin = [], None, 0
         for index, rows in enumerate(self.groups):
             if begin < last and begin + rows > first:
@@ -61,19 +66,18 @@ class ParquetFile:
             begin += rows
         if row is None:
             return
+        file = _opened(self.place, self.name)
         try:
-            batches = _opened(self.place, self.name).iter_batches(
-                _ROWS, row_groups=groups, columns=self.columns.names, use_threads=False
-            )
+            batches = file.iter_batches(_ROWS, row_groups=groups, columns=self.columns.names, use_threads=False)
             for batch in batches:
                 if row + batch.num_rows > first:
                     for values in batch.slice(max(0, first - row), last - max(first, row)).to_pylist():
-                        yield self.columns.document(self.name, max(first, row), values)
+                        yield max(first, row), values
                         first = max(first, row) + 1
                 row += batch.num_rows
                 if first >= last:
                     return
-        except (pyarrow.ArrowException, OSError) as error:
+        except Exception as error:  # pyarrow's, a text that is not UTF-8, and what the libraries of remote places raise
             raise InputError(f"{self.name}: cannot be read: {first_line(error)}") from None
 
 
@@ -82,10 +86,10 @@ def _opened(place: str, name: str) -> Any:
     import pyarrow.parquet
 
     try:
-        filesystem, path = fsspec.core.url_to_fs(place)
+        if "://" not in place:
+            return pyarrow.parquet.ParquetFile(place)
         # From elsewhere pyarrow asks for what a range needs in few large pieces: nothing is to be read behind them.
-        far = "://" in place
-        options = {"cache_type": "none"} if far else {}
-        return pyarrow.parquet.ParquetFile(filesystem.open(path, "rb", **options), pre_buffer=far)
-    except (pyarrow.ArrowException, OSError, ValueError, ImportError) as error:
+        filesystem, path = fsspec.core.url_to_fs(place)
+        return pyarrow.parquet.ParquetFile(filesystem.open(path, "rb", cache_type="none"), pre_buffer=True)
+    except Exception as error:
         raise InputError(f"{name}: not a parquet file that can be read: {first_line(error)}") from None

@@ -15,11 +15,12 @@ _ROWS = 256
 class Stream:
     """The rows of a hub dataset. A later range goes on where the last one stopped, an earlier one begins again.
 
-    look: read the first rows now, so that a missing column shows before an hour is lost. Raises InputError.
+    revision: of the dataset, the same for all processes. look: read the first rows now, so that a missing column shows
+    before an hour is lost. Raises InputError.
     """
 
-    def __init__(self, columns: Columns, look: bool) -> None:
-        self.columns = columns
+    def __init__(self, columns: Columns, revision: str | None, look: bool) -> None:
+        self.columns, self.revision = columns, revision
         self._rows: Iterator[tuple[int, dict[str, Any]]] | None = None
         self._next = 0
         if look:
@@ -46,7 +47,7 @@ class Stream:
         name = str(config.dataset)
         try:
             dataset = datasets.load_dataset(
-                name, name=config.config, revision=config.revision, split=config.split, streaming=config.streaming
+                name, name=config.config, revision=self.revision, split=config.split, streaming=config.streaming
             )
             tables = dataset.with_format("arrow").iter(batch_size=_ROWS)
             first = next(tables, None)

@@ -120,6 +120,7 @@ def test_a_model_with_a_prompt_of_its_own_gives_what_its_library_gives(tmp_path:
     assert np.abs(expected - minilm(dtype="float32").encode(sentences[:20])).max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_compiled_it_gives_the_same_concepts(tiny_sonar: tuple[Path, Path]) -> None:
     config = {"name": "sonar", "model": str(tiny_sonar[0]), "dtype": "float32", "device": "cpu"}

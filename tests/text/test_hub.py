@@ -99,13 +99,14 @@ def test_parquet_of_the_hub_is_read_by_row_groups_at_the_commit(read: Callable, 
 
 
 def test_other_forms_are_streamed_to_the_range(read: Callable) -> None:
-    done, _ = read("lines", skip=10)
+    done, log = read("lines", skip=10)
     assert done.returncode == 0, done.stderr
     total, _, units, documents = json.loads(done.stdout)
     assert total is None
     assert units[:2] == [[0, 40], [40, 80]]
     assert [id for unit in documents for id, *_ in unit] == [f"{n}" for n in range(50, 100)]
     assert [len(unit) for unit in documents] == [40, 10, 0, 0]  # the end of a stream is where nothing comes
+    assert log.count(f"HEAD /datasets/{NAME}/resolve/main/") == 1  # from then on all is of one commit
 
 
 def test_what_the_hub_does_not_have_is_a_mistake_in_one_line(read: Callable) -> None:

@@ -370,11 +370,63 @@ def test_jsonl_is_read_from_the_mark_before_a_range_and_compressed_too(tmp_path:
         list(source("huggingface", paths=[str(tmp_path / "c.jsonl")]).documents())
 
 
+def test_a_line_may_lack_what_a_filter_asks_for_but_not_every_line(tmp_path: Path) -> None:
+    lines = [{"id": "a", "text": "A."}, {"id": "b", "text": "B.", "score": 3}, {"id": "c", "text": "C.", "score": "3"}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines[:2])))
+    of = source("huggingface", paths=[str(path)], filter={"score": {"min": 1}})
+    assert [document.refused for document in of.documents()] == ["filtered", None]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(InputError) as error:
+        source("huggingface", paths=[str(path)], filter={"score": {"min": 1}, "stars": {"min": 1}})
+    assert error.value.mistakes == [
+        "source.filter: rows.jsonl has no column 'stars'; its columns: id, text, score",
+        "source.filter: 'score' of rows.jsonl holds '3', not numbers",
+    ]
+
+
+def test_compressed_files_that_cannot_be_unpacked_are_named(tmp_path: Path) -> None:
+    whole = gzip.compress(b"".join(b'{"text": "%d", "id": %d}\n' % (n, n) for n in range(1000)))
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "other.jsonl.gz").write_bytes(b"not gzip at all")
+    (tmp_path / "other.jsonl.xz").write_bytes(b"not xz at all")
+    (tmp_path / "broken.jsonl.gz").write_bytes(whole[:200] + bytes(100) + whole[300:])
+    with pytest.raises(InputError) as error:
+        source("huggingface", paths=[str(tmp_path / "*")])
+    named = [line.split(": cannot be read: ")[0] for line in error.value.mistakes]
+    assert named == ["broken.jsonl.gz", "cut.jsonl.gz", "other.jsonl.gz", "other.jsonl.xz"]
+
+
+def test_text_that_is_not_utf8_names_its_file(tmp_path: Path) -> None:
+    latin = pyarrow.array([b"\xdcber"], "binary").view("string")
+    pyarrow.parquet.write_table(pyarrow.table({"text": latin, "id": ["a"]}), tmp_path / "latin.parquet")
+    with pytest.raises(InputError, match=r"latin\.parquet: cannot be read: 'utf-8' codec"):
+        list(source("huggingface", paths=[str(tmp_path / "latin.parquet")]).documents())
+
+
+def test_a_file_that_changed_since_the_first_look_is_named(folder: Path) -> None:
+    sources = [
+        source("huggingface", paths=[str(folder / "a" / "part.parquet")]),
+        source("huggingface", paths=[str(folder / "rows.jsonl")]),
+        source("files", paths=[str(folder / "one.txt")]),
+    ]
+    parquet(folder / "a" / "part.parquet", 0, 601)
+    (folder / "rows.jsonl").unlink()
+    (folder / "one.txt").write_text("Another one.\n")
+    named = [r"part\.parquet: has \d+ bytes, but had \d+", r"rows\.jsonl: cannot be read", r"one\.txt: has 13 bytes"]
+    for of, mistake in zip(sources, named, strict=True):
+        again = open_source(of.config, index=json.loads(json.dumps(of.index())))  # which reads nothing yet
+        with pytest.raises(InputError, match=mistake):
+            list(again.documents())
+
+
 def test_files_at_a_url_are_read_in_ranges(folder: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.put(str(folder / "a" / "part.parquet"), "/sources/part.parquet")
     memory.put(str(folder / "rows.jsonl"), "/sources/rows.jsonl")
-    of = source("huggingface", paths=["memory://sources/part.parquet", "memory://sources/rows.jsonl"])
+    of = source(
+        "huggingface", paths=[f"memory://sources/{name}" for name in ("part.parquet", "rows.jsonl", "part.parquet")]
+    )
     assert of.total == 603
     assert [document.id for document in of.documents(598, 601)] == ["doc-598", "doc-599", "7"]
     memory.rm("/sources", recursive=True)
