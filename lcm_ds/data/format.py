@@ -136,10 +136,13 @@ class Dataset:
         return remote.fetch(place, shard.sha256, shard.bytes, self.cache_dir)
 
 
-def open_dataset(path: str | Path, cache_dir: str | Path | None = None, checksums: bool = True) -> Dataset:
+def open_dataset(
+    path: str | Path, cache_dir: str | Path | None = None, checksums: bool = True, sizes: bool = True
+) -> Dataset:
     """The dataset in the folder or at the URL `path`; `cache_dir` keeps the shards of one that is elsewhere.
 
-    Sizes of shards are compared here, their checksums when one is first opened, unless `checksums` is false.
+    Sizes of shards are compared here, unless `sizes` is false; their checksums when one is first opened, unless
+    `checksums` is false.
     Raises InputError with every mistake: no such folder, not finished, a file that is not as it should be, a shard that
     is missing or has another size than shards.jsonl lists.
     """
@@ -156,7 +159,8 @@ def open_dataset(path: str | Path, cache_dir: str | Path | None = None, checksum
     shards: list[ShardInfo] = []
     with mistakes:
         shards = read_shards(folder)
-        mistakes.mistakes.extend(_missing_shards(folder, shards, cache_dir))
+        if sizes:
+            mistakes.mistakes.extend(_missing_shards(folder, shards, cache_dir))
         if info is not None and info.totals != (found := Totals.of(shards)):
             raise InputError(f"{folder}: {DATASET} counts {info.totals}, the lines of {SHARDS} add up to {found}")
         if not any(shard.concepts for shard in shards):

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import lru_cache
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -165,19 +166,25 @@ def open_shard(dataset: Dataset, index: int) -> Shard:
     return shard
 
 
+def open_shard_once(dataset: Dataset, index: int) -> Shard:
+    """`open_shard` for one that nobody comes back to: where it was fetched, its file goes when the `Shard` does."""
+    with TemporaryDirectory(dir=dataset.cache_dir, prefix="shard-") as folder:
+        return open_shard(replace(dataset, cache_dir=folder), index)  # the map outlives the name
+
+
 def verify(dataset: Dataset, threads: int = 4) -> Iterator[list[str]]:
     """Read every shard again, a few at a time: for each, in order, what is wrong with it.
 
     Its checksum is compared, and every document: its array, its JSON, and as many sentences as concepts.
     """
-    unchecked = replace(dataset, checksums=False)
 
     def check(index: int) -> list[str]:
         mistakes = Collector()
-        with mistakes:
-            shard = open_shard(unchecked, index)
+        # Shards that are elsewhere are fetched anew, and not kept.
+        with mistakes, TemporaryDirectory(dir=dataset.cache_dir, prefix="shard-") as folder:
+            shard = open_shard(replace(dataset, cache_dir=folder, checksums=False), index)
             with mistakes:
-                _compare(shard, sha256_of(shard.path), dataset.shards[index])
+                _compare(shard, _sha256(shard), dataset.shards[index])
             for document in range(len(shard)):
                 with mistakes:
                     shard.meta(document)
@@ -185,6 +192,13 @@ def verify(dataset: Dataset, threads: int = 4) -> Iterator[list[str]]:
 
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(check, range(len(dataset.shards)))
+
+
+def _sha256(shard: Shard) -> str:
+    try:
+        return sha256_of(shard.path)
+    except OSError as error:
+        raise InputError(f"{shard.where}: cannot be read: {error.strerror}") from None
 
 
 def _compare(shard: Shard, sha256: str, info: ShardInfo) -> None:

@@ -14,32 +14,35 @@ from safetensors import safe_open
 
 from lcm_ds.data import remote
 from lcm_ds.data.format import DATASET, NORMALIZER, Dataset, open_dataset, read_normalizer
-from lcm_ds.data.reader import open_shard
+from lcm_ds.data.reader import open_shard_once
 from lcm_ds.data.reader import verify as read_again
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.prepare.output import SPLITS
 
-SAMPLED_SHARDS = 50  # for the lengths of sentences, which only the texts tell
+# For the lengths of sentences, which only the texts tell; the second where shards have to be fetched for it.
+SAMPLED_SHARDS, FETCHED_SHARDS = 50, 5
 BAR = 28  # characters of the longest bar of a histogram
 
 
 def inspect(path: str | Path, verify: bool = False, sample: int = 0) -> None:
     """Print totals, lengths, encoder, splitter and refusals of a dataset, or of both splits in the folder of prepare.
 
-    path: a folder or a URL, whose shards are fetched for the time of the call. verify: read every shard again and
-    compare it with its checksum. sample: print so many documents, always the same. Raises InputError with all that is
-    wrong.
+    path: a folder or a URL. verify: read every shard again first and compare it with its checksum. sample: print so
+    many documents, always the same. Raises InputError with all that is wrong.
     """
+    if sample < 0:
+        raise InputError(f"--sample: {sample} is below 0; it is how many documents to print")
     mistakes = Collector()
     with tempfile.TemporaryDirectory(prefix="lcm-ds-") as cache:
         for folder in _datasets_in(str(path)):
             with mistakes:
-                dataset = open_dataset(folder, cache, checksums=False)
+                # A shard that is missing is one of the things that verifying names.
+                dataset = open_dataset(folder, cache, checksums=False, sizes=not verify)
+                if verify:
+                    _verify(dataset)
                 _print_table(dataset)
                 if sample:
                     _print_documents(dataset, sample)
-                if verify:
-                    _verify(dataset)
     mistakes.raise_if_any()
 
 
@@ -72,13 +75,19 @@ def _print_documents(dataset: Dataset, count: int) -> None:
     total = int(ends[-1])
     for number in sorted(random.Random(0).sample(range(total), min(count, total))):
         index = int(np.searchsorted(ends, number, side="right"))
-        shard = open_shard(dataset, index)
+        shard = open_shard_once(dataset, index)
         document = number - int(ends[index] - dataset.shards[index].documents)
         meta = shard.meta(document)
-        print(f"\n{meta['id']} ({meta['source']}; {shard.name}, {shard.keys[document]})")
+        print()
+        print(_printable(f"{meta['id']} ({meta['source']}; {shard.name}, {shard.keys[document]})"))
         for place, sentence in enumerate(meta["sentences"]):
-            print(f"{place:6}  {sentence}")
+            print(_printable(f"{place:6}  {sentence}"))
     print()
+
+
+def _printable(text: str) -> str:
+    """The text without what a terminal would obey: texts of the web hold escape sequences, too."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 def _print_table(dataset: Dataset) -> None:
@@ -99,7 +108,8 @@ def _rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
     yield "documents", f"{totals.documents:,}"
     yield "concepts", f"{totals.concepts:,} of {info.embed_dim} × {info.dtype}"
     yield "shards", f"{totals.shards:,}, {totals.bytes / 2**20:,.1f} MiB"
-    step = max(1, len(dataset.shards) // SAMPLED_SHARDS)
+    most = FETCHED_SHARDS if remote.is_remote(dataset.path) else SAMPLED_SHARDS
+    step = -(-len(dataset.shards) // most)
     lengths, characters = _lengths(dataset, range(0, len(dataset.shards), step))
     of = "" if step == 1 else f" (of {len(lengths):,} documents)"
     yield "sentences a document", _spread(lengths) + of
@@ -137,12 +147,12 @@ def _lengths(dataset: Dataset, shards: range) -> tuple[np.ndarray, np.ndarray]:
     characters: list[int] = []
     end = None if dataset.info.end_of_text is None else dataset.info.end_of_text.text
     for index in shards:
-        shard = open_shard(dataset, index)
+        shard = open_shard_once(dataset, index)
         for document, concepts in enumerate(shard.lengths.tolist()):
             sentences = shard.meta(document)["sentences"]
             ended = end is not None and (not sentences or sentences[-1] == end)
             lengths.append(concepts - ended)
-            characters.extend(len(text) for text in sentences[: len(sentences) - ended])
+            characters.extend(len(str(text)) for text in sentences[: len(sentences) - ended])
     return np.asarray(lengths), np.asarray(characters)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from lcm_ds.config import WeightedPath
 from lcm_ds.data.format import Dataset, ShardInfo, open_dataset, write_normalizer, write_normalizer_file
 from lcm_ds.data.normalizer import constant, draw, fit
-from lcm_ds.data.reader import Shard, open_shard
+from lcm_ds.data.reader import Shard, open_shard_once
 from lcm_ds.data.remote import is_remote
 from lcm_ds.errors import Collector, InputError
 
@@ -18,36 +19,19 @@ from lcm_ds.errors import Collector, InputError
 def fit_normalizer(mixture: Sequence[str], samples: int = 1_000_000, output: str | None = None) -> None:
     """Fit center and scale to a sample of several datasets, each with the share that its weight is of all weights.
 
-    mixture: "FOLDER" or "FOLDER=WEIGHT" each. Written into every one of the folders, or to the file `output` alone.
-    Raises InputError with every mistake: a folder that is no finished dataset, a weight that is no number above 0,
-    datasets of different encoders, dimensions without spread.
+    mixture: "DATASET" or "DATASET=WEIGHT" each, a folder or a URL. Written into every one of the folders, or to the
+    file `output` alone. Raises InputError with every mistake: a folder that is no finished dataset, a weight that is no
+    number above 0, datasets of different encoders, dimensions without spread.
     """
-    mistakes = Collector()
-    weights: list[float] = []
-    datasets: list[Dataset] = []
-    for text in mixture:
-        with mistakes:
-            named = _weighted(text)
-            if output is None and is_remote(named.path):
-                raise InputError(f"{named.path}: is not on this machine: write the normaliser with --output")
-            datasets.append(open_dataset(named.path, checksums=False))
-            weights.append(named.weight)
-    for other in datasets[1:]:
-        if other.info.encoder != datasets[0].info.encoder or other.embed_dim != datasets[0].embed_dim:
-            mistakes.mistakes.append(
-                f"{other.path}: its encoder is {other.info.encoder}, that of {datasets[0].path} "
-                f"{datasets[0].info.encoder}: a mixture has one"
-            )
-    if output is not None and not Path(output).absolute().parent.is_dir():
-        mistakes.mistakes.append(f"--output {output}: there is no such folder")
-    mistakes.raise_if_any()
-    shares = [weight / sum(weights) for weight in weights]
-    # No dataset has to give more than it has: the sample is as large as the scarcest one allows.
-    size = min(
-        [samples, *(dataset.info.totals.concepts / share for dataset, share in zip(datasets, shares, strict=True))]
-    )
-    counts = [max(1, round(size * share)) for share in shares]
-    drawn = [draw(dataset.shards, _opener(dataset), count) for dataset, count in zip(datasets, counts, strict=True)]
+    with TemporaryDirectory(prefix="lcm-ds-") as cache:
+        datasets, weights = _open(mixture, output, cache)
+        shares = [weight / sum(weights) for weight in weights]
+        # No dataset has to give more than it has: the sample is as large as the scarcest one allows.
+        size = min(
+            [samples, *(dataset.info.totals.concepts / share for dataset, share in zip(datasets, shares, strict=True))]
+        )
+        counts = [max(1, round(size * share)) for share in shares]
+        drawn = [draw(dataset.shards, _opener(dataset), count) for dataset, count in zip(datasets, counts, strict=True)]
     sample = np.concatenate([each.astype(np.float32) for each in drawn])
     center, scale = fit(sample)
     statistics = {
@@ -70,8 +54,32 @@ def fit_normalizer(mixture: Sequence[str], samples: int = 1_000_000, output: str
         print(f"{dataset.path}: normaliser written")
 
 
+def _open(mixture: Sequence[str], output: str | None, cache: str) -> tuple[list[Dataset], list[float]]:
+    """The datasets and their weights. Raises InputError with every mistake."""
+    mistakes = Collector()
+    weights: list[float] = []
+    datasets: list[Dataset] = []
+    for text in mixture:
+        with mistakes:
+            named = _weighted(text)
+            if output is None and is_remote(named.path):
+                raise InputError(f"{named.path}: is not on this machine: write the normaliser with --output")
+            datasets.append(open_dataset(named.path, cache, checksums=False))
+            weights.append(named.weight)
+    for other in datasets[1:]:
+        if other.info.encoder != datasets[0].info.encoder or other.embed_dim != datasets[0].embed_dim:
+            mistakes.mistakes.append(
+                f"{other.path}: its encoder is {other.info.encoder}, that of {datasets[0].path} "
+                f"{datasets[0].info.encoder}: a mixture has one"
+            )
+    if output is not None and not Path(output).absolute().parent.is_dir():
+        mistakes.mistakes.append(f"--output {output}: there is no such folder")
+    mistakes.raise_if_any()
+    return datasets, weights
+
+
 def _weighted(text: str) -> WeightedPath:
-    """FOLDER or FOLDER=WEIGHT."""
+    """DATASET or DATASET=WEIGHT."""
     path, separator, weight = text.rpartition("=")
     if not separator:
         return WeightedPath(path=text, weight=1.0)
@@ -86,4 +94,4 @@ def _weighted(text: str) -> WeightedPath:
 
 def _opener(dataset: Dataset) -> Callable[[ShardInfo], Shard]:
     numbers = {shard.name: number for number, shard in enumerate(dataset.shards)}
-    return lambda shard: open_shard(dataset, numbers[shard.name])
+    return lambda shard: open_shard_once(dataset, numbers[shard.name])

@@ -7,11 +7,13 @@ import fsspec
 import numpy as np
 import pytest
 from preparing import HashEncoder
+from safetensors.numpy import load_file
 
 from lcm_ds.cli import main
 from lcm_ds.config import PrepareConfig
-from lcm_ds.data.format import open_dataset, read_normalizer
+from lcm_ds.data.format import DatasetInfo, commit, finish, open_dataset, read_normalizer, write_normalizer
 from lcm_ds.data.reader import open_shard
+from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.errors import InputError
 from lcm_ds.prepare.inspect import inspect
 from lcm_ds.prepare.pipeline import prepare
@@ -51,10 +53,11 @@ def dataset(tmp_path, capsys, monkeypatch):
 def test_a_dataset_is_shown_with_its_lengths_as_histograms(dataset, capsys):
     inspect(dataset)
     out = capsys.readouterr().out
-    counts = {2: 3, 4: 1, 8: 1, 16: 1}  # documents of 2–3, 4–7, 8–15, 16–31 sentences
-    for first, count in counts.items():
-        assert f"{first}–{2 * first - 1}" in out.replace(" ", "")
-        assert any(line.strip(" │").startswith(f"{first}–") or f" {first}–" in line for line in out.splitlines()), count
+    words = [line.strip("│ ").split() for line in out.splitlines()]
+    bars = [(line[0], len(line[1]), line[2]) for line in words if len(line) == 3 and set(line[1]) == {"█"}]
+    # The longest bar of each histogram has 28 characters: of LENGTHS by powers of two, and of 39 sentences that have
+    # 30 or 31 characters each.
+    assert bars == [("2–3", 28, "3"), ("4–7", 9, "1"), ("8–15", 9, "1"), ("16–31", 9, "1"), ("16–31", 28, "39")]
     assert "median 4, mean 6.5" in out
     assert "blake2b" in out
     assert "sentencizer" in out
@@ -90,12 +93,47 @@ def test_verify_reads_all_again_and_names_every_shard_that_changed(dataset, caps
     assert main(["inspect", str(dataset), "--verify"]) == 2
 
 
+def test_verify_names_all_that_is_wrong_at_once_missing_and_shortened_shards_too(dataset, capsys):
+    absent, short, changed = sorted((dataset / "train").glob("*.tar"))
+    absent.unlink()
+    short.write_bytes(short.read_bytes()[:-512])
+    one_sentence_less = changed.read_bytes().replace(b'.", "Sentence 2', b".,   Sentence 2", 1)
+    changed.write_bytes(one_sentence_less)
+    with pytest.raises(InputError) as caught:
+        inspect(dataset, verify=True)
+    told = [line.removeprefix(str(dataset / "train") + "/") for line in caught.value.mistakes]
+    assert told[0].startswith("00000000.tar: cannot be read: No such file")
+    assert "00000001.tar: has" in told[1]
+    assert "bytes, shards.jsonl lists" in told[1]
+    assert "00000002.tar: has sha256" in told[2]
+    assert "sentences and" in told[3]
+
+
+def test_a_sentence_cannot_command_the_terminal(tmp_path, capsys):
+    sentences = ["A red \x1b[31mtitle\x07.", "Next.", "End of text."]
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    concepts = np.random.default_rng(0).normal(size=(3, 4))
+    commit(folder, write_shard(folder, "a.tar", [Document("a", "a", "s", sentences, concepts)]))
+    write_normalizer(folder, np.zeros(4), np.ones(4), {})
+    finish(folder, DatasetInfo(encoder={"name": "none"}, embed_dim=4, dtype="float16"))
+    inspect(folder, sample=1)
+    out = capsys.readouterr().out
+    assert "0  A red �[31mtitle�." in out
+    assert main(["inspect", str(folder), "--sample", "-1"]) == 2
+
+
 def test_a_dataset_at_a_url_is_inspected_and_verified(dataset, capsys):
     memory = fsspec.filesystem("memory")
     memory.put(str(dataset / "train"), "/tales/train", recursive=True)
-    inspect("memory://tales", verify=True)
-    assert "3 shards verified" in capsys.readouterr().out
-    memory.rm("/tales", recursive=True)
+    try:
+        inspect("memory://tales", verify=True, sample=2)
+        assert "3 shards verified" in capsys.readouterr().out
+        memory.pipe("/tales/train/00000001.tar", b"other bytes")
+        with pytest.raises(InputError, match=r"00000001\.tar: came with 11 bytes"):
+            inspect("memory://tales", verify=True)
+    finally:
+        memory.rm("/tales", recursive=True)
 
 
 # --- fit-normalizer ---------------------------------------------------------------------------------------------------
@@ -134,11 +172,25 @@ def test_with_an_output_the_datasets_stay_as_they_are(dataset, tmp_path):
     fit_normalizer([str(dataset / "train")], output=str(tmp_path / "n.safetensors"))
     assert (dataset / "train/normalizer.safetensors").read_bytes() == before
     center, scale = read_normalizer(dataset / "train")
-    from safetensors.numpy import load_file
-
     written = load_file(tmp_path / "n.safetensors")
     assert np.array_equal(written["center"], center)
     assert np.array_equal(written["scale"], scale)
+
+
+def test_a_dataset_at_a_url_is_fitted_to_as_the_same_one_on_this_machine(dataset, tmp_path):
+    here, there = tmp_path / "here.safetensors", tmp_path / "there.safetensors"
+    fit_normalizer([str(dataset / "train")], samples=20, output=str(here))
+    memory = fsspec.filesystem("memory")
+    memory.put(str(dataset / "train"), "/fitted/train", recursive=True)
+    try:
+        fit_normalizer(["memory://fitted/train=2"], samples=20, output=str(there))
+        with pytest.raises(InputError, match="write the normaliser with --output"):
+            fit_normalizer(["memory://fitted/train"])
+    finally:
+        memory.rm("/fitted", recursive=True)
+    ours, theirs = load_file(here), load_file(there)
+    assert ours.keys() == theirs.keys() == {"center", "scale"}
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_mistakes_in_a_mixture_are_told_at_once_and_nothing_is_written(dataset, tmp_path):
