@@ -1,10 +1,11 @@
 """Sentences a second that an encoder turns into concepts, beside the plain way on the same sentences.
 
-python benchmarks/encode.py [--encoder minilm | sonar-random] [--parquet FILE …] [--sentences 3000] [--repeats 3]
+python benchmarks/encode.py [--encoder minilm | sonar-random] [--parquet FILE …] [--sentences N] [--repeats 3]
 
 The plain way is that of the published SONAR pipeline: batches of 10 sentences in their order, padded to the longest,
 fp32, one process with all cores. `sonar-random` has SONAR's architecture (24 layers, width 1024, vocabulary 256,206),
-random weights, and random token ids in place of a tokenizer: for speed they serve.
+random weights, and random token ids in place of a tokenizer, as many as the sentence's length says, 27 on average: for
+speed they serve. TFLOP/s count what real tokens take, not padding.
 """
 
 from __future__ import annotations
@@ -17,53 +18,66 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 
 from lcm_ds.config import EncoderConfig, SentencesConfig, SourceConfig
 from lcm_ds.encoders import Encoder, load_encoder
-from lcm_ds.encoders.base import TokenBatch, in_batches, pad, resolve_device, resolve_dtype, resolve_tokens_per_batch
+from lcm_ds.encoders.base import (
+    TokenBatch,
+    compute_in,
+    in_batches,
+    pad,
+    resolve_device,
+    resolve_dtype,
+    resolve_tokens_per_batch,
+)
 from lcm_ds.encoders.sonar import embed
 from lcm_ds.text.sentences import Splitter
 from lcm_ds.text.sources import open_source
 
 PLAIN_BATCH = 10
+UNIT = 5000  # sentences that are sorted by length together
 SONAR_TOKENS = 27  # a sentence of FineWeb-Edu, on average
+LAYERS, WIDTH, INNER = 24, 1024, 8192  # of SONAR
 
 
 class RandomSonar:
-    """SONAR's encoder with random weights; a sentence has as many tokens as its characters say."""
+    """SONAR's encoder with random weights; of texts it takes only the length, in units of `mean_length` characters."""
 
-    embed_dim = 1024
+    embed_dim = WIDTH
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, config: EncoderConfig, mean_length: float) -> None:
         from transformers import M2M100Config
         from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
         torch.manual_seed(0)
         self.device = resolve_device(config.device)
-        self.dtype = resolve_dtype(config.dtype, self.device)
-        self.model_config = M2M100Config(
-            vocab_size=256_206, d_model=1024, encoder_layers=24, encoder_attention_heads=16, encoder_ffn_dim=8192,
+        self.mean_length = mean_length
+        architecture = M2M100Config(
+            vocab_size=256_206, d_model=WIDTH, encoder_layers=LAYERS, encoder_attention_heads=16, encoder_ffn_dim=INNER,
             max_position_embeddings=1024, scale_embedding=True,
         )  # fmt: skip
         with torch.device(self.device):
-            model = M2M100Encoder(self.model_config).to(self.dtype).eval()
+            model = M2M100Encoder(architecture).eval()
+        compute_in(model, resolve_dtype(config.dtype, self.device), self.device)
         self._run = torch.compile(model, dynamic=True) if config.compile else model
         self._tokens_per_batch = resolve_tokens_per_batch(config, self.device)
 
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
         """Random tokens."""
-        random = np.random.default_rng(0)
-        mean = sum(map(len, texts)) / len(texts)
-        lengths = [min(512, max(3, round(SONAR_TOKENS * len(text) / mean))) for text in texts]
-        tokens = [random.integers(4, 256_000, length).tolist() for length in lengths]
+        lengths = [min(512, max(3, round(SONAR_TOKENS * len(text) / self.mean_length))) for text in texts]
+        tokens = np.random.default_rng(0).integers(4, 256_000, sum(lengths)).tolist()
+        ends = list(itertools.accumulate(lengths))
         found = []
         for rows in in_batches(lengths, self._tokens_per_batch):
-            ids, mask = pad([tokens[row] for row in rows], 1)
-            inputs = {"input_ids": ids, "attention_mask": mask}
+            ids, mask = pad([tokens[ends[row] - lengths[row] : ends[row]] for row in rows], 1)
+            inputs = {"input_ids": ids} if mask.all() else {"input_ids": ids, "attention_mask": mask}
             found.append(TokenBatch(rows, inputs, sum(lengths[row] for row in rows), ids.numel()))
         return found
 
@@ -76,16 +90,24 @@ class RandomSonar:
 
     def flops(self, batch: TokenBatch) -> float:
         """Of the batch's real tokens: two for each weight of the matrices, and attention over each sentence."""
-        width, inner, layers = 1024, 8192, 24
-        matrices = 2 * batch.tokens * layers * (4 * width * width + 2 * width * inner)
-        lengths = batch.inputs["attention_mask"].sum(1).double()
-        return matrices + float((4 * layers * width * lengths * lengths).sum())
+        matrices = 2 * batch.tokens * LAYERS * (4 * WIDTH * WIDTH + 2 * WIDTH * INNER)
+        mask = batch.inputs.get("attention_mask", torch.ones_like(batch.inputs["input_ids"]))
+        return matrices + 4 * LAYERS * WIDTH * float(mask.sum(1).double().square().sum())
 
 
-def load(name: str, **settings: Any) -> Any:
+@dataclass(frozen=True)
+class Way:
+    """A way to encode all sentences."""
+
+    name: str
+    run: Callable[[], Any]
+    plain: bool = False
+
+
+def load(name: str, mean_length: float, **settings: Any) -> Any:
     """An encoder of the benchmark by its name."""
     if name == "sonar-random":
-        return RandomSonar(EncoderConfig(name="sonar", model="random", **settings))
+        return RandomSonar(EncoderConfig(name="sonar", model="random", **settings), mean_length)
     return load_encoder(EncoderConfig(name="sentence-transformers", model=name, **settings))
 
 
@@ -94,57 +116,65 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="minilm", help="minilm, sonar-random, or a model of sentence-transformers")
     parser.add_argument("--parquet", nargs="*", help="text; default: the documentation of Python and PyTorch")
-    parser.add_argument("--sentences", type=int, default=3000)
+    parser.add_argument("--sentences", type=int, help="default: 3000, on a GPU 20000")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device")
-    parser.add_argument("--plain-sentences", type=int, default=500, help="of the plain way, which is slow")
     arguments = parser.parse_args()
     device = resolve_device(arguments.device)
-    sentences = read(arguments.parquet, arguments.sentences)
-    plain_part = sentences[: arguments.plain_sentences]
-    make = lambda **settings: load(arguments.encoder, device=str(device), **settings)  # noqa: E731
-    dtypes = ["float32", "bfloat16", "float16"] if device.type == "cuda" else ["float32", "bfloat16"]
-    plain = make(dtype="float32")
-    ways: dict[str, Callable[[], float]] = {
-        f"batches of {PLAIN_BATCH} in order, float32": lambda: plain_speed(plain, plain_part)
-    }
-    encoders = {dtype: make(dtype=dtype) for dtype in dtypes}
-    for dtype, encoder in encoders.items():
-        ways[f"batches by tokens, {dtype}"] = lambda encoder=encoder: speed(encoder, sentences)
-    pools = []
-    if device.type == "cuda":
-        compiled = make(dtype="float16", compile=True)
-        ways["batches by tokens, float16, compiled"] = lambda: speed(compiled, sentences)
+    gpu = device.type == "cuda"
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(cores)
+    sentences = read(arguments.parquet, arguments.sentences or (20_000 if gpu else 3000))
+    mean_length = sum(map(len, sentences)) / len(sentences)
+
+    def make(dtype: str, **settings: Any) -> Any:
+        return load(arguments.encoder, mean_length, device=str(device), dtype=dtype, **settings)
+
+    exact = make("float32")
+    ways = [
+        Way(f"batches of {PLAIN_BATCH} in order, float32", lambda: encode_plainly(exact, sentences), plain=True),
+        Way("batches by tokens, float32", lambda: encode(exact, sentences)),
+    ]
+    for dtype in ("bfloat16", "float16") if gpu else ("bfloat16",):
+        half = make(dtype)
+        ways.append(Way(f"batches by tokens, {dtype}", lambda half=half: encode(half, sentences)))  # type: ignore[misc]
+    best = str(resolve_dtype("auto", device)).removeprefix("torch.")
+    pool = None
+    if gpu:
+        compiled = make(best, compile=True)
+        ways.append(Way(f"batches by tokens, {best}, compiled", lambda: encode(compiled, sentences)))
     else:
-        processes = len(os.sched_getaffinity(0))
-        pool = multiprocessing.get_context("spawn").Pool(processes, start, (arguments.encoder,))
-        pools.append(pool)
-        parts = [sentences[part::processes] for part in range(processes)]
-        name = f"batches by tokens, bfloat16, {processes} processes of a thread each (as prepare)"
-        ways[name] = lambda: len(sentences) / seconds(lambda: pool.map(encode_part, parts, chunksize=1))
-    for way in ways.values():  # warm up: kernels are chosen, graphs compiled, processes loaded
-        way()
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
+        pool = multiprocessing.get_context("spawn").Pool(cores, start, (arguments.encoder, mean_length, best))
+        parts = [sentences[part::cores] for part in range(cores)]
+        name = f"batches by tokens, {best}, {cores} processes of a thread each (as prepare)"
+        ways.append(Way(name, lambda: pool.map(encode_part, parts, chunksize=1)))
+    for way in ways:  # warm up: kernels are chosen, graphs compiled, processes loaded
+        way.run()
+    times: dict[str, list[float]] = {way.name: [] for way in ways}
     for _ in range(arguments.repeats):
-        for name, way in ways.items():
-            speeds[name].append(way())
-    for pool in pools:
+        for way in ways:
+            started = time.perf_counter()
+            way.run()
+            times[way.name].append(time.perf_counter() - started)
+    if pool is not None:
         pool.terminate()
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{len(os.sched_getaffinity(0))} CPU cores"
-    batches = encoders[dtypes[-1]].tokenize(sentences)
-    tokens, places = sum(batch.tokens for batch in batches), sum(batch.places for batch in batches)
-    print(f"{arguments.encoder} on {where}, torch {torch.__version__}, Python {platform.python_version()}; "
-          f"{len(sentences)} sentences, {tokens / len(sentences):.1f} tokens each; padding {1 - tokens / places:.1%}, "
-          f"of the plain way {plain_padding(plain, plain_part):.1%}\n")  # fmt: skip
-    base = statistics.median(next(iter(speeds.values())))
-    print("| way | sentences/s (median) | ratio |\n| --- | ---: | ---: |")
-    for name, values in speeds.items():
-        middle = statistics.median(values)
-        work = ""
-        if isinstance(plain, RandomSonar):
-            flops = sum(plain.flops(batch) for batch in batches) / len(sentences)
-            work = f", {flops * middle / 1e12:.2f} TFLOP/s"
-        print(f"| {name}{work} | {middle:,.0f} | {middle / base:.1f} |")
+
+    batches = [batch for unit in units(sentences) for batch in exact.tokenize(unit)]
+    plain = [batch for ten in tens(sentences) for batch in exact.tokenize(ten)]
+    tokens = sum(batch.tokens for batch in batches)
+    where = torch.cuda.get_device_name(device) if gpu else f"{cores} CPU cores"
+    print(f"{arguments.encoder} on {where}, torch {torch.__version__}, transformers {transformers.__version__}, Python "
+          f"{platform.python_version()}; {len(sentences)} sentences of {tokens / len(sentences):.1f} tokens; "
+          f"medians of {arguments.repeats}\n")  # fmt: skip
+    flops = sum(map(exact.flops, batches)) if isinstance(exact, RandomSonar) else None
+    print("| way | sentences/s (median) | ratio | padding |" + (" TFLOP/s |" if flops else ""))
+    print("| --- | ---: | ---: | ---: |" + (" ---: |" if flops else ""))
+    base = statistics.median(times[ways[0].name])
+    for way in ways:
+        seconds = statistics.median(times[way.name])
+        padding = 1 - tokens / sum(batch.places for batch in (plain if way.plain else batches))
+        line = f"| {way.name} | {len(sentences) / seconds:,.0f} | {base / seconds:.1f} | {padding:.1%} |"
+        print(line + (f" {flops / seconds / 1e12:.2f} |" if flops else ""))
 
 
 def read(parquet: Sequence[str] | None, count: int) -> list[str]:
@@ -155,55 +185,44 @@ def read(parquet: Sequence[str] | None, count: int) -> list[str]:
     return list(itertools.islice(every, count))
 
 
-def plain_speed(encoder: Encoder, sentences: list[str]) -> float:
-    """Sentences a second, ten at a time."""
+def units(sentences: list[str]) -> list[list[str]]:
+    """The sentences that are sorted by length together."""
+    return [sentences[first : first + UNIT] for first in range(0, len(sentences), UNIT)]
 
-    def run() -> None:
-        for first in range(0, len(sentences), PLAIN_BATCH):
-            for batch in encoder.tokenize(sentences[first : first + PLAIN_BATCH]):
+
+def tens(sentences: list[str]) -> list[list[str]]:
+    """The sentences of the plain way's batches."""
+    return [sentences[first : first + PLAIN_BATCH] for first in range(0, len(sentences), PLAIN_BATCH)]
+
+
+def encode(encoder: Encoder, sentences: list[str]) -> None:
+    """Encode units, each tokenized in a thread while the one before it is encoded, as prepare does."""
+    with ThreadPoolExecutor(1) as tokenizer:
+        for batches in [tokenizer.submit(encoder.tokenize, unit) for unit in units(sentences)]:
+            for batch in batches.result():
                 encoder.embed(batch)
 
-    return len(sentences) / seconds(run)
 
-
-def plain_padding(encoder: Encoder, sentences: list[str]) -> float:
-    """The share of token places that are padding, ten sentences at a time."""
-    tens = [encoder.tokenize(sentences[first : first + PLAIN_BATCH]) for first in range(0, len(sentences), PLAIN_BATCH)]
-    tokens, places = (sum(getattr(batch, key) for ten in tens for batch in ten) for key in ("tokens", "places"))
-    return 1 - tokens / places
-
-
-def speed(encoder: Encoder, sentences: list[str]) -> float:
-    """Sentences a second, as a pool; with tokenizing, which prepare does beside it."""
-
-    def run() -> None:
-        for batch in encoder.tokenize(sentences):
+def encode_plainly(encoder: Encoder, sentences: list[str]) -> None:
+    """Encode ten sentences at a time, in order."""
+    for ten in tens(sentences):
+        for batch in encoder.tokenize(ten):
             encoder.embed(batch)
-
-    return len(sentences) / seconds(run)
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    """How long it takes."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 _own: Any = None  # in a process of the pool: its encoder
 
 
-def start(name: str) -> None:
+def start(name: str, mean_length: float, dtype: str) -> None:
     """Load the encoder of a process."""
     global _own
     torch.set_num_threads(1)
-    _own = load(name, device="cpu", dtype="bfloat16")
+    _own = load(name, mean_length, device="cpu", dtype=dtype)
 
 
 def encode_part(sentences: list[str]) -> None:
     """Encode one process's sentences."""
-    for batch in _own.tokenize(sentences):
-        _own.embed(batch)
+    encode(_own, sentences)
 
 
 if __name__ == "__main__":
