@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from mmap import ACCESS_READ, mmap
@@ -168,8 +169,8 @@ def open_shard(dataset: Dataset, index: int) -> Shard:
 
 def open_shard_once(dataset: Dataset, index: int) -> Shard:
     """`open_shard` for one that nobody comes back to: where it was fetched, its file goes when the `Shard` does."""
-    with TemporaryDirectory(dir=dataset.cache_dir, prefix="shard-") as folder:
-        return open_shard(replace(dataset, cache_dir=folder), index)  # the map outlives the name
+    with _keeping_nothing(dataset) as passing:
+        return open_shard(passing, index)  # the map outlives the file's name
 
 
 def verify(dataset: Dataset, threads: int = 4) -> Iterator[list[str]]:
@@ -180,9 +181,8 @@ def verify(dataset: Dataset, threads: int = 4) -> Iterator[list[str]]:
 
     def check(index: int) -> list[str]:
         mistakes = Collector()
-        # Shards that are elsewhere are fetched anew, and not kept.
-        with mistakes, TemporaryDirectory(dir=dataset.cache_dir, prefix="shard-") as folder:
-            shard = open_shard(replace(dataset, cache_dir=folder, checksums=False), index)
+        with mistakes, _keeping_nothing(replace(dataset, checksums=False)) as passing:
+            shard = open_shard(passing, index)
             with mistakes:
                 _compare(shard, _sha256(shard), dataset.shards[index])
             for document in range(len(shard)):
@@ -192,6 +192,17 @@ def verify(dataset: Dataset, threads: int = 4) -> Iterator[list[str]]:
 
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(check, range(len(dataset.shards)))
+
+
+@contextmanager
+def _keeping_nothing(dataset: Dataset) -> Iterator[Dataset]:
+    """The dataset, its shards that are elsewhere fetched anew into a folder that lasts as long as the context."""
+    if dataset.cache_dir is None:  # all are on this machine
+        yield dataset
+        return
+    Path(dataset.cache_dir).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=dataset.cache_dir, prefix="shard-") as folder:
+        yield replace(dataset, cache_dir=folder)
 
 
 def _sha256(shard: Shard) -> str:

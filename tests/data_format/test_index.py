@@ -16,7 +16,7 @@ from lcm_ds.data.index import index
 from lcm_ds.data.loader import Loader, trace
 from lcm_ds.data.normalizer import fit
 from lcm_ds.data.plan import Plan, Source
-from lcm_ds.data.reader import verify
+from lcm_ds.data.reader import open_shard, open_shard_once, verify
 from lcm_ds.errors import InputError
 from lcm_ds.files import sha256_of
 
@@ -82,6 +82,11 @@ def test_tars_elsewhere_are_adopted_where_they_are(tmp_path: Path, foreign: Fore
     dataset = open_dataset(tmp_path / "out", tmp_path / "cache")
     assert [shard.name for shard in dataset.shards] == ["memory://foreign/a.tar", "memory://foreign/b.tar"]
     assert list(chain(*verify(dataset))) == []
+    kept = tmp_path / "cache"
+    assert list(kept.iterdir()) == []  # verifying keeps nothing of what it fetched
+    once = open_shard_once(dataset, 0)
+    assert list(kept.iterdir()) == []
+    assert np.array_equal(once.concepts(2), open_shard(dataset, 0).concepts(2))
 
 
 def test_every_tar_that_cannot_be_adopted_is_named(tmp_path: Path, foreign: Foreign) -> None:
