@@ -44,23 +44,24 @@ def main() -> None:
     if arguments.parquet:
         source = SourceConfig(name="huggingface", paths=arguments.parquet)
         config = config.model_copy(update={"source": source})
-    plain, speeds, lines = [], [], []
+    plain, speeds, lines, peaks = [], [], [], []
     for _ in range(arguments.repeats):
         plain.append(plain_speed(config))
-        found, _ = prepared(config)
+        found, peak = prepared(config)
         speeds.append(float(found[2].replace(",", "")))
         lines.append(found)
+        peaks.append(peak)
     documents = open_source(config.source, config.sentences).total
     assert documents is not None
-    peaks = [prepared(config, take)[1] for take in (documents // 10, documents)]
+    tenth, whole = prepared(config, documents // 10)[1], max(peaks)
     middle, base = lines[speeds.index(statistics.median_low(speeds))], statistics.median(plain)
     print("| way | sentences/s (median) | ratio |\n| --- | ---: | ---: |")
     print(f"| batches of {PLAIN_BATCH} in order, fp32, one process | {base:,.0f} | 1.0 |")
     print(f"| lcm-ds prepare, all of it | {statistics.median(speeds):,.0f} | {statistics.median(speeds) / base:.1f} |")
     print(f"\n{middle[0]} sentences in {middle[1]} s; encoder busy {middle[5]} %, padding {middle[4]} %, "
           f"repeats spared {middle[3]} %")  # fmt: skip
-    print(f"memory: {peaks[0] / 2**20:,.0f} MiB for {documents // 10} documents, {peaks[1] / 2**20:,.0f} MiB for "
-          f"{documents}: {peaks[1] / peaks[0]:.2f} ×")  # fmt: skip
+    print(f"memory: {tenth / 2**20:,.0f} MiB for {documents // 10} documents, {whole / 2**20:,.0f} MiB for "
+          f"{documents}: {whole / tenth:.2f} ×")  # fmt: skip
 
 
 def plain_speed(config: PrepareConfig) -> float:
