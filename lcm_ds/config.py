@@ -161,6 +161,8 @@ class DataConfig(Schema):
     cache_dir: str | None = None  # where shards of remote datasets are kept
     # always: a shard's checksum is compared when a process first opens it; size: only its size
     verify: Literal["always", "size"] = "always"
+    # skip: a shard that cannot be read is logged, rows without targets take its place, and the run goes on
+    on_bad_shard: Literal["stop", "skip"] = "stop"
 
     @field_validator("train", mode="before")
     @classmethod

@@ -6,25 +6,35 @@ pure function of (step, index), so nothing has to be saved to resume but the ste
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from threading import Lock
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from lcm_ds.data.buffers import Buffers
 from lcm_ds.data.format import Dataset
-from lcm_ds.data.plan import Plan, Source, document_order
-from lcm_ds.data.reader import open_shard
-from lcm_ds.data.rows import Segment, ShardInOrder, cut, fill_row
+from lcm_ds.data.plan import Piece, Plan, Source, document_order
+from lcm_ds.data.reader import Shard, open_shard
+from lcm_ds.data.rows import Gap, Segment, ShardInOrder, cut, fill_row
 from lcm_ds.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 # Open shards: at least a few more than lanes, but not so many that file descriptors run out.
 FEWEST_OPEN, MOST_OPEN = 32, 512
+# Of shards that are elsewhere: how many of each lane are fetched before they are read, and how many at a time.
+FETCHED_AHEAD, FETCHED_AT_A_TIME = 2, 8
+# With bad shards left out: the share of the shards opened so far from which on something else must be wrong.
+MOST_BAD = 0.05
 VALIDATION_SEED = 0
 
 
@@ -37,6 +47,7 @@ class Batch:
     step: int
     index: int  # of the micro-batch in its step
     first_lane: int  # of its first row, counted over all ranks; validation: the number of its first row
+    missing: int = 0  # concepts of shards that could not be read; rows without targets are in their place
 
     @property
     def targets(self) -> int:
@@ -55,7 +66,9 @@ class Loader:
 
     Of the rows of a step, rank r of W has a contiguous run of lanes, and its micro-batch i the i-th run of
     micro_batch_rows of those. workers: threads that read ahead; 0 reads when asked. An error in a thread is raised
-    where its batch would have come. Raises InputError where rows_per_step does not divide.
+    where its batch would have come. pinned: batches lie in page-locked memory. skip_bad: a shard that cannot be read is
+    logged and left out, its concepts become rows without targets; it stops with the error all the same once more than
+    MOST_BAD of the shards opened, and more than one, were bad. Raises InputError where rows_per_step does not divide.
     """
 
     def __init__(
@@ -68,6 +81,8 @@ class Loader:
         micro_batch_rows: int,
         workers: int = 1,
         start_step: int = 0,
+        pinned: bool = False,
+        skip_bad: bool = False,
     ) -> None:
         if plan.rows_per_step % (world_size * micro_batch_rows):
             raise InputError(
@@ -76,11 +91,12 @@ class Loader:
             )
         self.plan, self.micro_batch_rows, self.start_step = plan, micro_batch_rows, start_step
         lanes = plan.rows_per_step // world_size
-        self._first_lane = rank * lanes
+        self._lanes = range(rank * lanes, (rank + 1) * lanes)
         self.micro_batches = lanes // micro_batch_rows  # a step
-        self._rows = _Rows(datasets, plan, max_segment, open_shards=2 * lanes)
+        self._rows = _Rows(datasets, plan, max_segment, micro_batch_rows, 2 * lanes, pinned, skip_bad)
         self._ahead = 2 * workers + 2
         self._pool = ThreadPoolExecutor(workers, "lcm-ds-loader") if workers else None
+        self._fetching = _Fetching(datasets, plan, self._lanes)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._pool is None:
@@ -99,18 +115,20 @@ class Loader:
 
     def read(self, step: int, index: int) -> Batch:
         """Micro-batch `index` of `step`."""
-        first_lane = self._first_lane + index * self.micro_batch_rows
+        first_lane = self._lanes.start + index * self.micro_batch_rows
         places = [(step, first_lane + row) for row in range(self.micro_batch_rows)]
         return self._rows.batch(places, step, index, first_lane)
 
     def close(self) -> None:
         """End the threads; what they read ahead is dropped."""
+        self._fetching.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _order(self) -> Iterator[tuple[int, int]]:
-        steps = count(self.start_step) if self.plan.steps is None else range(self.start_step, self.plan.steps)
-        return ((step, index) for step in steps for index in range(self.micro_batches))
+        for step in count(self.start_step) if self.plan.steps is None else range(self.start_step, self.plan.steps):
+            self._fetching.reach(step)
+            yield from ((step, index) for index in range(self.micro_batches))
 
 
 def validation_batches(
@@ -121,16 +139,17 @@ def validation_batches(
     rank: int,
     world_size: int,
     rows: int | None = None,
+    skip_bad: bool = False,
 ) -> Iterator[Batch]:
     """This rank's part of the whole dataset, or of its first `rows` rows, in an order that is always the same.
 
     Every rank has the same number of batches. No row comes twice: the last ones are filled up with rows without
-    concepts.
+    concepts. skip_bad: as of `Loader`.
     """
     plan = Plan([Source([shard.concepts for shard in dataset.shards])], VALIDATION_SEED, 1, row_length, epochs=1)
     assert plan.steps is not None
     rows = plan.steps if rows is None else min(rows, plan.steps)
-    reader = _Rows([dataset], plan, max_segment, open_shards=FEWEST_OPEN)
+    reader = _Rows([dataset], plan, max_segment, micro_batch_rows, FEWEST_OPEN, skip_bad=skip_bad)
     for index in range(-(-rows // (world_size * micro_batch_rows))):
         first = (index * world_size + rank) * micro_batch_rows
         # One lane, so that a step is a row; after the last step there are no concepts.
@@ -153,11 +172,12 @@ class TraceLine(NamedTuple):
 
 def trace(datasets: Sequence[Dataset], plan: Plan, max_segment: int, step: int) -> list[TraceLine]:
     """All segments of a step, lane by lane."""
-    rows = _Rows(datasets, plan, max_segment, open_shards=FEWEST_OPEN)
+    rows = _Rows(datasets, plan, max_segment, 1, FEWEST_OPEN)
     return [
         _trace_line(lane, number, segment)
         for lane in range(plan.rows_per_step)
         for number, segment in enumerate(rows.segments(step, lane))
+        if isinstance(segment, Segment)
     ]
 
 
@@ -171,32 +191,51 @@ def _trace_line(lane: int, number: int, segment: Segment) -> TraceLine:
 class _Rows:
     """Rows of a plan, read from its datasets. Safe to use from several threads."""
 
-    def __init__(self, datasets: Sequence[Dataset], plan: Plan, max_segment: int, open_shards: int) -> None:
+    def __init__(
+        self,
+        datasets: Sequence[Dataset],
+        plan: Plan,
+        max_segment: int,
+        micro_batch_rows: int,
+        open_shards: int,
+        pinned: bool = False,
+        skip_bad: bool = False,
+    ) -> None:
         self.datasets, self.plan, self.max_segment = datasets, plan, max_segment
-        self._dtype = torch.float32 if any(d.info.dtype == "float32" for d in datasets) else torch.float16
+        dtype = torch.float32 if any(d.info.dtype == "float32" for d in datasets) else torch.float16
+        self._buffers = Buffers((micro_batch_rows, plan.row_length, datasets[0].embed_dim), dtype, pinned)
         self._most = min(max(open_shards, FEWEST_OPEN), MOST_OPEN)
         # Futures, so that a thread that needs a shard waits for the one that is opening it, and for no other.
         self._open: OrderedDict[tuple[int, int, int], Future[ShardInOrder]] = OrderedDict()
+        # The same shards by (source, shard): the next epoch of a small dataset finds them open.
+        self._shards: WeakValueDictionary[tuple[int, int], Shard] = WeakValueDictionary()
         self._lock = Lock()
+        self._skip_bad = skip_bad
+        self._opened, self._bad = 0, set[tuple[int, int]]()
 
-    def segments(self, step: int, lane: int) -> Iterator[Segment]:
+    def segments(self, step: int, lane: int) -> Iterator[Segment | Gap]:
         """The segments of one row, in order."""
         for piece in self.plan.pieces(step, lane):
-            read = self._shard(piece.source, piece.epoch, piece.shard)
-            yield from cut(read, piece.start, piece.stop, self.max_segment)
+            try:
+                read = self._in_order(piece)
+            except InputError as error:
+                self._leave_out(piece, error)
+                yield Gap(piece.stop - piece.start)
+            else:
+                yield from cut(read, piece.start, piece.stop, self.max_segment)
 
     def batch(self, places: Sequence[tuple[int, int]], step: int, index: int, first_lane: int) -> Batch:
         """The rows at `places`, each a step and a lane, as one batch."""
-        shape = (len(places), self.plan.row_length)
-        concepts = torch.empty(*shape, self.datasets[0].embed_dim, dtype=self._dtype)
-        segment_ids = torch.empty(shape, dtype=torch.int32)
+        concepts = self._buffers.take()
+        segment_ids = torch.empty(concepts.shape[:2], dtype=torch.int32)
+        missing = 0
         for place, row, ids in zip(places, concepts.numpy(), segment_ids.numpy(), strict=True):
-            fill_row(self.segments(*place), row, ids)
-        return Batch(concepts, segment_ids, step, index, first_lane)
+            missing += fill_row(self.segments(*place), row, ids)
+        return Batch(concepts, segment_ids, step, index, first_lane, missing)
 
-    def _shard(self, source: int, epoch: int, shard: int) -> ShardInOrder:
+    def _in_order(self, piece: Piece) -> ShardInOrder:
         """A shard in the order of an epoch; the one that nobody has used for longest is closed."""
-        key = (source, epoch, shard)
+        key = (piece.source, piece.epoch, piece.shard)
         with self._lock:
             future = self._open.get(key)
             if opener := future is None:
@@ -208,9 +247,65 @@ class _Rows:
         assert future is not None
         if opener:
             try:
-                found = open_shard(self.datasets[source], shard)
-                order = document_order(self.plan.seed, epoch, source, shard, len(found))
-                future.set_result(ShardInOrder.of(found, order))
+                shard = self._shard(piece.source, piece.shard)
+                order = document_order(self.plan.seed, piece.epoch, piece.source, piece.shard, len(shard))
+                future.set_result(ShardInOrder.of(shard, order))
             except BaseException as error:
                 future.set_exception(error)
         return future.result()
+
+    def _shard(self, source: int, shard: int) -> Shard:
+        with self._lock:
+            found = self._shards.get((source, shard))
+        if found is None:
+            found = open_shard(self.datasets[source], shard)
+            with self._lock:
+                self._shards[source, shard] = found
+                self._opened += 1
+        return found
+
+    def _leave_out(self, piece: Piece, error: InputError) -> None:
+        """Note a shard that cannot be read; raise the error where that is too much."""
+        if not self._skip_bad:
+            raise error
+        with self._lock:
+            if (piece.source, piece.shard) in self._bad:
+                return
+            self._bad.add((piece.source, piece.shard))
+            bad, opened = len(self._bad), self._opened + len(self._bad)
+        if bad > max(1, MOST_BAD * opened):
+            raise InputError(
+                [*error.mistakes, f"{bad} of {opened} shards could not be read: too many to leave out (on_bad_shard)"]
+            ) from error
+        for line in error.mistakes:
+            logger.error("left out: %s", line)
+
+
+class _Fetching:
+    """Fetches the coming shards of lanes into the cache, where datasets have shards that are elsewhere."""
+
+    def __init__(self, datasets: Sequence[Dataset], plan: Plan, lanes: range) -> None:
+        self.datasets, self.plan = datasets, plan
+        self._coming: dict[int, list[int]] = {
+            lane: [] for lane in lanes if datasets[plan.source_of(lane)].cache_dir is not None
+        }
+        self._pool = ThreadPoolExecutor(FETCHED_AT_A_TIME, "lcm-ds-fetch") if self._coming else None
+
+    def reach(self, step: int) -> None:
+        """Ask for what the lanes read from `step` on."""
+        if self._pool is None:
+            return
+        for lane, known in self._coming.items():
+            self._coming[lane] = self.plan.coming(step, lane, FETCHED_AHEAD)
+            for shard in self._coming[lane]:
+                if shard not in known:
+                    self._pool.submit(self._fetch, self.plan.source_of(lane), shard)
+
+    def _fetch(self, source: int, shard: int) -> None:
+        with suppress(InputError):  # it comes again where the shard is read
+            self.datasets[source].shard_file(shard)
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)

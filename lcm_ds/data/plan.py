@@ -11,10 +11,11 @@ import heapq
 import json
 import threading
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -84,6 +85,15 @@ class Plan:
         """
         source, own = self._place_of_lane[lane]
         return self._streams[source].pieces(own, step * self.row_length, (step + 1) * self.row_length)
+
+    def source_of(self, lane: int) -> int:
+        """Which of the sources a lane reads."""
+        return self._place_of_lane[lane][0]
+
+    def coming(self, step: int, lane: int, count: int) -> list[int]:
+        """Which shards of its source `lane` reads from the beginning of `step` on: the first `count`, or fewer."""
+        source, own = self._place_of_lane[lane]
+        return self._streams[source].coming(own, step * self.row_length, count)
 
     @cached_property
     def steps(self) -> int | None:
@@ -163,21 +173,35 @@ class _Stream:
         """Concepts `start` to `stop` of a lane's stream."""
         self._extend(lane, stop)
         pieces: list[Piece] = []
-        # The epoch in which `start` lies, and from there on until the row is full.
-        epoch = bisect_right(self._lane_ends, start, key=lambda ends: ends[lane]) - 1
-        while start < stop and epoch < len(self._epochs):
-            shards, ends, bounds = self._epochs[epoch]
-            at, last = bisect_right(ends, start, bounds[lane], bounds[lane + 1]), bounds[lane + 1]
-            while start < stop and at < last:
-                shard, end = int(shards[at]), ends[at]
-                first = end - int(self.concepts[shard])
-                until = min(stop, end)
-                if until > start:  # a shard may be empty
-                    pieces.append(Piece(self.number, epoch, shard, start - first, until - first))
-                    start = until
-                at += 1
-            epoch += 1
+        for epoch, shard, end in self._from(lane, start):
+            first = end - int(self.concepts[shard])
+            until = min(stop, end)
+            if until > start:  # a shard may be empty
+                pieces.append(Piece(self.number, epoch, shard, start - first, until - first))
+                start = until
+            if start == stop:
+                break
         return pieces
+
+    def coming(self, lane: int, start: int, count: int) -> list[int]:
+        """The first `count` shards of a lane from concept `start` on; fewer where it ends."""
+        stop = start + 1
+        while True:
+            self._extend(lane, stop)
+            found = [shard for _, shard, _ in islice(self._from(lane, start), count)]
+            if len(found) == count or len(self._epochs) == self.limit:
+                return found
+            stop = self._lane_ends[-1][lane] + 1
+
+    def _from(self, lane: int, start: int) -> Iterator[tuple[int, int, int]]:
+        """The shards of a lane from concept `start` on: epoch, shard, and the lane's concepts up to its end."""
+        epoch = bisect_right(self._lane_ends, start, key=lambda ends: ends[lane]) - 1
+        while epoch < len(self._epochs):
+            shards, ends, bounds = self._epochs[epoch]
+            first, last = bisect_right(ends, start, bounds[lane], bounds[lane + 1]), bounds[lane + 1]
+            for at in range(first, last):
+                yield epoch, int(shards[at]), ends[at]
+            epoch += 1
 
     def longest_lane(self) -> int:
         """Concepts of the longest lane over all epochs, of which there have to be a limited number."""

@@ -32,9 +32,11 @@ class Quantization:
         steps = np.rint((np.asarray(concepts, np.float32) - self.center) / self.step)
         return np.clip(steps, -STEPS, STEPS).astype(np.int8)
 
-    def decode(self, stored: np.ndarray) -> np.ndarray:
-        """float16 [n, embed_dim], raw space, of what `encode` gave."""
-        concepts = stored.astype(np.float32)
-        concepts *= self.step
+    def decode(self, stored: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Concepts [n, embed_dim], raw space, of what `encode` gave; float16, or in `out` and its dtype."""
+        if out is None:
+            out = np.empty(stored.shape, np.float16)
+        concepts = np.multiply(stored, self.step, dtype=np.float32)
         concepts += self.center
-        return concepts.astype(np.float16)
+        out[...] = concepts
+        return out

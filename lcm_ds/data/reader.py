@@ -26,6 +26,8 @@ from lcm_ds.data.tar import Member, read_members
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import sha256_of
 
+_NPY_HEADER = 128  # bytes of an array's header, nearly always
+
 
 class Shard:
     """The documents of one tar, in its order.
@@ -58,14 +60,20 @@ class Shard:
         self._npys: list[Member] = []
         self._offsets: list[int] = []
         lengths = []
+        known: dict[tuple[bytes, int], tuple[int, int]] = {}
         for member in read_members(self._data, self.where):
             key, extension = _split(member.name)
             if extension == "npy":
-                offset, length = self._check(key, member)
+                head = self._data[member.offset : member.offset + _NPY_HEADER]
+                found = known.get((head, member.size))
+                if found is None:
+                    found = self._check(key, member)
+                    if found[0] == _NPY_HEADER:  # else there may be more to the header than `head`
+                        known[head, member.size] = found
                 self.keys.append(key)
                 self._npys.append(member)
-                self._offsets.append(offset)
-                lengths.append(length)
+                self._offsets.append(member.offset + found[0])
+                lengths.append(found[1])
             elif extension == "json":
                 self._metas[key] = member
         self.lengths = np.array(lengths, np.int64)
@@ -87,6 +95,17 @@ class Shard:
         flat = np.frombuffer(self._data, self.dtype, (last - first) * self.embed_dim, offset)
         stored = flat.reshape(last - first, self.embed_dim)
         return stored if self.quantization is None else self.quantization.decode(stored)
+
+    def read_into(self, out: np.ndarray, document: int, start: int) -> None:
+        """Copy concepts of the document, from `start` on, to `out` [n, embed_dim], raw space, in `out`'s dtype."""
+        assert self.dtype is not None
+        flat = out.shape[0] * out.shape[1]
+        offset = self._offsets[document] + start * out.shape[1] * self.dtype.itemsize
+        stored = np.frombuffer(self._data, self.dtype, flat, offset).reshape(out.shape)
+        if self.quantization is None:
+            out[...] = stored
+        else:
+            self.quantization.decode(stored, out)
 
     def members(self, document: int) -> dict[str, bytes]:
         """The document's files in the tar, by extension."""
@@ -119,7 +138,7 @@ class Shard:
         return meta | found
 
     def _check(self, key: str, member: Member) -> tuple[int, int]:
-        """Where the document's numbers begin, and how many concepts they are."""
+        """After how many bytes the document's numbers begin, and how many concepts they are."""
         where = f"{self.where}: {key}.npy"
         # The length of the header: two bytes in version 1 of the format, four after it.
         head = self._data[member.offset : member.offset + min(12, member.size)]
@@ -141,7 +160,7 @@ class Shard:
             raise InputError(f"{where}: has embed_dim {shape[1]}, its dataset {self.embed_dim}")
         if size + shape[0] * shape[1] * dtype.itemsize != member.size:
             raise InputError(f"{where}: has {member.size} bytes, which is not what {list(shape)} {dtype} takes")
-        return member.offset + size, shape[0]
+        return size, shape[0]
 
     def _check_counts(self, info: ShardInfo | None) -> None:
         if len(keys := set(self.keys)) != len(self.keys):

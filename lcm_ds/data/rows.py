@@ -20,6 +20,12 @@ class Segment(NamedTuple):
     stop: int
 
 
+class Gap(NamedTuple):
+    """Concepts that a row ought to have, of a shard that cannot be read."""
+
+    concepts: int
+
+
 class ShardInOrder(NamedTuple):
     """A shard with its documents in the order in which an epoch reads them."""
 
@@ -50,17 +56,26 @@ def cut(read: ShardInOrder, start: int, stop: int, max_segment: int) -> Iterator
         at += 1
 
 
-def fill_row(segments: Iterable[Segment], concepts: np.ndarray, segment_ids: np.ndarray) -> None:
-    """Copy a row's segments to its place in a batch.
+def fill_row(segments: Iterable[Segment | Gap], concepts: np.ndarray, segment_ids: np.ndarray) -> int:
+    """Copy a row's segments to its place in a batch; returns the concepts of its gaps.
 
-    concepts: [row_length, embed_dim], zeros after the last segment; segment_ids: int32 [row_length], 0, 1, 2 … and −1
-    after the last.
+    concepts: [row_length, embed_dim], zeros in gaps and after the last segment; segment_ids: int32 [row_length], 0, 1,
+    2 … for the segments, −1 in gaps and after the last.
     """
-    filled = 0
-    for number, (shard, document, start, stop) in enumerate(segments):
-        until = filled + stop - start
-        concepts[filled:until] = shard.concepts(document, start, stop)
-        segment_ids[filled:until] = number
+    filled = number = missing = 0
+    for segment in segments:
+        if isinstance(segment, Gap):
+            until = filled + segment.concepts
+            concepts[filled:until] = 0
+            segment_ids[filled:until] = -1
+            missing += segment.concepts
+        else:
+            shard, document, start, stop = segment
+            until = filled + stop - start
+            shard.read_into(concepts[filled:until], document, start)
+            segment_ids[filled:until] = number
+            number += 1
         filled = until
     concepts[filled:] = 0
     segment_ids[filled:] = -1
+    return missing

@@ -109,8 +109,9 @@ def _open(value: Any, key: str, data: dict[str, Any], path: str | Path, mistakes
     if not isinstance(value, str):
         return None
     cache_dir = data.get("cache_dir")
+    checksums, sizes = data.get("verify") != "size", data.get("on_bad_shard") != "skip"
     try:
-        return open_dataset(value, cache_dir if isinstance(cache_dir, str) else None, data.get("verify") != "size")
+        return open_dataset(value, cache_dir if isinstance(cache_dir, str) else None, checksums, sizes)
     except InputError as error:
         mistakes.mistakes.extend(f"{path}: {key}: {line}" for line in error.mistakes)
         return None

@@ -99,6 +99,8 @@ def train(job: Job, place: Place, newest: Checkpoint | None) -> int:
         job.config.batch.micro_batch_rows,
         workers=job.config.data.workers,
         start_step=start,
+        pinned=device.type == "cuda",
+        skip_bad=job.config.data.on_bad_shard == "skip",
     )
     try:
         run = Run(job, place, engine, device, run_log, stop, concepts_seen)
@@ -119,6 +121,7 @@ class StepOutcome:
 
     loss: torch.Tensor  # this rank's share of the loss: summed over ranks it is the loss
     concepts: int
+    missing: int  # concepts of shards that could not be read
     pairs: int  # sum over segments of length²
     waited: float  # seconds this rank waited for data
     stop: bool  # some rank was asked to stop
@@ -141,6 +144,7 @@ class Run:
         self.job, self.place, self.engine, self.device = job, place, engine, device
         self.run_log, self.stop = run_log, stop
         self.concepts_seen = concepts_seen
+        self.concepts_missing = 0  # since this process started
         self.skipped_in_a_row = 0
         self.saved_at: int | None = None
         self.last_save = time.monotonic()
@@ -154,6 +158,7 @@ class Run:
             outcome = self.step(batches, step)
             done = step + 1
             self.concepts_seen += outcome.concepts
+            self.concepts_missing += outcome.missing
             self.speed.add(outcome.concepts, outcome.pairs, outcome.waited)
             self.guard(step)
             if done % config.log.every == 0 or done == total or outcome.stop:
@@ -191,13 +196,14 @@ class Run:
             engine.backward(error * share, scale_wrt_gas=False)
             engine.step()
             loss += error.detach()
-        targets, concepts, pairs, stop, save = counts.tolist()
-        return StepOutcome(loss / max(1, targets), concepts, pairs, waited, stop > 0, save > 0)
+        targets, concepts, missing, pairs, stop, save = counts.tolist()
+        return StepOutcome(loss / max(1, targets), concepts, missing, pairs, waited, stop > 0, save > 0)
 
     def agree(self, micro_batches: list[Batch]) -> torch.Tensor:
         """The step's global counts, and whether any rank was asked to stop or save: the one all-reduce before it.
 
-        Returns int64 [5]: targets, concepts, sum over segments of length², stop requests, save requests.
+        Returns int64 [6]: targets, concepts, missing concepts, sum over segments of length², stop requests, save
+        requests.
         """
         minutes = self.job.config.checkpoint.every_minutes
         save_now = self.place.rank == 0 and minutes is not None and time.monotonic() - self.last_save > 60 * minutes
@@ -205,6 +211,7 @@ class Run:
             [
                 sum(batch.targets for batch in micro_batches),
                 sum(batch.real_concepts for batch in micro_batches),
+                sum(batch.missing for batch in micro_batches),
                 sum(_pairs(batch) for batch in micro_batches),
                 self.stop.requested(),
                 save_now,
@@ -255,6 +262,7 @@ class Run:
             norm = self.engine.get_global_grad_norm()
             values = {
                 "concepts": self.concepts_seen,
+                "missing_concepts": self.concepts_missing,
                 "epoch": self.job.plan.epoch(done),
                 "loss": loss.item(),
                 "loss_sum": loss.item() * self.job.model.embed_dim,
@@ -286,6 +294,7 @@ class Run:
             self.place.rank,
             self.place.world_size,
             config.evaluate.rows,
+            skip_bad=config.data.on_bad_shard == "skip",
         ):
             predictions, concepts, mask = self.predict(batch, step=None)
             predicted, truth = predictions[:, :-1][mask].float(), concepts[:, 1:][mask].float()

@@ -28,6 +28,7 @@ TAGS = {
     "skipped_steps": "optim/skipped_steps",
     "epoch": "data/epoch",
     "concepts": "data/concepts",
+    "missing_concepts": "data/missing_concepts",
     "data_wait": "data/wait_seconds",
     "concepts_per_second": "speed/concepts_per_second",
     "step_time": "speed/step_seconds",

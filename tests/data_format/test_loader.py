@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcm_ds.data.format import Dataset, open_dataset
+from lcm_ds.data.format import Dataset, DatasetInfo, commit, finish, open_dataset, write_normalizer
 from lcm_ds.data.loader import FEWEST_OPEN, Batch, Loader, trace, validation_batches
 from lcm_ds.data.plan import Plan, Source
 from lcm_ds.data.reader import open_shard
+from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.errors import InputError
 
 ROWS, LENGTH, MAX_SEGMENT = 24, 32, 16
@@ -28,6 +32,25 @@ ROWS, LENGTH, MAX_SEGMENT = 24, 32, 16
 def dataset(synthetic_dataset: Callable[..., Path]) -> Dataset:
     """13 shards, 129 documents, about 3000 concepts: an epoch is 4 steps and a bit."""
     return open_dataset(synthetic_dataset(documents=129, documents_per_shard=10, embed_dim=4, lengths=(2, 45)))
+
+
+@pytest.fixture(scope="module")
+def make_shards(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Dataset]:
+    """make_shards([[3, 5], [2]]) -> a dataset of two shards with documents of so many concepts."""
+
+    def make(shards: list[list[int]]) -> Dataset:
+        folder, random = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
+        for number, lengths in enumerate(shards):
+            documents = [
+                Document(f"{i:04d}", f"{number}-{i}", "tests", ["A sentence."] * n, random.normal(size=(n, 2)))
+                for i, n in enumerate(lengths)
+            ]
+            commit(folder, write_shard(folder, f"{number:04d}.tar", documents))
+        write_normalizer(folder, np.zeros(2), np.ones(2), {})
+        finish(folder, DatasetInfo(encoder={"name": "tests"}, embed_dim=2, dtype="float16"))
+        return open_dataset(folder)
+
+    return make
 
 
 def plan_of(*datasets: Dataset, epochs: int | None = None, rows: int = ROWS, length: int = LENGTH) -> Plan:
@@ -76,6 +99,28 @@ def test_the_global_batch_is_the_same_for_any_world_size_micro_batch_and_workers
     assert [batch.first_lane for batch in batches] == list(range(0, ROWS, micro)) * (7 - start)
     for found, expected in zip(joined(batches), reference, strict=True):
         assert torch.equal(found, expected[start * ROWS :])
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_so_it_is_for_any_shards_and_up_to_64_ranks(make_shards: Callable[..., Dataset], data: st.DataObject) -> None:
+    lengths = st.lists(st.integers(1, 40), max_size=8)
+    shards = data.draw(st.lists(lengths, min_size=1, max_size=12).filter(any))
+    dataset = make_shards(shards)
+    rows, steps = 64 * data.draw(st.integers(1, 2)), 3
+    world_size = data.draw(st.sampled_from([n for n in range(1, 65) if rows % n == 0]))
+    micro = data.draw(st.sampled_from([n for n in range(1, rows + 1) if rows // world_size % n == 0]))
+    start, epochs = data.draw(st.integers(0, steps - 1)), data.draw(st.sampled_from([None, 40]))
+    workers = data.draw(st.integers(0, 2))
+    plan = plan_of(dataset, epochs=epochs, rows=rows, length=8)
+    expected = joined([Loader([dataset], plan, 6, 0, 1, rows, workers=0).read(step, 0) for step in range(steps)])
+    loaders = [Loader([dataset], plan, 6, rank, world_size, micro, workers, start) for rank in range(world_size)]
+    found = [list(islice(loader, (steps - start) * loader.micro_batches)) for loader in loaders]
+    for loader in loaders:
+        loader.close()
+    last = min(steps, plan.steps or steps)
+    for batch, whole in zip(joined([batch for some in found for batch in some]), expected, strict=True):
+        assert torch.equal(batch, whole[start * rows : last * rows])
 
 
 def test_each_concept_is_read_once_an_epoch_until_the_last_lane_ends(dataset: Dataset) -> None:
@@ -217,7 +262,96 @@ def test_shards_open_at_a_time_are_few_however_long_it_goes_on(synthetic_dataset
     assert 0 < most <= FEWEST_OPEN + 2
 
 
+def test_memory_does_not_grow_with_epochs(synthetic_dataset: Callable[..., Path]) -> None:
+    dataset = open_dataset(synthetic_dataset(documents=120, documents_per_shard=3, embed_dim=64))
+    plan = plan_of(dataset, epochs=60, rows=4, length=64)
+    loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, 4, workers=2)
+    for batch in loader:
+        if plan.epoch(batch.step) > 10 and not tracemalloc.is_tracing():
+            gc.collect()
+            tracemalloc.start()
+    gc.collect()
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    loader.close()
+    # 50 epochs more: what the plan keeps of an epoch, 40 shards and 4 lanes, and nothing else.
+    assert held < 50 * 4096
+
+
+# --- buffers ---
+
+
+def test_a_batch_keeps_its_numbers_as_long_as_anybody_has_a_part_of_it(dataset: Dataset) -> None:
+    loader = Loader([dataset], plan_of(dataset), MAX_SEGMENT, 0, 1, ROWS, workers=2)
+    batches = iter(loader)
+    kept = [next(batches).concepts[3, 1:] for _ in range(4)]
+    copies = [part.clone() for part in kept]
+    places = {next(batches).concepts.data_ptr() for _ in range(40)}
+    loader.close()
+    assert len(places) < 12  # those that nobody has any more come again
+    assert all(torch.equal(part, copy) for part, copy in zip(kept, copies, strict=True))
+
+
+# --- shards that cannot be read ---
+
+
+def damage(folder: Path, dataset: Dataset, index: int, how: str) -> None:
+    path = folder / dataset.shards[index].name
+    if how == "missing":
+        path.unlink()
+        return
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data if how == "a flipped bit" else data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("how", ["missing", "a flipped bit", "cut off"])
+def test_a_bad_shard_is_left_out_where_the_config_says_so(
+    own_dataset: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = open_dataset(own_dataset)
+    plan = plan_of(dataset, epochs=2, rows=3, length=16)
+    whole = list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 3))
+    bad = 2
+    damage(own_dataset, dataset, bad, how)
+    with pytest.raises(InputError, match=dataset.shards[bad].name):
+        list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 3))
+    left = list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 3, workers=2, skip_bad=True))
+    assert [(batch.step, batch.index) for batch in left] == [(batch.step, batch.index) for batch in whole]
+    for found, expected in zip(left, whole, strict=True):
+        gone = (found.segment_ids < 0) & (expected.segment_ids >= 0)
+        assert not found.concepts[gone].any()
+        assert torch.equal(found.concepts[~gone], expected.concepts[~gone])
+        assert int(gone.sum()) == found.missing
+        assert found.targets <= expected.targets
+    assert sum(batch.missing for batch in left) == 2 * dataset.shards[bad].concepts
+    (line,) = {record.getMessage() for record in caplog.records}
+    assert line.startswith("left out: ")
+    assert dataset.shards[bad].name in line
+
+
+def test_more_than_a_few_bad_shards_stop_the_run_all_the_same(own_dataset: Path) -> None:
+    dataset = open_dataset(own_dataset)
+    plan = plan_of(dataset, epochs=1, rows=1, length=16)
+    damage(own_dataset, dataset, 0, "missing")
+    damage(own_dataset, dataset, 3, "cut off")
+    with pytest.raises(InputError, match=r"2 of \d shards could not be read: too many to leave out"):
+        list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 1, skip_bad=True))
+
+
 # --- elsewhere ---
+
+
+def test_the_coming_shards_of_every_lane_are_fetched_before_they_are_read(dataset: Dataset, tmp_path: Path) -> None:
+    there = open_dataset(f"file://{dataset.path}", tmp_path)
+    plan = plan_of(there, rows=4)
+    loader = Loader([there], plan, MAX_SEGMENT, 0, 1, 4, workers=0)
+    next(iter(loader))  # reads from four shards
+    loader._fetching._pool.shutdown(wait=True)  # type: ignore[union-attr]
+    wanted = {shard for lane in range(4) for shard in plan.coming(0, lane, 2)}
+    assert len(wanted) == 8
+    assert {path.name for path in tmp_path.iterdir()} == {f"{there.shards[shard].sha256}.tar" for shard in wanted}
+    loader.close()
 
 
 def test_a_dataset_elsewhere_gives_the_same_batches(
