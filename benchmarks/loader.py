@@ -1,19 +1,28 @@
-"""Concepts a second that the loader delivers, beside webdataset's own decoding of the same shards.
+"""Concepts a second that the loader delivers, beside webdataset's and beside plainly reading the same files.
 
-python benchmarks/loader.py [--concepts 200000] [--embed-dim 1024] [--seconds 5]
+python benchmarks/loader.py [--concepts 400000] [--embed-dim 1024] [--seconds 5] [--plan]
+
+webdataset decodes in as many DataLoader workers as the loader has threads, and packs to the same rows. Every way reads
+epoch after epoch and opens each shard anew in each; "kept open" is one run of many epochs over a small dataset. --plan
+measures the order of 150,000 shards with 60 G concepts instead, without data.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 import webdataset
+from torch.utils.data import DataLoader
 
 from lcm_ds.data.format import DatasetInfo, commit, finish, open_dataset, write_normalizer
 from lcm_ds.data.loader import Loader
@@ -22,30 +31,77 @@ from lcm_ds.data.writer import Document, write_shard
 
 ROWS, ROW_LENGTH, MICRO_BATCH_ROWS, MAX_SEGMENT = 16, 1024, 4, 128
 REPEATS = 3
+WORKERS = (0, 1, 2)
 
 
 def main() -> None:
     """Make the shards, measure each way of reading them in turn, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--concepts", type=int, default=200_000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--concepts", type=int, default=400_000)
     parser.add_argument("--embed-dim", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--plan", action="store_true")
     arguments = parser.parse_args()
+    if arguments.plan:
+        plan_at_scale()
+        return
     with tempfile.TemporaryDirectory() as folder:
         write_dataset(Path(folder), arguments.concepts, arguments.embed_dim)
-        ways: dict[str, Callable[[], Iterator[int]]] = {"webdataset .decode()": lambda: decoded(Path(folder))}
-        for workers in (0, 1, 2):
-            ways[f"Loader, {workers} threads"] = lambda workers=workers: loaded(folder, workers, False)
-        ways["Loader, 1 thread, checksums in the first epoch"] = lambda: loaded(folder, 1, True)
-        speeds: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(REPEATS):
-            for name, way in ways.items():
-                speeds[name].append(speed(way(), arguments.seconds))
-    base = statistics.median(speeds["webdataset .decode()"])
-    print("| reader | concepts/s (median) | ratio |\n| --- | ---: | ---: |")
-    for name, values in speeds.items():
-        middle = statistics.median(values)
-        print(f"| {name} | {middle:,.0f} | {middle / base:.1f} |")
+        print(f"warm, {arguments.embed_dim} dimensions")
+        table(folder, arguments.seconds, arguments.embed_dim, cold=False)
+        print("\ncold: the files leave the page cache before each measurement of one epoch")
+        table(folder, None, arguments.embed_dim, cold=True)
+
+
+def table(folder: str, seconds: float | None, embed_dim: int, cold: bool) -> None:
+    """Measure and print all ways; seconds: of each measurement, None for one epoch."""
+    ways: dict[str, Callable[[], Iterator[int]]] = {"reads of 1 MiB": lambda: read(folder, embed_dim)}
+    for n in WORKERS:
+        ways[f"webdataset .decode(), {n} workers"] = lambda n=n: decoded(folder, n)
+    for n in WORKERS:
+        ways[f"Loader, {n} threads"] = lambda n=n: loaded(folder, n)
+    if not cold:
+        ways["Loader, 1 thread, kept open"] = lambda: loaded(folder, 1, epochs=None)
+        ways["Loader, 1 thread, checksums of all shards in each epoch"] = lambda: loaded(folder, 1, checksums=True)
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(REPEATS):
+        for name, way in ways.items():
+            if cold:
+                forget(folder)
+            speeds[name].append(speed(way(), seconds))
+    medians = {name: statistics.median(values) for name, values in speeds.items()}
+    plain = medians["reads of 1 MiB"]
+    print("| reader | concepts/s (median) | of plain reading | × webdataset |\n| --- | ---: | ---: | ---: |")
+    for name, middle in medians.items():
+        same = name.split(", ")[-1].split()[0] if "kept" not in name and "checksums" not in name else "1"
+        base = medians.get(f"webdataset .decode(), {same} workers")
+        ratio = f"{middle / base:.1f}" if base and name.startswith("Loader") else ""
+        print(f"| {name} | {middle:,.0f} | {middle / plain:.0%} | {ratio} |")
+
+
+def plan_at_scale() -> None:
+    """FineWeb-Edu's size: 150,000 shards of about 400,000 concepts, 224 lanes."""
+    concepts = np.random.default_rng(0).integers(300_000, 500_000, 150_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    plan = Plan([Source(concepts.tolist())], 0, 224, ROW_LENGTH)
+    plan.pieces(0, 0)
+    ready = time.perf_counter() - started
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    steps = np.random.default_rng(1).integers(0, int(concepts.sum()) // (224 * ROW_LENGTH), 200)
+    times, shares = [], []
+    for step in steps.tolist():
+        started = time.perf_counter()
+        pieces = [piece for lane in range(224) for piece in plan.pieces(step, lane)]
+        times.append(time.perf_counter() - started)
+        of_shard = Counter[int]()
+        for piece in pieces:
+            of_shard[piece.shard] += piece.stop - piece.start
+        shares.append(max(of_shard.values()) / sum(of_shard.values()))
+    print(f"150,000 shards, {concepts.sum() / 1e9:.1f} G concepts, 224 lanes: plan ready in {ready:.2f} s, "
+          f"{memory:.0f} MiB; all rows of a step in {statistics.median(times) * 1e3:.2f} ms "
+          f"(worst {max(times) * 1e3:.2f}); "
+          f"most of a step that comes from one shard: {max(shares):.2%}")  # fmt: skip
 
 
 def write_dataset(folder: Path, concepts: int, embed_dim: int) -> None:
@@ -64,33 +120,72 @@ def write_dataset(folder: Path, concepts: int, embed_dim: int) -> None:
     finish(folder, DatasetInfo(encoder={"name": "random"}, embed_dim=embed_dim, dtype="float16"))
 
 
-def decoded(folder: Path) -> Iterator[int]:
-    """Concepts of each document, as webdataset gives them."""
-    shards = sorted(map(str, folder.glob("*.tar")))
+def forget(folder: str) -> None:
+    """Ask the kernel to drop the files from its page cache."""
+    for path in Path(folder).glob("*.tar"):
+        with path.open("rb") as file:
+            os.fdatasync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read(folder: str, embed_dim: int) -> Iterator[int]:
+    """Concepts' worth of bytes (fp16) of each read; one epoch after the other."""
+    buffer = bytearray(1 << 20)
     while True:
-        for sample in webdataset.WebDataset(shards, shardshuffle=False).decode():
-            yield len(sample["npy"])
+        for path in sorted(Path(folder).glob("*.tar")):
+            with path.open("rb", buffering=0) as file:
+                while count := file.readinto(buffer):
+                    yield count // (2 * embed_dim)
+        yield 0
 
 
-def loaded(folder: str, workers: int, checksums: bool) -> Iterator[int]:
-    """Concepts of each micro-batch of the loader."""
-    dataset = open_dataset(folder, checksums=checksums)
-    plan = Plan([Source([shard.concepts for shard in dataset.shards])], 0, ROWS, ROW_LENGTH)
-    loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, MICRO_BATCH_ROWS, workers)
-    try:
-        for batch in loader:
-            yield batch.concepts.shape[0] * batch.concepts.shape[1]
-    finally:
-        loader.close()
+def decoded(folder: str, workers: int) -> Iterator[int]:
+    """Concepts of each micro-batch of webdataset's documents, packed to rows in as many worker processes."""
+    shards = sorted(map(str, Path(folder).glob("*.tar")))
+    while True:
+        dataset = webdataset.WebDataset(shards, shardshuffle=False).decode().compose(packed)
+        for batch in DataLoader(dataset, batch_size=None, num_workers=workers):
+            yield batch.shape[0] * batch.shape[1]
+        yield 0
 
 
-def speed(counts: Iterator[int], seconds: float) -> float:
-    """Concepts a second over `seconds`, the opening included."""
+def packed(samples: Iterable[dict[str, np.ndarray]]) -> Iterator[torch.Tensor]:
+    """fp16 [micro_batch_rows, row_length, embed_dim], documents one after the other."""
+    batch, filled = None, 0
+    for sample in samples:
+        concepts = sample["npy"]
+        while len(concepts):
+            if batch is None:
+                batch = torch.empty(MICRO_BATCH_ROWS * ROW_LENGTH, concepts.shape[1], dtype=torch.float16)
+            count = min(len(concepts), len(batch) - filled)
+            batch.numpy()[filled : filled + count] = concepts[:count]
+            concepts, filled = concepts[count:], filled + count
+            if filled == len(batch):
+                yield batch.view(MICRO_BATCH_ROWS, ROW_LENGTH, -1)
+                batch, filled = None, 0
+
+
+def loaded(folder: str, workers: int, checksums: bool = False, epochs: int | None = 1) -> Iterator[int]:
+    """Concepts of each micro-batch of the loader; one that reads an epoch is followed by another."""
+    while True:
+        dataset = open_dataset(folder, checksums=checksums)
+        plan = Plan([Source([shard.concepts for shard in dataset.shards])], 0, ROWS, ROW_LENGTH, epochs)
+        loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, MICRO_BATCH_ROWS, workers)
+        try:
+            for batch in loader:
+                yield batch.real_concepts
+        finally:
+            loader.close()
+        yield 0
+
+
+def speed(counts: Iterator[int], seconds: float | None) -> float:
+    """Concepts a second over `seconds`, or over an epoch, which ends with a 0; the opening included."""
     started = time.perf_counter()
     total = 0
     for count in counts:
         total += count
-        if time.perf_counter() - started >= seconds:
+        if time.perf_counter() - started >= seconds if seconds is not None else count == 0:
             break
     elapsed = time.perf_counter() - started
     counts.close()  # type: ignore[attr-defined]

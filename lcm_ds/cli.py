@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return parsed.verb(parsed) or 0
     except InputError as error:
         print(error, file=sys.stderr)
-        return 2
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1
@@ -52,6 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
                  "lcm-ds index 'embeddings-{000..099}.tar' datasets/adopted")  # fmt: skip
     verb.add_argument("shards", metavar="SHARDS", help="a path or URL, with braces for many")
     verb.add_argument("output", metavar="OUT", help="folder for dataset.json, shards.jsonl and the normaliser")
+    verb.add_argument("--like", metavar="DATASET", help="one that the same encoder made: encoder, end of text of it")
+    verb.add_argument("--encoder", nargs="+", metavar="KEY=VALUE", help="name=…, model=…: what made the concepts")
+    verb.add_argument("--extension", default="npy", metavar="EXT", help="of the members with concepts; default: npy")
+    verb.add_argument("--texts", default="json:sentences", metavar="EXT[:FIELD]",
+                      help="where sentences are: in JSON, or lines of a text; default: json:sentences")  # fmt: skip
+    verb.add_argument("--bf16", action="store_true", help="the concepts are bf16, kept as uint16")
+    verb.add_argument("--threads", type=int, default=4, metavar="N", help="tars read at a time; default: 4")
 
     verb = _verb(verbs, "inspect", inspect, "what a dataset holds", "lcm-ds inspect datasets/quickstart --verify")
     verb.add_argument("dataset", metavar="DATASET")
@@ -68,7 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = _verb(verbs, "trace", trace, "the documents that a step sees", "lcm-ds trace runs/quickstart --step 120")
     verb.add_argument("run", metavar="RUN|CONFIG", help="a run folder or a train config")
-    verb.add_argument("--step", type=int, required=True, metavar="N", help="from 0")
+    which = verb.add_mutually_exclusive_group(required=True)
+    which.add_argument("--step", type=int, metavar="N", help="from 0")
+    which.add_argument("--range", type=int, nargs=2, metavar=("A", "B"), help="steps A to B, each with its loss")
+    verb.add_argument("--text", action="store_true", help="print the sentences as well")
     _overrides(verb)
 
     verb = _verb(verbs, "train", train, "a worker: one process of a run",
@@ -147,7 +157,23 @@ def prepare(arguments: argparse.Namespace) -> int:
 def index(arguments: argparse.Namespace) -> None:
     from lcm_ds.data.index import index
 
-    index(arguments.shards, arguments.output)
+    encoder = None
+    if arguments.encoder is not None:
+        if wrong := [text for text in arguments.encoder if "=" not in text]:
+            raise InputError([f"--encoder {text}: has to be KEY=VALUE" for text in wrong])
+        encoder = dict(text.split("=", 1) for text in arguments.encoder)
+    if arguments.threads < 1:
+        raise InputError(f"--threads: {arguments.threads} is below 1")
+    index(
+        arguments.shards,
+        arguments.output,
+        encoder,
+        arguments.like,
+        arguments.extension,
+        arguments.texts,
+        arguments.bf16,
+        threads=arguments.threads,
+    )
 
 
 def inspect(arguments: argparse.Namespace) -> None:
@@ -165,7 +191,8 @@ def fit_normalizer(arguments: argparse.Namespace) -> None:
 def trace(arguments: argparse.Namespace) -> None:
     from lcm_ds.train.trace import trace
 
-    trace(arguments.run, arguments.overrides, arguments.step)
+    first, last = arguments.range or (arguments.step, arguments.step)
+    trace(arguments.run, arguments.overrides, first, last, arguments.text)
 
 
 def train(arguments: argparse.Namespace) -> int:

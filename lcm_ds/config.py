@@ -158,7 +158,10 @@ class DataConfig(Schema):
     row_length: int = Field(1024, ge=2)
     max_segment: int = Field(128, ge=2)
     workers: int = Field(1, ge=0)  # prefetch threads
-    cache_dir: str | None = None  # where shards of remote datasets are kept
+    # where shards of remote datasets are kept, for all ranks of a node: on a disk of its own
+    cache_dir: str | None = None
+    # how much of them, in 10⁹ bytes: at best three shards for each lane of the node; default: what leaves a tenth free
+    cache_gb: float | None = Field(None, gt=0)
     # always: a shard's checksum is compared when a process first opens it; size: only its size
     verify: Literal["always", "size"] = "always"
     # skip: a shard that cannot be read is logged, rows without targets take its place, and the run goes on

@@ -1,4 +1,4 @@
-"""The one exception for what a user can put right; the command line turns it into exit code 2."""
+"""The exception for what a user can put right; the command line turns it into exit code 2."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ class InputError(Exception):
     Each mistake is one line that names the file, the key, the value and what would be right.
     """
 
+    exit_code = 2
+
     def __init__(self, mistakes: str | Iterable[str]) -> None:
         self.mistakes: list[str] = [mistakes] if isinstance(mistakes, str) else list(mistakes)
         super().__init__("\n".join(self.mistakes))
+
+
+class Unavailable(InputError):
+    """What is elsewhere gives no answer: nobody's mistake, and another try may find it."""
+
+    exit_code = 1
 
 
 class Collector:

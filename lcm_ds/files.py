@@ -1,10 +1,12 @@
-"""Writing files so that they are whole or not there, and their checksums."""
+"""Writing files so that they are whole or not there, their checksums, and reading parts of them."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from pathlib import Path
+
+import numpy as np
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
@@ -34,3 +36,33 @@ def sha256_of(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+class OpenFile:
+    """A file to read parts of, from any thread: `file[start:stop]` gives bytes, fewer where it ends sooner.
+
+    Plain reads, not a memory map: they are twice as fast where a file is read once (no page faults), and a file that
+    shrinks or a disk that fails is an error, not the end of the process. Raises OSError.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as this object lives)
+        self._descriptor = self._file.fileno()
+        self._size = os.fstat(self._descriptor).st_size
+
+    def __len__(self) -> int:
+        """Bytes, when it was opened."""
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        return os.pread(self._descriptor, part.stop - part.start, part.start)
+
+    def read_into(self, out: np.ndarray, offset: int) -> bool:
+        """Fill `out`, which is contiguous, with the bytes from `offset` on; False where the file ends sooner."""
+        rest, done = out.reshape(-1).view(np.uint8).data, 0
+        while done < len(rest):
+            count = os.preadv(self._descriptor, (rest[done:],), offset + done)
+            if count == 0:
+                return False
+            done += count
+        return True

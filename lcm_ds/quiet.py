@@ -1,4 +1,4 @@
-"""Loading and saving models without transformers' chatter."""
+"""What reaches the terminal: no chatter of transformers, and nothing in a text that it would obey."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def quiet(reports: bool = False) -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def printable(text: str) -> str:
+    """The text without what a terminal would obey: texts of the web hold escape sequences, too."""
+    return "".join(letter if letter.isprintable() else "�" for letter in text)

@@ -9,10 +9,12 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -22,7 +24,8 @@ from safetensors import SafetensorError
 
 from lcm_ds.config import Schema, validate
 from lcm_ds.data import remote
-from lcm_ds.data.quantization import Quantization
+from lcm_ds.data.cache import Cache
+from lcm_ds.data.quantization import BFloat16, Quantization
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import sync_folder, write_whole
 
@@ -45,7 +48,7 @@ class ShardInfo:
     documents: Count
     concepts: Count
     bytes: Count
-    sha256: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
     def line(self) -> str:
         """The canonical JSON of this shard, which the dataset's fingerprint is made of; without a newline."""
@@ -88,8 +91,11 @@ class DatasetInfo(Schema):
     format_version: Literal[1] = 1
     encoder: dict[str, Any]  # name, model, revision, …: datasets of one mixture must agree on all of it
     embed_dim: int = Field(gt=0)
-    dtype: Literal["float16", "float32", "int8"]  # of the numbers in the shards
+    dtype: Literal["float16", "float32", "bfloat16", "int8"]  # of the numbers in the shards; bfloat16 lies in uint16
     quantization: Steps | None = None  # what int8 stands for
+    extension: str = "npy"  # of the members that hold concepts
+    # where sentences are, if anywhere: EXTENSION:FIELD of a JSON object, or EXTENSION of a text with one a line
+    texts: str = "json:sentences"
     language: str | None = None
     splitter: dict[str, Any] = Field(default_factory=dict)
     end_of_text: EndOfText | None = None  # none for tars made elsewhere that do not say
@@ -105,7 +111,7 @@ class Dataset:
     path: str  # a folder or a URL
     info: DatasetInfo
     shards: tuple[ShardInfo, ...]
-    cache_dir: str | None = None  # where shards that are not on this machine are kept
+    cache: Cache | None = None  # where shards that are not on this machine are kept
     checksums: bool = True  # whether a shard's sha256 is compared when this process first opens it
 
     @property
@@ -114,8 +120,10 @@ class Dataset:
         return self.info.embed_dim
 
     @cached_property
-    def quantization(self) -> Quantization | None:
-        """What the numbers of an int8 dataset stand for."""
+    def storage(self) -> Quantization | BFloat16 | None:
+        """What the numbers in the shards stand for; None: for themselves."""
+        if self.info.dtype == "bfloat16":
+            return BFloat16()
         steps = self.info.quantization
         if steps is None:
             return None
@@ -126,20 +134,37 @@ class Dataset:
         """sha256 over the lines of shards.jsonl in order of the shards' names."""
         return hashlib.sha256("\n".join(shard.line() for shard in self.shards).encode()).hexdigest()
 
-    def shard_file(self, index: int) -> Path:
-        """The file of shard `index` on this machine; one that is elsewhere is fetched. Raises InputError."""
+    def place(self, index: int) -> str:
+        """Where shard `index` is: a path or a URL."""
+        return remote.join(self.path, self.shards[index].name)
+
+    def is_elsewhere(self, index: int) -> bool:
+        """Whether shard `index` is not on this machine."""
+        return remote.is_remote(self.place(index))
+
+    @contextmanager
+    def shard_file(self, index: int) -> Iterator[Path]:
+        """The file of shard `index` on this machine, to open in the context; one that is elsewhere is fetched.
+
+        Raises InputError.
+        """
+        if not self.is_elsewhere(index):
+            yield Path(self.place(index))
+            return
+        assert self.cache is not None  # open_dataset has seen to it
         shard = self.shards[index]
-        place = remote.join(self.path, shard.name)
-        if not remote.is_remote(place):
-            return Path(place)
-        assert self.cache_dir is not None  # open_dataset has seen to it
-        return remote.fetch(place, shard.sha256, shard.bytes, self.cache_dir)
+        with self.cache.holding(self.place(index), shard.sha256, shard.bytes) as path:
+            yield path
+
+    def fetch(self, index: int, stopped: Event) -> None:
+        """Fetch shard `index` before it is used; `stopped`: when set, that is given up. Raises InputError, Stopped."""
+        if self.is_elsewhere(index):
+            assert self.cache is not None
+            self.cache.fetch(self.place(index), self.shards[index].sha256, self.shards[index].bytes, stopped)
 
 
-def open_dataset(
-    path: str | Path, cache_dir: str | Path | None = None, checksums: bool = True, sizes: bool = True
-) -> Dataset:
-    """The dataset in the folder or at the URL `path`; `cache_dir` keeps the shards of one that is elsewhere.
+def open_dataset(path: str | Path, cache: Cache | None = None, checksums: bool = True, sizes: bool = True) -> Dataset:
+    """The dataset in the folder or at the URL `path`; `cache` keeps the shards of one that is elsewhere.
 
     Sizes of shards are compared here, unless `sizes` is false; their checksums when one is first opened, unless
     `checksums` is false.
@@ -147,11 +172,7 @@ def open_dataset(
     is missing or has another size than shards.jsonl lists.
     """
     folder = str(path)
-    if not remote.is_remote(folder) and not Path(folder).is_dir():
-        raise InputError(f"{folder}: no such dataset folder")
-    text = remote.read_bytes(remote.join(folder, DATASET))
-    if text is None:
-        raise InputError(f"{folder}: not a finished dataset (it has no {DATASET}): run lcm-ds prepare again")
+    text = _read_info(folder)
     mistakes = Collector()
     info: DatasetInfo | None = None
     with mistakes:
@@ -160,7 +181,7 @@ def open_dataset(
     with mistakes:
         shards = read_shards(folder)
         if sizes:
-            mistakes.mistakes.extend(_missing_shards(folder, shards, cache_dir))
+            mistakes.mistakes.extend(_missing_shards(folder, shards, cache))
         if info is not None and info.totals != (found := Totals.of(shards)):
             raise InputError(f"{folder}: {DATASET} counts {info.totals}, the lines of {SHARDS} add up to {found}")
         if not any(shard.concepts for shard in shards):
@@ -173,7 +194,12 @@ def open_dataset(
             )
     mistakes.raise_if_any()
     assert info is not None
-    return Dataset(folder, info, tuple(shards), None if cache_dir is None else str(cache_dir), checksums)
+    return Dataset(folder, info, tuple(shards), cache, checksums)
+
+
+def read_info(path: str | Path) -> DatasetInfo:
+    """dataset.json of the dataset in the folder or at the URL `path`. Raises InputError where it is not finished."""
+    return _parse_info(_read_info(str(path)), remote.join(str(path), DATASET))
 
 
 def finish(folder: str | Path, info: DatasetInfo) -> None:
@@ -266,6 +292,15 @@ def read_normalizer(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
 _SHARD_INFO = TypeAdapter(ShardInfo)
 
 
+def _read_info(folder: str) -> bytes:
+    if not remote.is_remote(folder) and not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such dataset folder")
+    text = remote.read_bytes(remote.join(folder, DATASET))
+    if text is None:
+        raise InputError(f"{folder}: not a finished dataset (it has no {DATASET}): run lcm-ds prepare again")
+    return text
+
+
 def _parse_info(text: bytes, path: str) -> DatasetInfo:
     try:
         mapping = json.loads(text)
@@ -289,7 +324,7 @@ def _parse_info(text: bytes, path: str) -> DatasetInfo:
     return info
 
 
-def _missing_shards(folder: str, shards: Iterable[ShardInfo], cache_dir: str | Path | None) -> list[str]:
+def _missing_shards(folder: str, shards: Iterable[ShardInfo], cache: Cache | None) -> list[str]:
     """A line for each listed shard that is missing or not whole; those elsewhere are checked when they are fetched."""
     lines = []
     elsewhere = False
@@ -305,7 +340,7 @@ def _missing_shards(folder: str, shards: Iterable[ShardInfo], cache_dir: str | P
             continue
         if size != shard.bytes:
             lines.append(f"{place}: has {size} bytes, {SHARDS} lists {shard.bytes}")
-    if elsewhere and cache_dir is None:
+    if elsewhere and cache is None:
         lines.append(
             f"{folder}: has shards that are not on this machine: data.cache_dir has to name a folder to keep them"
         )

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from threading import Lock
+from threading import Event, Lock
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -24,6 +24,7 @@ from lcm_ds.data.buffers import Buffers
 from lcm_ds.data.format import Dataset
 from lcm_ds.data.plan import Piece, Plan, Source, document_order
 from lcm_ds.data.reader import Shard, open_shard
+from lcm_ds.data.remote import Stopped
 from lcm_ds.data.rows import Gap, Segment, ShardInOrder, cut, fill_row
 from lcm_ds.errors import InputError
 
@@ -165,17 +166,24 @@ class TraceLine(NamedTuple):
     shard: str
     key: str
     id: str
-    words: str  # the first words of the segment; empty where the dataset keeps no sentences
+    sentences: tuple[str, ...]  # of the segment; none where the dataset keeps none
     start: int  # concepts, counted in the document
     stop: int
 
 
-def trace(datasets: Sequence[Dataset], plan: Plan, max_segment: int, step: int) -> list[TraceLine]:
-    """All segments of a step, lane by lane."""
-    rows = _Rows(datasets, plan, max_segment, 1, FEWEST_OPEN)
+def trace(
+    datasets: Sequence[Dataset], plan: Plan, max_segment: int, steps: range, skip_bad: bool = False
+) -> Iterator[tuple[int, list[TraceLine]]]:
+    """Each step, and all its segments, lane by lane; skip_bad: as of `Loader`."""
+    rows = _Rows(datasets, plan, max_segment, 1, plan.rows_per_step, skip_bad=skip_bad)
+    for step in steps:
+        yield step, _trace_step(rows, step)
+
+
+def _trace_step(rows: _Rows, step: int) -> list[TraceLine]:
     return [
         _trace_line(lane, number, segment)
-        for lane in range(plan.rows_per_step)
+        for lane in range(rows.plan.rows_per_step)
         for number, segment in enumerate(rows.segments(step, lane))
         if isinstance(segment, Segment)
     ]
@@ -184,8 +192,8 @@ def trace(datasets: Sequence[Dataset], plan: Plan, max_segment: int, step: int) 
 def _trace_line(lane: int, number: int, segment: Segment) -> TraceLine:
     shard, document, start, stop = segment
     meta = shard.meta(document)
-    words = " ".join(str(meta["sentences"][start]).split()[:8]) if meta["sentences"] else ""
-    return TraceLine(lane, number, shard.name, shard.keys[document], str(meta["id"]), words, start, stop)
+    sentences = tuple(map(str, meta["sentences"][start:stop]))
+    return TraceLine(lane, number, shard.name, shard.keys[document], str(meta["id"]), sentences, start, stop)
 
 
 class _Rows:
@@ -202,7 +210,7 @@ class _Rows:
         skip_bad: bool = False,
     ) -> None:
         self.datasets, self.plan, self.max_segment = datasets, plan, max_segment
-        dtype = torch.float32 if any(d.info.dtype == "float32" for d in datasets) else torch.float16
+        dtype = torch.float32 if any(d.info.dtype in ("float32", "bfloat16") for d in datasets) else torch.float16
         self._buffers = Buffers((micro_batch_rows, plan.row_length, datasets[0].embed_dim), dtype, pinned)
         self._most = min(max(open_shards, FEWEST_OPEN), MOST_OPEN)
         # Futures, so that a thread that needs a shard waits for the one that is opening it, and for no other.
@@ -286,8 +294,9 @@ class _Fetching:
 
     def __init__(self, datasets: Sequence[Dataset], plan: Plan, lanes: range) -> None:
         self.datasets, self.plan = datasets, plan
+        self._stopped = Event()
         self._coming: dict[int, list[int]] = {
-            lane: [] for lane in lanes if datasets[plan.source_of(lane)].cache_dir is not None
+            lane: [] for lane in lanes if datasets[plan.source_of(lane)].cache is not None
         }
         self._pool = ThreadPoolExecutor(FETCHED_AT_A_TIME, "lcm-ds-fetch") if self._coming else None
 
@@ -302,10 +311,11 @@ class _Fetching:
                     self._pool.submit(self._fetch, self.plan.source_of(lane), shard)
 
     def _fetch(self, source: int, shard: int) -> None:
-        with suppress(InputError):  # it comes again where the shard is read
-            self.datasets[source].shard_file(shard)
+        with suppress(InputError, Stopped):  # an error comes again where the shard is read
+            self.datasets[source].fetch(shard, self._stopped)
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads; what they are fetching is given up."""
+        self._stopped.set()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,4 +1,6 @@
-"""Concepts in 8 bits a number: half the bytes of fp16, each dimension in steps of its own.
+"""Numbers that stand for others: concepts in 8 bits, and bf16 in the guise of uint16.
+
+In 8 bits concepts take half the bytes of fp16, each dimension in steps of its own.
 
 A step is 8/127 of the dimension's scale (its standard deviation, robustly), so that the 127 steps to each side reach 8
 standard deviations. Rounding errs by step/√12, 1.8 % of a standard deviation; the noise that training adds to its
@@ -8,6 +10,7 @@ inputs is 5 % by default.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -22,6 +25,8 @@ class Quantization:
     center: np.ndarray
     step: np.ndarray
 
+    dtype: ClassVar[type] = np.float16  # of what is decoded
+
     @classmethod
     def of(cls, center: np.ndarray, scale: np.ndarray) -> Quantization:
         """From a normaliser's numbers, [embed_dim] each."""
@@ -35,8 +40,23 @@ class Quantization:
     def decode(self, stored: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Concepts [n, embed_dim], raw space, of what `encode` gave; float16, or in `out` and its dtype."""
         if out is None:
-            out = np.empty(stored.shape, np.float16)
+            out = np.empty(stored.shape, self.dtype)
         concepts = np.multiply(stored, self.step, dtype=np.float32)
         concepts += self.center
+        out[...] = concepts
+        return out
+
+
+@dataclass(frozen=True)
+class BFloat16:
+    """bf16 as uint16, which NumPy has no type for: the upper half of a float32."""
+
+    dtype: ClassVar[type] = np.float32
+
+    def decode(self, stored: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """float32 [n, embed_dim], or `out` in its dtype, of uint16 [n, embed_dim]."""
+        concepts = (stored.astype(np.uint32) << 16).view(np.float32)
+        if out is None:
+            return concepts
         out[...] = concepts
         return out

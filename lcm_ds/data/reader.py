@@ -1,4 +1,4 @@
-"""Reading shards: a memory map whose headers are parsed once, and concepts that are views of it.
+"""Reading shards: their headers are parsed when they are opened, then concepts are read straight to where they belong.
 
 What disagrees with shards.jsonl or dataset.json, or is not what the format allows, is an error that names shard and
 key.
@@ -13,20 +13,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from lcm_ds.data.cache import Cache
 from lcm_ds.data.format import SHARDS, Dataset, ShardInfo
-from lcm_ds.data.quantization import Quantization
-from lcm_ds.data.tar import Member, read_members
+from lcm_ds.data.quantization import BFloat16, Quantization
+from lcm_ds.data.tar import HEAD, Member, read_members
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.files import sha256_of
+from lcm_ds.files import OpenFile, sha256_of
 
-_NPY_HEADER = 128  # bytes of an array's header, nearly always
+_STORED = {"bfloat16": "uint16"}
 
 
 class Shard:
@@ -34,7 +34,8 @@ class Shard:
 
     keys: of each document; lengths: int64, concepts of each document. `info`, `embed_dim` and `dtype` are what the tar
     has to agree with; left out, embed_dim and dtype are those of its first document (None where it has none).
-    quantization: what int8 numbers stand for. Raises InputError naming shard and key.
+    storage: what its numbers stand for. extension, texts: as in DatasetInfo. name: where it is from, for messages; by
+    default that of `info` or of the file. Raises InputError naming shard and key.
     """
 
     def __init__(
@@ -43,39 +44,51 @@ class Shard:
         info: ShardInfo | None = None,
         embed_dim: int | None = None,
         dtype: str | None = None,
-        quantization: Quantization | None = None,
+        storage: Quantization | BFloat16 | None = None,
+        extension: str = "npy",
+        texts: str = "json:sentences",
+        name: str | None = None,
     ) -> None:
         self.path = Path(path)
-        self.name = info.name if info is not None else self.path.name
+        self.name = name or (info.name if info is not None else self.path.name)
         # For messages: a shard of the cache has its checksum for a name, which tells nobody where it is from.
         self.where = str(path) if self.path.name == Path(self.name).name else f"{self.name} (kept as {path})"
         self.embed_dim = embed_dim
-        self.quantization = quantization
-        self.dtype = None if dtype is None else np.dtype(dtype).newbyteorder("<")
-        self._data = _map(self.path)
+        self.storage = storage
+        self.dtype = None if dtype is None else np.dtype(_STORED.get(dtype, dtype)).newbyteorder("<")
+        self.extension = extension
+        self._text_extension, _, self._field = texts.partition(":")
+        self._data = _open(self.path)
         if info is not None and len(self._data) != info.bytes:
             raise InputError(f"{self.where}: has {len(self._data)} bytes, {SHARDS} lists {info.bytes}")
         self.keys: list[str] = []
-        self._metas: dict[str, Member] = {}
-        self._npys: list[Member] = []
+        # offset and size in the tar, by key
+        self._metas: dict[str, tuple[int, int]] = {}
+        self._texts: dict[str, tuple[int, int]] = {}
+        self._npys: list[tuple[int, int]] = []
         self._offsets: list[int] = []
         lengths = []
         known: dict[tuple[bytes, int], tuple[int, int]] = {}
-        for member in read_members(self._data, self.where):
-            key, extension = _split(member.name)
-            if extension == "npy":
-                head = self._data[member.offset : member.offset + _NPY_HEADER]
-                found = known.get((head, member.size))
+        try:
+            members = read_members(self._data, self.where)
+        except OSError as error:
+            raise InputError(f"{self.where}: cannot be read: {error.strerror}") from None
+        for member in members:
+            key, kind = _split(member.name)
+            if kind == extension:
+                found = known.get((member.head, member.size))
                 if found is None:
                     found = self._check(key, member)
-                    if found[0] == _NPY_HEADER:  # else there may be more to the header than `head`
-                        known[head, member.size] = found
+                    if found[0] == HEAD:  # nearly always; else there may be more to it than `head`
+                        known[member.head, member.size] = found
                 self.keys.append(key)
-                self._npys.append(member)
+                self._npys.append((member.offset, member.size))
                 self._offsets.append(member.offset + found[0])
                 lengths.append(found[1])
-            elif extension == "json":
-                self._metas[key] = member
+            elif kind == "json":
+                self._metas[key] = (member.offset, member.size)
+            elif kind == self._text_extension:
+                self._texts[key] = (member.offset, member.size)
         self.lengths = np.array(lengths, np.int64)
         self._check_counts(info)
 
@@ -86,34 +99,43 @@ class Shard:
     def concepts(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Concepts `start` to `stop` of the document, all by default: [n, embed_dim], raw space.
 
-        In the stored dtype a read-only view of the memory map; float16 where they are stored in 8 bits.
+        In the stored dtype, or that of what it stands for (see lcm_ds.data.quantization). Raises InputError.
         """
         first, last, _ = slice(start, stop).indices(int(self.lengths[document]))
         assert self.embed_dim is not None
         assert self.dtype is not None
-        offset = self._offsets[document] + first * self.embed_dim * self.dtype.itemsize
-        flat = np.frombuffer(self._data, self.dtype, (last - first) * self.embed_dim, offset)
-        stored = flat.reshape(last - first, self.embed_dim)
-        return stored if self.quantization is None else self.quantization.decode(stored)
+        out = np.empty((last - first, self.embed_dim), self.dtype if self.storage is None else self.storage.dtype)
+        self.read_into(out, document, first)
+        return out
 
     def read_into(self, out: np.ndarray, document: int, start: int) -> None:
-        """Copy concepts of the document, from `start` on, to `out` [n, embed_dim], raw space, in `out`'s dtype."""
+        """Read concepts of the document, from `start` on, to `out` [n, embed_dim], raw space, in `out`'s dtype.
+
+        out: contiguous. Raises InputError where the file cannot be read, or is not as long as it was.
+        """
         assert self.dtype is not None
-        flat = out.shape[0] * out.shape[1]
         offset = self._offsets[document] + start * out.shape[1] * self.dtype.itemsize
-        stored = np.frombuffer(self._data, self.dtype, flat, offset).reshape(out.shape)
-        if self.quantization is None:
+        same = out.dtype == self.dtype and self.storage is None
+        stored = out if same else np.empty(out.shape, self.dtype)
+        try:
+            whole = self._data.read_into(stored, offset)
+        except OSError as error:
+            raise InputError(f"{self.where}: {self.keys[document]}: cannot be read: {error.strerror}") from None
+        if not whole:
+            raise InputError(f"{self.where}: {self.keys[document]}: is cut off: the file has become shorter")
+        if self.storage is not None:
+            self.storage.decode(stored, out)
+        elif not same:
             out[...] = stored
-        else:
-            self.quantization.decode(stored, out)
 
     def members(self, document: int) -> dict[str, bytes]:
         """The document's files in the tar, by extension."""
         key = self.keys[document]
-        found = {"npy": self._npys[document]}
-        if key in self._metas:
-            found["json"] = self._metas[key]
-        return {name: bytes(self._data[m.offset : m.offset + m.size]) for name, m in found.items()}
+        found = {self.extension: self._npys[document]}
+        for extension, members in (("json", self._metas), (self._text_extension, self._texts)):
+            if key in members:
+                found[extension] = members[key]
+        return {extension: self._data[at : at + size] for extension, (at, size) in found.items()}
 
     def meta(self, document: int) -> dict[str, Any]:
         """The document's `id`, `source` and `sentences`, and what else its JSON holds.
@@ -122,29 +144,42 @@ class Shard:
         Raises InputError where the JSON is none, or has not as many sentences as there are concepts.
         """
         key = self.keys[document]
-        meta = {"id": key, "source": self.name, "sentences": []}
-        member = self._metas.get(key)
-        if member is None:
-            return meta
-        try:
-            found = json.loads(self._data[member.offset : member.offset + member.size])
-        except ValueError as error:
-            raise InputError(f"{self.where}: {key}.json: not JSON: {error}") from None
-        if not isinstance(found, dict) or not isinstance(found.get("sentences", []), list):
-            raise InputError(f"{self.where}: {key}.json: has to be an object with a list of sentences")
-        count, length = len(found.get("sentences", [])), int(self.lengths[document])
-        if count != length and "sentences" in found:
+        meta: dict[str, Any] = {"id": key, "source": self.name}
+        if key in self._metas:
+            at, size = self._metas[key]
+            try:
+                found = json.loads(self._data[at : at + size])
+            except ValueError as error:
+                raise InputError(f"{self.where}: {key}.json: not JSON: {error}") from None
+            if not isinstance(found, dict) or not isinstance(found.get(self._field, []), list):
+                raise InputError(f"{self.where}: {key}.json: has to be an object with a list of {self._field}")
+            meta |= found
+        sentences = meta.get(self._field) if self._field else self._lines(key)
+        count, length = len(sentences or ()), int(self.lengths[document])
+        if sentences is not None and count != length:
             raise InputError(f"{self.where}: {key}: has {count} sentences and {length} concepts")
-        return meta | found
+        return meta | {"sentences": sentences or []}
+
+    def _lines(self, key: str) -> list[str] | None:
+        """The lines of the document's text; None where it has none."""
+        if key not in self._texts:
+            return None
+        at, size = self._texts[key]
+        try:
+            text = self._data[at : at + size].decode("utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{self.where}: {key}.{self._text_extension}: not UTF-8: {error}") from None
+        return text.split("\n") if text else []
 
     def _check(self, key: str, member: Member) -> tuple[int, int]:
         """After how many bytes the document's numbers begin, and how many concepts they are."""
-        where = f"{self.where}: {key}.npy"
+        where = f"{self.where}: {key}.{self.extension}"
         # The length of the header: two bytes in version 1 of the format, four after it.
-        head = self._data[member.offset : member.offset + min(12, member.size)]
-        width = 2 if head[6:7] == b"\1" else 4
-        size = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
-        header = self._data[member.offset : member.offset + min(size, member.size)]
+        width = 2 if member.head[6:7] == b"\1" else 4
+        size = 8 + width + int.from_bytes(member.head[8 : 8 + width], "little")
+        header = member.head
+        if size != len(header):
+            header = self._data[member.offset : member.offset + min(size, member.size)]
         try:
             shape, fortran_order, dtype = _npy_header(header)
         except ValueError as error:
@@ -167,7 +202,7 @@ class Shard:
             twice = next(key for i, key in enumerate(self.keys) if key in self.keys[:i])
             raise InputError(f"{self.where}: {twice}: two documents have this key")
         if orphans := self._metas.keys() - keys:
-            raise InputError(f"{self.where}: {min(orphans)}: has a .json and no .npy")
+            raise InputError(f"{self.where}: {min(orphans)}: has a .json and no .{self.extension}")
         found = (len(self), int(self.lengths.sum()))
         if info is not None and found != (info.documents, info.concepts):
             raise InputError(
@@ -178,18 +213,25 @@ class Shard:
 
 def open_shard(dataset: Dataset, index: int) -> Shard:
     """Shard `index` of a dataset, checked against it; fetched first where it is elsewhere. Raises InputError."""
-    shard = Shard(
-        dataset.shard_file(index), dataset.shards[index], dataset.embed_dim, dataset.info.dtype, dataset.quantization
-    )
-    if dataset.checksums:
-        _compare(shard, _checksum(shard.path, shard.path.stat().st_mtime_ns), dataset.shards[index])
+    if dataset.checksums and dataset.is_elsewhere(index):
+        with dataset.shard_file(index) as path:
+            rotten = _checksum(path) != dataset.shards[index].sha256
+        if rotten:  # since it came
+            assert dataset.cache is not None
+            dataset.cache.forget(dataset.shards[index].sha256)
+    with dataset.shard_file(index) as path:
+        info = dataset.info
+        listed, storage = dataset.shards[index], dataset.storage
+        shard = Shard(path, listed, info.embed_dim, info.dtype, storage, info.extension, info.texts)
+        if dataset.checksums:
+            _compare(shard, _checksum(path), dataset.shards[index])
     return shard
 
 
 def open_shard_once(dataset: Dataset, index: int) -> Shard:
     """`open_shard` for one that nobody comes back to: where it was fetched, its file goes when the `Shard` does."""
     with _keeping_nothing(dataset) as passing:
-        return open_shard(passing, index)  # the map outlives the file's name
+        return open_shard(passing, index)  # it stays readable when its name is gone
 
 
 def verify(dataset: Dataset, threads: int = 4) -> Iterator[list[str]]:
@@ -216,12 +258,12 @@ def verify(dataset: Dataset, threads: int = 4) -> Iterator[list[str]]:
 @contextmanager
 def _keeping_nothing(dataset: Dataset) -> Iterator[Dataset]:
     """The dataset, its shards that are elsewhere fetched anew into a folder that lasts as long as the context."""
-    if dataset.cache_dir is None:  # all are on this machine
+    if dataset.cache is None:  # all are on this machine
         yield dataset
         return
-    Path(dataset.cache_dir).mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=dataset.cache_dir, prefix="shard-") as folder:
-        yield replace(dataset, cache_dir=folder)
+    Path(dataset.cache.folder).mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=dataset.cache.folder, prefix="shard-") as folder:
+        yield replace(dataset, cache=Cache(folder))
 
 
 def _sha256(shard: Shard) -> str:
@@ -236,25 +278,31 @@ def _compare(shard: Shard, sha256: str, info: ShardInfo) -> None:
         raise InputError(f"{shard.where}: has sha256 {sha256}, {SHARDS} lists {info.sha256}: its bytes have changed")
 
 
-@lru_cache(maxsize=1 << 18)  # once a process and shard: epochs come back to the same ones
-def _checksum(path: Path, changed: int) -> str:
+def _checksum(path: Path) -> str:
+    """The file's sha256, read once a process: epochs come back to the same shards."""
+    found = path.stat()
+    return _checksum_of(path, found.st_ino, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=1 << 18)
+def _checksum_of(path: Path, inode: int, changed: int) -> str:
     return sha256_of(path)
 
 
-def _map(path: Path) -> mmap:
+def _open(path: Path) -> OpenFile:
     try:
-        with path.open("rb") as file:
-            return mmap(file.fileno(), 0, access=ACCESS_READ)
+        file = OpenFile(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise InputError(f"{path}: is empty") from None
+    if not len(file):
+        raise InputError(f"{path}: is empty")
+    return file
 
 
 def _split(name: str) -> tuple[str, str]:
     """Key and extension as WebDataset has them: cut at the first dot after the last slash."""
     dot = name.find(".", name.rfind("/") + 1)
-    return (name[:dot], name[dot + 1 :]) if dot > 0 else (name, "")
+    return (name[:dot], name[dot + 1 :].lower()) if dot > 0 else (name, "")
 
 
 @lru_cache(maxsize=4096)  # documents of the same length have the same header

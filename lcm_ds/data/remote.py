@@ -1,18 +1,58 @@
-"""Files of datasets that are not on this machine: read through fsspec, shards kept in a cache by their checksum.
+"""Files that are not on this machine: whole files read and copied through fsspec.
 
-A file of the cache has the name of its sha256 and was checked against it when it came, so it is never half a shard.
+What can pass (a dropped connection, 429, 5xx, a body that is not whole) is tried again, with pauses that double; what
+cannot (403, 404, no credentials, an unknown protocol) is an error at once.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
+import logging
 import os
-import uuid
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event
+from typing import Any, TypeVar
 
-import fsspec
+from fsspec.callbacks import Callback
+from fsspec.core import url_to_fs
 
-from lcm_ds.errors import InputError
+from lcm_ds.errors import InputError, Unavailable
+from lcm_ds.files import sha256_of
+
+logger = logging.getLogger(__name__)
+
+# The pauses add up to about a minute, or two where the server is slow to answer.
+ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE = 8, 0.5, 16.0  # seconds
+DAMAGED_ATTEMPTS = 3  # for what comes whole and yet is not what was asked for
+CONNECT_TIMEOUT, READ_TIMEOUT = 15, 30  # seconds without an answer, or without a byte more
+
+_PASSING_STATUS = (408, 425, 429)  # and all from 500 on
+# None of these is a matter of time, not even those that are OSErrors.
+_LASTING = (
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ImportError,
+    ValueError,
+    TypeError,
+    NotImplementedError,
+    RecursionError,
+)
+_LASTING_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore
+_LASTING_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+Result = TypeVar("Result")
+
+
+class Damaged(Exception):
+    """What came is not what was asked for."""
+
+
+class Stopped(Exception):
+    """A copy that was given up because nobody waits for it any longer."""
 
 
 def is_remote(path: str | Path) -> bool:
@@ -30,52 +70,139 @@ def join(folder: str, name: str) -> str:
 
 
 def read_bytes(path: str) -> bytes | None:
-    """A small file's bytes, from a path or a URL; None where there is no such file. Raises InputError otherwise."""
+    """A small file's bytes, from a path or a URL; None where there is no such file.
+
+    Raises InputError where it cannot be read, Unavailable where its server gives no answer.
+    """
+
+    def read() -> bytes:
+        files, place = _file_system(path)
+        return bytes(files.cat_file(place))
+
     try:
-        if not is_remote(path):
-            return Path(path).read_bytes()
-        with fsspec.open(path, "rb") as file:
-            return bytes(file.read())
+        return _try(path, read) if is_remote(path) else Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, ImportError) as error:
+    except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
-def fetch(url: str, sha256: str, size: int, cache_dir: str | Path) -> Path:
-    """The file in `cache_dir` that holds the shard at `url`, brought there if it is not there yet.
+def copy(
+    url: str, target: Path, sha256: str | None = None, size: int | None = None, stopped: Event | None = None
+) -> tuple[str, int]:
+    """Copy the file at `url` to `target`, synced; returns its sha256 and its size in bytes.
 
-    Raises InputError where it cannot be read, or what came is not what shards.jsonl lists (`sha256`, `size` in bytes).
+    sha256, size: what shards.jsonl lists; something else is fetched again a few times. stopped: when set, the copy is
+    given up with Stopped. Raises InputError where it cannot be had, Unavailable where its server gives no answer. A
+    part of the file may be left behind then.
     """
-    target = Path(cache_dir) / f"{sha256}.tar"
-    if target.exists():
-        return target
-    Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    # Ranks of a node share the cache: each writes a file of its own, and the last rename wins with the same bytes.
-    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
-    try:
-        digest, came = download(url, partial)
-        if (digest, came) != (sha256, size):
-            raise InputError(
-                f"{url}: came with {came} bytes and sha256 {digest}, shards.jsonl lists {size} bytes and {sha256}"
-            )
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
 
-
-def download(url: str, target: Path) -> tuple[str, int]:
-    """Copy the file at `url` to `target`; returns its sha256 and its size in bytes. Raises InputError."""
-    digest, came = hashlib.sha256(), 0
-    try:
-        with fsspec.open(url, "rb") as source, target.open("wb") as file:
-            while piece := source.read(1 << 20):
-                digest.update(piece)
-                came += len(piece)
-                file.write(piece)
-            file.flush()
+    def fetch() -> tuple[str, int]:
+        files, place = _file_system(url)
+        files.get_file(place, str(target), callback=_Watch(size, stopped))
+        with target.open("rb") as file:
             os.fsync(file.fileno())
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{url}: cannot be fetched: {error}") from error
-    return digest.hexdigest(), came
+        came = target.stat().st_size, sha256_of(target)
+        if (size is not None and came[0] != size) or (sha256 is not None and came[1] != sha256):
+            raise Damaged(
+                f"came with {came[0]} bytes and sha256 {came[1]}, shards.jsonl lists {size} bytes and {sha256}"
+            )
+        return came[1], came[0]
+
+    try:
+        return _try(url, fetch, stopped)
+    except OSError as error:
+        raise InputError(f"{url}: cannot be fetched: {_reason(error)}") from error
+
+
+class _Watch(Callback):
+    """Ends a copy that is too long, or that nobody waits for."""
+
+    def __init__(self, size: int | None, stopped: Event | None) -> None:
+        super().__init__()
+        self._listed, self._stopped = size, stopped
+
+    def relative_update(self, inc: int = 1) -> None:
+        super().relative_update(inc)
+        if self._stopped is not None and self._stopped.is_set():
+            raise Stopped
+        if self._listed is not None and self.value > self._listed:
+            raise Damaged(f"came with more than the {self._listed} bytes that shards.jsonl lists")
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """The file system that a URL is on, and what the file is called there."""
+    protocol = url.rpartition("::")[2].partition("://")[0]
+    options: dict[str, Any] = {}
+    if protocol in ("http", "https"):
+        import aiohttp  # of the extra `remote`
+
+        # By default a copy may take five minutes and proxies are left out.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
+        options[protocol] = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+    return url_to_fs(url, **options)
+
+
+def _try(url: str, action: Callable[[], Result], stopped: Event | None = None) -> Result:
+    """What `action` returns, in one of several attempts.
+
+    Raises FileNotFoundError, and OSError for errors of this machine; InputError for what will not pass, Unavailable for
+    what did not.
+    """
+    damaged = 0
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return action()
+        except (Stopped, FileNotFoundError):
+            raise
+        except Exception as error:
+            reason = _reason(error)
+            if isinstance(error, Damaged):
+                damaged += 1
+                if damaged == DAMAGED_ATTEMPTS:
+                    raise InputError(f"{url}: {reason}") from error
+            elif not _may_pass(error):
+                raise InputError(f"{url}: cannot be read: {reason}") from error
+            if attempt == ATTEMPTS:
+                raise Unavailable(f"{url}: cannot be read, tried {ATTEMPTS} times: {reason}") from error
+        pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1)) * random.uniform(0.75, 1.25)
+        logger.warning("%s: %s; again in %.1f s", url, reason, pause)
+        if (stopped or Event()).wait(pause):
+            raise Stopped
+    raise AssertionError("unreachable")
+
+
+def _may_pass(error: Exception) -> bool:
+    status = _status(error)
+    if status is not None:
+        return status in _PASSING_STATUS or status >= 500
+    if isinstance(error, OSError) and error.errno in _LASTING_ERRNO:
+        return False
+    return not isinstance(error, _LASTING) and type(error).__name__ not in _LASTING_NAMES
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status behind an error of aiohttp, botocore, gcsfs or huggingface_hub; None where there is none."""
+    for cause in _causes(error):
+        response = getattr(cause, "response", None)
+        found = [getattr(cause, "status", None), getattr(cause, "code", None), getattr(response, "status_code", None)]
+        if isinstance(response, dict):
+            found.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+        for status in found:
+            if str(status).isdigit() and 400 <= int(str(status)) < 600:
+                return int(str(status))
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised from, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _reason(error: BaseException) -> str:
+    """One line: what the error says, its type where it says nothing, and the HTTP status where there is one."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    status = _status(error)
+    return text if status is None or str(status) in text else f"{status}: {text}"

@@ -6,17 +6,19 @@ so is an archive without its end mark: one that was cut off between two members 
 
 from __future__ import annotations
 
-from mmap import mmap
 from typing import NamedTuple
 
 import numpy as np
 
 from lcm_ds.errors import InputError
+from lcm_ds.files import OpenFile
 
 BLOCK = 512
+HEAD = 128  # bytes of a member that come with its header: an .npy file says there what it holds
 _END = bytes(BLOCK)
 _USTAR = np.frombuffer(b"ustar\0", np.uint8)  # GNU has spaces there, and other things behind
 _REGULAR = frozenset(b"0\0")
+_PLACES = np.array([8**place for place in range(5, -1, -1)], np.uint32)  # of six octal digits
 _IGNORED = frozenset(b"gK12345")  # comments, links, devices and folders hold no samples
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 
@@ -27,28 +29,27 @@ class Member(NamedTuple):
     name: str
     offset: int
     size: int
+    head: bytes  # the first HEAD of them, or as many as there are
 
 
-def read_members(data: mmap | bytes, where: str) -> list[Member]:
+def read_members(data: OpenFile | bytes, where: str) -> list[Member]:
     """The regular files of the tar in `data`, in order. Raises InputError, which begins with `where`."""
-    if (packed := _COMPRESSED.get(data[:2])) is not None:
+    if (packed := _COMPRESSED.get(data[0:2])) is not None:
         raise InputError(f"{where}: is compressed ({packed}); shards are plain tars")
-    headers, sizes = _walk(data, where)
-    if not headers:
-        return []
+    places, sizes, headers, heads = _walk(data, where)
     # What needs no walk is done for all headers at once, which is several times as fast.
-    blocks = np.frombuffer(data, np.uint8, len(data) // BLOCK * BLOCK).reshape(-1, BLOCK)[np.array(headers) // BLOCK]
-    _check_sums(blocks, headers, where)
+    blocks = np.frombuffer(headers, np.uint8).reshape(-1, BLOCK)
+    _check_sums(blocks, places, where)
     names = np.ascontiguousarray(blocks[:, :100]).view("S100").ravel().tolist()
     split = np.flatnonzero((blocks[:, 345] != 0) & (blocks[:, 257:263] == _USTAR).all(axis=1))
     for index in split.tolist():  # ustar has the folder of a long name in a field of its own
         names[index] = b"%b/%b" % (_upto_zero(blocks[index, 345:500].tobytes()), _upto_zero(names[index]))
     members: list[Member] = []
     long_name: str | None = None
-    for at, size, kind, name in zip(headers, sizes, blocks[:, 156].tolist(), names, strict=True):
+    for at, size, kind, name, head in zip(places, sizes, blocks[:, 156].tolist(), names, heads, strict=True):
         start = at + BLOCK
         if kind in _REGULAR:
-            members.append(Member(long_name or _text(name), start, size))
+            members.append(Member(long_name or _text(name), start, size, head[:size]))
         elif kind == ord("L"):
             long_name = _text(data[start : start + size])
             continue
@@ -61,27 +62,32 @@ def read_members(data: mmap | bytes, where: str) -> list[Member]:
     return members
 
 
-def _walk(data: mmap | bytes, where: str) -> tuple[list[int], list[int]]:
-    """Where each header begins, and how many bytes follow it."""
-    headers: list[int] = []
+def _walk(data: OpenFile | bytes, where: str) -> tuple[list[int], list[int], bytes, list[bytes]]:
+    """Where each header begins, how many bytes follow it, all headers joined, and the HEAD bytes behind each."""
+    places: list[int] = []
     sizes: list[int] = []
+    headers: list[bytes] = []
+    heads: list[bytes] = []
     at = 0
     while True:
+        piece = data[at : at + BLOCK + HEAD]
+        header = piece[:BLOCK]
         try:
-            size = int(data[at + 124 : at + 135], 8)  # nearly always eleven octal digits
+            size = int(header[124:135], 8)  # nearly always eleven octal digits
         except ValueError:
-            header = data[at : at + BLOCK]
             if header == _END:
-                return headers, sizes
+                return places, sizes, b"".join(headers), heads
             if at > len(data):
-                name = _text(data[headers[-1] : headers[-1] + 100])
+                name = _text(headers[-1][:100])
                 raise InputError(f"{where}: is cut off in its member {name!r}") from None
             if len(header) < BLOCK:
                 raise InputError(f"{where}: is cut off: it ends at byte {len(data)} without a tar's end mark") from None
             size = _number(header[124:136], at, where)
         if size < 0:
             raise _no_header(at, where)
-        headers.append(at)
+        places.append(at)
+        headers.append(header)
+        heads.append(piece[BLOCK:])
         sizes.append(size)
         at += BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK
 
@@ -105,7 +111,7 @@ def _upto_zero(field: bytes) -> bytes:
 
 
 def _text(field: bytes) -> str:
-    return _upto_zero(field).decode("utf-8", errors="surrogateescape")
+    return (_upto_zero(field) if 0 in field else field).decode("utf-8", errors="surrogateescape")
 
 
 def _pax_path(records: bytes, where: str) -> str | None:
@@ -126,13 +132,15 @@ def _pax_path(records: bytes, where: str) -> str | None:
     return path
 
 
-def _check_sums(blocks: np.ndarray, headers: list[int], where: str) -> None:
+def _check_sums(blocks: np.ndarray, places: list[int], where: str) -> None:
     """Every header's own checksum: the sum of its bytes, the eight of the checksum taken as spaces.
 
-    blocks: uint8 [headers, 512]; headers: where each begins.
+    blocks: uint8 [headers, 512]; places: where each begins.
     """
     found = blocks.sum(axis=1, dtype=np.uint32) - blocks[:, 148:156].sum(axis=1, dtype=np.uint32) + 8 * ord(" ")
-    said = np.ascontiguousarray(blocks[:, 148:156]).view("S8").ravel().tolist()
-    for at, field, expected in zip(headers, said, found.tolist(), strict=True):
-        if _number(field.ljust(8, b"\0"), at, where) != expected:
-            raise InputError(f"{where}: is damaged: the member's header at byte {at} is not whole")
+    digits = blocks[:, 148:154] - np.uint8(ord("0"))  # nearly always six octal digits
+    usual = (digits < 8).all(axis=1) & (blocks[:, 154] == 0) & (blocks[:, 155] == ord(" "))
+    right = usual & (digits.astype(np.uint32) @ _PLACES == found)
+    for index in np.flatnonzero(~right).tolist():
+        if _number(blocks[index, 148:156].tobytes(), places[index], where) != found[index]:
+            raise InputError(f"{where}: is damaged: the member's header at byte {places[index]} is not whole")

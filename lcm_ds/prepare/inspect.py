@@ -13,11 +13,13 @@ import numpy as np
 from safetensors import safe_open
 
 from lcm_ds.data import remote
+from lcm_ds.data.cache import Cache
 from lcm_ds.data.format import DATASET, NORMALIZER, Dataset, open_dataset, read_normalizer
 from lcm_ds.data.reader import open_shard_once
 from lcm_ds.data.reader import verify as read_again
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.prepare.output import SPLITS
+from lcm_ds.quiet import printable
 
 # For the lengths of sentences, which only the texts tell; the second where shards have to be fetched for it.
 SAMPLED_SHARDS, FETCHED_SHARDS = 50, 5
@@ -37,7 +39,7 @@ def inspect(path: str | Path, verify: bool = False, sample: int = 0) -> None:
         for folder in _datasets_in(str(path)):
             with mistakes:
                 # A shard that is missing is one of the things that verifying names.
-                dataset = open_dataset(folder, cache, checksums=False, sizes=not verify)
+                dataset = open_dataset(folder, Cache(cache), checksums=False, sizes=not verify)
                 if verify:
                     _verify(dataset)
                 _print_table(dataset)
@@ -79,15 +81,10 @@ def _print_documents(dataset: Dataset, count: int) -> None:
         document = number - int(ends[index] - dataset.shards[index].documents)
         meta = shard.meta(document)
         print()
-        print(_printable(f"{meta['id']} ({meta['source']}; {shard.name}, {shard.keys[document]})"))
+        print(printable(f"{meta['id']} ({meta['source']}; {shard.name}, {shard.keys[document]})"))
         for place, sentence in enumerate(meta["sentences"]):
-            print(_printable(f"{place:6}  {sentence}"))
+            print(printable(f"{place:6}  {sentence}"))
     print()
-
-
-def _printable(text: str) -> str:
-    """The text without what a terminal would obey: texts of the web hold escape sequences, too."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 def _print_table(dataset: Dataset) -> None:

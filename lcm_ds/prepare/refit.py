@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from lcm_ds.config import WeightedPath
+from lcm_ds.data.cache import Cache
 from lcm_ds.data.format import Dataset, ShardInfo, open_dataset, write_normalizer, write_normalizer_file
 from lcm_ds.data.normalizer import constant, draw, fit
 from lcm_ds.data.reader import Shard, open_shard_once
@@ -64,7 +65,7 @@ def _open(mixture: Sequence[str], output: str | None, cache: str) -> tuple[list[
             named = _weighted(text)
             if output is None and is_remote(named.path):
                 raise InputError(f"{named.path}: is not on this machine: write the normaliser with --output")
-            datasets.append(open_dataset(named.path, cache, checksums=False))
+            datasets.append(open_dataset(named.path, Cache(cache), checksums=False))
             weights.append(named.weight)
     for other in datasets[1:]:
         if other.info.encoder != datasets[0].info.encoder or other.embed_dim != datasets[0].embed_dim:

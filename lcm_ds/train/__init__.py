@@ -30,7 +30,7 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> int:
     except InputError as error:
         if speaks:
             print(error, file=sys.stderr)
-        return 2
+        return error.exit_code
     except Exception:
         # To RUN/log.txt as well, once it is there; the others are ended by whoever started them.
         logging.getLogger("lcm_ds.train").exception("this process ends with an error")

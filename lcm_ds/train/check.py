@@ -9,6 +9,7 @@ from typing import Any
 
 from lcm_ds import ds_config
 from lcm_ds.config import TrainConfig, read_yaml, validate
+from lcm_ds.data.cache import Cache
 from lcm_ds.data.format import Dataset, open_dataset
 from lcm_ds.data.plan import Plan, Source, fingerprint
 from lcm_ds.errors import Collector, InputError
@@ -108,10 +109,12 @@ def _train_paths(data: dict[str, Any]) -> list[Any]:
 def _open(value: Any, key: str, data: dict[str, Any], path: str | Path, mistakes: Collector) -> Dataset | None:
     if not isinstance(value, str):
         return None
-    cache_dir = data.get("cache_dir")
+    cache_dir, cache_gb = data.get("cache_dir"), data.get("cache_gb")
+    limit = cache_gb if isinstance(cache_gb, int | float) else None
+    cache = Cache.of(cache_dir, limit) if isinstance(cache_dir, str) else None
     checksums, sizes = data.get("verify") != "size", data.get("on_bad_shard") != "skip"
     try:
-        return open_dataset(value, cache_dir if isinstance(cache_dir, str) else None, checksums, sizes)
+        return open_dataset(value, cache, checksums, sizes)
     except InputError as error:
         mistakes.mistakes.extend(f"{path}: {key}: {line}" for line in error.mistakes)
         return None

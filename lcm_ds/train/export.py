@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_ds.config import TrainConfig
+from lcm_ds.data.cache import Cache
 from lcm_ds.data.format import Dataset, open_dataset
 from lcm_ds.errors import InputError
 from lcm_ds.model.folder import check_new, write_folder
@@ -112,7 +113,7 @@ def _card(run_dir: Path, name: str, config: TrainConfig, step: int, parameters: 
 def _dataset_at(path: str, config: TrainConfig) -> Dataset | None:
     """The dataset, or None where it is no longer there: that keeps nobody from their weights."""
     try:
-        return open_dataset(path, config.data.cache_dir, checksums=False)
+        return open_dataset(path, Cache.of(config.data.cache_dir, config.data.cache_gb), checksums=False)
     except InputError:
         return None
 

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import platform
 import subprocess
 import time
@@ -145,6 +146,7 @@ class Run:
         self.run_log, self.stop = run_log, stop
         self.concepts_seen = concepts_seen
         self.concepts_missing = 0  # since this process started
+        self.losses: list[torch.Tensor] = []  # this rank's shares of the steps since the last report
         self.skipped_in_a_row = 0
         self.saved_at: int | None = None
         self.last_save = time.monotonic()
@@ -159,10 +161,11 @@ class Run:
             done = step + 1
             self.concepts_seen += outcome.concepts
             self.concepts_missing += outcome.missing
+            self.losses.append(outcome.loss)
             self.speed.add(outcome.concepts, outcome.pairs, outcome.waited)
             self.guard(step)
             if done % config.log.every == 0 or done == total or outcome.stop:
-                self.report(done, outcome)
+                self.report(done)
             if _due(done, config.evaluate.every, total) and self.job.validation is not None:
                 self.validate(done)
             if outcome.stop or outcome.save or _due(done, config.checkpoint.every, total):
@@ -254,18 +257,23 @@ class Run:
                 f"lcm-ds trace {self.job.run_dir} --step {step} names their documents"
             )
 
-    def report(self, done: int, outcome: StepOutcome) -> None:
+    def report(self, done: int) -> None:
         """A line of metrics after `done` steps."""
-        loss = outcome.loss.clone()
-        dist.all_reduce(loss)
+        mine = torch.stack(self.losses)
+        shares = mine.new_empty(self.place.world_size * len(mine))
+        dist.all_gather_into_tensor(shares, mine)
+        self.losses.clear()
         if self.run_log is not None:
+            # fsum is exact, so that a loss does not depend on how many are reported at a time.
+            losses = [math.fsum(step) for step in shares.view(self.place.world_size, -1).T.tolist()]
             norm = self.engine.get_global_grad_norm()
             values = {
                 "concepts": self.concepts_seen,
                 "missing_concepts": self.concepts_missing,
                 "epoch": self.job.plan.epoch(done),
-                "loss": loss.item(),
-                "loss_sum": loss.item() * self.job.model.embed_dim,
+                "loss": losses[-1],
+                "loss_sum": losses[-1] * self.job.model.embed_dim,
+                "losses": losses,  # of all steps since the line before
                 "grad_norm": None if norm is None else float(norm),
                 "lr": self.engine.basic_optimizer.param_groups[0]["lr"],
                 **self.speed.read(),

@@ -115,6 +115,18 @@ class RunLog:
         self._board.close()
 
 
+def read_losses(path: Path) -> dict[int, float]:
+    """The loss of each step, counted from 0, that a run has logged so far; steps without a finite one are left out."""
+    losses: dict[int, float] = {}
+    if path.exists():
+        for text in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a last line that is being written
+                line = json.loads(text)
+                some = line.get("losses", [])
+                losses.update(zip(range(line["step"] - len(some), line["step"]), some, strict=True))
+    return {step: loss for step, loss in losses.items() if loss is not None}
+
+
 def truncate_metrics(path: Path, last_step: int) -> None:
     """Drop the lines of steps after `last_step`, and a last line that a crash cut short."""
     if not path.exists():
@@ -130,6 +142,8 @@ def truncate_metrics(path: Path, last_step: int) -> None:
 
 
 def _finite(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -13,6 +13,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from lcm_ds.data.cache import Cache
 from lcm_ds.data.format import (
     Dataset,
     DatasetInfo,
@@ -33,7 +34,7 @@ SHARDS = [ShardInfo(f"{i}.tar", documents=i, concepts=10 * i, bytes=10240, sha25
 
 def mistakes(path: Path | str, cache_dir: Path | None = None) -> list[str]:
     with pytest.raises(InputError) as caught:
-        open_dataset(path, cache_dir)
+        open_dataset(path, Cache.of(cache_dir))
     return caught.value.mistakes
 
 
@@ -187,20 +188,20 @@ def elsewhere(own_dataset: Path) -> str:
 
 
 def test_a_dataset_elsewhere_is_the_same_dataset(own_dataset: Path, elsewhere: str, tmp_path: Path) -> None:
-    here, there = open_dataset(own_dataset), open_dataset(elsewhere, tmp_path / "cache")
+    here, there = open_dataset(own_dataset), open_dataset(elsewhere, Cache(str(tmp_path / "cache")))
     assert there.fingerprint == here.fingerprint
     assert not (tmp_path / "cache").exists()  # a shard comes when it is first used
     for index in range(len(here.shards)):
         ours, theirs = open_shard(here, index), open_shard(there, index)
         assert theirs.keys == ours.keys
         assert all(np.array_equal(theirs.concepts(i), ours.concepts(i)) for i in range(len(ours)))
-    assert sorted(path.stem for path in (tmp_path / "cache").iterdir()) == sorted(s.sha256 for s in here.shards)
+    assert sorted(path.stem for path in (tmp_path / "cache").glob("*.tar")) == sorted(s.sha256 for s in here.shards)
     fsspec.filesystem("memory").rm(elsewhere, recursive=True)
     assert open_shard(there, 0).keys == open_shard(here, 0).keys  # and stays
 
 
 def test_nothing_that_came_wrong_is_kept(elsewhere: str, tmp_path: Path) -> None:
-    dataset = open_dataset(elsewhere, tmp_path / "cache")
+    dataset = open_dataset(elsewhere, Cache(str(tmp_path / "cache")))
     files = fsspec.filesystem("memory")
     whole = files.cat(f"{elsewhere}/shard-00001.tar")
     files.pipe(f"{elsewhere}/shard-00001.tar", whole[:1000] + b"?" + whole[1001:])
@@ -210,7 +211,7 @@ def test_nothing_that_came_wrong_is_kept(elsewhere: str, tmp_path: Path) -> None
         with pytest.raises(InputError, match=message) as caught:
             open_shard(dataset, index)
         assert f"{elsewhere}/shard-0000{index}.tar" in str(caught.value)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["lock"]
 
 
 def test_a_dataset_elsewhere_needs_a_cache_and_a_protocol_that_is_known(elsewhere: str, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import pickle
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -9,11 +12,14 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+import torch
 import webdataset
 
+from lcm_ds.cli import main
+from lcm_ds.data.cache import Cache
 from lcm_ds.data.format import open_dataset, read_normalizer
 from lcm_ds.data.index import index
-from lcm_ds.data.loader import Loader, trace
+from lcm_ds.data.loader import Batch, Loader, trace
 from lcm_ds.data.normalizer import fit
 from lcm_ds.data.plan import Plan, Source
 from lcm_ds.data.reader import open_shard, open_shard_once, verify
@@ -56,8 +62,9 @@ def test_foreign_tars_become_a_dataset_and_stay_as_they_are(tmp_path: Path, fore
     read = np.concatenate([b.concepts[b.segment_ids >= 0].numpy() for b in batches])
     stored = np.concatenate(documents)
     np.testing.assert_array_equal(np.sort(read, axis=0), np.sort(stored, axis=0))
-    line = trace([dataset], plan, 128, 0)[0]
-    assert (line.key, line.id, line.words) == (line.key, line.key, "")
+    ((step, lines),) = trace([dataset], plan, 128, range(2, 3))
+    assert step == 2
+    assert (lines[0].id, lines[0].sentences) == (lines[0].key, ())
 
 
 def test_tars_in_the_datasets_own_folder_move_with_it(tmp_path: Path, foreign: Foreign) -> None:
@@ -79,7 +86,7 @@ def test_tars_elsewhere_are_adopted_where_they_are(tmp_path: Path, foreign: Fore
         "normalizer.safetensors",
         "shards.jsonl",
     ]
-    dataset = open_dataset(tmp_path / "out", tmp_path / "cache")
+    dataset = open_dataset(tmp_path / "out", Cache(str(tmp_path / "cache")))
     assert [shard.name for shard in dataset.shards] == ["memory://foreign/a.tar", "memory://foreign/b.tar"]
     assert list(chain(*verify(dataset))) == []
     kept = tmp_path / "cache"
@@ -137,3 +144,124 @@ def test_bad_calls_are_refused(tmp_path: Path, foreign: Foreign) -> None:
     index(str(tmp_path / "0.tar"), tmp_path / "out")
     with pytest.raises(InputError, match="is a dataset already"):
         index(str(tmp_path / "0.tar"), tmp_path / "out")
+
+
+# --- what others keep otherwise ---
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def write(path: Path, samples: dict[str, dict[str, bytes]]) -> None:
+    with webdataset.TarWriter(str(path)) as tar:
+        for key, members in samples.items():
+            tar.write({"__key__": key, **members})
+
+
+def test_bf16_in_uint16_is_read_as_fp32(tmp_path: Path) -> None:
+    values = torch.randn(40, 6).to(torch.bfloat16)
+    stored = values.view(torch.int16).numpy().view(np.uint16)
+    write(tmp_path / "a.tar", {"x": {"npy": npy(stored[:30])}, "y": {"npy": npy(stored[30:])}})
+    with pytest.raises(InputError, match=r"a\.tar: holds uint16 .* --bf16"):
+        index(str(tmp_path / "a.tar"), tmp_path / "out")
+    index(str(tmp_path / "a.tar"), tmp_path / "out", bf16=True)
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.info.dtype == "bfloat16"
+    assert list(chain(*verify(dataset))) == []
+    np.testing.assert_array_equal(open_shard(dataset, 0).concepts(0, 4, 9), values[4:9].float().numpy())
+    plan = Plan([Source([40])], 0, 1, 40, epochs=1)
+    (batch,) = Loader([dataset], plan, 64, 0, 1, 1)
+    assert batch.concepts.dtype == torch.float32
+    read = torch.cat([batch.concepts[0, :30], batch.concepts[0, 30:]])
+    assert torch.equal(read.sum(0), values.float()[read_order(batch)].sum(0))
+    center, _ = read_normalizer(tmp_path / "out")
+    np.testing.assert_array_equal(center, np.median(values.float().numpy(), axis=0))
+
+
+def read_order(batch: Batch) -> list[int]:
+    """Positions among x's 30 and y's 10 concepts, in the order of the batch."""
+    first = int((batch.segment_ids[0] == 0).sum())
+    return list(range(40)) if first == 30 else [*range(30, 40), *range(30)]
+
+
+@pytest.mark.parametrize("texts", ["json:texts", "sents.txt"])
+def test_concepts_and_texts_are_taken_from_where_the_call_says(tmp_path: Path, texts: str) -> None:
+    concepts = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float16)
+    lines = [f"Sätze {number}." for number in range(5)]
+    text = {"json": json.dumps({"id": 7, "texts": lines}).encode()}
+    if texts == "sents.txt":
+        text = {"json": b'{"id": 7}', "sents.txt": "\n".join(lines).encode() + b"\n"}
+    pickled = {"npy": b"not for us", "meta.pkl": pickle.dumps({"a": 1})}
+    write(tmp_path / "a.tar", {"k": {"Emb.npy": npy(concepts), **text, **pickled}})
+    index(str(tmp_path / "a.tar"), tmp_path / "out", extension="Emb.npy", texts=texts)
+    shard = open_shard(open_dataset(tmp_path / "out"), 0)
+    np.testing.assert_array_equal(shard.concepts(0), concepts)
+    assert (shard.meta(0)["sentences"], shard.meta(0)["id"]) == (lines, 7)
+    with pytest.raises(InputError, match=r"a\.tar: k: has a \.json and no \.vec\.npy"):
+        index(str(tmp_path / "a.tar"), tmp_path / "other", extension="vec.npy")
+    assert not (tmp_path / "other").exists()
+
+
+def test_texts_have_to_be_as_many_as_concepts(tmp_path: Path) -> None:
+    write(tmp_path / "a.tar", {"k": {"npy": npy(np.eye(3, dtype=np.float16)), "txt": b"One.\nTwo."}})
+    with pytest.raises(InputError, match=r"a\.tar: k: has 2 sentences and 3 concepts"):
+        index(str(tmp_path / "a.tar"), tmp_path / "out", texts="txt")
+
+
+def test_pickled_concepts_are_never_loaded(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    write(tmp_path / "a.tar", {"k": {"npy": npy(np.array([[Trap()]], dtype=object))}})
+    with pytest.raises(InputError, match=r"a\.tar: k\.npy: holds pickled objects, which are never loaded"):
+        index(str(tmp_path / "a.tar"), tmp_path / "out")
+    write(tmp_path / "b.tar", {"k": {"pyd": pickle.dumps(Trap())}})
+    with pytest.raises(InputError, match=r"b\.tar: k\.pyd: not an \.npy file"):
+        index(str(tmp_path / "b.tar"), tmp_path / "out", extension="pyd")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_documents_without_concepts_count_and_read_as_none(tmp_path: Path, foreign: Foreign) -> None:
+    made = foreign(tmp_path / "a.tar")
+    empty = npy(np.zeros((0, 5), np.float32))
+    write(tmp_path / "b.tar", {"e": {"npy": empty}, "f": {"npy": npy(made[0])}, "g": {"npy": empty}})
+    write(tmp_path / "c.tar", {"h": {"npy": empty}})
+    index(str(tmp_path / "{c,a,b}.tar"), tmp_path / "out")
+    dataset = open_dataset(tmp_path / "out")
+    assert list(chain(*verify(dataset))) == []
+    assert [(shard.documents, shard.concepts > 0) for shard in dataset.shards] == [(6, True), (3, True), (1, False)]
+    plan = Plan([Source([shard.concepts for shard in dataset.shards])], 3, 2, 7, epochs=3)
+    total = sum(batch.real_concepts for batch in Loader([dataset], plan, 4, 0, 1, 2))
+    assert total == 3 * (sum(map(len, made)) + len(made[0]))
+
+
+def test_the_encoder_is_that_of_another_dataset_or_of_the_call(
+    tmp_path: Path, foreign: Foreign, synthetic_dataset: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = synthetic_dataset(documents=20, embed_dim=5)
+    foreign(tmp_path / "a.tar")
+    assert main(["index", str(tmp_path / "a.tar"), str(tmp_path / "like"), "--like", str(ours)]) == 0
+    like, other = open_dataset(tmp_path / "like").info, open_dataset(ours).info
+    assert (like.encoder, like.end_of_text) == (other.encoder, other.end_of_text)
+    call = ["index", str(tmp_path / "a.tar"), str(tmp_path / "said"), "--encoder", "name=sonar", "model=a/b=c"]
+    assert main(call) == 0
+    assert open_dataset(tmp_path / "said").info.encoder == {"name": "sonar", "model": "a/b=c"}
+    capsys.readouterr()
+    assert main([*call[:2], str(tmp_path / "no"), "--like", str(synthetic_dataset())]) == 2
+    assert "has embed_dim 5" in capsys.readouterr().err
+    assert main([*call[:2], str(tmp_path / "no"), "--encoder", "sonar"]) == 2
+    assert capsys.readouterr().err == "--encoder sonar: has to be KEY=VALUE\n"
+    assert not (tmp_path / "no").exists()
+
+
+def test_what_an_unfinished_preparation_left_is_not_written_over(tmp_path: Path, foreign: Foreign) -> None:
+    foreign(tmp_path / "a.tar")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "shards.jsonl").write_text("a line of hours of work\n")
+    with pytest.raises(InputError, match="is a dataset already"):
+        index(str(tmp_path / "a.tar"), tmp_path / "out")
+    assert (tmp_path / "out" / "shards.jsonl").read_text() == "a line of hours of work\n"

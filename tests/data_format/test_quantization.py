@@ -96,8 +96,8 @@ def test_an_int8_dataset_reads_like_any_other_in_half_the_bytes(synthetic_datase
     assert np.array_equal(shard.concepts(3, 1), shard.concepts(3)[1:])
     samples = list(webdataset.WebDataset([str(int8 / shard.name)], shardshuffle=False).decode())
     assert samples[3]["npy"].dtype == np.int8
-    assert other.quantization is not None
-    assert np.array_equal(other.quantization.decode(samples[3]["npy"]), same.concepts(3))
+    assert other.storage is not None
+    assert np.array_equal(other.storage.decode(samples[3]["npy"]), same.concepts(3))
     batches = [list(validation_batches(each, 32, 16, 4, 0, 1)) for each in (one, other)]
     for a, b in zip(*batches, strict=True):
         assert a.concepts.dtype == b.concepts.dtype

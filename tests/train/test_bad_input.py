@@ -87,4 +87,7 @@ def test_a_resume_with_another_order_model_or_ranks_is_refused_with_both_shown(t
 
 
 def test_a_step_that_the_run_does_not_have_cannot_be_traced(make_config):
-    assert "steps 0 to 39" in refused("trace", make_config(), "--step", 40)[0]
+    config = make_config()
+    assert refused("trace", config, "--step", 40) == ["step 40: this run has steps 0 to 39"]
+    assert len(refused("trace", config, "--range", -1, 40)) == 2
+    assert "comes before the first" in refused("trace", config, "--range", 5, 4)[0]

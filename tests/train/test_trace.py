@@ -1,6 +1,6 @@
 """The documents of a step are known without training to it."""
 
-from runs import finish, start
+from runs import finish, metrics, run_dir, start
 
 from lcm_ds.train.trace import trace
 
@@ -9,18 +9,34 @@ def test_trace_names_each_segment_of_a_step(make_config):
     config = make_config()
     code, out, err = finish(start("trace", config, "--step", 25))
     assert code == 0, err
-    lines = trace(config, [], 25)
-    assert len(out.splitlines()) == len(lines)
+    (lines,) = trace(config, [], 25)
+    head, *printed = out.splitlines()
+    assert head == "step 25  loss not logged"
     assert {line.lane for line in lines} == set(range(8))
     for lane in range(8):
         assert sum(line.stop - line.start for line in lines if line.lane == lane) == 32
-    for line, printed in zip(lines, out.splitlines(), strict=True):
-        assert line.id in printed
-        assert line.shard in printed
+    for line, text in zip(lines, printed, strict=True):
+        assert line.id in text
+        assert f"{line.shard} {line.key}" in text
+        assert text.endswith("  " + " ".join(" ".join(line.sentences).split()[:8]))
+
+
+def test_a_range_has_the_loss_of_every_step_beside_its_documents(trained):
+    config = trained(2, log={"every": 7})
+    folder = run_dir(config)
+    code, out, err = finish(start("trace", folder, "--range", 11, 14, "--text"))
+    assert code == 0, err
+    # Every step's, though every seventh alone has a line in metrics.jsonl; the same run that logs them all knows them.
+    each = metrics(trained(2), "loss")
+    steps = trace(folder, [], 11, 14)
+    heads = [line for line in out.splitlines() if line.startswith("step ")]
+    assert heads == [f"step {step}  loss {each[step + 1]:.6g}" for step in range(11, 15)]
+    sentences = [text for lines in steps for line in lines for text in line.sentences]
+    printed = [line.split(maxsplit=1)[1] for line in out.splitlines() if line.startswith("    ")]
+    assert printed == sentences
+    assert sum(line.startswith("lane ") for line in out.splitlines()) == sum(map(len, steps))
 
 
 def test_a_run_folder_and_its_config_trace_alike(trained):
     config = trained(2)
-    from runs import run_dir
-
     assert trace(config, [], 3) == trace(run_dir(config), [], 3)
