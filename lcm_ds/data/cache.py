@@ -173,7 +173,7 @@ def _held(target: Path, size: int) -> BinaryIO | None:
     """The file, open and locked against its removal; None where it is not there."""
     try:
         file = target.open("rb")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     _lock(file, fcntl.LOCK_SH)
     found = os.fstat(file.fileno())

@@ -185,7 +185,9 @@ def _status(error: BaseException) -> int | None:
     """The HTTP status behind an error of aiohttp, botocore, gcsfs or huggingface_hub; None where there is none."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
-        found = [getattr(cause, "status", None), getattr(cause, "code", None), getattr(response, "status_code", None)]
+        found = [getattr(cause, "status", None), getattr(response, "status_code", None)]
+        if not type(cause).__module__.startswith("aiohttp"):  # where it may be no answer of the server's
+            found.append(getattr(cause, "code", None))
         if isinstance(response, dict):
             found.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
         for status in found:

@@ -1,10 +1,18 @@
 """Runs under DeepSpeed with real ranks: what the loss depends on, and that a resumed run goes on bit for bit."""
 
+import http.server
 import json
+import shutil
+import threading
 import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import pytest
 from runs import finish, metrics, run_dir, start
+
+from lcm_ds.data.format import open_dataset
 
 
 def losses(config):
@@ -95,3 +103,50 @@ def test_a_step_with_numbers_that_are_not_finite_is_skipped_on_all_ranks(make_co
     assert code == 1
     assert "not finite" in err
     assert "guard.max_skipped = 3" in err
+
+
+def test_a_run_goes_on_without_a_bad_shard_where_the_config_says_so(make_config, concepts, tmp_path):
+    train = Path(shutil.copytree(concepts["train"], tmp_path / "train"))
+    shard = sorted(train.glob("*.tar"))[3]
+    shard.write_bytes(shard.read_bytes()[:-20000])
+    data = {"train": str(train), "validation": str(concepts["validation"]), "row_length": 32, "max_segment": 16}
+    code, out, err = finish(start("launch", "--local", 2, make_config(data=data)))
+    assert code == 2
+    assert f"{shard}: has " in err
+    config = make_config(data={**data, "on_bad_shard": "skip"}, steps=None, epochs=2)
+    code, out, err = finish(start("launch", "--local", 2, config))
+    assert code == 0, out + err
+    lines = [line for line in (run_dir(config) / "log.txt").read_text().splitlines() if "left out" in line]
+    assert len({line.split("left out: ")[1] for line in lines}) == 1
+    assert f"left out: {shard}: has " in lines[0]
+    (listed,) = [info for info in open_dataset(train, sizes=False).shards if info.name == shard.name]
+    missing = metrics(config, "missing_concepts")
+    assert missing[max(missing)] == 2 * listed.concepts
+    assert min(losses(config).values()) < 0.9 * losses(config)[1]
+
+
+def test_ranks_read_a_dataset_from_a_server_through_one_cache(trained, make_config, concepts, tmp_path):
+    requests = Counter()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            requests[self.path.rpartition("/")[2]] += 1
+
+    serves = partial(Handler, directory=Path(concepts["train"]).parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), serves) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        data = {
+            "train": f"http://127.0.0.1:{server.server_address[1]}/{Path(concepts['train']).name}",
+            "validation": str(concepts["validation"]),
+            "row_length": 32,
+            "max_segment": 16,
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        config = make_config(data=data)
+        code, out, err = finish(start("launch", "--local", 2, config))
+        server.shutdown()
+    assert code == 0, out + err
+    assert losses(config) == losses(trained(2))
+    fetched = {name: count for name, count in requests.items() if name.endswith(".tar")}
+    assert set(fetched.values()) == {1}  # by one rank for both
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == len(fetched)

@@ -1,0 +1,417 @@
+"""Shards that are elsewhere: servers that misbehave, ranks that share a cache, its bound, S3."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lcm_ds.data import remote
+from lcm_ds.data.cache import Cache
+from lcm_ds.data.format import Dataset, open_dataset
+from lcm_ds.data.loader import Loader
+from lcm_ds.data.plan import Plan, Source
+from lcm_ds.data.reader import open_shard
+from lcm_ds.errors import InputError, Unavailable
+from lcm_ds.files import sha256_of
+
+WORKER = Path(__file__).with_name("cache_worker.py")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves a folder; `faults` are what it does to the coming requests for a path, in order, instead."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+        self.faults: dict[str, deque[str]] = defaultdict(deque)
+        self.requests: Counter[str] = Counter()
+        self.whole: Counter[str] = Counter()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that has gone is nothing to report."""
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        name = self.path.lstrip("/")
+        self.server.requests[name] += 1
+        faults = self.server.faults[name]
+        fault = faults.popleft() if faults else ""
+        if fault.isdigit():
+            self.send_error(int(fault))
+        elif fault == "drop":
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif fault:
+            self.body(Path(self.directory, name).read_bytes(), fault)
+        else:
+            super().do_GET()
+            self.server.whole[name] += 1
+
+    def body(self, data: bytes, fault: str) -> None:
+        """200, and what is not the file."""
+        self.send_response(200)
+        if fault in ("short", "stall"):  # less than it says
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if fault == "changed":
+            data = data[:700] + bytes([data[700] ^ 1]) + data[701:]
+        elif fault == "long":
+            data += bytes(1 << 16)
+        else:  # "short", "stall", and "shorter": without saying how long it should be
+            data = data[: len(data) // 2]
+        self.wfile.write(data)
+        self.wfile.flush()
+        if fault == "stall":
+            time.sleep(3)
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        """Nothing on the tests' stderr."""
+
+
+@pytest.fixture
+def served(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.05)
+    server = Server(Path(dataset.path))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def dataset(synthetic_dataset: Callable[..., Path]) -> Dataset:
+    return open_dataset(synthetic_dataset(documents=129, documents_per_shard=10, embed_dim=4, lengths=(2, 45)))
+
+
+def there(served: Server, cache: Cache | Path) -> Dataset:
+    return open_dataset(served.url, cache if isinstance(cache, Cache) else Cache(str(cache)))
+
+
+def same(ours: Dataset, theirs: Dataset, index: int) -> None:
+    one, other = open_shard(ours, index), open_shard(theirs, index)
+    assert one.keys == other.keys
+    for document in range(len(one)):
+        np.testing.assert_array_equal(one.concepts(document), other.concepts(document))
+
+
+def kept(folder: Path, dataset: Dataset) -> list[int]:
+    """Which shards are in the cache; whatever is there has to be whole, and nothing half-done beside it."""
+    tars = {path.stem: path for path in folder.glob("*.tar")}
+    assert all(sha256_of(path) == name for name, path in tars.items())
+    assert {path.name for path in folder.iterdir()} - {path.name for path in tars.values()} <= {"lock"}
+    return [index for index, shard in enumerate(dataset.shards) if shard.sha256 in tars]
+
+
+# --- what can pass, and what cannot ---
+
+
+@pytest.mark.parametrize("fault", ["503", "500", "429", "408", "drop", "short", "shorter", "changed", "long"])
+def test_what_can_pass_is_tried_again(served: Server, dataset: Dataset, tmp_path: Path, fault: str) -> None:
+    name = dataset.shards[3].name
+    served.faults[name].extend([fault, fault])
+    for small in ("dataset.json", "shards.jsonl", "normalizer.safetensors"):
+        served.faults[small].extend([fault] * (fault in ("503", "429", "drop", "short")))
+    same(dataset, there(served, tmp_path), 3)
+    assert served.requests[name] == 3
+    assert kept(tmp_path, dataset) == [3]
+
+
+def test_a_server_that_sends_nothing_more_is_given_up(
+    served: Server, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "READ_TIMEOUT", 0.3)
+    served.faults[dataset.shards[0].name].append("stall")
+    begun = time.monotonic()
+    same(dataset, there(served, tmp_path), 0)
+    assert time.monotonic() - begun < 2.5
+
+
+@pytest.mark.parametrize(("status", "said"), [("404", "cannot be fetched"), ("403", "403"), ("401", "401")])
+def test_what_cannot_pass_is_an_error_at_once(
+    served: Server, dataset: Dataset, tmp_path: Path, status: str, said: str
+) -> None:
+    name = dataset.shards[3].name
+    served.faults[name].append(status)
+    with pytest.raises(InputError, match=said) as caught:
+        open_shard(there(served, tmp_path), 3)
+    (line,) = caught.value.mistakes
+    assert line.startswith(f"{served.url}/{name}: ")
+    assert "\n" not in line
+    assert caught.value.exit_code == 2
+    assert served.requests[name] == 1
+    assert kept(tmp_path, dataset) == []
+
+
+def test_an_outage_that_lasts_is_no_mistake_of_the_users(served: Server, dataset: Dataset, tmp_path: Path) -> None:
+    name = dataset.shards[3].name
+    served.faults[name].extend(["503", "short"] * 5)
+    with pytest.raises(Unavailable, match=f"{name}: cannot be read, tried {remote.ATTEMPTS} times: ") as caught:
+        open_shard(there(served, tmp_path), 3)
+    assert caught.value.exit_code == 1
+    assert served.requests[name] == remote.ATTEMPTS
+    assert kept(tmp_path, dataset) == []
+
+
+def test_what_keeps_coming_wrong_is_an_error(served: Server, dataset: Dataset, tmp_path: Path) -> None:
+    info = dataset.shards[3]
+    served.faults[info.name].extend(["changed"] * 9)
+    with pytest.raises(InputError, match=f"shards.jsonl lists {info.bytes} bytes and {info.sha256}"):
+        open_shard(there(served, tmp_path), 3)
+    assert served.requests[info.name] == remote.DAMAGED_ATTEMPTS
+    assert kept(tmp_path, dataset) == []
+
+
+def test_a_dataset_that_is_not_there_is_said_to_be_none(served: Server, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{served.url}/nowhere: not a finished dataset"):
+        open_dataset(f"{served.url}/nowhere", Cache(str(tmp_path)))
+
+
+# --- ranks that share a cache ---
+
+
+def ranks(url: str, folder: Path, count: int) -> list[tuple[int, str, Path]]:
+    """Exit code, stderr and batches' file of so many processes that read at the same time."""
+    outs = [folder / f"{rank}.npy" for rank in range(count)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), url, str(folder / "cache"), str(rank), str(count), str(out)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, out in enumerate(outs)
+    ]
+    ended = [process.communicate(timeout=120)[1] for process in started]
+    return [(process.returncode, err, out) for process, err, out in zip(started, ended, outs, strict=True)]
+
+
+def test_two_ranks_read_from_a_bad_server_what_is_on_the_disk(served: Server, dataset: Dataset, tmp_path: Path) -> None:
+    choice = random.Random(5)
+    for shard in dataset.shards:
+        served.faults[shard.name].extend(choice.choices(["503", "drop", "short", "shorter", "429"], k=2))
+    for code, err, _ in (ended := ranks(served.url, tmp_path, 2)):
+        assert code == 0, err
+    plan = worker_plan(dataset)
+    for rank, (_, _, out) in enumerate(ended):
+        loader = Loader([dataset], plan, 8, rank, 2, 2, workers=0)
+        np.testing.assert_array_equal(np.load(out), np.concatenate([batch.concepts.numpy().copy() for batch in loader]))
+    assert kept(tmp_path / "cache", dataset) == list(range(len(dataset.shards)))
+    assert {served.whole[shard.name] for shard in dataset.shards} == {1}  # one download for both
+
+
+def test_two_ranks_stop_where_a_shard_is_not_there(served: Server, dataset: Dataset, tmp_path: Path) -> None:
+    gone = dataset.shards[7]
+    served.faults[gone.name].extend(["404"] * 20)
+    ended = ranks(served.url, tmp_path, 2)
+    assert {code for code, _, _ in ended} <= {0, 2}
+    failed = [err for code, err, _ in ended if code == 2]
+    assert failed
+    assert all(f"{served.url}/{gone.name}: cannot be fetched" in err and "Traceback" not in err for err in failed)
+    assert 7 not in kept(tmp_path / "cache", dataset)
+
+
+def test_who_dies_fetching_is_followed_by_another(served: Server, dataset: Dataset, tmp_path: Path) -> None:
+    info = dataset.shards[2]
+    left = tmp_path / f"{info.sha256}.{info.bytes}.partial"
+    left.write_bytes(b"half of it")
+    killed = (
+        "import fcntl, time; file = open({!r}); fcntl.flock(file, fcntl.LOCK_EX); print(1, flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", killed.format(str(left))], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "1\n"
+    fetched = threading.Thread(target=lambda: same(dataset, there(served, tmp_path), 2))
+    fetched.start()
+    time.sleep(0.5)
+    assert served.requests[info.name] == 0  # it waits
+    process.kill()
+    process.wait()
+    fetched.join(timeout=20)
+    assert served.whole[info.name] == 1
+    assert kept(tmp_path, dataset) == [2]
+
+
+def test_what_changed_in_the_cache_is_fetched_again(served: Server, dataset: Dataset, tmp_path: Path) -> None:
+    elsewhere = there(served, tmp_path)
+    for damage in (lambda data: data[:900] + b"?" + data[901:], lambda data: data[:-512]):
+        same(dataset, elsewhere, 1)
+        path = tmp_path / f"{dataset.shards[1].sha256}.tar"
+        path.write_bytes(damage(path.read_bytes()))
+        os.utime(path, ns=(1, time.time_ns()))
+        same(dataset, elsewhere, 1)
+        assert kept(tmp_path, dataset) == [1]
+    assert served.whole[dataset.shards[1].name] == 3
+
+
+# --- the bound ---
+
+
+def test_what_was_not_used_for_longest_goes_first(served: Server, dataset: Dataset, tmp_path: Path) -> None:
+    limit = sum(dataset.shards[index].bytes for index in range(3)) + 1000
+    elsewhere = there(served, Cache(str(tmp_path), limit))
+    shards = {index: open_shard(elsewhere, index) for index in (0, 1, 2)}
+    assert kept(tmp_path, dataset) == [0, 1, 2]
+    open_shard(elsewhere, 0)
+    open_shard(elsewhere, 3)
+    assert 1 not in kept(tmp_path, dataset)
+    assert {0, 3} <= set(kept(tmp_path, dataset))
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.tar")) <= limit
+    for document in range(len(shards[1])):  # one that is open stays readable
+        shards[1].concepts(document)
+    same(dataset, elsewhere, 1)
+
+
+def test_an_epoch_through_a_cache_of_three_shards(served: Server, dataset: Dataset, tmp_path: Path) -> None:
+    limit = 3 * max(shard.bytes for shard in dataset.shards)
+    elsewhere = there(served, Cache(str(tmp_path), limit))
+    most = 0
+    plan = worker_plan(dataset)
+    loader = Loader([elsewhere], plan, 8, 0, 1, 2, workers=2)
+    ours = Loader([dataset], plan, 8, 0, 1, 2, workers=0)
+    for found, expected in zip(loader, ours, strict=True):
+        np.testing.assert_array_equal(found.concepts.numpy(), expected.concepts.numpy())
+        most = max(most, size(tmp_path))
+    loader.close()
+    assert 0 < most <= limit
+    kept(tmp_path, dataset)
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files, while others come and go."""
+    total = 0
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total
+
+
+def test_a_shard_that_does_not_fit_at_all_is_an_error(served: Server, dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no room for a shard of [\d,]+ bytes: data.cache_gb is 1e-06"):
+        open_shard(there(served, Cache.of(tmp_path, 1e-6) or tmp_path), 0)
+    assert served.requests[dataset.shards[0].name] == 0
+
+
+def test_a_shard_that_is_being_opened_is_not_taken_out(served: Server, dataset: Dataset, tmp_path: Path) -> None:
+    first, second = dataset.shards[:2]
+    cache = Cache(str(tmp_path), max(first.bytes, second.bytes))
+    elsewhere = there(served, cache)
+    waiting = threading.Thread(target=lambda: open_shard(elsewhere, 1))
+    with elsewhere.shard_file(0) as path:
+        waiting.start()
+        time.sleep(0.5)
+        assert path.exists()
+        assert waiting.is_alive()
+    waiting.join(timeout=20)
+    assert kept(tmp_path, dataset) == [1]
+
+
+def test_fetching_ahead_takes_no_part_once_it_is_stopped(served: Server, dataset: Dataset, tmp_path: Path) -> None:
+    served.faults[dataset.shards[0].name].extend(["503"] * 99)
+    elsewhere, stopped = there(served, tmp_path), threading.Event()
+    remote.FIRST_PAUSE = remote.LONGEST_PAUSE = 30.0
+    ended: list[BaseException] = []
+
+    def fetch() -> None:
+        try:
+            elsewhere.fetch(0, stopped)
+        except remote.Stopped as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=fetch)
+    thread.start()
+    while not served.requests[dataset.shards[0].name]:
+        time.sleep(0.01)
+    stopped.set()
+    thread.join(timeout=5)
+    assert len(ended) == 1
+    assert kept(tmp_path, dataset) == []
+
+
+def test_a_cache_that_cannot_be_written_is_named(served: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(InputError, match=r"data\.cache_dir: .*/file/cache: cannot be used: Not a directory"):
+        open_shard(there(served, tmp_path / "file" / "cache"), 0)
+
+
+def worker_plan(dataset: Dataset) -> Plan:
+    """That of cache_worker.py."""
+    return Plan([Source([shard.concepts for shard in dataset.shards])], 0, 8, 16, epochs=1)
+
+
+# --- S3 ---
+
+
+@pytest.fixture
+def bucket(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The dataset on a server that speaks S3; how to reach it and who is asking is in the environment."""
+    import boto3
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "somebody",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": "/nowhere",
+        "AWS_SHARED_CREDENTIALS_FILE": "/nowhere",
+    }.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="concepts")
+    for path in Path(dataset.path).iterdir():
+        client.upload_file(str(path), "concepts", f"web/train/{path.name}")
+    yield "s3://concepts/web/train"
+    S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+def test_a_dataset_on_s3_reads_like_one_on_the_disk(bucket: str, dataset: Dataset, tmp_path: Path) -> None:
+    elsewhere = open_dataset(bucket, Cache(str(tmp_path)))
+    assert elsewhere.fingerprint == dataset.fingerprint
+    for index in range(len(dataset.shards)):
+        same(dataset, elsewhere, index)
+    assert kept(tmp_path, dataset) == list(range(len(dataset.shards)))
+
+
+def test_what_is_not_on_s3_or_not_for_us_is_said_in_a_line(
+    bucket: str, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import boto3
+    from s3fs import S3FileSystem
+
+    elsewhere = open_dataset(bucket, Cache(str(tmp_path)))
+    boto3.client("s3").delete_object(Bucket="concepts", Key=f"web/train/{dataset.shards[0].name}")
+    with pytest.raises(InputError, match=f"{bucket}/{dataset.shards[0].name}: cannot be fetched"):
+        open_shard(elsewhere, 0)
+    with pytest.raises(InputError, match="s3://elsewhere/web: not a finished dataset"):
+        open_dataset("s3://elsewhere/web", Cache(str(tmp_path)))
+    S3FileSystem.clear_instance_cache()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(InputError, match=f"{bucket}/dataset.json: cannot be read: .*credentials"):
+        open_dataset(bucket, Cache(str(tmp_path)))
