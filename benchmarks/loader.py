@@ -3,8 +3,9 @@
 python benchmarks/loader.py [--concepts 400000] [--embed-dim 1024] [--seconds 5] [--plan]
 
 webdataset decodes in as many DataLoader workers as the loader has threads, and packs to the same rows. Every way reads
-epoch after epoch and opens each shard anew in each; "kept open" is one run of many epochs over a small dataset. --plan
-measures the order of 150,000 shards with 60 G concepts instead, without data.
+epoch after epoch and opens each shard anew in each, for there are more of them than the loader keeps open; "in 16
+shards" is the same data in so few that it does. --plan measures the order of 150,000 shards with 60 G concepts instead,
+without data.
 """
 
 from __future__ import annotations
@@ -45,36 +46,35 @@ def main() -> None:
     if arguments.plan:
         plan_at_scale()
         return
-    with tempfile.TemporaryDirectory() as folder:
-        write_dataset(Path(folder), arguments.concepts, arguments.embed_dim)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as few:
+        write_dataset(Path(folder), arguments.concepts, arguments.embed_dim, documents_per_shard=100)
+        write_dataset(Path(few), arguments.concepts, arguments.embed_dim, documents_per_shard=500)
         print(f"warm, {arguments.embed_dim} dimensions")
-        table(folder, arguments.seconds, arguments.embed_dim, cold=False)
+        table(folder, few, arguments.seconds, arguments.embed_dim)
         print("\ncold: the files leave the page cache before each measurement of one epoch")
-        table(folder, None, arguments.embed_dim, cold=True)
+        table(folder, None, None, arguments.embed_dim)
 
 
-def table(folder: str, seconds: float | None, embed_dim: int, cold: bool) -> None:
-    """Measure and print all ways; seconds: of each measurement, None for one epoch."""
+def table(folder: str, few: str | None, seconds: float | None, embed_dim: int) -> None:
+    """Measure and print all ways; seconds: of each measurement, None for one epoch of files that are not in memory."""
     ways: dict[str, Callable[[], Iterator[int]]] = {"reads of 1 MiB": lambda: read(folder, embed_dim)}
     for n in WORKERS:
         ways[f"webdataset .decode(), {n} workers"] = lambda n=n: decoded(folder, n)
     for n in WORKERS:
-        ways[f"Loader, {n} threads"] = lambda n=n: loaded(folder, n)
-    if not cold:
-        ways["Loader, 1 thread, kept open"] = lambda: loaded(folder, 1, epochs=None)
-        ways["Loader, 1 thread, checksums of all shards in each epoch"] = lambda: loaded(folder, 1, checksums=True)
+        ways[f"Loader, {n} threads"] = lambda n=n: loaded(folder, n, None if few else 1)
+    if few:
+        ways["Loader, 0 threads, in 16 shards"] = lambda: loaded(few, 0, None)
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(REPEATS):
         for name, way in ways.items():
-            if cold:
+            if few is None:
                 forget(folder)
             speeds[name].append(speed(way(), seconds))
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     plain = medians["reads of 1 MiB"]
     print("| reader | concepts/s (median) | of plain reading | × webdataset |\n| --- | ---: | ---: | ---: |")
     for name, middle in medians.items():
-        same = name.split(", ")[-1].split()[0] if "kept" not in name and "checksums" not in name else "1"
-        base = medians.get(f"webdataset .decode(), {same} workers")
+        base = medians.get(f"webdataset .decode(), {name.split(', ')[-1].split()[0]} workers")
         ratio = f"{middle / base:.1f}" if base and name.startswith("Loader") else ""
         print(f"| {name} | {middle:,.0f} | {middle / plain:.0%} | {ratio} |")
 
@@ -104,13 +104,13 @@ def plan_at_scale() -> None:
           f"most of a step that comes from one shard: {max(shares):.2%}")  # fmt: skip
 
 
-def write_dataset(folder: Path, concepts: int, embed_dim: int) -> None:
-    """Shards of 500 documents of 5 to 100 random concepts."""
+def write_dataset(folder: Path, concepts: int, embed_dim: int, documents_per_shard: int) -> None:
+    """Shards of documents of 5 to 100 random concepts."""
     random = np.random.default_rng(0)
     number = done = 0
     while done < concepts:
         documents = []
-        for _ in range(500):
+        for _ in range(documents_per_shard):
             n = int(random.integers(5, 101))
             values = random.standard_normal((n, embed_dim), np.float32) * 0.01
             documents.append(Document(f"{number:08d}", str(number), "random", ["A sentence."] * n, values))
@@ -165,18 +165,17 @@ def packed(samples: Iterable[dict[str, np.ndarray]]) -> Iterator[torch.Tensor]:
                 batch, filled = None, 0
 
 
-def loaded(folder: str, workers: int, checksums: bool = False, epochs: int | None = 1) -> Iterator[int]:
-    """Concepts of each micro-batch of the loader; one that reads an epoch is followed by another."""
-    while True:
-        dataset = open_dataset(folder, checksums=checksums)
-        plan = Plan([Source([shard.concepts for shard in dataset.shards])], 0, ROWS, ROW_LENGTH, epochs)
-        loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, MICRO_BATCH_ROWS, workers)
-        try:
-            for batch in loader:
-                yield batch.real_concepts
-        finally:
-            loader.close()
-        yield 0
+def loaded(folder: str, workers: int, epochs: int | None) -> Iterator[int]:
+    """Concepts of each micro-batch of the loader; 0 after the last of so many epochs."""
+    dataset = open_dataset(folder, checksums=False)
+    plan = Plan([Source([shard.concepts for shard in dataset.shards])], 0, ROWS, ROW_LENGTH, epochs)
+    loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, MICRO_BATCH_ROWS, workers)
+    try:
+        for batch in loader:
+            yield batch.real_concepts
+    finally:
+        loader.close()
+    yield 0
 
 
 def speed(counts: Iterator[int], seconds: float | None) -> float:

@@ -266,7 +266,7 @@ class _Rows:
         with self._lock:
             found = self._shards.get((source, shard))
         if found is None:
-            found = open_shard(self.datasets[source], shard)
+            found = open_shard(self.datasets[source], shard, whole=True)
             with self._lock:
                 self._shards[source, shard] = found
                 self._opened += 1

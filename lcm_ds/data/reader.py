@@ -10,11 +10,12 @@ import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ import numpy as np
 from lcm_ds.data.cache import Cache
 from lcm_ds.data.format import SHARDS, Dataset, ShardInfo
 from lcm_ds.data.quantization import BFloat16, Quantization
-from lcm_ds.data.tar import HEAD, Member, read_members
+from lcm_ds.data.tar import HEAD, read_members
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.files import OpenFile, sha256_of
+from lcm_ds.files import OpenFile, read_ahead, sha256_of
 
 _STORED = {"bfloat16": "uint16"}
 
@@ -68,27 +69,25 @@ class Shard:
         self._npys: list[tuple[int, int]] = []
         self._offsets: list[int] = []
         lengths = []
-        known: dict[tuple[bytes, int], tuple[int, int]] = {}
         try:
             members = read_members(self._data, self.where)
         except OSError as error:
             raise InputError(f"{self.where}: cannot be read: {error.strerror}") from None
-        for member in members:
-            key, kind = _split(member.name)
+        for name, offset, size, head in zip(*members, strict=True):
+            key, kind = _split(name)
             if kind == extension:
-                found = known.get((member.head, member.size))
-                if found is None:
-                    found = self._check(key, member)
-                    if found[0] == HEAD:  # nearly always; else there may be more to it than `head`
-                        known[member.head, member.size] = found
+                length = _length(head, size, self.embed_dim, self.dtype)
+                begin = HEAD
+                if length is None:
+                    begin, length = self._check(key, offset, size, head)
                 self.keys.append(key)
-                self._npys.append((member.offset, member.size))
-                self._offsets.append(member.offset + found[0])
-                lengths.append(found[1])
+                self._npys.append((offset, size))
+                self._offsets.append(offset + begin)
+                lengths.append(length)
             elif kind == "json":
-                self._metas[key] = (member.offset, member.size)
+                self._metas[key] = (offset, size)
             elif kind == self._text_extension:
-                self._texts[key] = (member.offset, member.size)
+                self._texts[key] = (offset, size)
         self.lengths = np.array(lengths, np.int64)
         self._check_counts(info)
 
@@ -171,15 +170,13 @@ class Shard:
             raise InputError(f"{self.where}: {key}.{self._text_extension}: not UTF-8: {error}") from None
         return text.split("\n") if text else []
 
-    def _check(self, key: str, member: Member) -> tuple[int, int]:
+    def _check(self, key: str, offset: int, size: int, head: bytes) -> tuple[int, int]:
         """After how many bytes the document's numbers begin, and how many concepts they are."""
         where = f"{self.where}: {key}.{self.extension}"
         # The length of the header: two bytes in version 1 of the format, four after it.
-        width = 2 if member.head[6:7] == b"\1" else 4
-        size = 8 + width + int.from_bytes(member.head[8 : 8 + width], "little")
-        header = member.head
-        if size != len(header):
-            header = self._data[member.offset : member.offset + min(size, member.size)]
+        width = 2 if head[6:7] == b"\1" else 4
+        begin = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
+        header = head if begin == len(head) <= size else self._data[offset : offset + min(begin, size)]
         try:
             shape, fortran_order, dtype = _npy_header(header)
         except ValueError as error:
@@ -193,9 +190,9 @@ class Shard:
             raise InputError(f"{where}: is {dtype}, its dataset is {self.dtype}")
         if shape[1] != self.embed_dim:
             raise InputError(f"{where}: has embed_dim {shape[1]}, its dataset {self.embed_dim}")
-        if size + shape[0] * shape[1] * dtype.itemsize != member.size:
-            raise InputError(f"{where}: has {member.size} bytes, which is not what {list(shape)} {dtype} takes")
-        return size, shape[0]
+        if begin + shape[0] * shape[1] * dtype.itemsize != size:
+            raise InputError(f"{where}: has {size} bytes, which is not what {list(shape)} {dtype} takes")
+        return begin, shape[0]
 
     def _check_counts(self, info: ShardInfo | None) -> None:
         if len(keys := set(self.keys)) != len(self.keys):
@@ -211,8 +208,11 @@ class Shard:
             )
 
 
-def open_shard(dataset: Dataset, index: int) -> Shard:
-    """Shard `index` of a dataset, checked against it; fetched first where it is elsewhere. Raises InputError."""
+def open_shard(dataset: Dataset, index: int, whole: bool = False) -> Shard:
+    """Shard `index` of a dataset, checked against it; fetched first where it is elsewhere.
+
+    whole: nearly all of it will be read, in any order. Raises InputError.
+    """
     if dataset.checksums and dataset.is_elsewhere(index):
         with dataset.shard_file(index) as path:
             rotten = _checksum(path) != dataset.shards[index].sha256
@@ -221,6 +221,9 @@ def open_shard(dataset: Dataset, index: int) -> Shard:
             dataset.cache.forget(dataset.shards[index].sha256)
     with dataset.shard_file(index) as path:
         info = dataset.info
+        if whole and not dataset.checksums:
+            with suppress(OSError):  # said below
+                read_ahead(path)
         listed, storage = dataset.shards[index], dataset.storage
         shard = Shard(path, listed, info.embed_dim, info.dtype, storage, info.extension, info.texts)
         if dataset.checksums:
@@ -301,17 +304,35 @@ def _open(path: Path) -> OpenFile:
 
 def _split(name: str) -> tuple[str, str]:
     """Key and extension as WebDataset has them: cut at the first dot after the last slash."""
+    if "/" not in name:
+        key, _, kind = name.partition(".")
+        return (key, kind.lower()) if key else (name, "")
     dot = name.find(".", name.rfind("/") + 1)
     return (name[:dot], name[dot + 1 :].lower()) if dot > 0 else (name, "")
 
 
-@lru_cache(maxsize=4096)  # documents of the same length have the same header
+@lru_cache(maxsize=1 << 14)  # documents of the same length have the same header
+def _length(head: bytes, size: int, embed_dim: int | None, dtype: np.dtype | None) -> int | None:
+    """How many concepts an array holds, by the first HEAD of its bytes; None where it has to be looked at closely."""
+    width = 2 if head[6:7] == b"\1" else 4
+    if embed_dim is None or dtype is None or 8 + width + int.from_bytes(head[8 : 8 + width], "little") != HEAD:
+        return None
+    try:
+        shape, fortran_order, found = _npy_header(head)
+    except ValueError:
+        return None
+    usual = len(shape) == 2 and shape[1] == embed_dim and found == dtype and not fortran_order
+    return shape[0] if usual and HEAD + shape[0] * embed_dim * dtype.itemsize == size else None
+
+
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether column by column, and dtype. Raises ValueError."""
     file = io.BytesIO(header)
     version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    if version == (2, 0):
-        return np.lib.format.read_array_header_2_0(file)
-    raise ValueError(f"version {version} of the format is not read here")
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version} of the format is not read here")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    try:
+        return read(file)
+    except TokenError as error:
+        raise ValueError(f"its header cannot be read: {error}") from None

@@ -45,14 +45,19 @@ def cut(read: ShardInOrder, start: int, stop: int, max_segment: int) -> Iterator
     A document longer than max_segment is wrapped: cut at multiples of max_segment counted from its first concept,
     wherever rows begin and end.
     """
-    at = bisect_right(read.ends, start)
+    shard, documents, ends = read
+    at = bisect_right(ends, start)
+    first = ends[at - 1] if at else 0
     while start < stop:
-        first, end = read.ends[at - 1] if at else 0, min(stop, read.ends[at])
+        end = ends[at] if ends[at] < stop else stop
         while start < end:
             offset = start - first
-            until = min(end - first, (offset // max_segment + 1) * max_segment)
-            yield Segment(read.shard, read.documents[at], offset, until)
+            until = (offset // max_segment + 1) * max_segment
+            if until > end - first:
+                until = end - first
+            yield Segment(shard, documents[at], offset, until)
             start = first + until
+        first = ends[at]
         at += 1
 
 

@@ -14,42 +14,45 @@ from lcm_ds.errors import InputError
 from lcm_ds.files import OpenFile
 
 BLOCK = 512
+_WINDOW = 8192  # bytes read at a time
 HEAD = 128  # bytes of a member that come with its header: an .npy file says there what it holds
 _END = bytes(BLOCK)
 _USTAR = np.frombuffer(b"ustar\0", np.uint8)  # GNU has spaces there, and other things behind
-_REGULAR = frozenset(b"0\0")
+_REGULAR = tuple(b"0\0")
 _PLACES = np.array([8**place for place in range(5, -1, -1)], np.uint32)  # of six octal digits
 _IGNORED = frozenset(b"gK12345")  # comments, links, devices and folders hold no samples
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 
 
-class Member(NamedTuple):
-    """A file in a tar: its bytes lie at `offset`, `size` of them."""
+class Members(NamedTuple):
+    """The regular files of a tar, in order, column by column: lists of the same length."""
 
-    name: str
-    offset: int
-    size: int
-    head: bytes  # the first HEAD of them, or as many as there are
+    names: list[str]
+    offsets: list[int]  # of their bytes in the tar
+    sizes: list[int]
+    heads: list[bytes]  # the first HEAD of their bytes; where there are fewer, what else is behind them
 
 
-def read_members(data: OpenFile | bytes, where: str) -> list[Member]:
+def read_members(data: OpenFile | bytes, where: str) -> Members:
     """The regular files of the tar in `data`, in order. Raises InputError, which begins with `where`."""
     if (packed := _COMPRESSED.get(data[0:2])) is not None:
         raise InputError(f"{where}: is compressed ({packed}); shards are plain tars")
-    places, sizes, headers, heads = _walk(data, where)
+    places, sizes, blocks = _walk(data, where)
     # What needs no walk is done for all headers at once, which is several times as fast.
-    blocks = np.frombuffer(headers, np.uint8).reshape(-1, BLOCK)
     _check_sums(blocks, places, where)
-    names = np.ascontiguousarray(blocks[:, :100]).view("S100").ravel().tolist()
-    split = np.flatnonzero((blocks[:, 345] != 0) & (blocks[:, 257:263] == _USTAR).all(axis=1))
-    for index in split.tolist():  # ustar has the folder of a long name in a field of its own
-        names[index] = b"%b/%b" % (_upto_zero(blocks[index, 345:500].tobytes()), _upto_zero(names[index]))
-    members: list[Member] = []
+    names = _names(blocks)
+    offsets = [at + BLOCK for at in places]
+    heads = np.ascontiguousarray(blocks[:, BLOCK:]).view(f"V{HEAD}").ravel().tolist()
+    if np.isin(blocks[:, 156], _REGULAR).all():  # nearly always: nothing but files
+        return Members(names, offsets, sizes, heads)
+    members = Members([], [], [], [])
     long_name: str | None = None
-    for at, size, kind, name, head in zip(places, sizes, blocks[:, 156].tolist(), names, heads, strict=True):
-        start = at + BLOCK
+    for start, size, kind, name, head in zip(offsets, sizes, blocks[:, 156].tolist(), names, heads, strict=True):
         if kind in _REGULAR:
-            members.append(Member(long_name or _text(name), start, size, head[:size]))
+            members.names.append(long_name or name)
+            members.offsets.append(start)
+            members.sizes.append(size)
+            members.heads.append(head)
         elif kind == ord("L"):
             long_name = _text(data[start : start + size])
             continue
@@ -57,28 +60,43 @@ def read_members(data: OpenFile | bytes, where: str) -> list[Member]:
             long_name = _pax_path(data[start : start + size], where)
             continue
         elif kind not in _IGNORED:
-            raise InputError(f"{where}: its member {_text(name)!r} is of type {chr(kind)!r}, which is not read here")
+            raise InputError(f"{where}: its member {name!r} is of type {chr(kind)!r}, which is not read here")
         long_name = None
     return members
 
 
-def _walk(data: OpenFile | bytes, where: str) -> tuple[list[int], list[int], bytes, list[bytes]]:
-    """Where each header begins, how many bytes follow it, all headers joined, and the HEAD bytes behind each."""
+def _names(blocks: np.ndarray) -> list[str]:
+    """The names in headers, uint8 [headers, 512 and more]."""
+    fields = np.ascontiguousarray(blocks[:, :100]).view("S100").ravel().tolist()
+    split = np.flatnonzero((blocks[:, 345] != 0) & (blocks[:, 257:263] == _USTAR).all(axis=1))
+    for index in split.tolist():  # ustar has the folder of a long name in a field of its own
+        fields[index] = b"%b/%b" % (_upto_zero(blocks[index, 345:500].tobytes()), _upto_zero(fields[index]))
+    together = b"\n".join(fields)
+    if together.count(b"\n") == len(fields) - 1 and 0 not in together:
+        return together.decode("utf-8", errors="surrogateescape").split("\n")
+    return [_text(field) for field in fields]
+
+
+def _walk(data: OpenFile | bytes, where: str) -> tuple[list[int], list[int], np.ndarray]:
+    """Where each header begins, how many bytes follow it, and uint8 [headers, 512 + HEAD]: it and what is behind it."""
     places: list[int] = []
     sizes: list[int] = []
-    headers: list[bytes] = []
-    heads: list[bytes] = []
-    at = 0
+    pieces: list[bytes] = []
+    length = BLOCK + HEAD
+    at = rest = 0
+    window = data[0:_WINDOW]  # small members are read together with the next one's header
     while True:
-        piece = data[at : at + BLOCK + HEAD]
-        header = piece[:BLOCK]
+        if rest + length > len(window):
+            rest, window = 0, data[at : at + _WINDOW]
+        piece = window[rest : rest + length]
         try:
-            size = int(header[124:135], 8)  # nearly always eleven octal digits
+            size = int(piece[124:135], 8)  # nearly always eleven octal digits
         except ValueError:
+            header = piece[:BLOCK]
             if header == _END:
-                return places, sizes, b"".join(headers), heads
+                return places, sizes, np.frombuffer(b"".join(pieces), np.uint8).reshape(-1, length)
             if at > len(data):
-                name = _text(headers[-1][:100])
+                name = _text(pieces[-1][:100])
                 raise InputError(f"{where}: is cut off in its member {name!r}") from None
             if len(header) < BLOCK:
                 raise InputError(f"{where}: is cut off: it ends at byte {len(data)} without a tar's end mark") from None
@@ -86,10 +104,11 @@ def _walk(data: OpenFile | bytes, where: str) -> tuple[list[int], list[int], byt
         if size < 0:
             raise _no_header(at, where)
         places.append(at)
-        headers.append(header)
-        heads.append(piece[BLOCK:])
+        pieces.append(piece)
         sizes.append(size)
-        at += BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK
+        step = BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK
+        at += step
+        rest += step
 
 
 def _number(field: bytes, at: int, where: str) -> int:
@@ -135,9 +154,11 @@ def _pax_path(records: bytes, where: str) -> str | None:
 def _check_sums(blocks: np.ndarray, places: list[int], where: str) -> None:
     """Every header's own checksum: the sum of its bytes, the eight of the checksum taken as spaces.
 
-    blocks: uint8 [headers, 512]; places: where each begins.
+    blocks: uint8 [headers, 512 and more]; places: where each begins.
     """
-    found = blocks.sum(axis=1, dtype=np.uint32) - blocks[:, 148:156].sum(axis=1, dtype=np.uint32) + 8 * ord(" ")
+    found = (
+        blocks[:, :BLOCK].sum(axis=1, dtype=np.uint32) - blocks[:, 148:156].sum(axis=1, dtype=np.uint32) + 8 * ord(" ")
+    )
     digits = blocks[:, 148:154] - np.uint8(ord("0"))  # nearly always six octal digits
     usual = (digits < 8).all(axis=1) & (blocks[:, 154] == 0) & (blocks[:, 155] == ord(" "))
     right = usual & (digits.astype(np.uint32) @ _PLACES == found)

@@ -102,7 +102,7 @@ def test_members_are_those_that_tarfile_finds(tmp_path: Path, form: int) -> None
                 tar.addfile(other)
     with tarfile.open(path) as tar:
         expected = [(info.name, info.offset_data, info.size) for info in tar if info.isreg()]
-    assert [member[:3] for member in read_members(path.read_bytes(), "here")] == expected
+    assert list(zip(*read_members(path.read_bytes(), "here")[:3], strict=True)) == expected
     assert [name for name, _, _ in expected] == names
 
 
@@ -110,17 +110,17 @@ def test_a_tar_cut_at_the_boundary_of_a_member_is_not_a_shorter_one(tmp_path: Pa
     info = write_shard(tmp_path, "a.tar", [document(f"d{i}") for i in range(4)])
     whole = (tmp_path / "a.tar").read_bytes()
     members = read_members(whole, "here")
-    for member in members:
-        boundary = member.offset - 512
+    for name, offset in zip(members.names, members.offsets, strict=True):
+        boundary = offset - 512
         (tmp_path / "a.tar").write_bytes(whole[:boundary])
         if boundary:
             assert "is cut off" in mistake(tmp_path / "a.tar")
             assert "shards.jsonl lists" in mistake(tmp_path / "a.tar", info)
         # Cut, and closed as a tar should be: only the list knows better.
         (tmp_path / "a.tar").write_bytes((whole[:boundary] + bytes(len(whole)))[: len(whole)])
-        expected = "has a .json and no .npy" if member.name.endswith(".npy") else "documents with"
+        expected = "has a .json and no .npy" if name.endswith(".npy") else "documents with"
         assert expected in mistake(tmp_path / "a.tar", info)
-    (tmp_path / "a.tar").write_bytes(whole[: members[-1].offset + 3])
+    (tmp_path / "a.tar").write_bytes(whole[: members.offsets[-1] + 3])
     assert "is cut off in its member 'd3.npy'" in mistake(tmp_path / "a.tar")
 
 
@@ -166,7 +166,7 @@ def test_damage_is_an_error_or_not_in_what_is_read(whole_shard: tuple[Path, Shar
 
 def test_a_header_that_changed_in_one_byte_is_damage(whole_shard: tuple[Path, ShardInfo]) -> None:
     whole = (whole_shard[0] / "whole.tar").read_bytes()
-    for header in (member.offset - 512 for member in read_members(whole, "here")):
+    for header in (offset - 512 for offset in read_members(whole, "here").offsets):
         for at in range(header, header + 512, 7):
             damaged = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
             with pytest.raises(InputError, match=r"^here: is "):
@@ -272,8 +272,9 @@ def test_verify_finds_a_byte_that_changed_and_names_every_bad_shard(own_dataset:
     assert list(chain(*verify(dataset))) == []
     path = own_dataset / "shard-00001.tar"
     data = bytearray(path.read_bytes())
-    member = next(m for m in read_members(bytes(data), "here") if m.name.endswith(".npy"))
-    data[member.offset + member.size - 1] ^= 1
+    members = read_members(bytes(data), "here")
+    first = next(index for index, name in enumerate(members.names) if name.endswith(".npy"))
+    data[members.offsets[first] + members.sizes[first] - 1] ^= 1
     path.write_bytes(data)
     (own_dataset / "shard-00003.tar").unlink()
     changed = (
