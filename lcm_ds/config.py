@@ -141,6 +141,8 @@ class ModelConfig(Schema):
     rope_theta: float | None = Field(None, gt=0)
     dropout: float | None = Field(None, ge=0, lt=1)
     initializer_range: float | None = Field(None, gt=0)
+    # what a concept sees: those before it in its document, or all before it in its row
+    attention: Literal["document", "row"] | None = None
 
 
 class WeightedPath(Schema):
@@ -226,6 +228,22 @@ class LogConfig(Schema):
     peak_tflops: float | None = Field(None, gt=0)  # of one device, for mfu; default: from a table of devices
 
 
+class StepConfig(Schema):
+    """How a step is computed; what it computes does not change, but for rounding."""
+
+    compile: bool = False  # torch.compile for each layer: a minute at the start, then faster; not under ZeRO-3
+    # with activation_checkpointing in the DeepSpeed JSON: every so many layers keep no activations
+    recompute_every: int | None = Field(None, gt=0)
+    profile_steps: tuple[int, int] | None = None  # first and last, from 0: a trace of torch's profiler, of rank 0
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _in_order(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not 0 <= value[0] <= value[1]:
+            raise ValueError(f"[first, last] step, counted from 0, not {list(value)}")
+        return value
+
+
 class GuardConfig(Schema):
     """What happens when a step is not finite."""
 
@@ -248,6 +266,7 @@ class TrainConfig(Schema):
     evaluate: EvaluateConfig = EvaluateConfig()  # type: ignore[call-arg]
     log: LogConfig = LogConfig()  # type: ignore[call-arg]
     guard: GuardConfig = GuardConfig()  # type: ignore[call-arg]
+    train: StepConfig = StepConfig()  # type: ignore[call-arg]
     deepspeed: Any  # path of a JSON, or the mapping itself
 
     @field_validator("deepspeed")

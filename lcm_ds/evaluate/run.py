@@ -175,7 +175,8 @@ def _targets(model: BaseLCM, batch: Batch, max_segment: int, predict: bool) -> t
         position=layout.positions[:, 1:][mask],
     )
     if predict:
-        return targets, model(batch.concepts, layout)[:, :-1][mask].float()
+        seen = SegmentLayout.from_ids(batch.segment_ids, max_segment, model.config.attention)
+        return targets, model(batch.concepts, seen)[:, :-1][mask].float()
     return targets, torch.zeros(len(targets), 0)
 
 

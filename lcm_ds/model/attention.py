@@ -1,4 +1,4 @@
-"""Causal attention inside segments: flash kernels over packed rows on CUDA, a masked SDPA elsewhere.
+"""Causal attention inside segments: flash kernels over packed rows on CUDA, SDPA elsewhere.
 
 Nothing outside this module knows which one runs; both agree to rounding.
 """
@@ -16,55 +16,93 @@ varlen_attn: Any = None
 with contextlib.suppress(ImportError):  # flash kernels over segments: CUDA only, and not in every build
     from torch.nn.attention.varlen import varlen_attn
 
+MEAN_SEGMENT = 32  # concepts; cu_seqlens has room for so many segments, and for twice as many where they are shorter
+
 
 class SegmentLayout(NamedTuple):
-    """Where the segments of a batch of rows lie.
+    """Where the segments of a batch of rows lie, and how attention is to be computed over them.
 
-    Its tensors have the same shapes for any number of segments, so that nothing recompiles from batch to batch.
+    Its tensors have the same shapes for any number of segments (but see MEAN_SEGMENT), so that nothing recompiles from
+    batch to batch.
     """
 
     starts: Tensor  # int64 [rows, row_length]: where in the row the segment of this position begins
     positions: Tensor  # int64 [rows, row_length]: from 0 in every segment
-    # int32 [rows * row_length + 1]: ends of the segments of all rows one after the other, padded with the last one
+    # int32: ends of the segments of all rows one after the other, from 0 on, padded with the last one
     cu_seqlens: Tensor
     max_seqlen: int  # no segment is longer
+    whole_rows: bool  # every row is one segment
+    varlen: bool = False  # whether the flash kernels over segments serve
+    mask: Tensor | None = None  # for SDPA, see `prepared`; None where it needs none
 
     @classmethod
-    def from_ids(cls, segment_ids: Tensor, max_seqlen: int) -> SegmentLayout:
-        """The layout of int [rows, row_length] segment ids, -1 where padded; each padded position stands alone.
+    def from_ids(cls, segment_ids: Tensor, max_seqlen: int, attention: str = "document") -> SegmentLayout:
+        """The layout of int [rows, row_length] segment ids, −1 where there are no concepts.
 
-        Made on the ids' device: call it on the CPU, and `to` afterwards, so that no device is waited for.
+        attention: "document", or "row", where segments of a row see those before them: between two gaps all is one.
+        Positions without concepts make segments of their own, as long as max_seqlen at most. Made on the ids' device:
+        call it on the CPU, and `prepared` afterwards, so that no device is waited for.
         """
         rows, length = segment_ids.shape
+        if attention == "row":
+            segment_ids, max_seqlen = segment_ids.clamp(max=0), length
+        max_seqlen = min(max_seqlen, length)
         index = torch.arange(length, device=segment_ids.device).expand(rows, length)
         begins = torch.ones_like(segment_ids, dtype=torch.bool)
-        begins[:, 1:] = (segment_ids[:, 1:] != segment_ids[:, :-1]) | (segment_ids[:, 1:] < 0)
+        begins[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
         starts = torch.where(begins, index, 0).cummax(dim=1).values
-        total = rows * length
-        first = begins.flatten().nonzero().flatten()
-        cu_seqlens = torch.full((total + 1,), total, dtype=torch.int32, device=segment_ids.device)
-        cu_seqlens[: len(first)] = first
-        return cls(starts, index - starts, cu_seqlens, min(max_seqlen, length))
+        positions = index - starts
+        if (empty := segment_ids < 0).any():
+            positions = torch.where(empty, positions % max_seqlen, positions)
+            starts = index - positions
+        ends = (positions == 0).flatten().nonzero().flatten()
+        return cls(starts, positions, _padded(ends, rows, length), max_seqlen, len(ends) == rows)
 
     @classmethod
     def one_segment(cls, rows: int, length: int, device: torch.device, offset: int = 0) -> SegmentLayout:
         """Every row is one segment, whose first position is `offset` (what a cache already holds)."""
         index = torch.arange(length, device=device).expand(rows, length)
-        ends = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device)
-        cu_seqlens = F.pad(ends, (0, rows * length - rows), value=rows * length)
-        return cls(torch.zeros_like(index), index + offset, cu_seqlens, length)
+        ends = torch.arange(0, rows * length, length, device=device)
+        return cls(torch.zeros_like(index), index + offset, _padded(ends, rows, length), length, True)
 
-    def to(self, device: torch.device) -> SegmentLayout:
-        """The same on another device."""
+    def prepared(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> SegmentLayout:
+        """The same on `device`, with all that attention of this dtype and width of a head asks for."""
         starts, positions, cu_seqlens = (tensor.to(device, non_blocking=True) for tensor in self[:3])
-        return SegmentLayout(starts, positions, cu_seqlens, self.max_seqlen)
+        moved = self._replace(starts=starts, positions=positions, cu_seqlens=cu_seqlens)
+        if uses_varlen(device, dtype, head_dim):
+            return moved._replace(varlen=True)
+        return moved._replace(mask=None if self.whole_rows else moved._mask(dtype))
 
-    def mask(self) -> Tensor:
-        """bool [rows, 1, row_length, row_length]: may position i look at position j?"""
+    @property
+    def blocks(self) -> int:
+        """Of how many parts SDPA takes a row, each as long as the longest segment: a part and the one before it are
+        all that its concepts may see. 1: it takes whole rows.
+        """
         length = self.starts.shape[1]
-        index = torch.arange(length, device=self.starts.device)
-        same = self.starts.unsqueeze(2) == self.starts.unsqueeze(1)
-        return (same & (index.unsqueeze(1) >= index)).unsqueeze(1)
+        return length // self.max_seqlen if length % self.max_seqlen == 0 and length > 2 * self.max_seqlen else 1
+
+    def _mask(self, dtype: torch.dtype) -> Tensor:
+        """0 where a position may look at another, else −∞: [rows · blocks, 1, queries, keys] (see `blocks`)."""
+        rows, length = self.starts.shape
+        count = self.blocks
+        queries = torch.arange(length, device=self.starts.device).view(count, 1, -1, 1)
+        keys = queries.transpose(2, 3)
+        if count > 1:
+            keys = torch.cat([keys - self.max_seqlen, keys], dim=3)
+        # A key before the row's beginning lies before every segment.
+        seen = (keys <= queries) & (keys >= self.starts.view(rows, count, 1, -1, 1))
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf).flatten(0, 1)
+
+
+def _padded(ends: Tensor, rows: int, length: int) -> Tensor:
+    """Beginnings of segments as cu_seqlens, of a length that only few others differ from."""
+    total = rows * length
+    room = max(rows, -(-total // MEAN_SEGMENT))
+    while room < len(ends):
+        room *= 2
+    cu_seqlens = torch.full((min(room, total) + 1,), total, dtype=torch.int32, device=ends.device)
+    cu_seqlens[: len(ends)] = ends
+    return cu_seqlens
 
 
 class Cache:
@@ -99,19 +137,22 @@ def varlen_takes(dtype: torch.dtype, head_dim: int) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout, mask: Tensor | None) -> Tensor:
-    """Causal attention inside each segment; all [rows, row_length, heads, head_dim].
-
-    mask: `layout.mask()`, made once for all layers, where `uses_varlen` is false; else None.
-    """
-    if mask is None:
-        rows, length = query.shape[:2]
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout) -> Tensor:
+    """Causal attention inside each segment; all [rows, row_length, heads, head_dim]. layout: a `prepared` one."""
+    rows, length, heads, width = query.shape
+    if layout.varlen:
         query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
         ends, longest = layout.cu_seqlens, layout.max_seqlen
         out: Tensor = varlen_attn(query, key, value, ends, ends, longest, longest, window_size=(-1, 0))
         return out.unflatten(0, (rows, length))
+    if layout.mask is not None and layout.blocks > 1:
+        query, key, value = (tensor.view(rows, layout.blocks, -1, heads, width) for tensor in (query, key, value))
+        key, value = (torch.cat([tensor.roll(1, dims=1), tensor], dim=2) for tensor in (key, value))
+        query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+    causal = layout.mask is None
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.mask, is_causal=causal)
+    return out.transpose(1, 2).reshape(rows, length, heads, width)
 
 
 def attend_cached(query: Tensor, key: Tensor, value: Tensor, layer: int, cache: Cache) -> Tensor:

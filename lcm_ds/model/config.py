@@ -14,7 +14,8 @@ class BaseLCMConfig(PretrainedConfig):
     """A Base-LCM (arXiv 2412.08821, section 2.3.1); names as in Hugging Face configs.
 
     embed_dim: numbers in a concept; hidden_size: width of the decoder; dropout: on what each attention and
-    feed-forward block adds to its input, in training only.
+    feed-forward block adds to its input, in training only; attention: "document", a concept sees those before it in
+    its segment, or "row", all before it in its row.
     """
 
     model_type = "base_lcm"
@@ -28,6 +29,7 @@ class BaseLCMConfig(PretrainedConfig):
     rope_theta: float = 10_000.0
     dropout: float = 0.0
     initializer_range: float = 0.02
+    attention: str = "document"
 
     @property
     def head_dim(self) -> int:
@@ -49,6 +51,7 @@ SIZES = (
     "rope_theta",
     "dropout",
     "initializer_range",
+    "attention",
 )
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -61,12 +64,28 @@ PRESETS: dict[str, dict[str, Any]] = {
         "intermediate_size": 1024,
         "dropout": 0.2,
     },
+    # The sizes of the seed's example (github.com/dame-cell/BaseLCM, README): 12 layers, 8 heads; the rest its defaults.
+    "mini": {
+        "embed_dim": 1024,
+        "hidden_size": 512,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "intermediate_size": 2048,
+        "dropout": 0.1,
+    },
     "150m": {
         "embed_dim": 1024,
         "hidden_size": 1024,
         "num_hidden_layers": 12,
         "num_attention_heads": 16,
         "intermediate_size": 2816,
+    },
+    "400m": {
+        "embed_dim": 1024,
+        "hidden_size": 1536,
+        "num_hidden_layers": 14,
+        "num_attention_heads": 12,
+        "intermediate_size": 4096,
     },
     # the paper's (arXiv 2412.08821, section 2.4.1); 5632 is 8192 · 2/3 up to a multiple of 256
     "1.6b": {
@@ -75,6 +94,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 16,
         "intermediate_size": 5632,
+        "dropout": 0.1,
+    },
+    # LLaMA-7B's width, depth and heads (arXiv 2302.13971, table 2): the paper has no Base-LCM of that size.
+    "7b": {
+        "embed_dim": 1024,
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "intermediate_size": 11008,
         "dropout": 0.1,
     },
 }

@@ -25,17 +25,21 @@ class Draw(NamedTuple):
     def of(cls, keys: Tensor, row_length: int, hidden_size: int, p: float) -> Draw:
         """keys: int64 [rows]."""
         numbers = torch.arange(row_length * hidden_size, device=keys.device).view(1, row_length, hidden_size)
-        return cls((keys & WORD).view(-1, 1, 1), mix(numbers), p)
+        return cls(mix((keys & WORD).view(-1, 1, 1)), mix(numbers), p)
+
+    def at(self, site: int) -> Draw:
+        """The draw of one place in the model, `site` its number, so that each place drops other values."""
+        return self._replace(keys=mix(self.keys + site))
 
 
-def drop(x: Tensor, draw: Draw | None, site: int) -> Tensor:
+def drop(x: Tensor, draw: Draw | None) -> Tensor:
     """x [rows, row_length, hidden_size] with a share p of it set to 0 and the rest times 1 / (1 − p).
 
-    site: the number of the place in the model, so that each drops other values. Without a draw x is left alone.
+    draw: that of this place in the model, see `Draw.at`; without one x is left alone.
     """
     if draw is None:
         return x
-    kept = mix(draw.numbers ^ mix(mix(draw.keys) + site)) >= int(draw.p * 2**32)
+    kept = mix(draw.numbers ^ draw.keys) >= int(draw.p * 2**32)
     return torch.where(kept, x / (1 - draw.p), 0.0)
 
 

@@ -14,9 +14,9 @@ def matrix_weights(config: BaseLCMConfig) -> int:
 def training_flops(config: BaseLCMConfig, concepts: int, pairs: int) -> int:
     """FLOPs of forward and backward over `concepts` concepts; recomputation is not counted.
 
-    pairs: sum over segments of length². A matrix costs 2 FLOPs a weight and concept. Attention in a layer costs
-    2 · 2 · hidden_size for each pair (q·k, then the weighted sum), of which causality leaves half. The backward pass
-    costs twice the forward (arXiv 2204.02311, appendix B).
+    pairs: of a concept with each that it sees, itself included: n · (n + 1) / 2 for a segment of n. A matrix costs 2
+    FLOPs a weight and concept. Attention in a layer costs 2 · 2 · hidden_size a pair (q·k, then the weighted sum). The
+    backward pass costs twice the forward (arXiv 2204.02311, appendix B).
     """
-    forward = 2 * matrix_weights(config) * concepts + config.num_hidden_layers * 2 * config.hidden_size * pairs
+    forward = 2 * matrix_weights(config) * concepts + config.num_hidden_layers * 4 * config.hidden_size * pairs
     return 3 * forward

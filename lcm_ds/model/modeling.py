@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lcm_ds.model.attention import Cache, SegmentLayout, attend, attend_cached, rope_tables, rotate, uses_varlen
+from lcm_ds.model.attention import Cache, SegmentLayout, attend, attend_cached, rope_tables, rotate
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.dropout import Draw, drop
+from lcm_ds.model.linear import project
 from lcm_ds.model.normalizer import Normalizer
 
 Rope = tuple[Tensor, Tensor]
@@ -33,7 +34,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, size] → the same shape and dtype."""
-        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -45,17 +46,16 @@ class Attention(nn.Module):
         self.layer, self.head_dim = layer, config.head_dim
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(size, size) for _ in range(4))
 
-    def forward(self, x: Tensor, rope: Rope, layout: SegmentLayout, mask: Tensor | None, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, layout: SegmentLayout, cache: Cache | None) -> Tensor:
         """[rows, row_length, hidden_size] → the same."""
-        query, key, value = (
-            project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = project(x, self.q_proj, self.k_proj, self.v_proj)
+        query, key, value = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         query, key = rotate(query, *rope), rotate(key, *rope)
         if cache is None:
-            out = attend(query, key, value, layout, mask)
+            out = attend(query, key, value, layout)
         else:
             out = attend_cached(query, key, value, self.layer, cache)
-        return self.o_proj(out.flatten(-2))
+        return project(out.flatten(-2), self.o_proj)[0]
 
 
 class MLP(nn.Module):
@@ -69,7 +69,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[rows, row_length, hidden_size] → the same."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, self.gate_proj, self.up_proj)
+        return project(F.silu(gate) * up, self.down_proj)[0]
 
 
 class DecoderLayer(nn.Module):
@@ -81,21 +82,18 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self.layer = layer
 
     def forward(
         self,
         x: Tensor,
         rope: Rope,
         layout: SegmentLayout,
-        mask: Tensor | None,
-        draw: Draw | None = None,
+        draws: tuple[Draw | None, Draw | None] = (None, None),
         cache: Cache | None = None,
     ) -> Tensor:
-        """[rows, row_length, hidden_size] → the same."""
-        attended = self.self_attn(self.input_layernorm(x), rope, layout, mask, cache)
-        x = x + drop(attended, draw, 2 * self.layer)
-        return x + drop(self.mlp(self.post_attention_layernorm(x)), draw, 2 * self.layer + 1)
+        """[rows, row_length, hidden_size] → the same; draws: what is dropped of either block's output."""
+        x = x + drop(self.self_attn(self.input_layernorm(x), rope, layout, cache), draws[0])
+        return x + drop(self.mlp(self.post_attention_layernorm(x)), draws[1])
 
 
 class BaseLCM(PreTrainedModel):
@@ -120,6 +118,7 @@ class BaseLCM(PreTrainedModel):
         self.post_net = nn.Linear(config.hidden_size, config.embed_dim)
         # Calls a layer without keeping its activations (torch's or DeepSpeed's checkpointing); None keeps them.
         self.recompute: Callable[..., Tensor] | None = None
+        self.recompute_every = 1  # every so many layers, from the first on
         self.post_init()
 
     def forward(
@@ -144,22 +143,28 @@ class BaseLCM(PreTrainedModel):
         inputs = self.normalizer.normalize(concepts)
         if noise is not None:
             inputs = inputs + noise
-        hidden = self.pre_net(inputs.to(self.pre_net.weight.dtype))
+        (hidden,) = project(inputs.to(self.pre_net.weight.dtype), self.pre_net)
         if layout is None:
             seen = 0 if cache is None else len(cache)
             layout = SegmentLayout.one_segment(concepts.shape[0], concepts.shape[1], concepts.device, seen)
-        varlen = uses_varlen(hidden.device, hidden.dtype, self.config.head_dim)
-        mask = None if cache is not None or varlen else layout.mask()
+        layout = layout.prepared(hidden.device, hidden.dtype, self.config.head_dim)
         rope = rope_tables(layout.positions, self.config.head_dim, self.config.rope_theta)
         draw = None
         if self.training and self.config.dropout > 0:
             if dropout_keys is None:
                 raise ValueError("training with dropout needs dropout_keys, a number for each row")
             draw = Draw.of(dropout_keys, concepts.shape[1], self.config.hidden_size, self.config.dropout)
+        recompute = self.recompute if self.training else None
+        for number, layer in enumerate(self.layers):
+            draws = (None, None) if draw is None else (draw.at(2 * number), draw.at(2 * number + 1))
+            call = partial(layer, rope=rope, layout=layout, draws=draws, cache=cache)
+            hidden = call(hidden) if recompute is None or number % self.recompute_every else recompute(call, hidden)
+        return project(self.norm(hidden), self.post_net)[0]
+
+    def compile_layers(self) -> None:
+        """torch.compile for each layer: they share what is compiled. Not under ZeRO-3, whose hooks break the graph."""
         for layer in self.layers:
-            call = partial(layer, rope=rope, layout=layout, mask=mask, draw=draw, cache=cache)
-            hidden = call(hidden) if self.recompute is None or not self.training else self.recompute(call, hidden)
-        return self.post_net(self.norm(hidden))
+            layer.compile()
 
     # --- initial weights ----------------------------------------------------------------------------------------------
 

@@ -27,7 +27,9 @@ class Normalizer(nn.Module):
 
     def normalize(self, concepts: Tensor) -> Tensor:
         """[…, embed_dim] in raw space → fp32 in normalised space."""
-        return (concepts.float() - self.center) / self.scale
+        # fp16 and bf16 become fp32 in the same pass, and nothing else is kept of them.
+        concepts = concepts.float() if concepts.dtype == torch.float64 else concepts
+        return (concepts - self.center).div_(self.scale)
 
     def denormalize(self, concepts: Tensor) -> Tensor:
         """[…, embed_dim] in normalised space → fp32 in raw space."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -12,10 +13,12 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from lcm_ds import ds_config
-from lcm_ds.config import OptimConfig
+from lcm_ds.config import OptimConfig, TrainConfig
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.train.place import Place
+
+logger = logging.getLogger("lcm_ds.train")
 
 
 def connect(place: Place) -> torch.device:
@@ -56,16 +59,26 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
     ]
 
 
-def build_engine(model: BaseLCM, optim: OptimConfig, ds: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
     """The DeepSpeed engine around `model`, with the optimizer and the activation checkpointing that the JSON names."""
     if "activation_checkpointing" in ds:
         deepspeed.checkpointing.configure(None, deepspeed_config=ds)
         model.recompute = deepspeed.checkpointing.checkpoint
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameter_groups(model, optim), config=ds)
+        model.recompute_every = config.train.recompute_every or 1
+    if config.train.compile and ds_config.zero_stage(ds) == 3:
+        logger.warning("train.compile: off, for the hooks with which ZeRO-3 gathers parameters break what is compiled")
+    elif config.train.compile:
+        model.compile_layers()
+    groups = parameter_groups(model, config.optim)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds)
     return engine
 
 
-def set_learning_rate(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
-    """Give every parameter group the learning rate of the coming step."""
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, params: dict[str, Any], factor: float) -> None:
+    """Give every parameter group the learning rate of the coming step: `factor` of the highest, which `params` says.
+
+    params: optimizer.params of the DeepSpeed JSON, where Muon may have a rate of its own for either of its halves.
+    """
     for group in engine.basic_optimizer.param_groups:
-        group["lr"] = lr
+        own = {True: "muon_lr", False: "adam_lr"}.get(group.get("use_muon"), "lr")
+        group["lr"] = factor * params.get(own, params["lr"])

@@ -82,7 +82,7 @@ def train(job: Job, place: Place, newest: Checkpoint | None) -> int:
     start = 0
     with prints_to_log(run_dir):
         model = build_model(job.model, read_normalizer(job.datasets[0].path), job.config.seed, job.ds)
-        engine = build_engine(model, job.config.optim, job.ds)
+        engine = build_engine(model, job.config, job.ds)
         if newest is not None:
             checkpoints.restore(engine, newest)
             start = newest.step
@@ -123,7 +123,7 @@ class StepOutcome:
     loss: torch.Tensor  # this rank's share of the loss: summed over ranks it is the loss
     concepts: int
     missing: int  # concepts of shards that could not be read
-    pairs: int  # sum over segments of length²
+    pairs: int  # of a concept and one that it sees
     waited: float  # seconds this rank waited for data
     stop: bool  # some rank was asked to stop
     save: bool  # rank 0's clock says it is time to save
@@ -185,37 +185,38 @@ class Run:
         """One optimizer step over the micro-batches of this rank."""
         config, engine = self.job.config, self.engine
         started = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
+        taken = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
         waited = time.perf_counter() - started
+        micro_batches = [(batch, self.layout(batch)) for batch in taken]
         counts = self.agree(micro_batches)
         # DeepSpeed averages gradients over ranks: multiplied by their number it is the sum that the loss asks for.
         share = self.place.world_size / counts[0].clamp(min=1)
         factor = learning_rate_factor(step, self.job.total_steps, config.optim.schedule)
-        set_learning_rate(engine, config.optim.lr * factor)
+        set_learning_rate(engine, self.job.ds["optimizer"]["params"], factor)
         engine.train()
         loss = torch.zeros((), device=self.device)
-        for batch in micro_batches:
-            error = self.error(batch, step)
+        for batch, layout in micro_batches:
+            error = self.error(batch, layout, step)
             engine.backward(error * share, scale_wrt_gas=False)
             engine.step()
             loss += error.detach()
         targets, concepts, missing, pairs, stop, save = counts.tolist()
         return StepOutcome(loss / max(1, targets), concepts, missing, pairs, waited, stop > 0, save > 0)
 
-    def agree(self, micro_batches: list[Batch]) -> torch.Tensor:
+    def agree(self, micro_batches: list[tuple[Batch, SegmentLayout]]) -> torch.Tensor:
         """The step's global counts, and whether any rank was asked to stop or save: the one all-reduce before it.
 
-        Returns int64 [6]: targets, concepts, missing concepts, sum over segments of length², stop requests, save
-        requests.
+        Returns int64 [6]: targets, concepts, missing concepts, pairs of a concept and one that it sees, stop requests,
+        save requests.
         """
         minutes = self.job.config.checkpoint.every_minutes
         save_now = self.place.rank == 0 and minutes is not None and time.monotonic() - self.last_save > 60 * minutes
         counts = torch.tensor(
             [
-                sum(batch.targets for batch in micro_batches),
-                sum(batch.real_concepts for batch in micro_batches),
-                sum(batch.missing for batch in micro_batches),
-                sum(_pairs(batch) for batch in micro_batches),
+                sum(batch.targets for batch, _ in micro_batches),
+                sum(batch.real_concepts for batch, _ in micro_batches),
+                sum(batch.missing for batch, _ in micro_batches),
+                sum(int((layout.positions + 1)[batch.segment_ids >= 0].sum()) for batch, layout in micro_batches),
                 self.stop.requested(),
                 save_now,
             ],
@@ -225,23 +226,30 @@ class Run:
         dist.all_reduce(counts)
         return counts
 
-    def error(self, batch: Batch, step: int | None) -> torch.Tensor:
-        """Summed squared error of one micro-batch (see loss.py); without noise where `step` is None."""
-        predictions, concepts, mask = self.predict(batch, step)
-        return squared_error(predictions, concepts, mask)
+    def layout(self, batch: Batch) -> SegmentLayout:
+        """Where the segments of a micro-batch lie."""
+        return SegmentLayout.from_ids(batch.segment_ids, self.job.config.data.max_segment, self.job.model.attention)
 
-    def predict(self, batch: Batch, step: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Predictions, clean concepts (both [rows, row_length, embed_dim], normalised space) and the targets' mask."""
+    def error(self, batch: Batch, layout: SegmentLayout, step: int) -> torch.Tensor:
+        """Summed squared error of one micro-batch (see loss.py)."""
+        predictions, targets, mask = self.predict(batch, layout, step)
+        return squared_error(predictions, targets, mask)
+
+    def predict(
+        self, batch: Batch, layout: SegmentLayout, step: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Predictions [rows, row_length, embed_dim], clean concepts but the first of each row, in fp32, and which of
+        them are targets; in normalised space. Without noise where `step` is None.
+        """
         config = self.job.config
         raw = batch.concepts.to(self.device, non_blocking=True)
         segment_ids = batch.segment_ids.to(self.device, non_blocking=True)
-        layout = SegmentLayout.from_ids(batch.segment_ids, config.data.max_segment).to(self.device)
         noise = keys = None
         if step is not None:
             noise = input_noise(raw, config.noise_std, config.seed, step, batch.first_lane)
             keys = dropout_keys(len(raw), config.seed, step, batch.first_lane).to(self.device)
         predictions = self.engine(raw, layout, noise, keys)
-        return predictions, self.engine.module.normalizer.normalize(raw), target_mask(segment_ids)
+        return predictions, self.engine.module.normalizer.normalize(raw[:, 1:]), target_mask(segment_ids)
 
     def guard(self, step: int) -> None:
         """Count steps that DeepSpeed skipped on all ranks because a gradient was not finite; give up after too many."""
@@ -304,8 +312,8 @@ class Run:
             config.evaluate.rows,
             skip_bad=config.data.on_bad_shard == "skip",
         ):
-            predictions, concepts, mask = self.predict(batch, step=None)
-            predicted, truth = predictions[:, :-1][mask].float(), concepts[:, 1:][mask].float()
+            predictions, targets, mask = self.predict(batch, self.layout(batch))
+            predicted, truth = predictions[:, :-1][mask].float(), targets[mask]
             totals[0] += (predicted - truth).square().mean(dim=-1).sum()
             totals[1] += torch.nn.functional.cosine_similarity(predicted, truth, dim=-1).sum()
             totals[2] += len(truth)
@@ -403,11 +411,3 @@ def announce(job: Job, place: Place, engine: deepspeed.DeepSpeedEngine, start: i
 def _due(done: int, every: int | None, total: int) -> bool:
     """Whether something that happens every so many steps, and at the end, is due."""
     return done == total or (every is not None and done % every == 0)
-
-
-def _pairs(batch: Batch) -> int:
-    """Sum over segments of length², what attention's work grows with."""
-    ids = batch.segment_ids
-    rows = torch.arange(ids.shape[0]).unsqueeze(1)
-    flat = (rows * ids.shape[1] + ids)[ids >= 0]
-    return int(torch.bincount(flat).square().sum()) if len(flat) else 0

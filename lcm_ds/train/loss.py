@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def target_mask(segment_ids: Tensor) -> Tensor:
@@ -17,18 +19,41 @@ def target_mask(segment_ids: Tensor) -> Tensor:
     return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] >= 0)
 
 
-def squared_error(predictions: Tensor, concepts: Tensor, mask: Tensor) -> Tensor:
+def squared_error(predictions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """Sum over targets of the squared error's mean over dimensions, in fp32, as a scalar.
 
     predictions: [rows, row_length, embed_dim], normalised space; entry t predicts concept t + 1.
-    concepts: [rows, row_length, embed_dim], normalised space, without noise.
+    targets: fp32 [rows, row_length - 1, embed_dim], normalised space, the concepts but the first of each row, without
+    noise. They are written over, so that there are no two of so large a tensor in fp32.
     mask: bool [rows, row_length - 1] from `target_mask`.
 
     Divided by the global number of targets it is the loss of the LCM paper (arXiv 2412.08821, section 2.3.1) over
     embed_dim.
     """
-    difference = predictions[:, :-1].float() - concepts[:, 1:].float()
-    return (difference.square().mean(dim=-1) * mask).sum()
+    error: Tensor = _SquaredError.apply(predictions, targets, mask)
+    return error
+
+
+class _SquaredError(torch.autograd.Function):
+    """What autograd would do in four tensors of the size of the targets, in one."""
+
+    @staticmethod
+    def forward(ctx: Any, predictions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        difference = targets.sub_(predictions[:, :-1]).masked_fill_(~mask.unsqueeze(-1), 0.0)
+        ctx.save_for_backward(difference)
+        ctx.dtype = predictions.dtype
+        return torch.linalg.vector_norm(difference, dim=-1).square().sum() / difference.shape[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (difference,) = ctx.saved_tensors
+        rows, length, embed_dim = difference.shape
+        of_predictions = torch.empty(rows, length + 1, embed_dim, dtype=ctx.dtype, device=difference.device)
+        # In fp32, and rounded as it is written: a scale of the loss may be beyond what fp16 holds.
+        torch.mul(difference, gradient * (-2 / embed_dim), out=of_predictions[:, :-1])
+        of_predictions[:, -1] = 0
+        return of_predictions, None, None
 
 
 def derive_seed(*parts: int | str) -> int:

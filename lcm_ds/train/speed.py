@@ -54,7 +54,7 @@ class SpeedMeter:
         self._waited = 0.0
 
     def add(self, concepts: int, pairs: int, waited: float) -> None:
-        """One step: its real concepts and sum over segments of length², over all ranks; this rank's wait in seconds."""
+        """One step: its real concepts and their pairs (see `training_flops`), over all ranks; this rank's wait (s)."""
         self._steps += 1
         self._concepts += concepts
         self._pairs += pairs

@@ -74,17 +74,25 @@ def test_padding_never_becomes_nan(make_model, dtype):
 
 def test_positions_restart_at_every_segment():
     layout = SegmentLayout.from_ids(packed_ids([3, 4, -2], [1, 1, 7]), max_seqlen=9)
-    assert layout.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 0], [0, 0, 0, 1, 2, 3, 4, 5, 6]]
+    assert layout.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0, 1], [0, 0, 0, 1, 2, 3, 4, 5, 6]]
 
 
 def test_a_layout_has_the_same_shapes_for_any_number_of_segments():
-    few = SegmentLayout.from_ids(packed_ids([9], [9]), max_seqlen=9)
-    many = SegmentLayout.from_ids(packed_ids([1] * 9, [3, 2, -4]), max_seqlen=9)
+    few = SegmentLayout.from_ids(packed_ids([64], [64]), max_seqlen=64)
+    many = SegmentLayout.from_ids(packed_ids([30, 34], [34, -30]), max_seqlen=64)
     assert [tensor.shape for tensor in few[:3]] == [tensor.shape for tensor in many[:3]]
     assert few.max_seqlen == many.max_seqlen
-    assert few.cu_seqlens.tolist() == [0, 9] + [18] * 17
-    # each padded position is a segment of its own
-    assert many.cu_seqlens.tolist() == [*range(10), 12, 14, 15, 16, 17, 18, 18, 18, 18]
+    assert few.cu_seqlens.tolist() == [0, 64, 128, 128, 128]
+    assert many.cu_seqlens.tolist() == [0, 30, 64, 98, 128]
+    # segments that are shorter than usual take twice the room, or four times
+    short = SegmentLayout.from_ids(packed_ids([1] * 64, [2] * 32), max_seqlen=64)
+    assert short.cu_seqlens.tolist() == [*range(64), *range(64, 129, 2), *[128] * 32]
+
+
+def test_positions_without_concepts_are_segments_no_longer_than_the_longest():
+    layout = SegmentLayout.from_ids(packed_ids([3, -5], [-8], [2, 6]), max_seqlen=4)
+    assert layout.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0], [0, 1, 2, 3] * 2, [0, 1, 0, 1, 2, 3, 4, 5]]
+    assert layout.cu_seqlens.diff().max() <= 6
 
 
 def test_one_segment_a_row_is_the_layout_of_equal_ids():
@@ -132,14 +140,17 @@ def test_flash_kernels_agree_with_masked_sdpa(dtype):
     if not uses_varlen(device, dtype, head_dim=64):
         pytest.skip("no flash kernels over segments in this build of torch or for this device")
     generator = torch.Generator(device).manual_seed(0)
-    layout = SegmentLayout.from_ids(packed_ids([50, 1, 13], [30, 20, -14]), max_seqlen=64).to(device)
+    ids = packed_ids([50, 1, 13], [30, 20, -14])
+    kernels = SegmentLayout.from_ids(ids, max_seqlen=64).prepared(device, dtype, head_dim=64)
+    masked = SegmentLayout.from_ids(ids, max_seqlen=64).prepared(device, torch.float32, head_dim=64)
+    assert (kernels.varlen, masked.varlen) == (True, False)
     results = []
-    for mask in (None, layout.mask()):
+    for layout in (kernels, masked._replace(mask=masked.mask.to(dtype))):
         generator.manual_seed(0)
         inputs = [
             torch.randn(2, 64, 4, 64, device=device, dtype=dtype, generator=generator).requires_grad_() for _ in "qkv"
         ]
-        out = attend(*inputs, layout, mask)
+        out = attend(*inputs, layout)
         weights = torch.randn(out.shape, device=device, dtype=dtype, generator=generator)
         results.append((out, *torch.autograd.grad((out * weights).sum(), inputs)))
     for flash, masked in zip(*results, strict=True):
@@ -156,7 +167,7 @@ def test_a_packed_batch_on_a_gpu_is_near_the_cpu(make_model, hidden_size):
     real = packed_ids([5, 11], [2, 9, -5]) >= 0
     exact = model(concepts, layout)
     device = torch.device("cuda")
-    fast = model.to(device, torch.bfloat16)(concepts.to(device), layout.to(device)).float().cpu()
+    fast = model.to(device, torch.bfloat16)(concepts.to(device), layout).float().cpu()
     assert fast.isfinite().all()
     error = (fast - exact)[real].square().mean() / exact[real].square().mean()
     assert error < 1e-3

@@ -10,7 +10,7 @@ from lcm_ds.model.modeling import BaseLCM
 
 def test_a_share_is_dropped_and_the_rest_makes_up_for_it():
     x = torch.ones(8, 64, 128)
-    out = drop(x, Draw.of(torch.arange(8), 64, 128, 0.2), site=3)
+    out = drop(x, Draw.of(torch.arange(8), 64, 128, 0.2).at(3))
     assert set(out.unique().tolist()) == {0.0, 1.25}
     assert (out == 0).float().mean().item() == pytest.approx(0.2, abs=0.005)
     # No row, position or dimension is spared or preferred.
@@ -21,8 +21,8 @@ def test_a_share_is_dropped_and_the_rest_makes_up_for_it():
 
 def test_rows_and_sites_drop_independently():
     x = torch.ones(2, 128, 128)
-    one = drop(x, Draw.of(torch.tensor([5, 6]), 128, 128, 0.5), site=0) == 0
-    other = drop(x, Draw.of(torch.tensor([5, 6]), 128, 128, 0.5), site=1) == 0
+    one = drop(x, Draw.of(torch.tensor([5, 6]), 128, 128, 0.5).at(0)) == 0
+    other = drop(x, Draw.of(torch.tensor([5, 6]), 128, 128, 0.5).at(1)) == 0
     for a, b in ((one[0], one[1]), (one[0], other[0]), (one[1], other[0])):
         assert (a == b).float().mean().item() == pytest.approx(0.5, abs=0.02)
 

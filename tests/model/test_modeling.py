@@ -37,8 +37,10 @@ def test_the_largest_preset_has_exactly_metas_parameters():
 
 def test_presets_have_the_sizes_of_their_names():
     assert 140e6 < parameters_of("150m") < 170e6
+    assert 380e6 < parameters_of("400m") < 420e6
+    assert 6.4e9 < parameters_of("7b") < 7.5e9
     assert parameters_of("quickstart") < 10e6
-    assert set(PRESETS) == {"quickstart", "150m", "1.6b"}
+    assert set(PRESETS) == {"quickstart", "mini", "150m", "400m", "1.6b", "7b"}
 
 
 def test_a_configs_own_keys_lie_over_the_preset():
@@ -74,9 +76,9 @@ def test_flops_of_a_tiny_model_counted_by_hand():
     assert matrix_weights(config) == 2 * 12 + 2 * (64 + 60)
     model = BaseLCM(config)
     assert matrix_weights(config) == sum(p.numel() for p in model.parameters() if p.ndim == 2)
-    # segments of 2 and 3 concepts: 5 concepts, 4 + 9 pairs; attention 4·4 FLOPs a pair and layer, half of it causal
-    forward = 2 * 272 * 5 + 2 * 8 * 13
-    assert training_flops(config, concepts=5, pairs=13) == 3 * forward
+    # segments of 2 and 3 concepts: 5 concepts, 3 + 6 pairs; attention 4·4 FLOPs a pair and layer
+    forward = 2 * 272 * 5 + 2 * 16 * 9
+    assert training_flops(config, concepts=5, pairs=9) == 3 * forward
 
 
 # --- initial weights --------------------------------------------------------------------------------------------------
