@@ -104,14 +104,17 @@ def plan_at_scale() -> None:
           f"most of a step that comes from one shard: {max(shares):.2%}")  # fmt: skip
 
 
-def write_dataset(folder: Path, concepts: int, embed_dim: int, documents_per_shard: int) -> None:
-    """Shards of documents of 5 to 100 random concepts."""
+def write_dataset(
+    folder: Path, concepts: int, embed_dim: int, documents_per_shard: int, length: int | None = None
+) -> None:
+    """Shards of documents of 5 to 100 random concepts, or of `length` each."""
+    folder.mkdir(exist_ok=True)
     random = np.random.default_rng(0)
     number = done = 0
     while done < concepts:
         documents = []
         for _ in range(documents_per_shard):
-            n = int(random.integers(5, 101))
+            n = length or int(random.integers(5, 101))
             values = random.standard_normal((n, embed_dim), np.float32) * 0.01
             documents.append(Document(f"{number:08d}", str(number), "random", ["A sentence."] * n, values))
             number, done = number + 1, done + n

@@ -20,7 +20,13 @@ Verb = Callable[[argparse.Namespace], "int | None"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    parsed = build_parser().parse_args(arguments)
+    parser = build_parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    # argparse takes the overrides from one place alone; they may stand behind options, too.
+    if any(text.startswith("-") for text in rest) or not hasattr(parsed, "overrides"):
+        parser.parse_args(arguments)  # says what is wrong
+    else:
+        parsed.overrides = [*parsed.overrides, *rest]
     try:
         return parsed.verb(parsed) or 0
     except InputError as error:
@@ -83,6 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = _verb(verbs, "train", train, "a worker: one process of a run",
                  "lcm-ds train configs/train/quickstart.yaml steps=20")  # fmt: skip
+    verb.add_argument("--dry-run", action="store_true", help="say what the run would be: sizes, memory, steps; and end")
+    verb.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: on so many")
     _config(verb)
 
     verb = _verb(verbs, "launch", launch, "start all workers of a run, here or on many hosts",
@@ -198,7 +206,9 @@ def trace(arguments: argparse.Namespace) -> None:
 def train(arguments: argparse.Namespace) -> int:
     from lcm_ds.train import main
 
-    return main(arguments.config, arguments.overrides)
+    if arguments.ranks is not None and (arguments.ranks < 1 or not arguments.dry_run):
+        raise InputError(f"--ranks {arguments.ranks}: has to be 1 or more, and goes with --dry-run")
+    return main(arguments.config, arguments.overrides, arguments.dry_run, arguments.ranks)
 
 
 def launch(arguments: argparse.Namespace) -> int:

@@ -41,6 +41,11 @@ WIDTH = {
 }
 
 
+MUON_CLIPS = (
+    "Muon's updates have a size of their own, which DeepSpeed would shrink along with the gradients; has to be 0"
+)
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +158,8 @@ def _optimizer_mistakes(mapping: dict[str, Any]) -> Iterator[str]:
     for key in params:
         if key not in known:
             yield f"optimizer.params.{key}: {kind} takes no such argument{nearest(key, known)}"
+    if kind.lower() == "muon" and mapping.get("gradient_clipping") not in (None, 0, 0.0, "auto"):
+        yield f"gradient_clipping: {MUON_CLIPS}"
     if needs_permission(kind) and _stage(mapping) > 0 and not mapping.get("zero_allow_untested_optimizer"):
         yield f"optimizer.type: {kind} under ZeRO needs zero_allow_untested_optimizer: true"
 
@@ -251,6 +258,8 @@ def resolve(
                 'write "auto" in the JSON'
             )
         block[key] = value
+    if optimizer["type"].lower() == "muon" and optim.max_grad_norm:
+        mistakes.mistakes.append(f"{config_path}: optim.max_grad_norm: {optim.max_grad_norm}: {MUON_CLIPS}")
     for dotted, from_width in WIDTH.items():
         *path, key = dotted.split(".")
         block = _block(resolved, *path)
@@ -297,15 +306,32 @@ def zero_stage(mapping: dict[str, Any]) -> int:
 
 
 def check_device(mapping: dict[str, Any], origin: str | Path) -> None:
-    """Refuse a precision that this machine's device has not got; for the machine that trains, not one that launches."""
+    """Refuse what this machine's device has not got; for the machine that trains, not one that launches.
+
+    Raises InputError for a precision, for offload to NVMe without libaio, and for quantized communication without
+    DeepSpeed's kernels.
+    """
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator()
+    mistakes = []
     supported = {"float16": device.is_fp16_supported, "bfloat16": device.is_bf16_supported}
     kind = precision(mapping)
     if kind in supported and not supported[kind]():
         other = "fp32" if kind == "bfloat16" else "bf16 or fp32"
-        raise InputError(f"{origin}: DeepSpeed has no {kind} on this device ({device.device_name()}); use {other}")
+        mistakes.append(f"DeepSpeed has no {kind} on this device ({device.device_name()}); use {other}")
+    zero = _block(mapping, "zero_optimization")
+    for key in ("offload_optimizer", "offload_param"):
+        on_disk = _block(zero, key).get("device") == "nvme"
+        if on_disk and not device.create_op_builder("AsyncIOBuilder").is_compatible(verbose=False):
+            mistakes.append(f"zero_optimization.{key}.device: 'nvme' needs libaio with its headers (libaio-dev)")
+    for key in ("zero_quantized_weights", "zero_quantized_gradients"):
+        if zero.get(key) and type(device.create_op_builder("QuantizerBuilder")).__name__ == "NotImplementedBuilder":
+            mistakes.append(
+                f"zero_optimization.{key}: DeepSpeed has no kernels for it on this device ({device.device_name()})"
+            )
+    if mistakes:
+        raise InputError([f"{origin}: {mistake}" for mistake in mistakes])
 
 
 def _last_word(resolved: dict[str, Any], origin: str | Path) -> None:

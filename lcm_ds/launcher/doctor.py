@@ -65,25 +65,6 @@ def doctor(
     return 2 if mistakes.mistakes else 0
 
 
-def memory_gib(parameters: int, stage: int, ranks: int, half: bool, fp32_gradients: bool) -> dict[str, float]:
-    """GiB a rank holds of parameters, gradients and AdamW's states under a ZeRO stage; activations come on top.
-
-    Bytes a parameter as in the ZeRO paper (arXiv 1910.02054, section 3.1): 2 in half precision and 4 in fp32 for the
-    parameter and for its gradient (4 where gradients accumulate in fp32), 12 for the master weight, which DeepSpeed
-    keeps in fp32, too, and the two moments. Stage 1 shares the states among the ranks, stage 2 the gradients, too,
-    stage 3 everything.
-    """
-    each = {
-        "parameters": 2 if half else 4,
-        "gradients": 4 if not half or fp32_gradients else 2,
-        "optimizer states": 12,
-    }
-    shared_from = {"parameters": 3, "gradients": 2, "optimizer states": 1}
-    return {
-        what: parameters * size / (ranks if stage >= shared_from[what] else 1) / 2**30 for what, size in each.items()
-    }
-
-
 def _machine() -> Iterator[str]:
     from deepspeed.accelerator import get_accelerator
 
@@ -124,25 +105,16 @@ def _run(config_path: str | Path, overrides: Sequence[str], ranks: int, on_this_
 
 
 def _needs(job: Job, ranks: int) -> Iterator[str]:
-    import torch
+    from lcm_ds.train.memory import GIB, count_parameters, lines
 
-    from lcm_ds.model.modeling import BaseLCM
-
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in BaseLCM(job.model).parameters())
-    stage, precision = ds_config.zero_stage(job.ds), ds_config.precision(job.ds)
-    fp32_gradients = job.ds.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    parameters, precision = count_parameters(job.model), ds_config.precision(job.ds)
     batch = job.config.batch
     yield f"run           {job.run_dir}: {job.total_steps} steps of {batch.rows_per_step} rows, {ranks} rank(s)"
     yield f"model         {parameters:,} parameters, {precision}"
-    for each in (1, 2, 3):
-        parts = memory_gib(parameters, each, ranks, precision != "float32", fp32_gradients)
-        sizes = ", ".join(f"{what} {size:.3g}" for what, size in parts.items())
-        this = "  <- this run" if each == stage else ""
-        yield f"ZeRO {each}        {sum(parts.values()):.3g} GiB a rank ({sizes}), and activations{this}"
-    free = shutil.disk_usage(_nearest_folder(job.run_dir)).free / 2**30
+    yield from lines(job.config, job.model, job.ds, ranks)
+    free = shutil.disk_usage(_nearest_folder(job.run_dir)).free / GIB
     # parameters in the model's dtype, master weights and two moments
-    checkpoint = parameters * (14 if precision != "float32" else 16) / 2**30
+    checkpoint = parameters * (14 if precision != "float32" else 16) / GIB
     yield f"disk          {free:.1f} GiB free; a checkpoint takes about {checkpoint:.3g} GiB"
 
 

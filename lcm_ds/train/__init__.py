@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from lcm_ds.errors import InputError
 
 
-def main(config_path: str, overrides: Sequence[str] = ()) -> int:
-    """A worker of a run, from the environment its launcher set; returns the exit code (DESIGN: Contract 4)."""
+def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False, ranks: int | None = None) -> int:
+    """A worker of a run, from the environment its launcher set; returns the exit code (DESIGN: Contract 4).
+
+    dry_run: only say what the run would be, on as many `ranks` (default: those of the environment).
+    """
     from lcm_ds.train.place import read_place
 
     speaks = True
@@ -22,7 +25,13 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> int:
         from lcm_ds.train.check import check
         from lcm_ds.train.loop import resume_point, train
 
-        job = check(config_path, overrides, place.world_size)
+        job = check(config_path, overrides, ranks or place.world_size)
+        if dry_run:
+            from lcm_ds.train.dry_run import dry_run as say
+
+            if place.rank == 0:
+                say(job, ranks or place.world_size)
+            return 0
         ds_config.check_device(job.ds, config_path)
         newest = resume_point(job, place)
         speaks = True  # from here on a mistake, in a shard, is known to the rank that finds it

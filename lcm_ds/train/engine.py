@@ -69,9 +69,39 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
         logger.warning("train.compile: off, for the hooks with which ZeRO-3 gathers parameters break what is compiled")
     elif config.train.compile:
         model.compile_layers()
-    groups = parameter_groups(model, config.optim)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=ds)
+    groups: Any = parameter_groups(model, config.optim)
+    optimizer = None
+    if ds["optimizer"]["type"].lower() == "muon":
+        optimizer = muon(model, groups, ds["optimizer"]["params"])
+        groups, ds = None, {key: block for key, block in ds.items() if key != "optimizer"}
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, optimizer=optimizer, config=ds)
     return engine
+
+
+def muon(model: BaseLCM, groups: list[dict[str, Any]], params: dict[str, Any]) -> torch.optim.Optimizer:
+    """DeepSpeed's Muon for the matrices of the decoder, with AdamW for all else.
+
+    Made here because DeepSpeed would take pre-net and post-net, the ends where concepts come in and go out, for
+    the decoder's. groups: those of `parameter_groups`; params: optimizer.params of the DeepSpeed JSON.
+    """
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    inside = {id(parameter) for layer in model.layers for parameter in layer.parameters()}
+    settings: dict[bool, dict[str, Any]] = {  # by Muon or not
+        True: {key: params[key] for key in ("momentum", "ns_method") if key in params},
+        False: {key: params[key] for key in ("betas", "eps")},
+    }
+    settings[True]["lr"] = params.get("muon_lr", params["lr"])
+    settings[False]["lr"] = params.get("adam_lr", params["lr"])
+    split = []
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.use_muon = id(parameter) in inside and len(getattr(parameter, "ds_shape", parameter.shape)) == 2
+        for by_muon, own in settings.items():
+            chosen = [parameter for parameter in group["params"] if parameter.use_muon is by_muon]
+            if chosen:
+                split.append({**group, **own, "params": chosen, "use_muon": by_muon})
+    return MuonWithAuxAdam(split, torch.optim.AdamW, {"fused": True})
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, params: dict[str, Any], factor: float) -> None:

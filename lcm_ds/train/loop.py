@@ -39,6 +39,7 @@ from lcm_ds.train.engine import build_engine, build_model, connect, set_learning
 from lcm_ds.train.loss import dropout_keys, input_noise, squared_error, target_mask
 from lcm_ds.train.metrics import RunLog, prints_to_log, set_up_logging
 from lcm_ds.train.place import Place
+from lcm_ds.train.profile import StepProfiler
 from lcm_ds.train.schedule import learning_rate_factor
 from lcm_ds.train.speed import SpeedMeter, memory_gib, peak_tflops
 from lcm_ds.train.stop import StopRequest
@@ -106,6 +107,7 @@ def train(job: Job, place: Place, newest: Checkpoint | None) -> int:
     try:
         run = Run(job, place, engine, device, run_log, stop, concepts_seen)
         code = run.steps(iter(loader), start)
+        run.profiler.close()
         # Not after an error: other ranks may wait in a collective, and this one would wait with them.
         dist.destroy_process_group()
         return code
@@ -152,12 +154,15 @@ class Run:
         self.last_save = time.monotonic()
         peak = peak_tflops(device, job.config.log.peak_tflops)
         self.speed = SpeedMeter(job.model, place.world_size, peak)
+        self.profiler = StepProfiler(job.run_dir, job.config.train.profile_steps if place.rank == 0 else None)
 
     def steps(self, batches: Iterator[Batch], start: int) -> int:
         """Every step from `start` to the end of the run; returns the exit code."""
         config, total = self.job.config, self.job.total_steps
         for step in range(start, total):
+            self.profiler.begin(step)
             outcome = self.step(batches, step)
+            self.profiler.end(step)
             done = step + 1
             self.concepts_seen += outcome.concepts
             self.concepts_missing += outcome.missing

@@ -1,0 +1,373 @@
+"""Concepts a second of a whole training step, optimizer included, beside other ways of writing the same model.
+
+python benchmarks/train_step.py                                          # CPU: 512 wide, 8 layers, 16 x 128 concepts
+python benchmarks/train_step.py --preset 1.6b --rows 7 --row-length 1024 --documents  # one GPU: the paper's model
+
+The plain model is the same decoder written with nn.Linear and scaled_dot_product_attention, in fp32. Ours is measured
+bare (model, loss, AdamW over fp32 master weights) and as `lcm-ds train` with ZeRO-1 on one rank, its loader, noise and
+logging included: that row's step is the one a run logs. --documents packs documents with FineWeb-Edu's lengths and
+measures padded batches (one document a row of 128) as well. On a GPU there are also the rate of the largest bf16
+product, LlamaModel of transformers (sdpa, compiled) and the seed's design (nn.TransformerDecoderLayer that attends to
+its own input), of the same size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from loader import write_dataset
+from torch import Tensor, nn
+
+from lcm_ds.config import ModelConfig
+from lcm_ds.model.attention import SegmentLayout, rope_tables, rotate
+from lcm_ds.model.config import BaseLCMConfig, resolve_model
+from lcm_ds.model.flops import training_flops
+from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.train.loss import squared_error, target_mask
+from lcm_ds.train.speed import peak_tflops
+
+SMALL = {
+    "embed_dim": 1024,
+    "hidden_size": 512,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "intermediate_size": 1536,
+}
+MAX_SEGMENT = 128
+# FineWeb-Edu's documents: 2951 characters in the median, 4753 in the mean (log-normal), 92 to a sentence.
+MEDIAN_LENGTH, SPREAD = 2951 / 92, (2 * np.log(4753 / 2951)) ** 0.5
+
+Step = Callable[[], None]
+
+
+class Batch(NamedTuple):
+    """What every way trains on."""
+
+    concepts: Tensor  # fp16 [rows, row_length, embed_dim]
+    ids: Tensor  # int32 [rows, row_length]
+    layout: SegmentLayout
+
+    @property
+    def real(self) -> int:
+        return int((self.ids >= 0).sum())
+
+    @property
+    def pairs(self) -> int:
+        return int((self.layout.positions + 1)[self.ids >= 0].sum())
+
+
+def main() -> None:
+    """Measure each way, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", help="default: 512 wide, 8 layers, as in the docstring")
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--row-length", type=int, default=128)
+    parser.add_argument("--documents", action="store_true", help="FineWeb-Edu's lengths; default: a document a row")
+    parser.add_argument("--steps", type=int, default=10, help="measured, after three that are not")
+    parser.add_argument("--ways", help="only those whose name has one of these, separated by commas, in it")
+    arguments = parser.parse_args()
+    config = BaseLCMConfig(**SMALL)
+    if arguments.preset:
+        config = resolve_model(ModelConfig(preset=arguments.preset, dropout=0.0))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    lengths = document_lengths() if arguments.documents else [arguments.row_length] * arguments.rows
+    packed = pack(lengths, arguments.rows, arguments.row_length, config, device)
+    ways = ways_of(config, packed, arguments, device)
+    wanted = arguments.ways.split(",") if arguments.ways else [""]
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {matrix_rate(device)}")
+    print(f"{config.sizes()}\n{packed.real:,} concepts in {arguments.rows} x {arguments.row_length}")
+    print("| way | step (s, median) | concepts/s | x plain | peak memory (GiB) | MFU |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    plain: float | None = None
+    peak = peak_tflops(device, None)
+    for name, (batch, make) in ways.items():
+        if not any(part in name for part in wanted):
+            continue
+        seconds, memory = measure(make, arguments.steps, device)
+        speed = batch.real / seconds
+        plain = speed if name.startswith("plain") and plain is None else plain
+        mfu = training_flops(config, batch.real, batch.pairs) / seconds / peak / 1e12 if peak else None
+        print(
+            f"| {name} | {seconds:.4f} | {speed:,.0f} | {speed / plain if plain else float('nan'):.2f} "
+            f"| {'' if memory is None else f'{memory:.1f}'} | {'' if mfu is None else f'{mfu:.1%}'} |",
+            flush=True,
+        )
+
+
+def ways_of(
+    config: BaseLCMConfig, packed: Batch, arguments: argparse.Namespace, device: torch.device
+) -> dict[str, tuple[Batch, Callable[[], Step | list[float]]]]:
+    """Name → the batch, and what makes a step to measure (or measures steps itself)."""
+    half, exact = torch.bfloat16, torch.float32
+    ways: dict[str, tuple[Batch, Callable[[], Step | list[float]]]] = {
+        "plain, fp32": (packed, lambda: bare(Plain(config), packed, exact, device)),
+        "plain, fp32, compiled": (packed, lambda: bare(Plain(config), packed, exact, device, compiled=True)),
+    }
+    for dtype, name in ((exact, "fp32"), (half, "bf16")):
+        for compiled in (False, True):
+            suffix = ", compiled" if compiled else ""
+            ways[f"Base-LCM, {name}{suffix}"] = (
+                packed,
+                lambda d=dtype, c=compiled: bare(BaseLCM(config).initialize(0), packed, d, device, c),
+            )
+            ways[f"lcm-ds train, {name}{suffix}"] = (
+                packed,
+                lambda n=name, c=compiled: trained(config, arguments, n, c),
+            )
+    if arguments.documents:
+        padded = pad(packed, config, device)
+        ways["Base-LCM, bf16, compiled, padded batches"] = (
+            padded,
+            lambda: bare(BaseLCM(config).initialize(0), padded, half, device, True),
+        )
+    if device.type == "cuda":
+        ways["LlamaModel (sdpa, compiled), bf16"] = (packed, lambda: bare(Llama(config), packed, half, device, True))
+        ways["the seed's design, bf16"] = (packed, lambda: bare(Seed(config), packed, half, device))
+    return ways
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+class PlainLayer(nn.Module):
+    """The decoder layer with four plus three nn.Linear and SDPA."""
+
+    def __init__(self, config: BaseLCMConfig) -> None:
+        super().__init__()
+        size, inner = config.hidden_size, config.intermediate_size
+        self.head_dim = config.head_dim
+        self.norm, self.mlp_norm = (nn.RMSNorm(size, config.rms_norm_eps) for _ in range(2))
+        self.q, self.k, self.v, self.o = (nn.Linear(size, size) for _ in range(4))
+        self.gate, self.up, self.down = nn.Linear(size, inner), nn.Linear(size, inner), nn.Linear(inner, size)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layout: SegmentLayout) -> Tensor:
+        y = self.norm(x)
+        q, k, v = (project(y).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
+        q, k, v = (tensor.transpose(1, 2) for tensor in (rotate(q, *rope), rotate(k, *rope), v))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, is_causal=layout.mask is None)
+        x = x + self.o(y.transpose(1, 2).flatten(-2))
+        y = self.mlp_norm(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Ends(nn.Module):
+    """Pre-net and post-net, what each of the models has around its decoder."""
+
+    def __init__(self, config: BaseLCMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.pre = nn.Linear(config.embed_dim, config.hidden_size)
+        self.post = nn.Linear(config.hidden_size, config.embed_dim)
+
+    def forward(self, concepts: Tensor, layout: SegmentLayout) -> Tensor:
+        return self.post(self.decode(self.pre(concepts.to(self.pre.weight.dtype)), layout))
+
+    def decode(self, hidden: Tensor, layout: SegmentLayout) -> Tensor:
+        raise NotImplementedError
+
+
+class Plain(Ends):
+    """Base-LCM as one would write it down."""
+
+    def __init__(self, config: BaseLCMConfig) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList(PlainLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def decode(self, hidden: Tensor, layout: SegmentLayout) -> Tensor:
+        layout = layout._replace(max_seqlen=hidden.shape[1])  # one mask over the row
+        layout = layout.prepared(hidden.device, torch.float32, self.config.head_dim)
+        rope = rope_tables(layout.positions, self.config.head_dim, self.config.rope_theta)
+        for layer in self.layers:
+            hidden = layer(hidden, rope, layout)
+        return self.norm(hidden)
+
+
+class Llama(Ends):
+    """transformers' LlamaModel, fed with what would be its tokens' embeddings; causal over the row."""
+
+    def __init__(self, config: BaseLCMConfig) -> None:
+        from transformers import LlamaConfig, LlamaModel
+
+        super().__init__(config)
+        sizes = {name: getattr(config, name) for name in SMALL if name != "embed_dim"}
+        self.model = LlamaModel(LlamaConfig(**sizes, vocab_size=8, attn_implementation="sdpa", use_cache=False))
+        self.layers = self.model.layers
+
+    def decode(self, hidden: Tensor, layout: SegmentLayout) -> Tensor:
+        return self.model(inputs_embeds=hidden).last_hidden_state
+
+
+class Seed(Ends):
+    """Layers of nn.TransformerDecoder that attend to their own input, without a mask."""
+
+    def __init__(self, config: BaseLCMConfig) -> None:
+        super().__init__(config)
+        self.layers = nn.ModuleList(
+            nn.TransformerDecoderLayer(
+                config.hidden_size, config.num_attention_heads, config.intermediate_size, 0.0, batch_first=True
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+
+    def decode(self, hidden: Tensor, layout: SegmentLayout) -> Tensor:
+        memory = hidden
+        for layer in self.layers:
+            hidden = layer(hidden, memory)
+        return hidden
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def document_lengths() -> list[int]:
+    """Concepts of documents as FineWeb-Edu has them, in pieces of MAX_SEGMENT at most."""
+    drawn = np.random.default_rng(0).lognormal(np.log(MEDIAN_LENGTH), SPREAD, 10_000)
+    pieces = []
+    for length in np.maximum(2, drawn.round()).astype(int).tolist():
+        pieces += [MAX_SEGMENT] * (length // MAX_SEGMENT) + [length % MAX_SEGMENT] * (length % MAX_SEGMENT > 0)
+    return pieces
+
+
+def pack(lengths: list[int], rows: int, row_length: int, config: BaseLCMConfig, device: torch.device) -> Batch:
+    """Full rows of segments, cut at the ends of rows."""
+    ids = torch.empty(rows, row_length, dtype=torch.int32)
+    coming = iter(lengths)
+    rest = 0
+    for row in ids:
+        filled = number = 0
+        while filled < row_length:
+            rest = rest or next(coming)
+            taken = min(rest, row_length - filled)
+            row[filled : filled + taken] = number
+            filled, number, rest = filled + taken, number + 1, rest - taken
+    return batch_of(ids, config, device)
+
+
+def pad(packed: Batch, config: BaseLCMConfig, device: torch.device) -> Batch:
+    """The segments of a batch, each in a row of its own."""
+    ends = packed.layout.cu_seqlens.unique().diff().tolist()
+    ids = torch.full((len(ends), MAX_SEGMENT), -1, dtype=torch.int32)
+    for row, length in zip(ids, ends, strict=True):
+        row[:length] = 0
+    return batch_of(ids, config, device)
+
+
+def batch_of(ids: Tensor, config: BaseLCMConfig, device: torch.device) -> Batch:
+    concepts = torch.randn(*ids.shape, config.embed_dim, dtype=torch.float16).to(device)
+    layout = SegmentLayout.from_ids(ids, min(MAX_SEGMENT, ids.shape[1]))
+    return Batch(concepts, ids, layout)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def bare(model: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.device, compiled: bool = False) -> Step:
+    """A step of the model: loss, gradients, AdamW over fp32 weights."""
+    model = model.to(device, dtype).train()
+    if compiled:
+        for layer in model.layers:
+            layer.compile()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    masters = parameters if dtype is torch.float32 else [p.detach().float().requires_grad_() for p in parameters]
+    optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
+    mask = target_mask(batch.ids.to(device))
+    share = 1 / int(mask.sum())
+
+    def step() -> None:
+        predictions = model(batch.concepts, batch.layout)
+        (squared_error(predictions, batch.concepts[:, 1:].float(), mask) * share).backward()
+        if masters is not parameters:
+            for master, parameter in zip(masters, parameters, strict=True):
+                master.grad = parameter.grad.float()
+                parameter.grad = None
+        optimizer.step()
+        optimizer.zero_grad()
+        if masters is not parameters:
+            with torch.no_grad():
+                torch._foreach_copy_(parameters, masters)
+
+    return step
+
+
+def measure(make: Callable[[], Step | list[float]], steps: int, device: torch.device) -> tuple[float, float | None]:
+    """Median seconds of a step, and the most memory of the device in GiB (None on a CPU)."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    made = make()
+    if isinstance(made, list):
+        return statistics.median(made[3:]), None
+    times = []
+    for _ in range(steps + 3):
+        started = time.perf_counter()
+        made()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    return statistics.median(times[3:]), memory
+
+
+def trained(config: BaseLCMConfig, arguments: argparse.Namespace, precision: str, compiled: bool) -> list[float]:
+    """Seconds of each step of `lcm-ds train` on random concepts, as it logs them."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Documents as long as a row, or of 5 to 100 concepts.
+        exact = None if arguments.documents else arguments.row_length
+        write_dataset(Path(folder, "data"), 50_000, config.embed_dim, 100, exact)
+        run = Path(folder, "run")
+        settings = {
+            "run_dir": run,
+            "data.train": Path(folder, "data"),
+            "data.validation": "null",
+            "data.row_length": arguments.row_length,
+            "batch.rows_per_step": arguments.rows,
+            "batch.micro_batch_rows": arguments.rows,
+            "steps": arguments.steps + 3,
+            "log.every": 1,
+            "checkpoint.every": "null",
+            "train.compile": str(compiled).lower(),
+            "deepspeed": f"ds_configs/zero1_{precision}.json",
+            **{f"model.{name}": getattr(config, name) for name in SMALL},
+            "model.dropout": 0,
+        }
+        root = Path(__file__).parent.parent
+        command = [sys.executable, "-m", "lcm_ds.train", root / "configs/train/quickstart.yaml"]
+        command += [f"{key}={value}" for key, value in settings.items()]
+        subprocess.run(list(map(str, command)), check=True, cwd=root, stdout=subprocess.DEVNULL, env={**os.environ})
+        return [json.loads(line)["step_time"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def matrix_rate(device: torch.device) -> str:
+    """The rate of the largest product of square bf16 matrices, and of fp32 ones on a CPU."""
+    size = 8192 if device.type == "cuda" else 2048
+    rates = []
+    for dtype in (torch.bfloat16,) if device.type == "cuda" else (torch.bfloat16, torch.float32):
+        a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+        times = []
+        for _ in range(12):
+            started = time.perf_counter()
+            a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        rates.append(f"{2 * size**3 / min(times) / 1e12:.2f} TFLOP/s {str(dtype).removeprefix('torch.')}")
+    return "matrix products of " + ", ".join(rates)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""`lcm-ds train --dry-run`: everything about a run that is known before it starts, without memory for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from lcm_ds import ds_config
+from lcm_ds.model.flops import training_flops
+from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.train.check import Job
+from lcm_ds.train.memory import lines
+
+
+def dry_run(job: Job, ranks: int) -> None:
+    """Print shapes, parameters, memory a rank, and concepts and steps of the run."""
+    with torch.device("meta"):
+        model = BaseLCM(job.model)
+    for line in [*_shapes(model), *lines(job.config, job.model, job.ds, ranks), *_steps(job, ranks)]:
+        print(line)
+
+
+def _shapes(model: BaseLCM) -> Iterator[str]:
+    """A line for each parameter of the ends and of the first layer, which all layers are like."""
+    for name, parameter in model.named_parameters():
+        if not name.startswith("layers.") or name.startswith("layers.0."):
+            of_each = name.replace("layers.0.", f"layers.0-{len(model.layers) - 1}.")
+            yield f"{of_each:48} {' × '.join(map(str, parameter.shape)):>14}"
+    yield f"parameters    {sum(parameter.numel() for parameter in model.parameters()):,}"
+
+
+def _steps(job: Job, ranks: int) -> Iterator[str]:
+    config, batch = job.config, job.config.batch
+    concepts = batch.rows_per_step * config.data.row_length
+    total = sum(shard.concepts for dataset in job.datasets for shard in dataset.shards)
+    accumulated = ds_config.accumulation_steps(batch.rows_per_step, batch.micro_batch_rows, ranks, "the config")
+    yield (
+        f"step          {concepts:,} concepts: {ranks} rank(s) × {accumulated} micro-batch(es) × "
+        f"{batch.micro_batch_rows} rows × {config.data.row_length}"
+    )
+    longest = config.data.max_segment if job.model.attention == "document" else config.data.row_length
+    flops = training_flops(job.model, concepts, concepts * (longest + 1) // 2)
+    yield f"work          at most {flops / 1e12:.4g} TFLOP a step, with segments as long as they may be"
+    yield (
+        f"data          {total:,} concepts in {sum(len(dataset.shards) for dataset in job.datasets):,} shards: "
+        f"{total / concepts:,.1f} steps an epoch"
+    )
+    yield f"run           {job.total_steps:,} steps, {job.plan.epoch(job.total_steps):.2f} epochs: {job.run_dir}"
