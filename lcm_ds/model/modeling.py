@@ -50,7 +50,8 @@ class Attention(nn.Module):
         """[rows, row_length, hidden_size] → the same."""
         projected = project(x, self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
-        query, key = rotate(query, *rope), rotate(key, *rope)
+        # A copy of the values, where all three are one tensor: attention keeps them, and with them it would keep all.
+        query, key, value = rotate(query, *rope), rotate(key, *rope), value.contiguous()
         if cache is None:
             out = attend(query, key, value, layout)
         else:

@@ -74,7 +74,10 @@ def check(path: str | Path, overrides: Sequence[str], world_size: int) -> Job:
     mistakes.raise_if_any()
     assert model is not None
     plan, mark = plan_of(config, [dataset for dataset in datasets if dataset is not None])
-    return Job(config, resolved, model, [d for d in datasets if d is not None], validation, plan, mark)
+    job = Job(config, resolved, model, [d for d in datasets if d is not None], validation, plan, mark)
+    if wrong := _step_mistakes(job, path):
+        raise InputError(wrong)
+    return job
 
 
 def plan_of(config: TrainConfig, datasets: Sequence[Dataset]) -> tuple[Plan, str]:
@@ -89,6 +92,21 @@ def plan_of(config: TrainConfig, datasets: Sequence[Dataset]) -> tuple[Plan, str
         [dataset.fingerprint for dataset in datasets], weights, config.seed, rows, length, config.data.max_segment
     )
     return Plan(sources, config.seed, rows, length, config.epochs), mark
+
+
+def _step_mistakes(job: Job, path: str | Path) -> list[str]:
+    """Settings of `train` that would do nothing."""
+    train, lines = job.config.train, []
+    if train.recompute_every is not None and "activation_checkpointing" not in job.ds:
+        lines.append(
+            f"{path}: train.recompute_every: {train.recompute_every}: nothing is recomputed without a block "
+            f"activation_checkpointing in {_ds_origin(job.config, path)}; {{}} will do"
+        )
+    if train.profile_steps is not None and train.profile_steps[0] >= job.total_steps:
+        lines.append(
+            f"{path}: train.profile_steps: {list(train.profile_steps)}: the run has steps 0 to {job.total_steps - 1}"
+        )
+    return lines
 
 
 def _read_ds(value: Any, path: Path) -> dict[str, Any] | None:

@@ -95,6 +95,55 @@ def test_positions_without_concepts_are_segments_no_longer_than_the_longest():
     assert layout.cu_seqlens.diff().max() <= 6
 
 
+@pytest.mark.parametrize("max_seqlen", [8, 16, 40])
+def test_rows_taken_in_parts_give_what_whole_rows_give(max_seqlen):
+    # parts of 8 or 16 positions, or rows of 40 as they are; segments begin and end anywhere in a part
+    lengths = [[5, 8, 1, 3, 7, 8, 8], [8, 8, 8, 8, 8], [2, 8, -5, 8, 8, -9]]
+    ids = packed_ids(*lengths)
+    layout = SegmentLayout.from_ids(ids, max_seqlen).prepared(torch.device("cpu"), torch.float32, 4)
+    assert layout.blocks == {8: 5, 16: 1, 40: 1}[max_seqlen]
+    query, key, value = torch.randn(3, 3, 40, 2, 4)
+    index = torch.arange(40)
+    seen = (ids.unsqueeze(2) == ids.unsqueeze(1)) & (index.unsqueeze(1) >= index)
+    scores = torch.einsum("rqhd,rkhd->rhqk", query, key) / 2
+    expected = torch.einsum("rhqk,rkhd->rqhd", scores.masked_fill(~seen.unsqueeze(1), -torch.inf).softmax(-1), value)
+    real = ids >= 0
+    assert torch.allclose(attend(query, key, value, layout)[real], expected[real], atol=1e-5)
+
+
+def test_over_rows_a_concept_sees_all_before_it_up_to_a_gap(make_model):
+    model = make_model(attention="row")
+    concepts = torch.randn(1, 12, 12)
+    layout = SegmentLayout.from_ids(packed_ids([3, 4, -2, 3]), max_seqlen=4, attention="row")
+    packed = model(concepts, layout)
+    assert torch.allclose(packed[:, :7], model(concepts[:, :7]), atol=1e-5)
+    assert torch.allclose(packed[:, 9:], model(concepts[:, 9:]), atol=1e-5)
+    apart = model(concepts, SegmentLayout.from_ids(packed_ids([3, 4, -2, 3]), max_seqlen=4))
+    assert torch.allclose(apart[:, :3], packed[:, :3], atol=1e-5)
+    assert not torch.allclose(apart[:, 3:7], packed[:, 3:7], atol=1e-2)
+
+
+def test_compiled_layers_are_one_graph_that_no_other_batch_breaks(make_model):
+    torch._dynamo.reset()
+    exact, compiled = (make_model(num_hidden_layers=3, dropout=0.1).train() for _ in range(2))
+    for layer in compiled.layers:
+        layer.compile(fullgraph=True)
+    keys = torch.tensor([4, 5])
+
+    def gradients(model, *lengths):
+        model.zero_grad()
+        layout = SegmentLayout.from_ids(packed_ids(*lengths), max_seqlen=16)
+        output = model(torch.linspace(-1, 1, 2 * 16 * 12).view(2, 16, 12), layout, dropout_keys=keys)
+        output.square().mean().backward()
+        return [output, *(parameter.grad for parameter in model.parameters())]
+
+    gradients(compiled, [5, 11], [9, 7])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for lengths in ([1, 2, 13], [16]), ([8, 8], [4, 5, 7]), ([3, 9, -4], [2] * 8):
+            for found, expected in zip(gradients(compiled, *lengths), gradients(exact, *lengths), strict=True):
+                assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_one_segment_a_row_is_the_layout_of_equal_ids():
     made = SegmentLayout.one_segment(3, 5, torch.device("cpu"))
     parsed = SegmentLayout.from_ids(torch.zeros(3, 5, dtype=torch.int32), max_seqlen=5)

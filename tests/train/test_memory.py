@@ -1,0 +1,71 @@
+"""What a run is said to need is what the paper says, and what PyTorch keeps."""
+
+import pytest
+import torch
+
+from lcm_ds.model import modeling
+from lcm_ds.model.attention import SegmentLayout
+from lcm_ds.model.config import BaseLCMConfig
+from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.train.loss import squared_error
+from lcm_ds.train.memory import States, activations, count_parameters
+
+
+def test_states_are_those_of_the_zero_paper():
+    # section 3.1 and figure 1: 7.5 B parameters, 64 devices, gradients in half precision; its GB are 10⁹ bytes
+    gigabytes = [sum(States.of(7_500_000_000, stage, 64, half=True, fp32_gradients=False)) / 1e9 for stage in range(4)]
+    assert gigabytes == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
+
+
+class FusedNorm(torch.autograd.Function):
+    """RMSNorm that keeps what the kernel for GPUs keeps: its input, and the statistics in fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        scale = x.float().square().mean(-1, keepdim=True).add(eps).rsqrt()
+        ctx.save_for_backward(x, scale)
+        return (x.float() * scale).to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise AssertionError("for the forward pass alone")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("every", [None, 1, 3])
+def test_activations_are_what_the_forward_pass_keeps(half, every, dropout, monkeypatch):
+    sizes = {"embed_dim": 64, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 352}
+    config = BaseLCMConfig(**sizes, num_hidden_layers=4, dropout=dropout)
+    model = BaseLCM(config).initialize(0).train()
+    if half:
+        model.bfloat16()
+    rows, length = 8, 64
+    concepts = torch.randn(rows, length, 64).half()
+    layout = SegmentLayout.one_segment(rows, length, torch.device("cpu"))
+    if every is not None:
+        model.recompute = lambda call, x: torch.utils.checkpoint.checkpoint(call, x, use_reentrant=True)
+        model.recompute_every = every
+    monkeypatch.setattr(modeling.F, "rms_norm", lambda x, shape, weight, eps: FusedNorm.apply(x, weight, eps))
+    kept: dict[int, int] = {}
+    owned = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), concepts]}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()  # a part of a tensor keeps all of it
+        if storage.data_ptr() not in owned and tensor.shape[-1] != config.head_dim // 2:  # RoPE's tables
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        predictions = model(concepts, layout, dropout_keys=torch.arange(rows))
+        truth = model.normalizer.normalize(concepts[:, 1:])
+        squared_error(predictions, truth, torch.ones(rows, length - 1, dtype=torch.bool))
+    expected = activations(config, rows * length, half, every)
+    if every is not None:  # the layer that is computed again is kept in the backward pass
+        fewer = BaseLCMConfig(**sizes, num_hidden_layers=3, dropout=dropout)
+        expected -= activations(config, rows * length, half) - activations(fewer, rows * length, half)
+    assert sum(kept.values()) == pytest.approx(expected, rel=0.02)
+
+
+def test_parameters_are_counted_without_memory():
+    assert count_parameters(BaseLCMConfig(dropout=0.1)) == 1_649_185_792
