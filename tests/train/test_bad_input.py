@@ -91,3 +91,20 @@ def test_a_step_that_the_run_does_not_have_cannot_be_traced(make_config):
     assert refused("trace", config, "--step", 40) == ["step 40: this run has steps 0 to 39"]
     assert len(refused("trace", config, "--range", -1, 40)) == 2
     assert "comes before the first" in refused("trace", config, "--range", 5, 4)[0]
+
+
+def test_settings_of_steps_that_would_do_nothing_are_refused(make_config):
+    config = make_config(train={"recompute_every": 2, "profile_steps": [50, 60]})
+    lines = refused("train", config)
+    assert len(lines) == 2
+    assert "train.recompute_every: 2: nothing is recomputed without a block activation_checkpointing" in lines[0]
+    assert "train.profile_steps: [50, 60]: the run has steps 0 to 39" in lines[1]
+    lines = refused(
+        "train", config, "train.profile_steps=[9,3]", "optim.max_grad_norm=1", "deepspeed=ds_configs/zero1_muon.json"
+    )
+    assert any("train.profile_steps" in line and "[9, 3]" in line for line in lines)
+    assert "--ranks 4: has to be 1 or more, and goes with --dry-run" in refused("train", config, "--ranks", 4)[0]
+    config = make_config(optim={"lr": 1e-3, "max_grad_norm": 1.0}, deepspeed="ds_configs/zero1_muon.json")
+    lines = refused("train", config)
+    assert len(lines) == 1
+    assert "optim.max_grad_norm: 1.0: Muon's updates have a size of their own" in lines[0]

@@ -1,0 +1,51 @@
+"""What is known of a run before it starts, and traces of its steps."""
+
+import json
+
+import pytest
+from runs import finish, run_dir, start
+
+
+def dry_run(*arguments):
+    code, out, err = finish(start("train", *arguments, "--dry-run"))
+    assert code == 0, err
+    return out
+
+
+def test_a_dry_run_tells_sizes_memory_and_steps_and_starts_nothing(make_config, concepts):
+    config = make_config()
+    out = dry_run(config, "--ranks", 2, "steps=30")
+    told = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert told["layers.0-1.mlp.gate_proj.weight"] == "64 × 32"
+    # ends 2 · (16·32) + 32 + 16, a layer 4 · (32² + 32) + 3 · 32 · 64 + 2 · 64 + 32 + 2 · 32, the last norm 32
+    layer = 4 * (32 * 32 + 32) + 3 * 32 * 64 + 2 * 64 + 32 + 2 * 32
+    assert told["parameters"] == f"{2 * 16 * 32 + 32 + 16 + 2 * layer + 32:,}"
+    assert told["step"] == "256 concepts: 2 rank(s) × 1 micro-batch(es) × 4 rows × 32"
+    total = json.loads((concepts["train"] / "dataset.json").read_text())["totals"]["concepts"]
+    assert told["data"] == f"{total:,} concepts in 30 shards: {total / 256:,.1f} steps an epoch"
+    assert told["run"].startswith("30 steps, ")
+    assert sum(line.startswith("ZeRO") for line in out.splitlines()) == 4
+    assert next(line for line in out.splitlines() if "this run" in line).startswith("ZeRO 2")
+    assert not run_dir(config).exists()
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("mini", 1), ("150m", 8), ("400m", 8), ("1.6b", 32), ("7b", 64)])
+def test_every_shipped_config_can_be_built(name, ranks, synthetic_dataset, tmp_path):
+    data = synthetic_dataset(documents=10, embed_dim=1024, lengths=(2, 8))
+    places = [f"data.train={data}", f"data.validation={data}", f"run_dir={tmp_path / 'run'}"]
+    out = dry_run(f"configs/train/{name}.yaml", *places, "--ranks", ranks)
+    assert "<- this run" in out
+    if name == "1.6b":
+        assert "1,649,185,792" in out
+
+
+def test_steps_are_traced_for_perfetto(trained):
+    config = trained(
+        2, train={"profile_steps": [3, 5], "compile": True}, deepspeed="ds_configs/zero3_fp32.json", steps=8
+    )
+    (path,) = (run_dir(config) / "profile").iterdir()
+    assert path.name == "steps_3-5.pt.trace.json"
+    events = json.loads(path.read_text())["traceEvents"]
+    products = sum(event.get("name") == "aten::scaled_dot_product_attention" for event in events)
+    assert products == 3 * 2  # steps and layers
+    assert "train.compile: off, for the hooks with which ZeRO-3" in (run_dir(config) / "log.txt").read_text()
