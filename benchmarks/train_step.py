@@ -36,6 +36,7 @@ from lcm_ds.model.attention import SegmentLayout, rope_tables, rotate
 from lcm_ds.model.config import BaseLCMConfig, resolve_model
 from lcm_ds.model.flops import training_flops
 from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.processes import keep_freed_memory
 from lcm_ds.train.loss import squared_error, target_mask
 from lcm_ds.train.speed import peak_tflops
 
@@ -84,6 +85,8 @@ def main() -> None:
         config = resolve_model(ModelConfig(preset=arguments.preset, dropout=0.0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
+    if device.type == "cpu":
+        keep_freed_memory()  # as in training, so that all ways have it
     lengths = document_lengths() if arguments.documents else [arguments.row_length] * arguments.rows
     packed = pack(lengths, arguments.rows, arguments.row_length, config, device)
     ways = ways_of(config, packed, arguments, device)

@@ -16,6 +16,7 @@ from lcm_ds import ds_config
 from lcm_ds.config import OptimConfig, TrainConfig
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.processes import keep_freed_memory
 from lcm_ds.train.place import Place
 
 logger = logging.getLogger("lcm_ds.train")
@@ -28,6 +29,8 @@ def connect(place: Place) -> torch.device:
     if accelerator.device_name() != "cpu":
         # Under srun --gpus-per-task=1 each process sees one device, whatever its local rank.
         accelerator.set_device(place.local_rank % accelerator.device_count())
+    else:
+        keep_freed_memory()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return torch.device(accelerator.current_device_name())
 
