@@ -9,6 +9,7 @@ import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -324,7 +325,7 @@ def test_a_bad_shard_is_left_out_where_the_config_says_so(
     damage(own_dataset, dataset, bad, how)
     with pytest.raises(InputError, match=dataset.shards[bad].name):
         list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 3))
-    left = list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 3, workers=2, skip_bad=True))
+    left = list(Loader([replace(dataset, skip_bad=True)], plan, MAX_SEGMENT, 0, 1, 3, workers=2))
     assert [(batch.step, batch.index) for batch in left] == [(batch.step, batch.index) for batch in whole]
     for found, expected in zip(left, whole, strict=True):
         gone = (found.segment_ids < 0) & (expected.segment_ids >= 0)
@@ -339,12 +340,12 @@ def test_a_bad_shard_is_left_out_where_the_config_says_so(
 
 
 def test_more_than_a_few_bad_shards_stop_the_run_all_the_same(own_dataset: Path) -> None:
-    dataset = open_dataset(own_dataset)
+    dataset = open_dataset(own_dataset, skip_bad=True)
     plan = plan_of(dataset, epochs=1, rows=1, length=16)
     damage(own_dataset, dataset, 0, "missing")
     damage(own_dataset, dataset, 3, "cut off")
     with pytest.raises(InputError, match=r"2 of \d shards could not be read: too many to leave out"):
-        list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 1, skip_bad=True))
+        list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 1))
 
 
 # --- elsewhere ---
@@ -355,7 +356,7 @@ def test_the_coming_shards_of_every_lane_are_fetched_before_they_are_read(datase
     plan = plan_of(there, rows=4)
     loader = Loader([there], plan, MAX_SEGMENT, 0, 1, 4, workers=0)
     next(iter(loader))  # reads from four shards
-    loader._fetching._pool.shutdown(wait=True)  # type: ignore[union-attr]
+    loader._looking._pool.shutdown(wait=True)
     wanted = {shard for lane in range(4) for shard in plan.coming(0, lane, 2)}
     assert len(wanted) == 8
     assert {path.name for path in tmp_path.glob("*.tar")} == {f"{there.shards[shard].sha256}.tar" for shard in wanted}
