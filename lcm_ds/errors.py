@@ -50,6 +50,11 @@ class Collector:
             return True
         return False
 
+    def add(self, other: Collector) -> None:
+        """Take over what another has gathered."""
+        self.mistakes.extend(other.mistakes)
+        self._outages.update(other._outages)
+
     def raise_if_any(self) -> None:
         """Raise one `InputError` with everything gathered so far, each mistake once; `Unavailable` if all are that."""
         if self.mistakes:
