@@ -3,7 +3,7 @@
 A file has the name of its sha256 and was compared with it before it got that name, so it is never half a shard. Who
 fetches one holds a lock on its `.partial`, the others wait for that. Who has one open holds a lock on it, and it is not
 taken out meanwhile: it would take its room all the same. A kill frees the locks. When a file came is its mtime, when it
-was last used its atime; one that was not used yet has the same in both.
+was last used its atime; that of one that was not used yet lies ahead, as far as it is kept for its use.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from threading import Event
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from lcm_ds.data import remote
 from lcm_ds.errors import InputError
@@ -31,19 +31,11 @@ logger = logging.getLogger(__name__)
 FREE_SHARE = 0.1  # of the disk, left free where there is no limit
 PATIENCE = 600.0  # seconds that a shard waits for room before that is an error
 _LOCK = "lock"
+_TO_BE_USED = 7 * 86_400 * 10**9  # ns that what was fetched ahead is kept before all that was used
 _PAUSE = 0.1  # seconds between two looks for room, or for what another process fetches
 # The files that are the cache's own: whatever else is in the folder is somebody's and stays.
 _KEPT = re.compile(r"[0-9a-f]{64}\.tar")
 _COMING = re.compile(r"[0-9a-f]{64}\.(\d+)\.partial")
-
-
-class _Kept(NamedTuple):
-    """A shard in the folder, in the order in which they are taken out."""
-
-    unused: bool  # fetched for somebody who has not come yet
-    last_use: int  # ns
-    path: str
-    size: int
 
 
 @dataclass(frozen=True)
@@ -181,7 +173,7 @@ class Cache:
         try:
             remote.copy(url, partial, sha256, size, stopped)
             now = time.time_ns()
-            os.utime(partial, ns=(now, now))
+            os.utime(partial, ns=(now + _TO_BE_USED, now))
         except BaseException:
             with self._alone():
                 partial.unlink(missing_ok=True)
@@ -207,14 +199,13 @@ class Cache:
         What was fetched and not used yet goes last, for no shard that is fetched `ahead`, and not for a free tenth.
         full: the disk has no room, whatever it says. False where room may come. Raises InputError where it will not.
         """
-        kept: list[_Kept] = []
+        kept: list[tuple[int, int, str]] = []  # last use, size, path
+        now = time.time_ns()
         coming, written, others = size, 0, 0
         for entry in os.scandir(self.folder):
             with suppress(FileNotFoundError):  # somebody tidies up here
                 if _KEPT.fullmatch(entry.name):
-                    found = entry.stat()
-                    unused = found.st_atime_ns <= found.st_mtime_ns
-                    kept.append(_Kept(unused, found.st_atime_ns, entry.path, found.st_size))
+                    kept.append((entry.stat().st_atime_ns, entry.stat().st_size, entry.path))
                 elif (partial := _COMING.fullmatch(entry.name)) and entry.name != own.name and not _remove(entry.path):
                     coming += int(partial[1])
                     written += entry.stat().st_size
@@ -223,13 +214,14 @@ class Cache:
         needed = coming - written - (0 if full else disk.free)
         wanted = needed + int(FREE_SHARE * disk.total)
         if self.limit is not None:
-            needed = wanted = max(needed, sum(shard.size for shard in kept) + coming - self.limit)
+            needed = wanted = max(needed, sum(held for _, held, _ in kept) + coming - self.limit)
         in_use = False
-        for shard in sorted(kept):
-            if (needed if shard.unused else wanted) <= 0 or (shard.unused and ahead):
+        for last_use, held, path in sorted(kept):
+            unused = last_use > now
+            if (needed if unused else wanted) <= 0 or (unused and ahead):
                 break
-            if _remove(shard.path):
-                needed, wanted = needed - shard.size, wanted - shard.size
+            if _remove(path):
+                needed, wanted = needed - held, wanted - held
             else:
                 in_use = True
         if needed > 0 and not (ahead or in_use or others):

@@ -389,9 +389,9 @@ class _LookingAhead:
     def _look(self, lane: int, shard: int) -> None:
         # An error comes again where the shard is read.
         with suppress(InputError, Stopped):
-            if not self._stopped.is_set() and not look_ahead(
-                self.datasets[self.plan.source_of(lane)], shard, self._stopped
-            ):
+            if shard not in self._asked[lane] or self._stopped.is_set():  # the lane is past it
+                return
+            if not look_ahead(self.datasets[self.plan.source_of(lane)], shard, self._stopped):
                 self._again.add((lane, shard))
 
     def close(self) -> None:
