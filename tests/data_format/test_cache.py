@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import random
 import shutil
@@ -29,6 +30,7 @@ from lcm_ds.data.plan import Plan, Source
 from lcm_ds.data.reader import open_shard
 from lcm_ds.errors import InputError, Unavailable
 from lcm_ds.files import OpenFile, sha256_of
+from lcm_ds.train.check import check
 
 WORKER = Path(__file__).with_name("cache_worker.py")
 
@@ -172,6 +174,32 @@ def test_an_outage_that_lasts_is_no_mistake_of_the_users(served: Server, dataset
     assert caught.value.exit_code == 1
     assert served.requests[name] == remote.ATTEMPTS
     assert kept(tmp_path, dataset) == []
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "shards.jsonl", "normalizer.safetensors"])
+def test_an_outage_stays_one_through_the_checks_of_a_run(
+    served: Server, dataset: Dataset, tmp_path: Path, name: str
+) -> None:
+    config = tmp_path / "train.yaml"
+    run = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"preset": "quickstart", "embed_dim": 4, "hidden_size": 16, "num_attention_heads": 2},
+        "data": {"train": served.url, "cache_dir": str(tmp_path / "cache"), "row_length": 16},
+        "batch": {"rows_per_step": 2, "micro_batch_rows": 2},
+        "optim": {"lr": 1e-3},
+        "steps": 2,
+        "deepspeed": "ds_configs/zero1_fp32.json",
+    }
+    config.write_text(json.dumps(run))
+    assert len(check(config, [], 1).datasets) == 1
+    served.faults[name].extend(["503"] * remote.ATTEMPTS)
+    with pytest.raises(Unavailable, match=f"train.yaml: data.train: .*{name}: cannot be read") as caught:
+        check(config, [], 1)
+    assert caught.value.exit_code == 1
+    served.faults[name].extend(["503"] * remote.ATTEMPTS)
+    with pytest.raises(InputError) as caught:  # with a mistake beside it
+        check(config, ["noise_std=-1"], 1)
+    assert (caught.value.exit_code, len(caught.value.mistakes)) == (2, 2)
 
 
 def test_what_keeps_coming_wrong_is_an_error(served: Server, dataset: Dataset, tmp_path: Path) -> None:
@@ -408,8 +436,8 @@ def test_what_found_no_room_ahead_is_asked_for_again(served: Server, dataset: Da
     looking.reach(0)
     wait_until(lambda: looking._again == {(0, first), (0, second)})
     used.clear()
-    looking.reach(0)
-    wait_until(lambda: kept(tmp_path, dataset) == sorted([first, second]))
+    wanted = {f"{dataset.shards[index].sha256}.tar" for index in (first, second)}
+    wait_until(lambda: looking.reach(0) or {path.name for path in tmp_path.glob("*.tar")} == wanted)
     looking.close()
 
 
