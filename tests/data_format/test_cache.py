@@ -349,6 +349,18 @@ def test_a_loader_is_closed_at_once_in_an_outage(
     assert time.monotonic() - began < 2
 
 
+def test_a_verification_that_is_ended_leaves_nothing_behind(served: Server, dataset: Dataset, tmp_path: Path) -> None:
+    name = dataset.shards[-1].name
+    served.faults[name].append("stall")
+    call = [sys.executable, "-m", "lcm_ds.cli", "inspect", served.url, "--verify"]
+    process = subprocess.Popen(call, env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE)
+    wait_until(lambda: served.requests[name] > 0)
+    assert list(tmp_path.iterdir())
+    process.terminate()
+    process.communicate(timeout=20)
+    assert (process.returncode, list(tmp_path.iterdir())) == (143, [])
+
+
 # --- the bound ---
 
 
