@@ -7,6 +7,7 @@ a checkpoint saved; 1 anything else.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -162,9 +163,15 @@ def prepare(arguments: argparse.Namespace) -> int:
     return main(arguments.config, arguments.overrides)
 
 
+def _tidy_when_ended() -> None:
+    """SIGTERM ends this process as an error does, so that what was fetched for a while does not stay behind."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def index(arguments: argparse.Namespace) -> None:
     from lcm_ds.data.index import index
 
+    _tidy_when_ended()
     encoder = None
     if arguments.encoder is not None:
         if wrong := [text for text in arguments.encoder if "=" not in text]:
@@ -187,12 +194,14 @@ def index(arguments: argparse.Namespace) -> None:
 def inspect(arguments: argparse.Namespace) -> None:
     from lcm_ds.prepare.inspect import inspect
 
+    _tidy_when_ended()
     inspect(arguments.dataset, verify=arguments.verify, sample=arguments.sample)
 
 
 def fit_normalizer(arguments: argparse.Namespace) -> None:
     from lcm_ds.prepare.refit import fit_normalizer
 
+    _tidy_when_ended()
     fit_normalizer(arguments.datasets, arguments.samples, arguments.output)
 
 

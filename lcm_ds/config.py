@@ -162,7 +162,8 @@ class DataConfig(Schema):
     workers: int = Field(1, ge=0)  # prefetch threads
     # where shards of remote datasets are kept, for all ranks of a node: on a disk of its own
     cache_dir: str | None = None
-    # how much of them, in 10⁹ bytes: at best three shards for each lane of the node; default: what leaves a tenth free
+    # how much of them, in 10⁹ bytes: of each rank of the node a shard a lane, one a worker and two for validation at
+    # least, at best three a lane; default: what leaves a tenth of the disk free
     cache_gb: float | None = Field(None, gt=0)
     # always: a shard's checksum is compared when a process first opens it; size: only its size
     verify: Literal["always", "size"] = "always"

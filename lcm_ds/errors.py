@@ -37,6 +37,7 @@ class Collector:
 
     def __init__(self) -> None:
         self.mistakes: list[str] = []
+        self._outages: set[str] = set()  # those of them that are nobody's mistake
 
     def __enter__(self) -> Collector:
         return self
@@ -44,10 +45,18 @@ class Collector:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
         if isinstance(error, InputError):
             self.mistakes.extend(error.mistakes)
+            if isinstance(error, Unavailable):
+                self._outages.update(error.mistakes)
             return True
         return False
 
+    def add(self, other: Collector) -> None:
+        """Take over what another has gathered."""
+        self.mistakes.extend(other.mistakes)
+        self._outages.update(other._outages)
+
     def raise_if_any(self) -> None:
-        """Raise one `InputError` with everything gathered so far, each mistake once."""
+        """Raise one `InputError` with everything gathered so far, each mistake once; `Unavailable` if all are that."""
         if self.mistakes:
-            raise InputError(dict.fromkeys(self.mistakes))
+            kind = Unavailable if self._outages.issuperset(self.mistakes) else InputError
+            raise kind(dict.fromkeys(self.mistakes))

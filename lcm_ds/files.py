@@ -30,18 +30,8 @@ def sync_folder(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def read_ahead(path: Path) -> None:
-    """Have the kernel read the whole file into memory, without waiting for it."""
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    """The sha256 of a file's bytes, in hexadecimal."""
+    return OpenFile(path).sha256()
 
 
 class OpenFile:
@@ -52,23 +42,40 @@ class OpenFile:
     """
 
     def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as this object lives)
-        self._descriptor = self._file.fileno()
-        self._size = os.fstat(self._descriptor).st_size
+        self.descriptor = self._file.fileno()
+        self._size = self.status().st_size
 
     def __len__(self) -> int:
         """Bytes, when it was opened."""
         return self._size
 
+    def status(self) -> os.stat_result:
+        """What the file's inode says now."""
+        return os.fstat(self.descriptor)
+
+    def sha256(self) -> str:
+        """The sha256 of all its bytes, in hexadecimal."""
+        digest, at = hashlib.sha256(), 0
+        while piece := os.pread(self.descriptor, 1 << 20, at):
+            digest.update(piece)
+            at += len(piece)
+        return digest.hexdigest()
+
+    def read_ahead(self) -> None:
+        """Have the kernel read the whole file into memory, without waiting for it."""
+        os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+
     def __getitem__(self, part: slice) -> bytes:
-        return os.pread(self._descriptor, part.stop - part.start, part.start)
+        return os.pread(self.descriptor, part.stop - part.start, part.start)
 
     def read_into(self, out: np.ndarray, offset: int) -> bool:
         """Fill `out`, which is contiguous, with the bytes from `offset` on; False where the file ends sooner."""
-        done = os.preadv(self._descriptor, (out.data,), offset)
+        done = os.preadv(self.descriptor, (out.data,), offset)
         while done < out.nbytes:  # seldom: a read may give less than it was asked for
             rest = out.reshape(-1).view(np.uint8)[done:]
-            if (count := os.preadv(self._descriptor, (rest.data,), offset + done)) == 0:
+            if (count := os.preadv(self.descriptor, (rest.data,), offset + done)) == 0:
                 return False
             done += count
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections import deque
+from contextlib import suppress
 from math import prod
 
 import numpy as np
@@ -31,7 +32,8 @@ class Buffers:
             memory = self._free.pop()
         except IndexError:
             memory = mmap.mmap(-1, max(1, prod(self.shape) * self.dtype.itemsize))
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a kernel without huge pages
+                memory.madvise(mmap.MADV_HUGEPAGE)
         # The tensor's storage, which its views share, holds this array and nothing else does.
         array = np.frombuffer(memory, np.uint8, prod(self.shape) * self.dtype.itemsize)
         weakref.finalize(array, self._free.append, memory).atexit = False

@@ -9,8 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,12 +21,12 @@ import safetensors.numpy
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from lcm_ds.config import Schema, validate
+from lcm_ds.config import DataConfig, Schema, validate
 from lcm_ds.data import remote
 from lcm_ds.data.cache import Cache
 from lcm_ds.data.quantization import BFloat16, Quantization
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.files import sync_folder, write_whole
+from lcm_ds.files import OpenFile, sync_folder, write_whole
 
 FORMAT_VERSION = 1
 DATASET = "dataset.json"
@@ -113,6 +112,7 @@ class Dataset:
     shards: tuple[ShardInfo, ...]
     cache: Cache | None = None  # where shards that are not on this machine are kept
     checksums: bool = True  # whether a shard's sha256 is compared when this process first opens it
+    skip_bad: bool = False  # whether who reads it leaves out a shard that cannot be read, instead of stopping
 
     @property
     def embed_dim(self) -> int:
@@ -142,32 +142,45 @@ class Dataset:
         """Whether shard `index` is not on this machine."""
         return remote.is_remote(self.place(index))
 
-    @contextmanager
-    def shard_file(self, index: int) -> Iterator[Path]:
-        """The file of shard `index` on this machine, to open in the context; one that is elsewhere is fetched.
+    @cached_property
+    def any_elsewhere(self) -> bool:
+        """Whether some of its shards are not on this machine."""
+        return any(self.is_elsewhere(index) for index in range(len(self.shards)))
 
-        Raises InputError.
+    def open_file(self, index: int, stopped: Event | None = None) -> OpenFile:
+        """The file of shard `index` on this machine; one that is elsewhere is fetched.
+
+        stopped: when set, that is given up with Stopped. Raises InputError.
         """
+        place, shard = self.place(index), self.shards[index]
+        if remote.is_remote(place):
+            assert self.cache is not None  # open_dataset has seen to it
+            return self.cache.open(place, shard.sha256, shard.bytes, stopped)
+        try:
+            return OpenFile(place)
+        except OSError as error:
+            raise InputError(f"{place}: cannot be read: {error.strerror}") from None
+
+    def open_file_ahead(self, index: int, stopped: Event) -> OpenFile | None:
+        """As `open_file`, before the shard is used; None where there is no room now, or another is fetching it."""
         if not self.is_elsewhere(index):
-            yield Path(self.place(index))
-            return
-        assert self.cache is not None  # open_dataset has seen to it
+            return self.open_file(index)
         shard = self.shards[index]
-        with self.cache.holding(self.place(index), shard.sha256, shard.bytes) as path:
-            yield path
-
-    def fetch(self, index: int, stopped: Event) -> None:
-        """Fetch shard `index` before it is used; `stopped`: when set, that is given up. Raises InputError, Stopped."""
-        if self.is_elsewhere(index):
-            assert self.cache is not None
-            self.cache.fetch(self.place(index), self.shards[index].sha256, self.shards[index].bytes, stopped)
+        assert self.cache is not None
+        return self.cache.open_ahead(self.place(index), shard.sha256, shard.bytes, stopped)
 
 
-def open_dataset(path: str | Path, cache: Cache | None = None, checksums: bool = True, sizes: bool = True) -> Dataset:
+def open_dataset(
+    path: str | Path,
+    cache: Cache | None = None,
+    checksums: bool = True,
+    sizes: bool = True,
+    skip_bad: bool = False,
+) -> Dataset:
     """The dataset in the folder or at the URL `path`; `cache` keeps the shards of one that is elsewhere.
 
-    Sizes of shards are compared here, unless `sizes` is false; their checksums when one is first opened, unless
-    `checksums` is false.
+    Sizes of shards are compared here, unless `sizes` is false or bad shards are left out; their checksums when one is
+    first opened, unless `checksums` is false.
     Raises InputError with every mistake: no such folder, not finished, a file that is not as it should be, a shard that
     is missing or has another size than shards.jsonl lists.
     """
@@ -180,8 +193,12 @@ def open_dataset(path: str | Path, cache: Cache | None = None, checksums: bool =
     shards: list[ShardInfo] = []
     with mistakes:
         shards = read_shards(folder)
-        if sizes:
-            mistakes.mistakes.extend(_missing_shards(folder, shards, cache))
+        if cache is None and any(remote.is_remote(remote.join(folder, shard.name)) for shard in shards):
+            mistakes.mistakes.append(
+                f"{folder}: has shards that are not on this machine: data.cache_dir has to name a folder to keep them"
+            )
+        if sizes and not skip_bad:
+            mistakes.mistakes.extend(_missing_shards(folder, shards))
         if info is not None and info.totals != (found := Totals.of(shards)):
             raise InputError(f"{folder}: {DATASET} counts {info.totals}, the lines of {SHARDS} add up to {found}")
         if not any(shard.concepts for shard in shards):
@@ -194,7 +211,13 @@ def open_dataset(path: str | Path, cache: Cache | None = None, checksums: bool =
             )
     mistakes.raise_if_any()
     assert info is not None
-    return Dataset(folder, info, tuple(shards), cache, checksums)
+    return Dataset(folder, info, tuple(shards), cache, checksums, skip_bad)
+
+
+def open_for_run(path: str, data: DataConfig) -> Dataset:
+    """The dataset at `path`, as a run's `data` block says. Raises InputError as `open_dataset`."""
+    cache = Cache.of(data.cache_dir, data.cache_gb)
+    return open_dataset(path, cache, data.verify == "always", skip_bad=data.on_bad_shard == "skip")
 
 
 def read_info(path: str | Path) -> DatasetInfo:
@@ -324,14 +347,12 @@ def _parse_info(text: bytes, path: str) -> DatasetInfo:
     return info
 
 
-def _missing_shards(folder: str, shards: Iterable[ShardInfo], cache: Cache | None) -> list[str]:
+def _missing_shards(folder: str, shards: Iterable[ShardInfo]) -> list[str]:
     """A line for each listed shard that is missing or not whole; those elsewhere are checked when they are fetched."""
     lines = []
-    elsewhere = False
     for shard in shards:
         place = remote.join(folder, shard.name)
         if remote.is_remote(place):
-            elsewhere = True
             continue
         try:
             size = os.stat(place).st_size
@@ -340,10 +361,6 @@ def _missing_shards(folder: str, shards: Iterable[ShardInfo], cache: Cache | Non
             continue
         if size != shard.bytes:
             lines.append(f"{place}: has {size} bytes, {SHARDS} lists {shard.bytes}")
-    if elsewhere and cache is None:
-        lines.append(
-            f"{folder}: has shards that are not on this machine: data.cache_dir has to name a folder to keep them"
-        )
     return lines
 
 

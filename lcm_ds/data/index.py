@@ -60,7 +60,8 @@ def index(
     encoder, splitter, language and end of text are taken. samples: how many concepts the normaliser is fitted to.
     threads: tars read at a time. Every tar is read once, whole: for its checksum, counts and values.
     Raises InputError with every mistake: tars that cannot be read or are not whole, that disagree about embed_dim or
-    dtype, or hold concepts that are not finite; an output that is a dataset already; `pipe:`, which would run a shell.
+    dtype, or hold concepts that are not finite; an output that is a dataset already or no folder; `pipe:`, which would
+    run a shell.
     Nothing is written then.
     """
     output = Path(output)
@@ -70,8 +71,9 @@ def index(
         if (output / name).exists():
             raise InputError(f"{output}: is a dataset already; name another folder, or remove its {name} first")
     sample = UniformSample(samples)
+    reading = Reading(extension.lower(), _checked(texts), bf16)
     with _folder(output):
-        infos, embed_dim, dtype = _read(places, output, Reading(extension.lower(), texts, bf16), sample, threads)
+        infos, embed_dim, dtype = _read(places, output, reading, sample, threads)
         if embed_dim is None or dtype is None:
             raise InputError(f"{shards}: hold no documents: samples are <key>.{extension}")
         if like is not None and about["embed_dim"] != embed_dim:
@@ -81,8 +83,8 @@ def index(
             **about,
             "embed_dim": embed_dim,
             "dtype": "bfloat16" if bf16 else dtype,
-            "extension": extension.lower(),
-            "texts": texts,
+            "extension": reading.extension,
+            "texts": reading.texts,
             "source": {"name": "index", "shards": shards},
         }
         info = validate(DatasetInfo, mapping, output / DATASET)
@@ -97,11 +99,33 @@ def index(
 def _places(shards: str) -> list[str]:
     """The paths and URLs that a brace pattern stands for. Raises InputError naming those that are not there."""
     remote.is_remote(shards)  # refuses pipe:
-    places = list(dict.fromkeys(expand_urls(shards)))
-    missing = [place for place in places if not remote.is_remote(place) and not Path(place).is_file()]
-    if missing:
-        raise InputError([f"{place}: no such file" for place in missing])
+    try:
+        places = list(dict.fromkeys(expand_urls(shards)))
+    except (ValueError, AssertionError) as error:  # braces; variables, which webdataset puts in
+        raise InputError(f"{shards}: cannot be expanded: {error}") from None
+    mistakes: list[str] = []
+    names: dict[Path, str] = {}
+    for place in places:
+        if remote.is_remote(place):
+            continue
+        if not Path(place).is_file():
+            hint = ": a URL has //, as in file:///folder/a.tar" if place.startswith("file:") else ""
+            mistakes.append(f"{place}: no such file{hint}")
+        elif (first := names.setdefault(Path(place).resolve(), place)) != place:
+            mistakes.append(f"{place}: is the same file as {first}: name it once")
+    if mistakes:
+        raise InputError(mistakes)
     return places
+
+
+def _checked(texts: str) -> str:
+    """EXTENSION:FIELD or EXTENSION, the extension in lower case as those of members are. Raises InputError."""
+    extension, colon, field = texts.partition(":")
+    if not extension or (colon and not field):
+        raise InputError(
+            f"--texts: {texts!r} has to be EXT:FIELD of a JSON object, or EXT of a text with a sentence a line"
+        )
+    return f"{extension.lower()}{colon}{field}"
 
 
 def _about(encoder: Mapping[str, Any] | None, like: str | None) -> dict[str, Any]:
@@ -118,7 +142,10 @@ def _about(encoder: Mapping[str, Any] | None, like: str | None) -> dict[str, Any
 def _folder(output: Path) -> Iterator[None]:
     """The folder is there in the context, and gone after it where it was made for nothing."""
     made = not output.exists()
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{output}: no such folder can be made: {error.strerror}") from None
     try:
         yield
     finally:
@@ -137,7 +164,7 @@ def _read(
     found: tuple[int | None, str | None] = (None, None)
     lock = Lock()
 
-    def read(place: str) -> tuple[list[str], ShardInfo | None]:
+    def read(place: str) -> tuple[Collector, ShardInfo | None]:
         nonlocal found
         wrong = Collector()
         info: ShardInfo | None = None
@@ -147,9 +174,9 @@ def _read(
             info = listed
             if shard.dtype is not None:
                 found = (shard.embed_dim, shard.dtype.name)
-        return wrong.mistakes, info
+        return wrong, info
 
-    results: list[tuple[list[str], ShardInfo | None]] = []
+    results: list[tuple[Collector, ShardInfo | None]] = []
     with Progress(transient=True, disable=not Console().is_terminal) as progress, ThreadPoolExecutor(threads) as pool:
         task = progress.add_task("reading", total=len(places))
         while len(results) < len(places) and found == (None, None):  # until one says what the others have to be
@@ -158,8 +185,10 @@ def _read(
         for result in pool.map(read, places[len(results) :]):
             results.append(result)
             progress.advance(task)
-    if mistakes := [line for lines, _ in results for line in lines]:
-        raise InputError(mistakes)
+    mistakes = Collector()
+    for wrong, _ in results:
+        mistakes.add(wrong)
+    mistakes.raise_if_any()
     return [info for _, info in results if info is not None], *found
 
 

@@ -7,33 +7,37 @@ pure function of (step, index), so nothing has to be saved to resume but the ste
 from __future__ import annotations
 
 import logging
+import resource
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from threading import Event, Lock
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lcm_ds.data.buffers import Buffers
 from lcm_ds.data.format import Dataset
 from lcm_ds.data.plan import Piece, Plan, Source, document_order
-from lcm_ds.data.reader import Shard, open_shard
+from lcm_ds.data.reader import Shard, look_ahead, open_shard
 from lcm_ds.data.remote import Stopped
-from lcm_ds.data.rows import Gap, Segment, ShardInOrder, cut, fill_row
+from lcm_ds.data.rows import Segment, ShardInOrder, blank, cut, fill
 from lcm_ds.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Open shards: at least a few more than lanes, but not so many that file descriptors run out.
-FEWEST_OPEN, MOST_OPEN = 32, 512
-# Of shards that are elsewhere: how many of each lane are fetched before they are read, and how many at a time.
-FETCHED_AHEAD, FETCHED_AT_A_TIME = 2, 8
+# Shards of local datasets that are open at a time: two for each lane, and at least so many.
+FEWEST_OPEN = 32
+# Those of a reader of one row after the other, where what is open takes room in a cache.
+FEWEST_KEPT = 2
+# How many of each lane are made ready before they are read, the one it is in included; threads that fetch them.
+AHEAD, FETCHED_AT_A_TIME = 2, 8
 # With bad shards left out: the share of the shards opened so far from which on something else must be wrong.
 MOST_BAD = 0.05
 VALIDATION_SEED = 0
@@ -66,10 +70,16 @@ class Loader:
     """The batches of one rank, from `start_step` on, in order; without end where the plan has none.
 
     Of the rows of a step, rank r of W has a contiguous run of lanes, and its micro-batch i the i-th run of
-    micro_batch_rows of those. workers: threads that read ahead; 0 reads when asked. An error in a thread is raised
-    where its batch would have come. pinned: batches lie in page-locked memory. skip_bad: a shard that cannot be read is
-    logged and left out, its concepts become rows without targets; it stops with the error all the same once more than
-    MOST_BAD of the shards opened, and more than one, were bad. Raises InputError where rows_per_step does not divide.
+    micro_batch_rows of those. workers: threads that read ahead, as many micro-batches as a step has of this rank, and
+    two more than twice their number at least: so many batches lie in memory; 0 reads when asked. As many threads again
+    make the coming shard of every lane ready: fetched, its checksum compared. An error in a thread is raised
+    where its batch would have come. pinned: batches lie in page-locked memory. local_ranks: processes of this node,
+    which share a cache: it has to hold a shard for each lane and worker of theirs, and two more a rank for validation.
+
+    Where a dataset has skip_bad, a shard that cannot be read is logged and left out, its concepts become rows without
+    targets; it stops with the error all the same once more than MOST_BAD of the shards opened, and more than one, were
+    bad. Raises InputError where rows_per_step does not divide, a cache is too small, or lanes are more than the files
+    that this process may open.
     """
 
     def __init__(
@@ -83,7 +93,7 @@ class Loader:
         workers: int = 1,
         start_step: int = 0,
         pinned: bool = False,
-        skip_bad: bool = False,
+        local_ranks: int = 1,
     ) -> None:
         if plan.rows_per_step % (world_size * micro_batch_rows):
             raise InputError(
@@ -94,10 +104,19 @@ class Loader:
         lanes = plan.rows_per_step // world_size
         self._lanes = range(rank * lanes, (rank + 1) * lanes)
         self.micro_batches = lanes // micro_batch_rows  # a step
-        self._rows = _Rows(datasets, plan, max_segment, micro_batch_rows, 2 * lanes, pinned, skip_bad)
-        self._ahead = 2 * workers + 2
+        self._stopped = Event()
+        least = lanes + max(1, workers)
+        for dataset in datasets:
+            if dataset.any_elsewhere and dataset.cache is not None:
+                # Of a mixture, as if all its shards were of this dataset's size.
+                largest = max(shard.bytes for shard in dataset.shards)
+                dataset.cache.check_room(local_ranks * (least + FEWEST_KEPT), largest)
+        self._rows = _Rows(
+            datasets, plan, max_segment, micro_batch_rows, least, 2 * lanes, pinned=pinned, stopped=self._stopped
+        )
+        self._ahead = max(2 * workers + 2, self.micro_batches)
         self._pool = ThreadPoolExecutor(workers, "lcm-ds-loader") if workers else None
-        self._fetching = _Fetching(datasets, plan, self._lanes)
+        self._looking = _LookingAhead(datasets, plan, self._lanes, workers, self._stopped)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._pool is None:
@@ -121,14 +140,18 @@ class Loader:
         return self._rows.batch(places, step, index, first_lane)
 
     def close(self) -> None:
-        """End the threads; what they read ahead is dropped."""
-        self._fetching.close()
+        """End the threads; what they read ahead is dropped, and what they are fetching given up.
+
+        One that waits for a server's next byte does so for remote.READ_TIMEOUT at most.
+        """
+        self._stopped.set()
+        self._looking.close()
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _order(self) -> Iterator[tuple[int, int]]:
         for step in count(self.start_step) if self.plan.steps is None else range(self.start_step, self.plan.steps):
-            self._fetching.reach(step)
+            self._looking.reach(step)
             yield from ((step, index) for index in range(self.micro_batches))
 
 
@@ -140,17 +163,16 @@ def validation_batches(
     rank: int,
     world_size: int,
     rows: int | None = None,
-    skip_bad: bool = False,
 ) -> Iterator[Batch]:
     """This rank's part of the whole dataset, or of its first `rows` rows, in an order that is always the same.
 
     Every rank has the same number of batches. No row comes twice: the last ones are filled up with rows without
-    concepts. skip_bad: as of `Loader`.
+    concepts. Bad shards: as of `Loader`.
     """
     plan = Plan([Source([shard.concepts for shard in dataset.shards])], VALIDATION_SEED, 1, row_length, epochs=1)
     assert plan.steps is not None
     rows = plan.steps if rows is None else min(rows, plan.steps)
-    reader = _Rows([dataset], plan, max_segment, micro_batch_rows, FEWEST_OPEN, skip_bad=skip_bad)
+    reader = _Rows([dataset], plan, max_segment, micro_batch_rows, FEWEST_KEPT, FEWEST_OPEN)
     for index in range(-(-rows // (world_size * micro_batch_rows))):
         first = (index * world_size + rank) * micro_batch_rows
         # One lane, so that a step is a row; after the last step there are no concepts.
@@ -163,6 +185,7 @@ class TraceLine(NamedTuple):
 
     lane: int
     segment: int  # in the row
+    dataset: str  # where it is
     shard: str
     key: str
     id: str
@@ -172,32 +195,41 @@ class TraceLine(NamedTuple):
 
 
 def trace(
-    datasets: Sequence[Dataset], plan: Plan, max_segment: int, steps: range, skip_bad: bool = False
+    datasets: Sequence[Dataset], plan: Plan, max_segment: int, steps: range
 ) -> Iterator[tuple[int, list[TraceLine]]]:
-    """Each step, and all its segments, lane by lane; skip_bad: as of `Loader`."""
-    rows = _Rows(datasets, plan, max_segment, 1, plan.rows_per_step, skip_bad=skip_bad)
+    """Each step, and all its segments, lane by lane. Bad shards: as of `Loader`.
+
+    Little of a shard is read for it: datasets opened without `checksums` save reading all of it.
+    """
+    rows = _Rows(datasets, plan, max_segment, 1, FEWEST_KEPT, plan.rows_per_step)
     for step in steps:
-        yield step, _trace_step(rows, step)
+        yield step, [line for lane in range(plan.rows_per_step) for line in _trace_row(rows, step, lane)]
 
 
-def _trace_step(rows: _Rows, step: int) -> list[TraceLine]:
-    return [
-        _trace_line(lane, number, segment)
-        for lane in range(rows.plan.rows_per_step)
-        for number, segment in enumerate(rows.segments(step, lane))
-        if isinstance(segment, Segment)
-    ]
+def _trace_row(rows: _Rows, step: int, lane: int) -> list[TraceLine]:
+    lines: list[TraceLine] = []
+    for piece in rows.plan.pieces(step, lane):
+        with rows.leaving_out(piece):
+            lines += [
+                _trace_line(lane, number, rows.datasets[piece.source].path, segment)
+                for number, segment in enumerate(rows.segments(piece), start=len(lines))
+            ]
+    return lines
 
 
-def _trace_line(lane: int, number: int, segment: Segment) -> TraceLine:
+def _trace_line(lane: int, number: int, dataset: str, segment: Segment) -> TraceLine:
     shard, document, start, stop = segment
     meta = shard.meta(document)
     sentences = tuple(map(str, meta["sentences"][start:stop]))
-    return TraceLine(lane, number, shard.name, shard.keys[document], str(meta["id"]), sentences, start, stop)
+    return TraceLine(lane, number, dataset, shard.name, shard.keys[document], str(meta["id"]), sentences, start, stop)
 
 
 class _Rows:
-    """Rows of a plan, read from its datasets. Safe to use from several threads."""
+    """Rows of a plan, read from its datasets. Safe to use from several threads.
+
+    least, most: of shards that are open at a time; the smaller one where a dataset is elsewhere, for what is open takes
+    room in the cache. Raises InputError where this process may not open so many files.
+    """
 
     def __init__(
         self,
@@ -205,51 +237,72 @@ class _Rows:
         plan: Plan,
         max_segment: int,
         micro_batch_rows: int,
-        open_shards: int,
+        least: int,
+        most: int,
         pinned: bool = False,
-        skip_bad: bool = False,
+        stopped: Event | None = None,
     ) -> None:
         self.datasets, self.plan, self.max_segment = datasets, plan, max_segment
         dtype = torch.float32 if any(d.info.dtype in ("float32", "bfloat16") for d in datasets) else torch.float16
         self._buffers = Buffers((micro_batch_rows, plan.row_length, datasets[0].embed_dim), dtype, pinned)
-        self._most = min(max(open_shards, FEWEST_OPEN), MOST_OPEN)
+        elsewhere = any(dataset.any_elsewhere for dataset in datasets)
+        self._most = _open_files(least, least if elsewhere else max(most, FEWEST_OPEN))
         # Futures, so that a thread that needs a shard waits for the one that is opening it, and for no other.
         self._open: OrderedDict[tuple[int, int, int], Future[ShardInOrder]] = OrderedDict()
         # The same shards by (source, shard): the next epoch of a small dataset finds them open.
         self._shards: WeakValueDictionary[tuple[int, int], Shard] = WeakValueDictionary()
         self._lock = Lock()
-        self._skip_bad = skip_bad
-        self._opened, self._bad = 0, set[tuple[int, int]]()
-
-    def segments(self, step: int, lane: int) -> Iterator[Segment | Gap]:
-        """The segments of one row, in order."""
-        for piece in self.plan.pieces(step, lane):
-            try:
-                read = self._in_order(piece)
-            except InputError as error:
-                self._leave_out(piece, error)
-                yield Gap(piece.stop - piece.start)
-            else:
-                yield from cut(read, piece.start, piece.stop, self.max_segment)
+        self._stopped = stopped
+        self._tried, self._bad = set[tuple[int, int]](), set[tuple[int, int]]()
 
     def batch(self, places: Sequence[tuple[int, int]], step: int, index: int, first_lane: int) -> Batch:
         """The rows at `places`, each a step and a lane, as one batch."""
         concepts = self._buffers.take()
         segment_ids = torch.empty(concepts.shape[:2], dtype=torch.int32)
         missing = 0
-        for place, row, ids in zip(places, concepts.numpy(), segment_ids.numpy(), strict=True):
-            missing += fill_row(self.segments(*place), row, ids)
+        for (at, lane), row, ids in zip(places, concepts.numpy(), segment_ids.numpy(), strict=True):
+            missing += self._fill(self.plan.pieces(at, lane), row, ids)
         return Batch(concepts, segment_ids, step, index, first_lane, missing)
 
+    def _fill(self, pieces: Sequence[Piece], concepts: np.ndarray, segment_ids: np.ndarray) -> int:
+        """Copy pieces to their row; returns how many of its concepts could not be read."""
+        filled = number = missing = 0
+        for piece in pieces:
+            part = slice(filled, filled := filled + piece.stop - piece.start)
+            with self.leaving_out(piece) as left_out:
+                number = fill(self.segments(piece), concepts[part], segment_ids[part], number)
+            if left_out:
+                blank(concepts[part], segment_ids[part])
+                missing += piece.stop - piece.start
+        blank(concepts[filled:], segment_ids[filled:])
+        return missing
+
+    def segments(self, piece: Piece) -> Iterator[Segment]:
+        """The segments of a piece, in order."""
+        return cut(self._in_order(piece), piece.start, piece.stop, self.max_segment)
+
+    @contextmanager
+    def leaving_out(self, piece: Piece) -> Iterator[list[InputError]]:
+        """What cannot be read of the piece's shard is noted, and in the list that is yielded.
+
+        Raised all the same where its dataset does not skip bad shards, or too many of them are.
+        """
+        left_out: list[InputError] = []
+        try:
+            yield left_out
+        except InputError as error:
+            self._leave_out(piece, error)
+            left_out.append(error)
+
     def _in_order(self, piece: Piece) -> ShardInOrder:
-        """A shard in the order of an epoch; the one that nobody has used for longest is closed."""
+        """A shard in the order of an epoch; the one that nobody has used for longest is closed before it is opened."""
         key = (piece.source, piece.epoch, piece.shard)
         with self._lock:
             future = self._open.get(key)
             if opener := future is None:
+                if len(self._open) >= self._most:
+                    self._close_one()
                 future = self._open[key] = Future()
-                if len(self._open) > self._most:
-                    self._open.popitem(last=False)
             else:
                 self._open.move_to_end(key)
         assert future is not None
@@ -262,60 +315,85 @@ class _Rows:
                 future.set_exception(error)
         return future.result()
 
+    def _close_one(self) -> None:
+        """Close the shard that nobody has used for longest, and none that is being opened."""
+        oldest = next((key for key, future in self._open.items() if future.done()), None)
+        if oldest is not None:
+            del self._open[oldest]
+
     def _shard(self, source: int, shard: int) -> Shard:
         with self._lock:
             found = self._shards.get((source, shard))
+            self._tried.add((source, shard))
         if found is None:
-            found = open_shard(self.datasets[source], shard, whole=True)
+            found = open_shard(self.datasets[source], shard, self._stopped)
             with self._lock:
                 self._shards[source, shard] = found
-                self._opened += 1
         return found
 
     def _leave_out(self, piece: Piece, error: InputError) -> None:
         """Note a shard that cannot be read; raise the error where that is too much."""
-        if not self._skip_bad:
+        if not self.datasets[piece.source].skip_bad:
             raise error
         with self._lock:
             if (piece.source, piece.shard) in self._bad:
                 return
             self._bad.add((piece.source, piece.shard))
-            bad, opened = len(self._bad), self._opened + len(self._bad)
-        if bad > max(1, MOST_BAD * opened):
-            raise InputError(
-                [*error.mistakes, f"{bad} of {opened} shards could not be read: too many to leave out (on_bad_shard)"]
+            bad, tried = len(self._bad), len(self._tried)
+        if bad > max(1, MOST_BAD * tried):
+            raise type(error)(
+                [*error.mistakes, f"{bad} of {tried} shards could not be read: too many to leave out (on_bad_shard)"]
             ) from error
         for line in error.mistakes:
             logger.error("left out: %s", line)
 
 
-class _Fetching:
-    """Fetches the coming shards of lanes into the cache, where datasets have shards that are elsewhere."""
+def _open_files(least: int, most: int) -> int:
+    """How many shards this process may have open, of `most` wanted: half of the files that it may open.
 
-    def __init__(self, datasets: Sequence[Dataset], plan: Plan, lanes: range) -> None:
-        self.datasets, self.plan = datasets, plan
-        self._stopped = Event()
-        self._coming: dict[int, list[int]] = {
-            lane: [] for lane in lanes if datasets[plan.source_of(lane)].cache is not None
-        }
-        self._pool = ThreadPoolExecutor(FETCHED_AT_A_TIME, "lcm-ds-fetch") if self._coming else None
+    The limit of those is raised where it can be. Raises InputError where it is less than `least`.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY:
+        hard = max(soft, 4 * most)
+    if soft < 2 * most and soft < hard:
+        soft = min(2 * most, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    if soft // 2 < least:
+        raise InputError(
+            f"ulimit -n: this process may open {soft} files; it has {least} shards open at a time, one a lane and one "
+            f"a worker, and other files: at least {2 * least}"
+        )
+    return min(most, soft // 2)
+
+
+class _LookingAhead:
+    """Makes the coming shards of lanes ready: fetched where they are elsewhere, and their checksums compared."""
+
+    def __init__(self, datasets: Sequence[Dataset], plan: Plan, lanes: range, workers: int, stopped: Event) -> None:
+        self.datasets, self.plan, self._stopped = datasets, plan, stopped
+        elsewhere = any(dataset.any_elsewhere for dataset in datasets)
+        self._pool = ThreadPoolExecutor(max(1, workers, FETCHED_AT_A_TIME * elsewhere), "lcm-ds-ahead")
+        self._asked: dict[int, list[int]] = {lane: [] for lane in lanes}  # shards of each lane
+        self._again: set[tuple[int, int]] = set()  # of a lane, a shard that could not be had
 
     def reach(self, step: int) -> None:
         """Ask for what the lanes read from `step` on."""
-        if self._pool is None:
-            return
-        for lane, known in self._coming.items():
-            self._coming[lane] = self.plan.coming(step, lane, FETCHED_AHEAD)
-            for shard in self._coming[lane]:
-                if shard not in known:
-                    self._pool.submit(self._fetch, self.plan.source_of(lane), shard)
+        for lane, asked in self._asked.items():
+            self._asked[lane] = coming = self.plan.coming(step, lane, AHEAD)
+            for shard in coming:
+                if shard not in asked or (lane, shard) in self._again:
+                    self._again.discard((lane, shard))
+                    self._pool.submit(self._look, lane, shard)
 
-    def _fetch(self, source: int, shard: int) -> None:
-        with suppress(InputError, Stopped):  # an error comes again where the shard is read
-            self.datasets[source].fetch(shard, self._stopped)
+    def _look(self, lane: int, shard: int) -> None:
+        # An error comes again where the shard is read.
+        with suppress(InputError, Stopped):
+            if shard not in self._asked[lane] or self._stopped.is_set():  # the lane is past it
+                return
+            if not look_ahead(self.datasets[self.plan.source_of(lane)], shard, self._stopped):
+                self._again.add((lane, shard))
 
     def close(self) -> None:
-        """End the threads; what they are fetching is given up."""
-        self._stopped.set()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        """End the threads."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

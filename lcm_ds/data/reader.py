@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Event, Lock
 from tokenize import TokenError
 from typing import Any
 
@@ -25,13 +26,13 @@ from lcm_ds.data.format import SHARDS, Dataset, ShardInfo
 from lcm_ds.data.quantization import BFloat16, Quantization
 from lcm_ds.data.tar import HEAD, read_members
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.files import OpenFile, read_ahead, sha256_of
+from lcm_ds.files import OpenFile
 
 _STORED = {"bfloat16": "uint16"}
 
 
 class Shard:
-    """The documents of one tar, in its order.
+    """The documents of one tar, in its order; `file` is it, or where it is.
 
     keys: of each document; lengths: int64, concepts of each document. `info`, `embed_dim` and `dtype` are what the tar
     has to agree with; left out, embed_dim and dtype are those of its first document (None where it has none).
@@ -41,7 +42,7 @@ class Shard:
 
     def __init__(
         self,
-        path: str | Path,
+        file: str | Path | OpenFile,
         info: ShardInfo | None = None,
         embed_dim: int | None = None,
         dtype: str | None = None,
@@ -50,18 +51,21 @@ class Shard:
         texts: str = "json:sentences",
         name: str | None = None,
     ) -> None:
-        self.path = Path(path)
-        self.name = name or (info.name if info is not None else self.path.name)
+        self.file = file if isinstance(file, OpenFile) else _open(Path(file))
+        path = self.file.path
+        self.name = name or (info.name if info is not None else path.name)
         # For messages: a shard of the cache has its checksum for a name, which tells nobody where it is from.
-        self.where = str(path) if self.path.name == Path(self.name).name else f"{self.name} (kept as {path})"
+        self.where = str(path) if path.name == Path(self.name).name else f"{self.name} (kept as {path})"
         self.embed_dim = embed_dim
         self.storage = storage
         self.dtype = None if dtype is None else np.dtype(_STORED.get(dtype, dtype)).newbyteorder("<")
         self.extension = extension
-        self._text_extension, _, self._field = texts.partition(":")
-        self._data = _open(self.path)
-        if info is not None and len(self._data) != info.bytes:
-            raise InputError(f"{self.where}: has {len(self._data)} bytes, {SHARDS} lists {info.bytes}")
+        text_extension, _, self._field = texts.partition(":")
+        self._text_extension = text_extension.lower()
+        if not len(self.file):
+            raise InputError(f"{self.where}: is empty")
+        if info is not None and len(self.file) != info.bytes:
+            raise InputError(f"{self.where}: has {len(self.file)} bytes, {SHARDS} lists {info.bytes}")
         self.keys: list[str] = []
         # offset and size in the tar, by key
         self._metas: dict[str, tuple[int, int]] = {}
@@ -70,7 +74,7 @@ class Shard:
         self._offsets: list[int] = []
         lengths = []
         try:
-            members = read_members(self._data, self.where)
+            members = read_members(self.file, self.where)
         except OSError as error:
             raise InputError(f"{self.where}: cannot be read: {error.strerror}") from None
         for name, offset, size, head in zip(*members, strict=True):
@@ -117,7 +121,7 @@ class Shard:
         same = out.dtype == self.dtype and self.storage is None
         stored = out if same else np.empty(out.shape, self.dtype)
         try:
-            whole = self._data.read_into(stored, offset)
+            whole = self.file.read_into(stored, offset)
         except OSError as error:
             raise InputError(f"{self.where}: {self.keys[document]}: cannot be read: {error.strerror}") from None
         if not whole:
@@ -134,7 +138,7 @@ class Shard:
         for extension, members in (("json", self._metas), (self._text_extension, self._texts)):
             if key in members:
                 found[extension] = members[key]
-        return {extension: self._data[at : at + size] for extension, (at, size) in found.items()}
+        return {extension: self._bytes(f"{key}.{extension}", *member) for extension, member in found.items()}
 
     def meta(self, document: int) -> dict[str, Any]:
         """The document's `id`, `source` and `sentences`, and what else its JSON holds.
@@ -145,30 +149,49 @@ class Shard:
         key = self.keys[document]
         meta: dict[str, Any] = {"id": key, "source": self.name}
         if key in self._metas:
-            at, size = self._metas[key]
-            try:
-                found = json.loads(self._data[at : at + size])
-            except ValueError as error:
-                raise InputError(f"{self.where}: {key}.json: not JSON: {error}") from None
-            if not isinstance(found, dict) or not isinstance(found.get(self._field, []), list):
-                raise InputError(f"{self.where}: {key}.json: has to be an object with a list of {self._field}")
-            meta |= found
-        sentences = meta.get(self._field) if self._field else self._lines(key)
+            meta |= self._object(key, "json", self._metas[key])
+        sentences = self._sentences(key, meta)
         count, length = len(sentences or ()), int(self.lengths[document])
         if sentences is not None and count != length:
             raise InputError(f"{self.where}: {key}: has {count} sentences and {length} concepts")
         return meta | {"sentences": sentences or []}
 
-    def _lines(self, key: str) -> list[str] | None:
-        """The lines of the document's text; None where it has none."""
+    def _sentences(self, key: str, meta: dict[str, Any]) -> list[Any] | None:
+        """The document's sentences, from where the dataset has them; None where it has none."""
+        extension = self._text_extension
+        if self._field:
+            if extension != "json":
+                meta = self._object(key, extension, self._texts[key]) if key in self._texts else {}
+            if self._field not in meta:
+                return None
+            if not isinstance(sentences := meta[self._field], list):
+                raise InputError(f"{self.where}: {key}.{extension}: has to be an object with a list of {self._field}")
+            return sentences
         if key not in self._texts:
             return None
-        at, size = self._texts[key]
         try:
-            text = self._data[at : at + size].decode("utf-8").removesuffix("\n")
+            text = self._bytes(f"{key}.{extension}", *self._texts[key]).decode("utf-8").removesuffix("\n")
         except UnicodeDecodeError as error:
-            raise InputError(f"{self.where}: {key}.{self._text_extension}: not UTF-8: {error}") from None
+            raise InputError(f"{self.where}: {key}.{extension}: not UTF-8: {error}") from None
         return text.split("\n") if text else []
+
+    def _object(self, key: str, extension: str, member: tuple[int, int]) -> dict[str, Any]:
+        """The JSON object in a member, which is given by offset and size."""
+        where = f"{self.where}: {key}.{extension}"
+        try:
+            found = json.loads(self._bytes(f"{key}.{extension}", *member))
+        except ValueError as error:
+            raise InputError(f"{where}: not JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise InputError(f"{where}: has to be an object with a list of {self._field}")
+        return found
+
+    def _bytes(self, name: str, offset: int, size: int) -> bytes:
+        """A part of the tar, which belongs to its member `name`."""
+        try:
+            return self.file[offset : offset + size]
+        except OSError as error:
+            raise InputError(f"{self.where}: {name}: cannot be read: {error.strerror}") from None
 
     def _check(self, key: str, offset: int, size: int, head: bytes) -> tuple[int, int]:
         """After how many bytes the document's numbers begin, and how many concepts they are."""
@@ -176,14 +199,16 @@ class Shard:
         # The length of the header: two bytes in version 1 of the format, four after it.
         width = 2 if head[6:7] == b"\1" else 4
         begin = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
-        header = head if begin == len(head) <= size else self._data[offset : offset + min(begin, size)]
+        header = head if begin == len(head) <= size else self._bytes(key, offset, min(begin, size))
         try:
             shape, fortran_order, dtype = _npy_header(header)
         except ValueError as error:
             raise InputError(f"{where}: not an .npy file: {error}") from None
         if dtype.hasobject:
             raise InputError(f"{where}: holds pickled objects, which are never loaded; concepts are plain numbers")
-        if len(shape) != 2 or (fortran_order and 1 not in shape):
+        if dtype.kind == "V":
+            raise InputError(f"{where}: holds {dtype}; concepts are plain numbers")
+        if len(shape) != 2 or min(shape) < 0 or (fortran_order and 1 not in shape):
             raise InputError(f"{where}: has shape {list(shape)}; concepts are [n, embed_dim], row by row")
         self.dtype, self.embed_dim = self.dtype or dtype, self.embed_dim or shape[1]
         if dtype != self.dtype:
@@ -208,27 +233,38 @@ class Shard:
             )
 
 
-def open_shard(dataset: Dataset, index: int, whole: bool = False) -> Shard:
+def open_shard(dataset: Dataset, index: int, stopped: Event | None = None) -> Shard:
     """Shard `index` of a dataset, checked against it; fetched first where it is elsewhere.
 
-    whole: nearly all of it will be read, in any order. Raises InputError.
+    stopped: when set, that is given up with Stopped. Raises InputError.
     """
-    if dataset.checksums and dataset.is_elsewhere(index):
-        with dataset.shard_file(index) as path:
-            rotten = _checksum(path) != dataset.shards[index].sha256
-        if rotten:  # since it came
-            assert dataset.cache is not None
-            dataset.cache.forget(dataset.shards[index].sha256)
-    with dataset.shard_file(index) as path:
-        info = dataset.info
-        if whole and not dataset.checksums:
-            with suppress(OSError):  # said below
-                read_ahead(path)
-        listed, storage = dataset.shards[index], dataset.storage
-        shard = Shard(path, listed, info.embed_dim, info.dtype, storage, info.extension, info.texts)
-        if dataset.checksums:
-            _compare(shard, _checksum(path), dataset.shards[index])
+    info, listed = dataset.info, dataset.shards[index]
+    file = dataset.open_file(index, stopped)
+    sha256 = _checksum(file) if dataset.checksums else listed.sha256
+    if sha256 != listed.sha256 and dataset.is_elsewhere(index):  # it has changed since it came
+        assert dataset.cache is not None
+        dataset.cache.forget(file)
+        file = dataset.open_file(index, stopped)
+        sha256 = _checksum(file)
+    shard = Shard(file, listed, info.embed_dim, info.dtype, dataset.storage, info.extension, info.texts)
+    _compare(shard, sha256, listed)
     return shard
+
+
+def look_ahead(dataset: Dataset, index: int, stopped: Event) -> bool:
+    """Do what takes long about opening a shard, and keep nothing open: fetch it, compare its checksum, have it read.
+
+    stopped: as of `open_shard`. False where that could not be done now. Raises InputError.
+    """
+    file = dataset.open_file_ahead(index, stopped)
+    if file is None:
+        return False
+    if dataset.checksums:
+        _checksum(file)
+    else:
+        with suppress(OSError):  # said where it is read
+            file.read_ahead()
+    return True
 
 
 def open_shard_once(dataset: Dataset, index: int) -> Shard:
@@ -248,7 +284,7 @@ def verify(dataset: Dataset, threads: int = 4) -> Iterator[list[str]]:
         with mistakes, _keeping_nothing(replace(dataset, checksums=False)) as passing:
             shard = open_shard(passing, index)
             with mistakes:
-                _compare(shard, _sha256(shard), dataset.shards[index])
+                _compare(shard, _hashed(shard.file), dataset.shards[index])
             for document in range(len(shard)):
                 with mistakes:
                     shard.meta(document)
@@ -269,37 +305,46 @@ def _keeping_nothing(dataset: Dataset) -> Iterator[Dataset]:
         yield replace(dataset, cache=Cache(folder))
 
 
-def _sha256(shard: Shard) -> str:
-    try:
-        return sha256_of(shard.path)
-    except OSError as error:
-        raise InputError(f"{shard.where}: cannot be read: {error.strerror}") from None
-
-
 def _compare(shard: Shard, sha256: str, info: ShardInfo) -> None:
     if sha256 != info.sha256:
         raise InputError(f"{shard.where}: has sha256 {sha256}, {SHARDS} lists {info.sha256}: its bytes have changed")
 
 
-def _checksum(path: Path) -> str:
-    """The file's sha256, read once a process: epochs come back to the same shards."""
-    found = path.stat()
-    return _checksum_of(path, found.st_ino, found.st_mtime_ns)
+class _Checksum:
+    """The sha256 of a file, once somebody has asked for it."""
+
+    def __init__(self) -> None:
+        self.lock, self.sha256 = Lock(), ""
+
+    def of(self, file: OpenFile) -> str:
+        with self.lock:  # who comes second waits for the first
+            self.sha256 = self.sha256 or _hashed(file)
+            return self.sha256
 
 
 @lru_cache(maxsize=1 << 18)
-def _checksum_of(path: Path, inode: int, changed: int) -> str:
-    return sha256_of(path)
+def _known(device: int, inode: int, changed: int) -> _Checksum:
+    return _Checksum()
+
+
+def _checksum(file: OpenFile) -> str:
+    """The file's sha256, read once a process: epochs come back to the same shards."""
+    found = file.status()
+    return _known(found.st_dev, found.st_ino, found.st_mtime_ns).of(file)
+
+
+def _hashed(file: OpenFile) -> str:
+    try:
+        return file.sha256()
+    except OSError as error:
+        raise InputError(f"{file.path}: cannot be read: {error.strerror}") from None
 
 
 def _open(path: Path) -> OpenFile:
     try:
-        file = OpenFile(path)
+        return OpenFile(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    if not len(file):
-        raise InputError(f"{path}: is empty")
-    return file
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -321,7 +366,7 @@ def _length(head: bytes, size: int, embed_dim: int | None, dtype: np.dtype | Non
         shape, fortran_order, found = _npy_header(head)
     except ValueError:
         return None
-    usual = len(shape) == 2 and shape[1] == embed_dim and found == dtype and not fortran_order
+    usual = len(shape) == 2 and shape[0] >= 0 and shape[1] == embed_dim and found == dtype and not fortran_order
     return shape[0] if usual and HEAD + shape[0] * embed_dim * dtype.itemsize == size else None
 
 
@@ -334,5 +379,5 @@ def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         return read(file)
-    except TokenError as error:
+    except (TokenError, SyntaxError, TypeError, MemoryError, RecursionError) as error:  # the header is Python
         raise ValueError(f"its header cannot be read: {error}") from None

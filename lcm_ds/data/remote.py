@@ -42,7 +42,8 @@ _LASTING = (
     RecursionError,
 )
 _LASTING_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore
-_LASTING_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+_FULL_ERRNO = (errno.ENOSPC, errno.EDQUOT)
+_LASTING_ERRNO = (*_FULL_ERRNO, errno.EROFS, errno.EFBIG)
 
 Result = TypeVar("Result")
 
@@ -53,6 +54,10 @@ class Damaged(Exception):
 
 class Stopped(Exception):
     """A copy that was given up because nobody waits for it any longer."""
+
+
+class NoSpace(InputError):
+    """A copy that this machine's disk has no room for."""
 
 
 def is_remote(path: str | Path) -> bool:
@@ -93,8 +98,8 @@ def copy(
     """Copy the file at `url` to `target`, synced; returns its sha256 and its size in bytes.
 
     sha256, size: what shards.jsonl lists; something else is fetched again a few times. stopped: when set, the copy is
-    given up with Stopped. Raises InputError where it cannot be had, Unavailable where its server gives no answer. A
-    part of the file may be left behind then.
+    given up with Stopped. Raises InputError where it cannot be had, NoSpace where the disk is full, Unavailable where
+    its server gives no answer. A part of the file may be left behind then.
     """
 
     def fetch() -> tuple[str, int]:
@@ -146,8 +151,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 def _try(url: str, action: Callable[[], Result], stopped: Event | None = None) -> Result:
     """What `action` returns, in one of several attempts.
 
-    Raises FileNotFoundError, and OSError for errors of this machine; InputError for what will not pass, Unavailable for
-    what did not.
+    Raises FileNotFoundError; InputError for what will not pass, NoSpace among it, Unavailable for what did not.
     """
     damaged = 0
     for attempt in range(1, ATTEMPTS + 1):
@@ -161,6 +165,8 @@ def _try(url: str, action: Callable[[], Result], stopped: Event | None = None) -
                 damaged += 1
                 if damaged == DAMAGED_ATTEMPTS:
                     raise InputError(f"{url}: {reason}") from error
+            elif isinstance(error, OSError) and error.errno in _FULL_ERRNO:
+                raise NoSpace(f"{url}: cannot be kept: {reason}") from error
             elif not _may_pass(error):
                 raise InputError(f"{url}: cannot be read: {reason}") from error
             if attempt == ATTEMPTS:

@@ -20,12 +20,6 @@ class Segment(NamedTuple):
     stop: int
 
 
-class Gap(NamedTuple):
-    """Concepts that a row ought to have, of a shard that cannot be read."""
-
-    concepts: int
-
-
 class ShardInOrder(NamedTuple):
     """A shard with its documents in the order in which an epoch reads them."""
 
@@ -61,26 +55,21 @@ def cut(read: ShardInOrder, start: int, stop: int, max_segment: int) -> Iterator
         at += 1
 
 
-def fill_row(segments: Iterable[Segment | Gap], concepts: np.ndarray, segment_ids: np.ndarray) -> int:
-    """Copy a row's segments to its place in a batch; returns the concepts of its gaps.
+def fill(segments: Iterable[Segment], concepts: np.ndarray, segment_ids: np.ndarray, number: int) -> int:
+    """Copy segments one after another into a part of a row, which they fill; returns the number of the next segment.
 
-    concepts: [row_length, embed_dim], zeros in gaps and after the last segment; segment_ids: int32 [row_length], 0, 1,
-    2 … for the segments, −1 in gaps and after the last.
+    concepts: [n, embed_dim]; segment_ids: int32 [n], `number`, `number` + 1 … for the segments.
     """
-    filled = number = missing = 0
-    for segment in segments:
-        if isinstance(segment, Gap):
-            until = filled + segment.concepts
-            concepts[filled:until] = 0
-            segment_ids[filled:until] = -1
-            missing += segment.concepts
-        else:
-            shard, document, start, stop = segment
-            until = filled + stop - start
-            shard.read_into(concepts[filled:until], document, start)
-            segment_ids[filled:until] = number
-            number += 1
-        filled = until
-    concepts[filled:] = 0
-    segment_ids[filled:] = -1
-    return missing
+    filled = 0
+    for shard, document, start, stop in segments:
+        until = filled + stop - start
+        shard.read_into(concepts[filled:until], document, start)
+        segment_ids[filled:until] = number
+        filled, number = until, number + 1
+    return number
+
+
+def blank(concepts: np.ndarray, segment_ids: np.ndarray) -> None:
+    """Make a part of a row one without concepts: zeros, and −1 for segment."""
+    concepts[:] = 0
+    segment_ids[:] = -1

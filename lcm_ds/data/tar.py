@@ -17,6 +17,7 @@ BLOCK = 512
 _WINDOW = 8192  # bytes read at a time
 HEAD = 128  # bytes of a member that come with its header: an .npy file says there what it holds
 _END = bytes(BLOCK)
+_MOST_OCTAL = 8**11 - 1  # what a size field holds in digits; base 256 holds more than any file
 _USTAR = np.frombuffer(b"ustar\0", np.uint8)  # GNU has spaces there, and other things behind
 _REGULAR = tuple(b"0\0")
 _PLACES = np.array([8**place for place in range(5, -1, -1)], np.uint32)  # of six octal digits
@@ -101,7 +102,7 @@ def _walk(data: OpenFile | bytes, where: str) -> tuple[list[int], list[int], np.
             if len(header) < BLOCK:
                 raise InputError(f"{where}: is cut off: it ends at byte {len(data)} without a tar's end mark") from None
             size = _number(header[124:136], at, where)
-        if size < 0:
+        if size < 0 or size > max(len(data), _MOST_OCTAL):
             raise _no_header(at, where)
         places.append(at)
         pieces.append(piece)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from lcm_ds.config import DataConfig, TrainConfig, load
-from lcm_ds.data.cache import Cache
-from lcm_ds.data.format import Dataset, open_dataset
+from lcm_ds.data.format import Dataset, open_for_run
 from lcm_ds.data.loader import Batch, validation_batches
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.evaluate.baselines import fit_baselines
@@ -77,7 +76,7 @@ def _open(data: DataConfig, path: str, embed_dim: int) -> tuple[list[Dataset], D
     opened: list[Dataset] = []
     for place in (*(source.path for source in data.train), path):
         with mistakes:
-            opened.append(open_dataset(place, Cache.of(data.cache_dir, data.cache_gb), data.verify == "always"))
+            opened.append(open_for_run(place, data))
     mistakes.raise_if_any()
     *training, validation = opened
     for each in opened:

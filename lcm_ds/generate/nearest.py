@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ import numpy as np
 
 from lcm_ds.data.format import Dataset
 from lcm_ds.data.reader import open_shard
+from lcm_ds.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 65_536  # concepts compared at a time: a matter of memory alone
 LIMIT = 10_000_000  # concepts compared in all: seconds to minutes, whatever the size of the dataset
@@ -37,7 +41,8 @@ class _Block:
 def nearest(concepts: np.ndarray, datasets: Sequence[Dataset], limit: int = LIMIT) -> list[Retrieved]:
     """For each of `concepts` [m, embed_dim], raw space, the one of the datasets with the highest cosine, in fp32.
 
-    Looks through the datasets in their order until about `limit` concepts were seen. Of equals it is the first.
+    Looks through the datasets in their order until about `limit` concepts were seen; of equals it is the first. Bad
+    shards are left out where their dataset says so.
     """
     queries = _directions(concepts)
     best = np.full(len(queries), -np.inf, np.float32)
@@ -64,15 +69,25 @@ def _blocks(datasets: Sequence[Dataset], limit: int) -> Iterator[_Block]:
         for index in range(len(dataset.shards)):
             if seen >= limit:
                 return
-            shard = open_shard(dataset, index)
-            lengths = shard.lengths
-            # the block that a document is in, by where the document begins
-            blocks = (lengths.cumsum() - lengths) // BLOCK
-            for block in np.unique(blocks[lengths > 0]):
-                documents = np.flatnonzero((blocks == block) & (lengths > 0)).tolist()
-                some = np.concatenate([shard.concepts(document) for document in documents])
-                yield _Block(number, index, documents, some.astype(np.float32), lengths[documents].cumsum())
-                seen += len(some)
+            try:
+                for block in _blocks_of(dataset, number, index):
+                    yield block
+                    seen += len(block.concepts)
+            except InputError as error:
+                if not dataset.skip_bad:
+                    raise
+                logger.error("left out: %s", error)
+
+
+def _blocks_of(dataset: Dataset, number: int, index: int) -> Iterator[_Block]:
+    shard = open_shard(dataset, index)
+    lengths = shard.lengths
+    # the block that a document is in, by where the document begins
+    blocks = (lengths.cumsum() - lengths) // BLOCK
+    for block in np.unique(blocks[lengths > 0]):
+        documents = np.flatnonzero((blocks == block) & (lengths > 0)).tolist()
+        some = np.concatenate([shard.concepts(document) for document in documents])
+        yield _Block(number, index, documents, some.astype(np.float32), lengths[documents].cumsum())
 
 
 def _retrieved(dataset: Dataset, shard: int, document: int, place: int, cosine: float) -> Retrieved:

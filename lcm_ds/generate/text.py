@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from lcm_ds.config import EncoderConfig, SentencesConfig, validate
-from lcm_ds.data.cache import Cache
-from lcm_ds.data.format import DATASET, Dataset, open_dataset
+from lcm_ds.data.format import DATASET, Dataset, open_for_run
 from lcm_ds.encoders import Encoder, load_encoder
 from lcm_ds.encoders.base import resolve_device
 from lcm_ds.errors import Collector, InputError
@@ -54,7 +53,7 @@ def run(run_dir: str, prompt: str, max_concepts: int) -> None:
     datasets: list[Dataset] = []
     for source in data.train:
         with mistakes:
-            datasets.append(open_dataset(source.path, Cache.of(data.cache_dir, data.cache_gb), data.verify == "always"))
+            datasets.append(open_for_run(source.path, data))
     mistakes.raise_if_any()
     encoder = encoder_of(datasets[0])
     model.to(resolve_device(None))  # type: ignore[arg-type]

@@ -130,12 +130,13 @@ def _open(value: Any, key: str, data: dict[str, Any], path: str | Path, mistakes
     cache_dir, cache_gb = data.get("cache_dir"), data.get("cache_gb")
     limit = cache_gb if isinstance(cache_gb, int | float) else None
     cache = Cache.of(cache_dir, limit) if isinstance(cache_dir, str) else None
-    checksums, sizes = data.get("verify") != "size", data.get("on_bad_shard") != "skip"
-    try:
-        return open_dataset(value, cache, checksums, sizes)
-    except InputError as error:
-        mistakes.mistakes.extend(f"{path}: {key}: {line}" for line in error.mistakes)
-        return None
+    checksums, skip_bad = data.get("verify") != "size", data.get("on_bad_shard") == "skip"
+    with mistakes:
+        try:
+            return open_dataset(value, cache, checksums, skip_bad=skip_bad)
+        except InputError as error:
+            raise type(error)(f"{path}: {key}: {line}" for line in error.mistakes) from None
+    return None
 
 
 def _disagreements(datasets: Sequence[Dataset], model: BaseLCMConfig | None, path: str | Path) -> list[str]:
@@ -148,6 +149,11 @@ def _disagreements(datasets: Sequence[Dataset], model: BaseLCMConfig | None, pat
                 f"{dataset.path} holds {dataset.embed_dim}; choose a preset or model.embed_dim that fits"
             )
     for dataset in datasets[1:]:
+        if dataset.embed_dim != datasets[0].embed_dim:
+            lines.append(
+                f"{path}: data: {dataset.path} holds concepts of {dataset.embed_dim} dimensions, "
+                f"{datasets[0].path} of {datasets[0].embed_dim}; a run needs one size"
+            )
         if dataset.info.encoder != datasets[0].info.encoder:
             lines.append(
                 f"{path}: data: {dataset.path} was encoded with {dataset.info.encoder}, "

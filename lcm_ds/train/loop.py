@@ -102,7 +102,7 @@ def train(job: Job, place: Place, newest: Checkpoint | None) -> int:
         workers=job.config.data.workers,
         start_step=start,
         pinned=device.type == "cuda",
-        skip_bad=job.config.data.on_bad_shard == "skip",
+        local_ranks=place.local_world_size,
     )
     try:
         run = Run(job, place, engine, device, run_log, stop, concepts_seen)
@@ -169,11 +169,12 @@ class Run:
             self.losses.append(outcome.loss)
             self.speed.add(outcome.concepts, outcome.pairs, outcome.waited)
             self.guard(step)
-            if done % config.log.every == 0 or done == total or outcome.stop:
+            saves = outcome.stop or outcome.save or _due(done, config.checkpoint.every, total)
+            if done % config.log.every == 0 or saves:  # what is not reported when it is saved is lost on a resume
                 self.report(done)
             if _due(done, config.evaluate.every, total) and self.job.validation is not None:
                 self.validate(done)
-            if outcome.stop or outcome.save or _due(done, config.checkpoint.every, total):
+            if saves:
                 self.save(done)
             if outcome.stop and done < total:
                 if self.place.rank == 0:
@@ -315,7 +316,6 @@ class Run:
             self.place.rank,
             self.place.world_size,
             config.evaluate.rows,
-            skip_bad=config.data.on_bad_shard == "skip",
         ):
             predictions, targets, mask = self.predict(batch, self.layout(batch))
             predicted, truth = predictions[:, :-1][mask].float(), targets[mask]

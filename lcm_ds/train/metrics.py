@@ -116,15 +116,16 @@ class RunLog:
 
 
 def read_losses(path: Path) -> dict[int, float]:
-    """The loss of each step, counted from 0, that a run has logged so far; steps without a finite one are left out."""
+    """The loss of each step, counted from 0, that a run has logged so far; nan where it was not finite."""
     losses: dict[int, float] = {}
     if path.exists():
         for text in path.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):  # a last line that is being written
                 line = json.loads(text)
-                some = line.get("losses", [])
-                losses.update(zip(range(line["step"] - len(some), line["step"]), some, strict=True))
-    return {step: loss for step, loss in losses.items() if loss is not None}
+                some: list[float | None] = line.get("losses", [])
+                first = line["step"] - len(some)
+                losses.update((first + i, math.nan if loss is None else loss) for i, loss in enumerate(some))
+    return losses
 
 
 def truncate_metrics(path: Path, last_step: int) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from lcm_ds.config import TrainConfig, load
-from lcm_ds.data.cache import Cache
-from lcm_ds.data.format import open_dataset
+from lcm_ds.data.format import open_for_run
 from lcm_ds.data.loader import TraceLine
 from lcm_ds.data.loader import trace as trace_steps
 from lcm_ds.errors import Collector, InputError
@@ -23,18 +24,18 @@ def trace(
 ) -> list[list[TraceLine]]:
     """Print a line a segment of the steps `first` to `last` (from 0; by default `first` alone); and return them.
 
-    A line has lane, shard, key, concepts, id and first words; over those of a step are its number and, where the run
-    has logged it, its loss. run: a run folder, or a train config. text: the sentences of each segment as well.
+    A line has lane, dataset where there are several, shard, key, concepts, id and first words; over those of a step are
+    its number and, where the run has logged it, its loss. run: a run folder, or a train config. text: the sentences of
+    each segment as well. What is read is compared with no checksum.
     Raises InputError where there is neither, or the run has no such step.
     """
-    config = load(TrainConfig, Path(run) / "config.yaml" if Path(run).is_dir() else Path(run), overrides)
+    is_run = Path(run).is_dir()  # wherever it is now: a run may have been moved
+    config = load(TrainConfig, Path(run) / "config.yaml" if is_run else Path(run), overrides)
     mistakes = Collector()
     datasets = []
-    skip_bad = config.data.on_bad_shard == "skip"
-    cache = Cache.of(config.data.cache_dir, config.data.cache_gb)
     for entry in config.data.train:
         with mistakes:
-            datasets.append(open_dataset(entry.path, cache, config.data.verify == "always", sizes=not skip_bad))
+            datasets.append(replace(open_for_run(entry.path, config.data), checksums=False))
     mistakes.raise_if_any()
     plan, _ = plan_of(config, datasets)
     end = min(end for end in (config.steps, plan.steps) if end is not None)
@@ -43,18 +44,25 @@ def trace(
         raise InputError([f"step {step}: this run has steps 0 to {end - 1}" for step in wrong])
     if last < first:
         raise InputError(f"--range {first} {last}: the last step comes before the first")
-    losses = read_losses(Path(config.run_dir) / "metrics.jsonl")
+    losses = read_losses((Path(run) if is_run else Path(config.run_dir)) / "metrics.jsonl")
     traced = []
-    for step, lines in trace_steps(datasets, plan, config.data.max_segment, range(first, last + 1), skip_bad):
-        print(f"step {step}  " + (f"loss {losses[step]:.6g}" if step in losses else "loss not logged"))
+    for step, lines in trace_steps(datasets, plan, config.data.max_segment, range(first, last + 1)):
+        print(f"step {step}  loss {_told(losses.get(step))}")
         for line in lines:
-            _print(line, text)
+            _print(line, text, named=len(datasets) > 1)
         traced.append(lines)
     return traced
 
 
-def _print(line: TraceLine, text: bool) -> None:
-    where = f"lane {line.lane:>3}  {line.shard} {line.key}  concepts {line.start}-{line.stop}  {line.id}"
+def _told(loss: float | None) -> str:
+    if loss is None:
+        return "not logged"
+    return f"{loss:.6g}" if math.isfinite(loss) else "not finite"
+
+
+def _print(line: TraceLine, text: bool, named: bool) -> None:
+    dataset = f"{line.dataset}  " if named else ""
+    where = f"lane {line.lane:>3}  {dataset}{line.shard} {line.key}  concepts {line.start}-{line.stop}  {line.id}"
     words = [] if text else " ".join(line.sentences).split()[:FIRST_WORDS]
     print(printable("  ".join([where, *([" ".join(words)] if words else [])])))
     if text:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter, defaultdict, deque
@@ -19,14 +22,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lcm_ds.data import remote
+from lcm_ds.data import cache, remote
 from lcm_ds.data.cache import Cache
 from lcm_ds.data.format import Dataset, open_dataset
-from lcm_ds.data.loader import Loader
+from lcm_ds.data.loader import Loader, _LookingAhead
 from lcm_ds.data.plan import Plan, Source
 from lcm_ds.data.reader import open_shard
 from lcm_ds.errors import InputError, Unavailable
-from lcm_ds.files import sha256_of
+from lcm_ds.files import OpenFile, sha256_of
+from lcm_ds.train.check import check
 
 WORKER = Path(__file__).with_name("cache_worker.py")
 
@@ -103,8 +107,8 @@ def dataset(synthetic_dataset: Callable[..., Path]) -> Dataset:
     return open_dataset(synthetic_dataset(documents=129, documents_per_shard=10, embed_dim=4, lengths=(2, 45)))
 
 
-def there(served: Server, cache: Cache | Path) -> Dataset:
-    return open_dataset(served.url, cache if isinstance(cache, Cache) else Cache(str(cache)))
+def there(served: Server, kept_in: Cache | Path) -> Dataset:
+    return open_dataset(served.url, kept_in if isinstance(kept_in, Cache) else Cache(str(kept_in)))
 
 
 def same(ours: Dataset, theirs: Dataset, index: int) -> None:
@@ -172,6 +176,32 @@ def test_an_outage_that_lasts_is_no_mistake_of_the_users(served: Server, dataset
     assert kept(tmp_path, dataset) == []
 
 
+@pytest.mark.parametrize("name", ["dataset.json", "shards.jsonl", "normalizer.safetensors"])
+def test_an_outage_stays_one_through_the_checks_of_a_run(
+    served: Server, dataset: Dataset, tmp_path: Path, name: str
+) -> None:
+    config = tmp_path / "train.yaml"
+    run = {
+        "run_dir": str(tmp_path / "run"),
+        "model": {"preset": "quickstart", "embed_dim": 4, "hidden_size": 16, "num_attention_heads": 2},
+        "data": {"train": served.url, "cache_dir": str(tmp_path / "cache"), "row_length": 16},
+        "batch": {"rows_per_step": 2, "micro_batch_rows": 2},
+        "optim": {"lr": 1e-3},
+        "steps": 2,
+        "deepspeed": "ds_configs/zero1_fp32.json",
+    }
+    config.write_text(json.dumps(run))
+    assert len(check(config, [], 1).datasets) == 1
+    served.faults[name].extend(["503"] * remote.ATTEMPTS)
+    with pytest.raises(Unavailable, match=f"train.yaml: data.train: .*{name}: cannot be read") as caught:
+        check(config, [], 1)
+    assert caught.value.exit_code == 1
+    served.faults[name].extend(["503"] * remote.ATTEMPTS)
+    with pytest.raises(InputError) as caught:  # with a mistake beside it
+        check(config, ["noise_std=-1"], 1)
+    assert (caught.value.exit_code, len(caught.value.mistakes)) == (2, 2)
+
+
 def test_what_keeps_coming_wrong_is_an_error(served: Server, dataset: Dataset, tmp_path: Path) -> None:
     info = dataset.shards[3]
     served.faults[info.name].extend(["changed"] * 9)
@@ -210,7 +240,7 @@ def test_two_ranks_read_from_a_bad_server_what_is_on_the_disk(served: Server, da
         served.faults[shard.name].extend(choice.choices(["503", "drop", "short", "shorter", "429"], k=2))
     for code, err, _ in (ended := ranks(served.url, tmp_path, 2)):
         assert code == 0, err
-    plan = worker_plan(dataset)
+    plan = plan_of(dataset)
     for rank, (_, _, out) in enumerate(ended):
         loader = Loader([dataset], plan, 8, rank, 2, 2, workers=0)
         np.testing.assert_array_equal(np.load(out), np.concatenate([batch.concepts.numpy().copy() for batch in loader]))
@@ -262,6 +292,75 @@ def test_what_changed_in_the_cache_is_fetched_again(served: Server, dataset: Dat
     assert served.whole[dataset.shards[1].name] == 3
 
 
+def test_a_shard_is_hashed_once_on_arrival_and_once_when_a_process_opens_it(
+    served: Server, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed, sha256 = [], OpenFile.sha256
+    monkeypatch.setattr(OpenFile, "sha256", lambda file: hashed.append(file.path.suffix) or sha256(file))
+    elsewhere = there(served, tmp_path)
+    for _ in range(3):
+        open_shard(elsewhere, 5)
+    assert hashed == [".partial", ".tar"]
+
+
+def test_a_good_copy_is_not_forgotten_for_the_bad_one_before_it(
+    served: Server, dataset: Dataset, tmp_path: Path
+) -> None:
+    """Two processes have seen the rotten bytes; one of them has fetched the shard again when the other takes it out."""
+    elsewhere, folder_cache = there(served, tmp_path), Cache(str(tmp_path))
+    rotten = elsewhere.open_file(0)
+    folder_cache.forget(rotten)
+    same(dataset, elsewhere, 0)
+    folder_cache.forget(rotten)
+    assert kept(tmp_path, dataset) == [0]
+    assert served.whole[dataset.shards[0].name] == 2
+
+
+def test_a_cache_of_another_users_can_be_read(served: Server, dataset: Dataset) -> None:
+    if os.getuid():
+        pytest.skip("needs the right to be another user")
+    with tempfile.TemporaryDirectory() as folder:
+        same(dataset, there(served, Path(folder)), 0)
+        os.chmod(folder, 0o755)
+        listed = dataset.shards[0]
+        code = "import os; from lcm_ds.data.cache import Cache; os.setuid(65534); "
+        code += "print(len(Cache({!r}).open('', {!r}, {})))"
+        call = [sys.executable, "-c", code.format(folder, listed.sha256, listed.bytes)]
+        done = subprocess.run(call, capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == (f"{listed.bytes}\n", "")
+
+
+def test_a_loader_is_closed_at_once_in_an_outage(
+    served: Server, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(dataset, rows=1)
+    first, second = plan.coming(0, 0, 2)
+    served.faults[dataset.shards[second].name].extend(["503"] * 99)
+    loader = Loader([there(served, tmp_path)], plan, 8, 0, 1, 1, workers=1)
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 30.0)
+    monkeypatch.setattr(remote, "LONGEST_PAUSE", 30.0)
+    batches = iter(loader)
+    for _ in range(dataset.shards[first].concepts // 16 - 1):
+        next(batches)
+    wait_until(lambda: served.requests[dataset.shards[second].name] > 0)
+    time.sleep(0.3)  # the reader waits for it, too
+    began = time.monotonic()
+    loader.close()
+    assert time.monotonic() - began < 2
+
+
+def test_a_verification_that_is_ended_leaves_nothing_behind(served: Server, dataset: Dataset, tmp_path: Path) -> None:
+    name = dataset.shards[-1].name
+    served.faults[name].append("stall")
+    call = [sys.executable, "-m", "lcm_ds.cli", "inspect", served.url, "--verify"]
+    process = subprocess.Popen(call, env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE)
+    wait_until(lambda: served.requests[name] > 0)
+    assert list(tmp_path.iterdir())
+    process.terminate()
+    process.communicate(timeout=20)
+    assert (process.returncode, list(tmp_path.iterdir())) == (143, [])
+
+
 # --- the bound ---
 
 
@@ -270,38 +369,139 @@ def test_what_was_not_used_for_longest_goes_first(served: Server, dataset: Datas
     elsewhere = there(served, Cache(str(tmp_path), limit))
     shards = {index: open_shard(elsewhere, index) for index in (0, 1, 2)}
     assert kept(tmp_path, dataset) == [0, 1, 2]
+    shards.clear()
     open_shard(elsewhere, 0)
     open_shard(elsewhere, 3)
     assert 1 not in kept(tmp_path, dataset)
     assert {0, 3} <= set(kept(tmp_path, dataset))
     assert sum(path.stat().st_size for path in tmp_path.glob("*.tar")) <= limit
-    for document in range(len(shards[1])):  # one that is open stays readable
-        shards[1].concepts(document)
     same(dataset, elsewhere, 1)
 
 
-def test_an_epoch_through_a_cache_of_three_shards(served: Server, dataset: Dataset, tmp_path: Path) -> None:
-    limit = 3 * max(shard.bytes for shard in dataset.shards)
-    elsewhere = there(served, Cache(str(tmp_path), limit))
+def on_disk(folder: Path) -> int:
+    """Bytes that a folder's files take: those with a name there, and those that are open here and have lost it."""
+    files: dict[int, int] = {}
+    names = [*folder.iterdir(), *Path("/proc/self/fd").iterdir()]
+    for name in names:
+        with suppress(OSError):  # they come and go
+            if name.parent == folder or os.readlink(name).startswith(f"{folder}/"):
+                found = name.stat()
+                files[found.st_ino] = found.st_size
+    return sum(files.values())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_through_the_smallest_cache_takes_no_more_disk_than_that(
+    served: Server, dataset: Dataset, tmp_path: Path, workers: int
+) -> None:
+    plan = plan_of(dataset, rows=4)
+    largest = max(shard.bytes for shard in dataset.shards)
+    limit = (4 + max(1, workers) + 2) * largest
+    assert limit < 0.7 * sum(shard.bytes for shard in dataset.shards)
+    with pytest.raises(InputError, match=r"data\.cache_gb: \S+ is too little: .* at least " + f"{limit / 1e9:.4g}"):
+        Loader([there(served, Cache(str(tmp_path), limit - 1))], plan, 8, 0, 1, 2, workers)
+    loader = Loader([there(served, Cache(str(tmp_path), limit))], plan, 8, 0, 1, 2, workers)
     most = 0
-    plan = worker_plan(dataset)
-    loader = Loader([elsewhere], plan, 8, 0, 1, 2, workers=2)
-    ours = Loader([dataset], plan, 8, 0, 1, 2, workers=0)
-    for found, expected in zip(loader, ours, strict=True):
+    for found, expected in zip(loader, Loader([dataset], plan, 8, 0, 1, 2, workers=0), strict=True):
         np.testing.assert_array_equal(found.concepts.numpy(), expected.concepts.numpy())
-        most = max(most, size(tmp_path))
+        most = max(most, on_disk(tmp_path))
     loader.close()
-    assert 0 < most <= limit
+    assert 0.5 * limit < most <= limit
     kept(tmp_path, dataset)
 
 
-def size(folder: Path) -> int:
-    """Bytes of all files, while others come and go."""
-    total = 0
-    for path in folder.iterdir():
-        with suppress(FileNotFoundError):
-            total += path.stat().st_size
-    return total
+def test_files_that_are_not_the_caches_own_are_left_alone(served: Server, dataset: Dataset, tmp_path: Path) -> None:
+    names = ["precious.tar", "mine.csv.partial", "0" * 64 + ".tar.gz", "f" * 63 + ".tar", "a.partial"]
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(200_000))
+        os.utime(tmp_path / name, (1, 1))
+    limit = 2 * max(shard.bytes for shard in dataset.shards)
+    for index in range(4):
+        open_shard(there(served, Cache(str(tmp_path), limit)), index)
+    assert all((tmp_path / name).stat().st_size == 200_000 for name in names)
+    assert on_disk(tmp_path) - 200_000 * len(names) <= limit
+
+
+def test_what_was_fetched_ahead_is_not_taken_out_before_it_was_used(
+    served: Server, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cache, "FREE_SHARE", 2.0)  # the disk is always fuller than that allows
+    loader = Loader([there(served, tmp_path)], plan_of(dataset, rows=4), 8, 0, 1, 4, workers=2)
+    for _ in loader:
+        time.sleep(0.02)
+    loader.close()
+    assert {served.whole[shard.name] for shard in dataset.shards} == {1}
+    assert len(kept(tmp_path, dataset)) < len(dataset.shards)
+    assert [record.getMessage() for record in caplog.records if "fuller than" in record.getMessage()] == [
+        f"{tmp_path}: its disk is fuller than -100 %: shards are kept only until they have been read"
+    ]
+
+
+def test_what_found_no_room_ahead_is_asked_for_again(served: Server, dataset: Dataset, tmp_path: Path) -> None:
+    plan = plan_of(dataset, rows=1)
+    first, second = plan.coming(0, 0, 2)
+    others = sorted({0, 1, 2, 3} - {first, second})[:2]
+    limit = max(sum(dataset.shards[index].bytes for index in two) for two in ((first, second), others))
+    elsewhere = there(served, Cache(str(tmp_path), limit))
+    used = [open_shard(elsewhere, index) for index in others]
+    looking = _LookingAhead([elsewhere], plan, range(1), 1, threading.Event())
+    looking.reach(0)
+    wait_until(lambda: looking._again == {(0, first), (0, second)})
+    used.clear()
+    wanted = {f"{dataset.shards[index].sha256}.tar" for index in (first, second)}
+    wait_until(lambda: looking.reach(0) or {path.name for path in tmp_path.glob("*.tar")} == wanted)
+    looking.close()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def small_disk(dataset: Dataset, tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own that holds half the dataset."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    half = sum(shard.bytes for shard in dataset.shards) // 2
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={half}", "tmpfs", str(folder)], capture_output=True)
+    if made.returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("limit", [None, 10**9])
+def test_an_epoch_through_a_disk_that_holds_half_of_it(
+    served: Server, dataset: Dataset, small_disk: Path, limit: int | None
+) -> None:
+    loader = Loader([there(served, Cache(str(small_disk / "c"), limit))], plan_of(dataset, rows=2), 8, 0, 1, 2)
+    for found, expected in zip(loader, Loader([dataset], plan_of(dataset, rows=2), 8, 0, 1, 2), strict=True):
+        np.testing.assert_array_equal(found.concepts.numpy(), expected.concepts.numpy())
+    loader.close()
+
+
+def test_a_disk_that_fills_up_meanwhile_is_made_room_on(
+    served: Server, dataset: Dataset, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It said it had room, and others wrote to it."""
+    elsewhere = there(served, Cache(str(small_disk / "c"), 10**9))
+    for index in range(4):
+        same(dataset, elsewhere, index)
+    (small_disk / "others").write_bytes(bytes(shutil.disk_usage(small_disk).free // 4096 * 4096))
+    lied = shutil.disk_usage(small_disk)._replace(free=10**9)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: lied)
+    same(dataset, elsewhere, 4)
+    assert 4 in kept(small_disk / "c", dataset)
+    for index in range(5):
+        (small_disk / "c" / f"{dataset.shards[index].sha256}.tar").unlink(missing_ok=True)
+    (small_disk / "others").unlink()
+    monkeypatch.undo()
+    (small_disk / "others").write_bytes(bytes(shutil.disk_usage(small_disk).free // 4096 * 4096))
+    with pytest.raises(InputError, match=r"no room for a shard of [\d,]+ bytes: data.cache_gb is 1, 0 bytes are free"):
+        open_shard(elsewhere, 5)
 
 
 def test_a_shard_that_does_not_fit_at_all_is_an_error(served: Server, dataset: Dataset, tmp_path: Path) -> None:
@@ -310,16 +510,16 @@ def test_a_shard_that_does_not_fit_at_all_is_an_error(served: Server, dataset: D
     assert served.requests[dataset.shards[0].name] == 0
 
 
-def test_a_shard_that_is_being_opened_is_not_taken_out(served: Server, dataset: Dataset, tmp_path: Path) -> None:
+def test_a_shard_that_is_open_is_not_taken_out(served: Server, dataset: Dataset, tmp_path: Path) -> None:
     first, second = dataset.shards[:2]
-    cache = Cache(str(tmp_path), max(first.bytes, second.bytes))
-    elsewhere = there(served, cache)
+    elsewhere = there(served, Cache(str(tmp_path), max(first.bytes, second.bytes)))
     waiting = threading.Thread(target=lambda: open_shard(elsewhere, 1))
-    with elsewhere.shard_file(0) as path:
-        waiting.start()
-        time.sleep(0.5)
-        assert path.exists()
-        assert waiting.is_alive()
+    shard = open_shard(elsewhere, 0)
+    waiting.start()
+    time.sleep(0.5)
+    assert shard.file.path.exists()
+    assert waiting.is_alive()
+    del shard
     waiting.join(timeout=20)
     assert kept(tmp_path, dataset) == [1]
 
@@ -332,7 +532,7 @@ def test_fetching_ahead_takes_no_part_once_it_is_stopped(served: Server, dataset
 
     def fetch() -> None:
         try:
-            elsewhere.fetch(0, stopped)
+            elsewhere.open_file_ahead(0, stopped)
         except remote.Stopped as error:
             ended.append(error)
 
@@ -352,9 +552,9 @@ def test_a_cache_that_cannot_be_written_is_named(served: Server, tmp_path: Path)
         open_shard(there(served, tmp_path / "file" / "cache"), 0)
 
 
-def worker_plan(dataset: Dataset) -> Plan:
-    """That of cache_worker.py."""
-    return Plan([Source([shard.concepts for shard in dataset.shards])], 0, 8, 16, epochs=1)
+def plan_of(dataset: Dataset, rows: int = 8) -> Plan:
+    """That of cache_worker.py has 8 rows."""
+    return Plan([Source([shard.concepts for shard in dataset.shards])], 0, rows, 16, epochs=1)
 
 
 # --- S3 ---

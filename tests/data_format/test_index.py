@@ -173,7 +173,9 @@ def test_bf16_in_uint16_is_read_as_fp32(tmp_path: Path) -> None:
     assert list(chain(*verify(dataset))) == []
     np.testing.assert_array_equal(open_shard(dataset, 0).concepts(0, 4, 9), values[4:9].float().numpy())
     plan = Plan([Source([40])], 0, 1, 40, epochs=1)
-    (batch,) = Loader([dataset], plan, 64, 0, 1, 1)
+    loader = Loader([dataset], plan, 64, 0, 1, 1, workers=2)
+    (batch,) = loader
+    loader.close()
     assert batch.concepts.dtype == torch.float32
     read = torch.cat([batch.concepts[0, :30], batch.concepts[0, 30:]])
     assert torch.equal(read.sum(0), values.float()[read_order(batch)].sum(0))
@@ -265,3 +267,34 @@ def test_what_an_unfinished_preparation_left_is_not_written_over(tmp_path: Path,
     with pytest.raises(InputError, match="is a dataset already"):
         index(str(tmp_path / "a.tar"), tmp_path / "out")
     assert (tmp_path / "out" / "shards.jsonl").read_text() == "a line of hours of work\n"
+
+
+@pytest.mark.parametrize("texts", ["Meta.json:Sätze", "TXT"])
+def test_texts_are_found_in_a_json_of_any_extension_in_capitals_or_not(tmp_path: Path, texts: str) -> None:
+    lines = [f"Satz {number}." for number in range(3)]
+    members = {"Meta.json": json.dumps({"Sätze": lines}).encode(), "txt": "\n".join(lines).encode()}
+    write(tmp_path / "a.tar", {"k": {"npy": npy(np.eye(3, dtype=np.float16)), **members}})
+    index(str(tmp_path / "a.tar"), tmp_path / "out", texts=texts)
+    meta = open_shard(open_dataset(tmp_path / "out"), 0).meta(0)
+    assert (meta["id"], meta["sentences"]) == ("k", lines)
+    for wrong in ("", ":sentences", "json:"):
+        with pytest.raises(InputError, match=r"--texts: .* has to be EXT:FIELD"):
+            index(str(tmp_path / "a.tar"), tmp_path / "other", texts=wrong)
+
+
+def test_a_call_that_cannot_be_met_is_a_line_and_leaves_nothing(
+    tmp_path: Path, foreign: Foreign, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign(tmp_path / "a.tar")
+    (tmp_path / "b.tar").symlink_to(tmp_path / "a.tar")
+    for shards, output, said in (
+        (f"{tmp_path}/a{{000..2.tar", "out", "cannot be expanded: "),
+        (f"{tmp_path}/${{NOT_SET}}.tar", "out", "cannot be expanded: "),
+        (f"{tmp_path}/{{a,b}}.tar", "out", f"{tmp_path}/b.tar: is the same file as {tmp_path}/a.tar: name it once"),
+        (f"file:{tmp_path}/a.tar", "out", "no such file: a URL has //"),
+        (f"{tmp_path}/a.tar", "a.tar/out", "a.tar/out: no such folder can be made: Not a directory"),
+    ):
+        assert main(["index", shards, str(tmp_path / output)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "b.tar"]

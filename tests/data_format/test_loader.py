@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,13 +21,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lcm_ds.data import buffers
 from lcm_ds.data.cache import Cache
 from lcm_ds.data.format import Dataset, DatasetInfo, commit, finish, open_dataset, write_normalizer
 from lcm_ds.data.loader import FEWEST_OPEN, Batch, Loader, trace, validation_batches
 from lcm_ds.data.plan import Plan, Source
 from lcm_ds.data.reader import open_shard
+from lcm_ds.data.tar import read_members
 from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.errors import InputError
+from lcm_ds.files import OpenFile
 
 ROWS, LENGTH, MAX_SEGMENT = 24, 32, 16
 
@@ -238,21 +244,60 @@ def plan_end(plan: Plan, dataset: Dataset) -> int:
     return dataset.info.totals.concepts // plan.row_length
 
 
+class Counting(Loader):
+    """Keeps which micro-batches were read."""
+
+    def read(self, step: int, index: int) -> Batch:
+        self.__dict__.setdefault("reads", []).append((step, index))
+        return super().read(step, index)
+
+
+def test_threads_read_a_whole_step_ahead(dataset: Dataset) -> None:
+    loader = Counting([dataset], plan_of(dataset), MAX_SEGMENT, 0, 1, 2, workers=1)
+    assert loader.micro_batches == 12
+    batches = iter(loader)
+    for _ in range(12):
+        next(batches)
+    deadline = time.monotonic() + 10
+    while len(loader.reads) < 24 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    loader.close()
+    assert loader.reads == [(step, index) for step in range(2) for index in range(12)]
+
+
+def test_the_coming_shards_of_local_datasets_are_checked_before_they_are_read(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = []
+    sha256 = OpenFile.sha256
+
+    def noted(file: OpenFile) -> str:
+        hashed.append((file.path.name, threading.current_thread().name))
+        return sha256(file)
+
+    monkeypatch.setattr(OpenFile, "sha256", noted)
+    plan = plan_of(dataset, rows=4)
+    for path in Path(dataset.path).glob("*.tar"):
+        os.utime(path)  # seen anew
+    loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, 4, workers=1)
+    next(iter(loader))
+    loader._looking._pool.shutdown(wait=True)
+    loader.close()
+    coming = {dataset.shards[shard].name for lane in range(4) for shard in plan.coming(0, lane, 2)}
+    assert {name for name, _ in hashed} == coming
+    assert len(hashed) == len(coming)  # who comes second waits for the first
+    later = {dataset.shards[plan.coming(0, lane, 2)[1]].name for lane in range(4)}
+    assert {name for name, thread in hashed if thread.startswith("lcm-ds-ahead")} >= later
+
+
 def test_threads_end_in_the_middle_and_read_no_further_ahead_than_needed(dataset: Dataset) -> None:
-    reads = []
-
-    class Counting(Loader):
-        def read(self, step: int, index: int) -> Batch:
-            reads.append((step, index))
-            return super().read(step, index)
-
     loader = Counting([dataset], plan_of(dataset), MAX_SEGMENT, 0, 1, 4, workers=2)
     next(iter(loader))
     deadline = time.monotonic() + 10
-    while len(reads) < 7 and time.monotonic() < deadline:
+    while len(loader.reads) < 7 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)
-    assert len(reads) == 7  # the one that was taken, and two a worker and two more ahead of it
+    assert len(loader.reads) == 7  # the one that was taken, and two a worker and two more ahead of it
     assert loader_threads()
     loader.close()
     assert loader_threads() == []
@@ -264,6 +309,35 @@ def test_shards_open_at_a_time_are_few_however_long_it_goes_on(synthetic_dataset
     loader = Loader([dataset], plan_of(dataset, epochs=50, rows=2), MAX_SEGMENT, 0, 1, 2, workers=0)
     most = max(len(os.listdir("/proc/self/fd")) - before for _ in loader)
     assert 0 < most <= FEWEST_OPEN + 2
+
+
+MANY_LANES = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (120, int(sys.argv[2])))
+from lcm_ds.data import loader
+from lcm_ds.data.format import open_dataset
+from lcm_ds.data.plan import Plan, Source
+from lcm_ds.errors import InputError
+dataset, opened = open_dataset(sys.argv[1]), []
+open_shard = loader.open_shard
+loader.open_shard = lambda *arguments: opened.append(0) or open_shard(*arguments)
+plan = Plan([Source([shard.concepts for shard in dataset.shards])], 0, 150, 4, 1)
+try:
+    print(sum(batch.real_concepts for batch in loader.Loader([dataset], plan, 16, 0, 1, 150, 0)), len(opened))
+except InputError as error:
+    print(error)
+"""
+
+
+def test_as_many_lanes_as_files_may_be_open_and_no_more(synthetic_dataset: Callable[..., Path]) -> None:
+    folder = synthetic_dataset(documents=160, documents_per_shard=1, embed_dim=4)
+
+    def read(hard: int) -> str:
+        call = [sys.executable, "-c", MANY_LANES, str(folder), str(hard)]
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+
+    assert read(4096) == f"{open_dataset(folder).info.totals.concepts} 160"  # each shard is opened once
+    assert read(200).startswith("ulimit -n: this process may open 200 files; it has 151 shards open at a time")
 
 
 def test_memory_does_not_grow_with_epochs(synthetic_dataset: Callable[..., Path]) -> None:
@@ -300,6 +374,11 @@ def test_a_batch_keeps_its_numbers_as_long_as_anybody_has_a_part_of_it(dataset: 
     assert all(torch.equal(part, copy) for part, copy in zip(kept, copies, strict=True))
 
 
+def test_a_batch_needs_no_huge_pages(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(buffers.mmap, "MADV_HUGEPAGE", 12345)  # which no kernel knows: EINVAL
+    assert buffers.Buffers((2, 3), torch.float16).take().shape == (2, 3)
+
+
 # --- shards that cannot be read ---
 
 
@@ -324,7 +403,7 @@ def test_a_bad_shard_is_left_out_where_the_config_says_so(
     damage(own_dataset, dataset, bad, how)
     with pytest.raises(InputError, match=dataset.shards[bad].name):
         list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 3))
-    left = list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 3, workers=2, skip_bad=True))
+    left = list(Loader([replace(dataset, skip_bad=True)], plan, MAX_SEGMENT, 0, 1, 3, workers=2))
     assert [(batch.step, batch.index) for batch in left] == [(batch.step, batch.index) for batch in whole]
     for found, expected in zip(left, whole, strict=True):
         gone = (found.segment_ids < 0) & (expected.segment_ids >= 0)
@@ -339,15 +418,89 @@ def test_a_bad_shard_is_left_out_where_the_config_says_so(
 
 
 def test_more_than_a_few_bad_shards_stop_the_run_all_the_same(own_dataset: Path) -> None:
-    dataset = open_dataset(own_dataset)
+    dataset = open_dataset(own_dataset, skip_bad=True)
     plan = plan_of(dataset, epochs=1, rows=1, length=16)
     damage(own_dataset, dataset, 0, "missing")
     damage(own_dataset, dataset, 3, "cut off")
     with pytest.raises(InputError, match=r"2 of \d shards could not be read: too many to leave out"):
-        list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 1, skip_bad=True))
+        list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 1))
+
+
+def test_a_disk_that_fails_under_a_checksum_is_a_bad_shard(own_dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = open_dataset(own_dataset, skip_bad=True)
+    bad = own_dataset / dataset.shards[1].name
+    bad.unlink()
+    bad.symlink_to("/proc/self/mem")  # reading its first byte is an I/O error
+    batches = list(Loader([dataset], plan_of(dataset, epochs=1, rows=2, length=16), MAX_SEGMENT, 0, 1, 2))
+    assert sum(batch.missing for batch in batches) == dataset.shards[1].concepts
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == f"left out: {bad}: cannot be read: Input/output error"
+
+
+def test_what_cannot_be_read_of_an_open_shard_is_left_out_too(own_dataset: Path) -> None:
+    dataset = open_dataset(own_dataset, checksums=False, skip_bad=True)
+    plan = plan_of(dataset, epochs=1, rows=1, length=16)
+    whole = list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 1, workers=0))
+    loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, 1, workers=0)
+    left = [loader.read(0, 0)]
+    bad = plan.pieces(0, 0)[0].shard
+    os.truncate(own_dataset / dataset.shards[bad].name, 1024)
+    left += [loader.read(step, 0) for step in range(1, len(whole))]
+    assert 0 < sum(batch.missing for batch in left) <= dataset.shards[bad].concepts - 16
+    for found, expected in zip(left, whole, strict=True):
+        gone = (found.segment_ids < 0) & (expected.segment_ids >= 0)
+        assert int(gone.sum()) == found.missing
+        assert not found.concepts[gone].any()
+        assert torch.equal(found.concepts[~gone], expected.concepts[~gone])
+    loader = Loader([replace(dataset, skip_bad=False)], plan, MAX_SEGMENT, 0, 1, 1, workers=0)
+    with pytest.raises(InputError, match=dataset.shards[bad].name):
+        list(loader)
+
+
+def test_validation_leaves_out_a_bad_shard_too(own_dataset: Path) -> None:
+    dataset = open_dataset(own_dataset, skip_bad=True)
+    damage(own_dataset, dataset, 2, "a flipped bit")
+    batches = [batch for rank in validation_rows(dataset, 3, 2, None) for batch in rank]
+    assert sum(batch.missing for batch in batches) == dataset.shards[2].concepts
+    assert sum(batch.real_concepts for batch in batches) == dataset.info.totals.concepts - dataset.shards[2].concepts
+    with pytest.raises(InputError, match=dataset.shards[2].name):
+        validation_rows(replace(dataset, skip_bad=False), 3, 2, None)
+
+
+def test_the_size_alone_is_compared_where_the_config_says_so(own_dataset: Path) -> None:
+    dataset = open_dataset(own_dataset, checksums=False)
+    path = own_dataset / dataset.shards[0].name
+    data = bytearray(path.read_bytes())
+    members = read_members(bytes(data), "here")
+    first = next(at for at, name in enumerate(members.names) if name.endswith(".npy"))
+    data[members.offsets[first] + members.sizes[first] - 1] ^= 1  # in a concept
+    path.write_bytes(data)
+    plan = plan_of(dataset, epochs=1, rows=2, length=16)
+    for workers in (0, 2):
+        loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, 2, workers)
+        assert sum(batch.real_concepts for batch in loader) == dataset.info.totals.concepts
+        loader.close()
+    path.write_bytes(data[:-512])
+    with pytest.raises(InputError, match=rf"{path.name}: has \d+ bytes, shards.jsonl lists {len(data)}"):
+        list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 2))
 
 
 # --- elsewhere ---
+
+
+def test_shards_elsewhere_without_a_cache_are_refused_whatever_else_is_left_out(own_dataset: Path) -> None:
+    with pytest.raises(InputError, match=r"has shards that are not on this machine: data\.cache_dir has to name"):
+        open_dataset(f"file://{own_dataset}", skip_bad=True)
+
+
+def test_a_bad_shard_elsewhere_is_left_out_where_the_config_says_so(own_dataset: Path, tmp_path: Path) -> None:
+    there = open_dataset(f"file://{own_dataset}", Cache(str(tmp_path / "cache")), skip_bad=True)
+    damage(own_dataset, there, 1, "missing")
+    loader = Loader([there], plan_of(there, epochs=1, rows=2, length=16), MAX_SEGMENT, 0, 1, 2, workers=2)
+    batches = list(loader)
+    loader.close()
+    assert sum(batch.missing for batch in batches) == there.shards[1].concepts
+    assert sum(batch.real_concepts for batch in batches) == there.info.totals.concepts - there.shards[1].concepts
 
 
 def test_the_coming_shards_of_every_lane_are_fetched_before_they_are_read(dataset: Dataset, tmp_path: Path) -> None:
@@ -355,7 +508,7 @@ def test_the_coming_shards_of_every_lane_are_fetched_before_they_are_read(datase
     plan = plan_of(there, rows=4)
     loader = Loader([there], plan, MAX_SEGMENT, 0, 1, 4, workers=0)
     next(iter(loader))  # reads from four shards
-    loader._fetching._pool.shutdown(wait=True)  # type: ignore[union-attr]
+    loader._looking._pool.shutdown(wait=True)
     wanted = {shard for lane in range(4) for shard in plan.coming(0, lane, 2)}
     assert len(wanted) == 8
     assert {path.name for path in tmp_path.glob("*.tar")} == {f"{there.shards[shard].sha256}.tar" for shard in wanted}

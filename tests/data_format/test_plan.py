@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections import Counter
 from itertools import pairwise
@@ -212,6 +214,23 @@ def test_fingerprint_changes_with_all_that_decides_the_order_and_with_nothing_el
     marks = {fingerprint(**same), *(fingerprint(**{**same, key: value}) for key, value in other.items())}
     assert len(marks) == 1 + len(other)
     assert fingerprint(**{**same, "weights": [2, 6]}) == fingerprint(**same)
+
+
+def test_150_000_shards_take_less_than_300_mb() -> None:
+    """In a process of its own, which has used no more memory before."""
+    code = """
+import re
+import numpy as np
+from lcm_ds.data.plan import Plan, Source
+sizes = np.random.default_rng(0).integers(300_000, 500_000, 150_000).tolist()
+memory = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = memory()
+plan = Plan([Source(sizes)], 0, 224, 1024)
+assert plan.pieces(100_000, 7)
+print(memory() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) * 1024 < 300e6  # measured: 11 MB
 
 
 @settings(max_examples=3)

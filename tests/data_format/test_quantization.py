@@ -14,8 +14,9 @@ import webdataset
 import yaml
 
 from lcm_ds.data.format import DatasetInfo, Steps, commit, finish, open_dataset, read_normalizer, write_normalizer
-from lcm_ds.data.loader import validation_batches
+from lcm_ds.data.loader import Loader, validation_batches
 from lcm_ds.data.normalizer import UniformSample, draw, fit
+from lcm_ds.data.plan import Plan, Source
 from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.reader import Shard, open_shard
 from lcm_ds.data.writer import Document, write_shard
@@ -103,6 +104,19 @@ def test_an_int8_dataset_reads_like_any_other_in_half_the_bytes(synthetic_datase
         assert a.concepts.dtype == b.concepts.dtype
         assert np.array_equal(a.segment_ids, b.segment_ids)
         assert np.allclose(a.concepts, b.concepts, atol=0.05 * float(a.concepts.std()))
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_int8_comes_out_of_the_loader_as_it_comes_out_of_a_shard(synthetic_dataset, tmp_path: Path, workers) -> None:
+    dataset = open_dataset(in_8_bits(synthetic_dataset(documents=60, documents_per_shard=5), tmp_path / "int8"))
+    plan = Plan([Source([shard.concepts for shard in dataset.shards])], 0, 4, 32, epochs=1)
+    loader = Loader([dataset], plan, 16, 0, 1, 2, workers)
+    read = np.concatenate([batch.concepts[batch.segment_ids >= 0].numpy() for batch in loader])
+    loader.close()
+    shards = [open_shard(dataset, index) for index in range(len(dataset.shards))]
+    stored = np.concatenate([shard.concepts(document) for shard in shards for document in range(len(shard))])
+    assert read.dtype == stored.dtype == np.float16
+    assert sorted(map(bytes, read)) == sorted(map(bytes, stored))
 
 
 def test_a_training_on_int8_loses_what_one_on_fp16_loses(synthetic_dataset, tmp_path: Path) -> None:

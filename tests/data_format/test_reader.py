@@ -9,6 +9,7 @@ import os
 import shutil
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -173,6 +174,15 @@ def test_a_header_that_changed_in_one_byte_is_damage(whole_shard: tuple[Path, Sh
                 read_members(damaged, "here")
 
 
+def test_a_size_in_base_256_is_damage(whole_shard: tuple[Path, ShardInfo]) -> None:
+    whole = (whole_shard[0] / "whole.tar").read_bytes()
+    for header in (offset - 512 for offset in read_members(whole, "here").offsets):
+        damaged = bytearray(whole)
+        damaged[header + 124] ^= 0x80
+        with pytest.raises(InputError, match=f"^here: is no tar, or damaged: no member's header at byte {header}"):
+            read_members(bytes(damaged), "here")
+
+
 # --- documents ---
 
 
@@ -208,6 +218,46 @@ GOOD = np.zeros((3, 4), np.float16)
 def test_a_document_that_is_not_the_datasets_kind_is_named(tmp_path: Path, data: bytes, message: str) -> None:
     path = tar_of(tmp_path / "a.tar", {"fine.npy": npy(GOOD), "x.npy": data})
     assert mistake(path, None, 4, "float16").startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("{[]: 1}", "not an .npy file"),
+        ("{'descr': 1, 2}", "not an .npy file"),
+        ("(" * 300, "not an .npy file"),
+        ("{'descr': '<f2', 'fortran_order': False, 'shape': (-1, 3)}", "has shape [-1, 3]"),
+        ("{'descr': '<f2', 'fortran_order': False, 'shape': (-2, -3)}", "has shape [-2, -3]"),
+        ("{'descr': '<f2', 'fortran_order': False, 'shape': (0, -3)}", "has shape [0, -3]"),
+        ("{'descr': [('a', '<f2')], 'fortran_order': False, 'shape': (2, 3)}", "concepts are plain numbers"),
+        ("{'descr': '|V2', 'fortran_order': False, 'shape': (2, 3)}", "concepts are plain numbers"),
+    ],
+)
+@pytest.mark.parametrize("known", [(), (None, 3, "float16")])
+def test_an_array_header_that_is_none_is_named(tmp_path: Path, header: str, message: str, known: tuple) -> None:
+    text = (header.ljust(117) + "\n").encode()
+    data = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(12)
+    path = tar_of(tmp_path / "a.tar", {"x.npy": data})
+    line = mistake(path, *known)
+    assert line.startswith(f"{path}: x.npy: ")
+    assert message in line
+
+
+def test_every_byte_of_an_array_header_may_be_any_other(whole_shard: tuple[Path, ShardInfo]) -> None:
+    """It is Python, which has many ways to be wrong."""
+    folder, info = whole_shard
+    whole = (folder / "whole.tar").read_bytes()
+    offset = read_members(whole, "here").offsets[1]
+    path = folder / "any.tar"
+    path.write_bytes(whole)
+    with path.open("r+b", buffering=0) as file:
+        for at in range(offset, offset + 128, 3):
+            for value in range(0, 256, 5):
+                os.pwrite(file.fileno(), bytes([value]), at)
+                for known in ((info, 3, "float16"), ()):
+                    with suppress(InputError):
+                        Shard(path, *known)
+            os.pwrite(file.fileno(), whole[at : at + 1], at)
 
 
 def test_keys_have_to_agree(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """The search for the nearest sentence: exact, over all shards, in blocks that do not show."""
 
+import shutil
+
 import numpy as np
 import pytest
 
 import lcm_ds.generate.nearest as module
 from lcm_ds.data.format import open_dataset
 from lcm_ds.data.reader import open_shard
+from lcm_ds.errors import InputError
 from lcm_ds.generate.nearest import nearest
 
 
@@ -65,3 +68,14 @@ def test_the_search_ends_at_its_limit(datasets):
 def test_a_concept_without_a_direction_is_near_to_nothing(datasets):
     (found,) = nearest(np.zeros((1, 16), np.float32), datasets)
     assert found.cosine == 0
+
+
+def test_a_shard_that_cannot_be_read_is_left_out_where_its_dataset_says_so(datasets, tmp_path):
+    copy = shutil.copytree(datasets[0].path, tmp_path / "copy")
+    (copy / datasets[0].shards[0].name).write_bytes(b"no tar")
+    query = open_shard(datasets[0], 0).concepts(0, 0, 1).astype(np.float32)
+    (found,) = nearest(query, [open_dataset(copy, skip_bad=True)])
+    (whole,) = nearest(query, datasets[:1])
+    assert found.cosine < whole.cosine == pytest.approx(1)
+    with pytest.raises(InputError, match=datasets[0].shards[0].name):
+        nearest(query, [open_dataset(copy, sizes=False)])
