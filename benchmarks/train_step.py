@@ -8,7 +8,7 @@ bare (model, loss, AdamW over fp32 master weights) and as `lcm-ds train` with Ze
 logging included: that row's step is the one a run logs. --documents packs documents with FineWeb-Edu's lengths and
 measures padded batches (one document a row of 128) as well. On a GPU there are also the rate of the largest bf16
 product, LlamaModel of transformers (sdpa, compiled) and the seed's design (nn.TransformerDecoderLayer that attends to
-its own input), of the same size.
+its own input), of the same size; on a CPU these two are measured where --ways asks for them.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def ways_of(
             padded,
             lambda: bare(BaseLCM(config).initialize(0), padded, half, device, True),
         )
-    if device.type == "cuda":
+    if device.type == "cuda" or arguments.ways:
         ways["LlamaModel (sdpa, compiled), bf16"] = (packed, lambda: bare(Llama(config), packed, half, device, True))
         ways["the seed's design, bf16"] = (packed, lambda: bare(Seed(config), packed, half, device))
     return ways
