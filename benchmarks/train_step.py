@@ -52,6 +52,7 @@ MAX_SEGMENT = 128
 MEDIAN_LENGTH, SPREAD = 2951 / 92, (2 * np.log(4753 / 2951)) ** 0.5
 
 Step = Callable[[], None]
+Measured = tuple[list[float], float]  # seconds of each step, and the most memory in GiB
 
 
 class Batch(NamedTuple):
@@ -113,10 +114,10 @@ def main() -> None:
 
 def ways_of(
     config: BaseLCMConfig, packed: Batch, arguments: argparse.Namespace, device: torch.device
-) -> dict[str, tuple[Batch, Callable[[], Step | list[float]]]]:
+) -> dict[str, tuple[Batch, Callable[[], Step | Measured]]]:
     """Name → the batch, and what makes a step to measure (or measures steps itself)."""
     half, exact = torch.bfloat16, torch.float32
-    ways: dict[str, tuple[Batch, Callable[[], Step | list[float]]]] = {
+    ways: dict[str, tuple[Batch, Callable[[], Step | Measured]]] = {
         "plain, fp32": (packed, lambda: bare(Plain(config), packed, exact, device)),
         "plain, fp32, compiled": (packed, lambda: bare(Plain(config), packed, exact, device, compiled=True)),
     }
@@ -209,6 +210,7 @@ class Llama(Ends):
         super().__init__(config)
         sizes = {name: getattr(config, name) for name in SMALL if name != "embed_dim"}
         self.model = LlamaModel(LlamaConfig(**sizes, vocab_size=8, attn_implementation="sdpa", use_cache=False))
+        self.model.embed_tokens = nn.Identity()  # not used
         self.layers = self.model.layers
 
     def decode(self, hidden: Tensor, layout: SegmentLayout) -> Tensor:
@@ -307,14 +309,15 @@ def bare(model: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devic
     return step
 
 
-def measure(make: Callable[[], Step | list[float]], steps: int, device: torch.device) -> tuple[float, float | None]:
+def measure(make: Callable[[], Step | Measured], steps: int, device: torch.device) -> tuple[float, float | None]:
     """Median seconds of a step, and the most memory of the device in GiB (None on a CPU)."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     made = make()
-    if isinstance(made, list):
-        return statistics.median(made[3:]), None
+    if isinstance(made, tuple):
+        seconds, memory = made
+        return statistics.median(seconds[3:]), memory if device.type == "cuda" else None
     times = []
     for _ in range(steps + 3):
         started = time.perf_counter()
@@ -322,12 +325,12 @@ def measure(make: Callable[[], Step | list[float]], steps: int, device: torch.de
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    return statistics.median(times[3:]), memory
+    held = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+    return statistics.median(times[3:]), held
 
 
-def trained(config: BaseLCMConfig, arguments: argparse.Namespace, precision: str, compiled: bool) -> list[float]:
-    """Seconds of each step of `lcm-ds train` on random concepts, as it logs them."""
+def trained(config: BaseLCMConfig, arguments: argparse.Namespace, precision: str, compiled: bool) -> Measured:
+    """Each step of `lcm-ds train` on random concepts, as it logs them."""
     with tempfile.TemporaryDirectory() as folder:
         # Documents as long as a row, or of 5 to 100 concepts.
         exact = None if arguments.documents else arguments.row_length
@@ -352,7 +355,8 @@ def trained(config: BaseLCMConfig, arguments: argparse.Namespace, precision: str
         command = [sys.executable, "-m", "lcm_ds.train", root / "configs/train/quickstart.yaml"]
         command += [f"{key}={value}" for key, value in settings.items()]
         subprocess.run(list(map(str, command)), check=True, cwd=root, stdout=subprocess.DEVNULL, env={**os.environ})
-        return [json.loads(line)["step_time"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [line["step_time"] for line in lines], lines[-1]["memory"]
 
 
 def matrix_rate(device: torch.device) -> str:
