@@ -89,6 +89,6 @@ def lines(config: TrainConfig, model: BaseLCMConfig, ds: dict[str, Any], ranks: 
         )
     yield (
         f"activations   of {concepts:,} concepts, "
-        + ("every layer's" if every is None else f"every {every} layers recomputed" if every > 1 else "all recomputed")
+        + ("every layer's" if every is None else f"one layer in {every} recomputed" if every > 1 else "all recomputed")
         + ("; compiled layers keep less" if config.train.compile and ds_config.zero_stage(ds) < 3 else "")
     )
