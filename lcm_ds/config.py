@@ -213,6 +213,10 @@ class CheckpointConfig(Schema):
     every_minutes: float | None = Field(None, gt=0)
     keep: int = Field(3, gt=0)
     keep_every: int | None = Field(None, gt=0)  # steps that are kept for ever
+    # of what a run goes on from: full compares every file's checksum, size its size alone
+    verify: Literal["full", "size"] = "full"
+    # written from a copy in the host's memory while the run goes on; default: unless the optimizer is offloaded
+    background: bool | None = None
 
 
 class EvaluateConfig(Schema):
@@ -246,9 +250,19 @@ class StepConfig(Schema):
 
 
 class GuardConfig(Schema):
-    """What happens when a step is not finite."""
+    """What happens when a step is not finite, a loss leaps, or nothing moves.
 
-    max_skipped: int = Field(10, gt=0)  # steps in a row
+    To go back is to start again from the last checkpoint and to leave out the steps that were bad; once from each
+    checkpoint, then the run ends with exit code 1.
+    """
+
+    max_skipped: int = Field(10, gt=0)  # steps in a row that are not finite; then the run goes back
+    # a loss that is so many standard deviations above the mean of the steps before it is logged; null: none is
+    spike_sigma: float | None = Field(None, gt=0)
+    spike_window: int = Field(100, ge=2)  # how many steps before it
+    on_spike: Literal["log", "rollback"] = "log"
+    spike_steps: int = Field(10, gt=0)  # left out after a rollback: the spike and those before it
+    stall_minutes: float | None = Field(30.0, gt=0)  # without a step; then the run ends with exit code 1
 
 
 class TrainConfig(Schema):

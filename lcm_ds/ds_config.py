@@ -151,7 +151,7 @@ def _optimizer_mistakes(mapping: dict[str, Any]) -> Iterator[str]:
     kind, params = block["type"], block.get("params", {})
     if not isinstance(params, dict):
         return
-    known = optimizer_params(kind, params, _offloaded(mapping))
+    known = optimizer_params(kind, params, offloads_optimizer(mapping))
     if known is None:
         yield f"optimizer.type: {kind!r} is no optimizer of DeepSpeed or torch.optim{nearest(kind, optimizer_types())}"
         return
@@ -245,7 +245,9 @@ def resolve(
         steps = accumulation_steps(batch.rows_per_step, batch.micro_batch_rows, world_size, config_path)
         said["gradient_accumulation_steps"] = steps, f"rows_per_step / ({world_size} ranks * micro_batch_rows)"
     optimizer = resolved.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
-    takes = optimizer_params(optimizer["type"], optimizer.setdefault("params", {}), _offloaded(resolved)) or set()
+    takes = (
+        optimizer_params(optimizer["type"], optimizer.setdefault("params", {}), offloads_optimizer(resolved)) or set()
+    )
     for dotted, (value, yaml_key) in said.items():
         *path, key = dotted.split(".")
         block = _block(resolved, *path)
@@ -303,6 +305,12 @@ def precision(mapping: dict[str, Any]) -> str:
 def zero_stage(mapping: dict[str, Any]) -> int:
     """The ZeRO stage, 0 to 3."""
     return _stage(mapping)
+
+
+def offloads_to_nvme(mapping: dict[str, Any]) -> bool:
+    """Whether parameters or states of the optimizer lie on a disk."""
+    zero = _block(mapping, "zero_optimization")
+    return any(_block(zero, key).get("device") == "nvme" for key in ("offload_optimizer", "offload_param"))
 
 
 def check_device(mapping: dict[str, Any], origin: str | Path) -> None:
@@ -389,7 +397,7 @@ def _block(mapping: dict[str, Any], *path: str) -> dict[str, Any]:
     return block if isinstance(block, dict) else {}
 
 
-def _offloaded(mapping: dict[str, Any]) -> bool:
+def offloads_optimizer(mapping: dict[str, Any]) -> bool:
     """Whether the optimizer steps on the CPU while the model is elsewhere."""
     return _block(mapping, "zero_optimization", "offload_optimizer").get("device", "none") != "none"
 

@@ -24,6 +24,12 @@ class Unavailable(InputError):
     exit_code = 1
 
 
+class CannotGoOn(InputError):
+    """A run that was right to start and cannot go on; no other call would help, and another try may not."""
+
+    exit_code = 1
+
+
 class Collector:
     """Gathers the mistakes of several independent checks, so that a user sees all of them in one go.
 

@@ -75,6 +75,7 @@ class Loader:
     make the coming shard of every lane ready: fetched, its checksum compared. An error in a thread is raised
     where its batch would have come. pinned: batches lie in page-locked memory. local_ranks: processes of this node,
     which share a cache: it has to hold a shard for each lane and worker of theirs, and two more a rank for validation.
+    left_out: steps that are passed over.
 
     Where a dataset has skip_bad, a shard that cannot be read is logged and left out, its concepts become rows without
     targets; it stops with the error all the same once more than MOST_BAD of the shards opened, and more than one, were
@@ -94,15 +95,17 @@ class Loader:
         start_step: int = 0,
         pinned: bool = False,
         local_ranks: int = 1,
+        left_out: Sequence[range] = (),
     ) -> None:
         if plan.rows_per_step % (world_size * micro_batch_rows):
             raise InputError(
                 f"batch.rows_per_step: {plan.rows_per_step} is not a multiple of "
                 f"{world_size} ranks × {micro_batch_rows} micro_batch_rows"
             )
-        self.plan, self.micro_batch_rows, self.start_step = plan, micro_batch_rows, start_step
+        self.plan, self.micro_batch_rows = plan, micro_batch_rows
+        self._start_step, self._left_out = start_step, left_out
         lanes = plan.rows_per_step // world_size
-        self._lanes = range(rank * lanes, (rank + 1) * lanes)
+        self.lanes = range(rank * lanes, (rank + 1) * lanes)
         self.micro_batches = lanes // micro_batch_rows  # a step
         self._stopped = Event()
         least = lanes + max(1, workers)
@@ -116,7 +119,7 @@ class Loader:
         )
         self._ahead = max(2 * workers + 2, self.micro_batches)
         self._pool = ThreadPoolExecutor(workers, "lcm-ds-loader") if workers else None
-        self._looking = _LookingAhead(datasets, plan, self._lanes, workers, self._stopped)
+        self._looking = _LookingAhead(datasets, plan, self.lanes, workers, self._stopped)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._pool is None:
@@ -135,7 +138,7 @@ class Loader:
 
     def read(self, step: int, index: int) -> Batch:
         """Micro-batch `index` of `step`."""
-        first_lane = self._lanes.start + index * self.micro_batch_rows
+        first_lane = self.lanes.start + index * self.micro_batch_rows
         places = [(step, first_lane + row) for row in range(self.micro_batch_rows)]
         return self._rows.batch(places, step, index, first_lane)
 
@@ -150,7 +153,9 @@ class Loader:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _order(self) -> Iterator[tuple[int, int]]:
-        for step in count(self.start_step) if self.plan.steps is None else range(self.start_step, self.plan.steps):
+        for step in count(self._start_step) if self.plan.steps is None else range(self._start_step, self.plan.steps):
+            if any(step in steps for steps in self._left_out):
+                continue
             self._looking.reach(step)
             yield from ((step, index) for index in range(self.micro_batches))
 
@@ -195,15 +200,16 @@ class TraceLine(NamedTuple):
 
 
 def trace(
-    datasets: Sequence[Dataset], plan: Plan, max_segment: int, steps: range
+    datasets: Sequence[Dataset], plan: Plan, max_segment: int, steps: range, lanes: range | None = None
 ) -> Iterator[tuple[int, list[TraceLine]]]:
-    """Each step, and all its segments, lane by lane. Bad shards: as of `Loader`.
+    """Each step, and all its segments, lane by lane; of some `lanes` alone where they are given. Bad shards: as of
+    `Loader`.
 
     Little of a shard is read for it: datasets opened without `checksums` save reading all of it.
     """
     rows = _Rows(datasets, plan, max_segment, 1, FEWEST_KEPT, plan.rows_per_step)
     for step in steps:
-        yield step, [line for lane in range(plan.rows_per_step) for line in _trace_row(rows, step, lane)]
+        yield step, [line for lane in lanes or range(plan.rows_per_step) for line in _trace_row(rows, step, lane)]
 
 
 def _trace_row(rows: _Rows, step: int, lane: int) -> list[TraceLine]:

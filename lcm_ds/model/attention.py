@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-varlen_attn: Any = None
-with contextlib.suppress(ImportError):  # flash kernels over segments: CUDA only, and not in every build
-    from torch.nn.attention.varlen import varlen_attn
+varlen_attn: Any = None  # flash kernels over segments: CUDA only, and not in every build
+if torch.cuda.is_available():  # for the import takes a second
+    with contextlib.suppress(ImportError):
+        from torch.nn.attention.varlen import varlen_attn
 
 MEAN_SEGMENT = 32  # concepts; cu_seqlens has room for so many segments, and for twice as many where they are shorter
 

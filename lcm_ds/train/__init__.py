@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lcm_ds.errors import InputError
+from lcm_ds.errors import CannotGoOn, InputError
 
 
 def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False, ranks: int | None = None) -> int:
@@ -16,31 +16,40 @@ def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False,
     dry_run: only say what the run would be, on as many `ranks` (default: those of the environment).
     """
     from lcm_ds.train.place import read_place
+    from lcm_ds.train.stop import StopRequest
 
     speaks = True
+    stop = None if dry_run else StopRequest()  # from now on: the imports below take seconds
     try:
         place = read_place(os.environ)
         speaks = place.local_rank == 0  # one process a host says what is wrong
         from lcm_ds import ds_config
         from lcm_ds.train.check import check
-        from lcm_ds.train.loop import resume_point, train
 
         job = check(config_path, overrides, ranks or place.world_size)
-        if dry_run:
+        if stop is None:
             from lcm_ds.train.dry_run import dry_run as say
 
             if place.rank == 0:
                 say(job, ranks or place.world_size)
             return 0
         ds_config.check_device(job.ds, config_path)
-        newest = resume_point(job, place)
-        speaks = True  # from here on a mistake, in a shard, is known to the rank that finds it
-        return train(job, place, newest)
+        from lcm_ds.train.loop import train
+
+        speaks = True  # from here on a mistake is known to the rank that finds it
+        return train(job, place, stop)
+    except CannotGoOn as error:  # of all ranks alike
+        if place.rank == 0:
+            logging.getLogger("lcm_ds.train").error("%s", error)
+        return error.exit_code
     except InputError as error:
-        if speaks:
+        if speaks and error.mistakes:
             print(error, file=sys.stderr)
         return error.exit_code
     except Exception:
         # To RUN/log.txt as well, once it is there; the others are ended by whoever started them.
         logging.getLogger("lcm_ds.train").exception("this process ends with an error")
         return 1
+    finally:
+        if stop is not None:
+            stop.close()

@@ -1,7 +1,8 @@
-"""Checkpoints: whole or not there at all.
+"""Checkpoints on disk: whole or not there at all.
 
-A save writes DeepSpeed's files and state.json into `step_XXXXXXXX.partial/`, then COMPLETE with the size and sha256 of
-every file, then renames the folder. A folder without COMPLETE, or with a file of another size, is not a checkpoint.
+A save (save.py) writes into `step_XXXXXXXX.partial/`, last of all COMPLETE with the size and sha256 of every file, and
+renames the folder. A folder without COMPLETE, or with a file of another size, is not a checkpoint. What turned out not
+to be whole is set aside as `.bad`; `.universal` is a checkpoint converted for another number of ranks (resume.py).
 DeepSpeed reads its files with pickle: load only checkpoints that you trust; exports are safetensors.
 """
 
@@ -12,6 +13,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,30 +21,58 @@ from typing import TYPE_CHECKING, Any
 
 from lcm_ds.config import CheckpointConfig, TrainConfig, load
 from lcm_ds.errors import InputError
-from lcm_ds.files import sha256_of, sync_folder, write_whole
 
 if TYPE_CHECKING:
-    import deepspeed
-
     from lcm_ds.model.modeling import BaseLCM
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("lcm_ds.train")
 
-PARTIAL = ".partial"
-# What ds_to_universal looks for in the client state of ZeRO 1 and 2 before it converts a checkpoint.
-UNIVERSAL = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+PARTIAL, BAD, UNIVERSAL = ".partial", ".bad", ".universal"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint on disk."""
+    """A checkpoint on disk."""
 
     path: Path
     step: int  # steps done
 
+    @property
+    def universal(self) -> Path:
+        """Where it lies in DeepSpeed's universal format, once it was converted."""
+        return self.path.with_name(self.path.name + UNIVERSAL)
+
     def state(self) -> dict[str, Any]:
-        """Its state.json: step, concepts, fingerprint, model, ZeRO stage, precision, world size, versions."""
+        """Its state.json: step, concepts, fingerprint, model, ZeRO stage, precision, world size, versions, guard."""
         return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+
+    def files(self) -> dict[str, dict[str, Any]]:
+        """The size (bytes) and sha256 of every file in it, by name. Raises OSError, ValueError or KeyError."""
+        return json.loads((self.path / "COMPLETE").read_text(encoding="utf-8"))["files"]
+
+    def damage(self) -> str | None:
+        """Why it is not whole, as far as names and sizes tell; None where it is."""
+        try:
+            files = self.files()
+        except FileNotFoundError:
+            return "COMPLETE is missing"
+        except (OSError, ValueError, KeyError):
+            return "COMPLETE cannot be read"
+        for name, entry in files.items():
+            if not (self.path / name).is_file():
+                return f"{name} is missing"
+            size = (self.path / name).stat().st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes instead of {entry['bytes']}"
+        return None
+
+    def delete(self) -> None:
+        """Take it away, with what it was converted to. Cut short, it is no checkpoint any more."""
+        (self.path / "COMPLETE").unlink()
+        partial = self.path.with_name(self.path.name + PARTIAL)
+        os.rename(self.path, partial)
+        shutil.rmtree(partial)
+        shutil.rmtree(self.universal, ignore_errors=True)
 
 
 def folder_name(step: int) -> str:
@@ -50,110 +80,36 @@ def folder_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def candidates(run_dir: Path) -> list[Checkpoint]:
+    """Everything that has the name of a checkpoint, oldest first, whole or not."""
+    named = [(re.fullmatch(r"step_(\d+)", path.name), path) for path in (run_dir / "checkpoints").glob("step_*")]
+    return sorted((Checkpoint(path, int(name[1])) for name, path in named if name), key=lambda found: found.step)
+
+
 def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
     """The run's complete checkpoints, oldest first. Those that are not whole are named in the log and left out."""
     found = []
-    for path in sorted((run_dir / "checkpoints").glob("step_*")):
-        if path.name.endswith(PARTIAL) or not path.is_dir():
-            continue
-        wrong = _incomplete(path)
+    for checkpoint in candidates(run_dir):
+        wrong = checkpoint.damage()
         if wrong:
-            logger.error("checkpoint %s is not whole and is not used: %s", path, wrong)
+            logger.error("checkpoint %s is not whole and is not used: %s", checkpoint.path, wrong)
         else:
-            found.append(Checkpoint(path, int(path.name.removeprefix("step_"))))
+            found.append(checkpoint)
     return found
-
-
-def _incomplete(path: Path) -> str | None:
-    """Why the folder is no checkpoint, or None where it is one."""
-    try:
-        files = json.loads((path / "COMPLETE").read_text(encoding="utf-8"))["files"]
-    except FileNotFoundError:
-        return "COMPLETE is missing"
-    except (OSError, ValueError, KeyError):
-        return "COMPLETE cannot be read"
-    for name, entry in files.items():
-        if not (path / name).is_file():
-            return f"{name} is missing"
-        size = (path / name).stat().st_size
-        if size != entry["bytes"]:
-            return f"{name} has {size} bytes instead of {entry['bytes']}"
-    return None
-
-
-def save(engine: deepspeed.DeepSpeedEngine, run_dir: Path, step: int, state: dict[str, Any]) -> Path:
-    """Save the engine after `step` steps; all ranks call this. Returns the finished folder.
-
-    Raises RuntimeError on every rank where any rank failed; what was there before is untouched then.
-    """
-    import torch.distributed as dist
-
-    folder = run_dir / "checkpoints"
-    final, partial = folder / folder_name(step), folder / (folder_name(step) + PARTIAL)
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-    dist.barrier()
-    engine.save_checkpoint(str(folder), tag=partial.name, client_state={**UNIVERSAL, **state}, save_latest=False)
-    error: str | None = None
-    if first:
-        try:
-            write_whole(partial / "state.json", json.dumps(state, indent=1))
-            files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(partial.iterdir())}
-            write_whole(partial / "COMPLETE", json.dumps({"files": files}, indent=1))
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(partial, final)
-            sync_folder(folder)
-        except OSError as failure:
-            error = f"{failure}"
-    outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise RuntimeError(f"checkpoint {final} was not written: {outcome[0]}")
-    return final
 
 
 def retain(run_dir: Path, rules: CheckpointConfig) -> None:
     """Delete what the rules no longer keep: all but the last `keep` and the multiples of `keep_every`."""
-    checkpoints = list_checkpoints(run_dir)
-    for old in checkpoints[: -rules.keep]:
+    for old in list_checkpoints(run_dir)[: -rules.keep]:
         if rules.keep_every is None or old.step % rules.keep_every:
-            # Without COMPLETE it is no checkpoint any more, should the deletion be cut short.
-            (old.path / "COMPLETE").unlink()
-            shutil.rmtree(old.path)
+            old.delete()
 
 
 def clear_partial(run_dir: Path) -> None:
-    """Remove what a save that was cut short left behind."""
+    """Remove what a save, a conversion or a deletion that was cut short left behind."""
     for path in (run_dir / "checkpoints").glob(f"step_*{PARTIAL}"):
-        logger.info("removing the unfinished checkpoint %s", path)
+        logger.info("removing the unfinished %s", path)
         shutil.rmtree(path)
-
-
-def restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint) -> None:
-    """Load weights and optimizer state into a fresh engine; all ranks call this."""
-    loaded, _ = engine.load_checkpoint(
-        str(checkpoint.path.parent), tag=checkpoint.path.name, load_lr_scheduler_states=False
-    )
-    if loaded is None:
-        raise RuntimeError(f"DeepSpeed could not load the checkpoint {checkpoint.path}")
-
-
-def resume_mistakes(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
-    """What keeps a run with state `now` from going on at `checkpoint`: one line a difference, both values shown."""
-    then = checkpoint.state()
-    what = {
-        "fingerprint": "the data plan's fingerprint (shards, seed, rows_per_step, row_length, max_segment)",
-        "model": "the model",
-        "precision": "the precision",
-        "zero_stage": "the ZeRO stage",
-        "world_size": "the number of ranks",
-    }
-    return [
-        f"{checkpoint.path}: {name} was {then.get(key)!r} and is now {now[key]!r}; start a new run_dir or go back"
-        for key, name in what.items()
-        if then.get(key) != now[key]
-    ]
 
 
 def find(run_dir: str | Path, step: int | None = None) -> Checkpoint:

@@ -78,7 +78,28 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
         optimizer = muon(model, groups, ds["optimizer"]["params"])
         groups, ds = None, {key: block for key, block in ds.items() if key != "optimizer"}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, optimizer=optimizer, config=ds)
+    if isinstance(engine.optimizer, torch.optim.Optimizer):
+        skip_what_is_not_finite(engine.optimizer)
     return engine
+
+
+def skip_what_is_not_finite(optimizer: torch.optim.Optimizer) -> None:
+    """Have an optimizer skip steps whose gradients are not finite, and tell DeepSpeed of it, as its own do.
+
+    For ZeRO 0 in fp32, where DeepSpeed takes torch's optimizer as it is.
+    """
+    plain: Any = optimizer
+    plain.overflow = False
+
+    def skip(optimizer: Any, arguments: Any, keywords: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms = torch.stack(torch._foreach_norm([p.grad for p in parameters]))
+        optimizer.overflow = not norms.isfinite().all().item()
+        if optimizer.overflow:
+            for parameter in parameters:
+                parameter.grad = None  # torch's optimizers pass over what has none
+
+    optimizer.register_step_pre_hook(skip)
 
 
 def muon(model: BaseLCM, groups: list[dict[str, Any]], params: dict[str, Any]) -> torch.optim.Optimizer:

@@ -1,416 +1,337 @@
 """The training loop, top to bottom in the order in which things happen.
 
-What it promises: the loss of a step, and its gradient, do not depend on how the global batch's rows fall on devices; a
-resumed run goes on bit for bit on the same number of ranks; all ranks agree before any of them stops or saves.
+What it promises: a resumed run goes on bit for bit on the same number of ranks, and to rounding on another; all ranks
+agree before any of them stops, saves or goes back.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
+import gc
 import logging
-import math
-import platform
-import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-import transformers
+from deepspeed.accelerator import get_accelerator
 
-import lcm_ds
 from lcm_ds import ds_config
-from lcm_ds.config import dump
 from lcm_ds.data.format import read_normalizer
-from lcm_ds.data.loader import Batch, Loader, validation_batches
-from lcm_ds.errors import InputError
-from lcm_ds.files import write_whole
-from lcm_ds.model.attention import SegmentLayout
+from lcm_ds.data.loader import Batch, Loader
+from lcm_ds.errors import CannotGoOn, InputError
 from lcm_ds.train import checkpoint as checkpoints
+from lcm_ds.train import resume
 from lcm_ds.train.check import Job
 from lcm_ds.train.checkpoint import Checkpoint
-from lcm_ds.train.engine import build_engine, build_model, connect, set_learning_rate
-from lcm_ds.train.loss import dropout_keys, input_noise, squared_error, target_mask
+from lcm_ds.train.engine import build_engine, build_model, connect
+from lcm_ds.train.guard import GoBack, Guard, Incident, tell
+from lcm_ds.train.memory import count_parameters
 from lcm_ds.train.metrics import RunLog, prints_to_log, set_up_logging
+from lcm_ds.train.owner import RunOwner
 from lcm_ds.train.place import Place
 from lcm_ds.train.profile import StepProfiler
-from lcm_ds.train.schedule import learning_rate_factor
+from lcm_ds.train.run_folder import announce, identity, prepare_run_folder
+from lcm_ds.train.save import Saver, saves_in_background
 from lcm_ds.train.speed import SpeedMeter, memory_gib, peak_tflops
+from lcm_ds.train.step import StepOutcome, Stepper
 from lcm_ds.train.stop import StopRequest
+from lcm_ds.train.validation import validate
+from lcm_ds.train.watchdog import Watchdog
 
 logger = logging.getLogger("lcm_ds.train")
 
-DONE, STOPPED = 0, 75
+DONE, FAILED, STOPPED = 0, 1, 75
 
 
-def resume_point(job: Job, place: Place) -> Checkpoint | None:
-    """The run's newest complete checkpoint, None where there is none yet.
+def train(job: Job, place: Place, stop: StopRequest) -> int:
+    """Train until the run is done or somebody asks it to stop; returns the exit code: 0, 75, or 1 where what was to be
+    saved could not be.
 
-    Raises InputError where it does not belong to this config or number of ranks.
+    Raises InputError where the run's folder has an owner, its checkpoints belong to another run, or a shard turns out
+    not to be what was written; CannotGoOn where no checkpoint is whole, or going back did not help.
     """
-    found = checkpoints.list_checkpoints(job.run_dir)
-    if not found:
-        return None
-    mistakes = checkpoints.resume_mistakes(found[-1], identity(job, place))
-    if mistakes:
-        raise InputError(mistakes)
-    return found[-1]
-
-
-def train(job: Job, place: Place, newest: Checkpoint | None) -> int:
-    """Train until the run is done or somebody asks it to stop; returns the exit code, 0 or 75.
-
-    newest: the checkpoint to start from. Raises InputError for a shard that turns out not to be what was written,
-    RuntimeError where training cannot go on.
-    """
-    run_dir, first = job.run_dir, place.rank == 0
-    if newest is not None and newest.step >= job.total_steps:
-        if first:
-            print(f"{run_dir}: already trained for {newest.step} steps, nothing to do")
-        return DONE
-    run_dir.mkdir(parents=True, exist_ok=True)
-    set_up_logging(run_dir, place.rank)
-    with prints_to_log(run_dir):
-        device = connect(place)
-    if first:
-        prepare_run_folder(job, place)
-    start = 0
-    with prints_to_log(run_dir):
-        model = build_model(job.model, read_normalizer(job.datasets[0].path), job.config.seed, job.ds)
-        engine = build_engine(model, job.config, job.ds)
-        if newest is not None:
-            checkpoints.restore(engine, newest)
-            start = newest.step
-    concepts_seen = newest.state()["concepts"] if newest is not None else 0
-    if first:
-        announce(job, place, engine, start)
-    run_log = RunLog(run_dir, start, job.total_steps) if first else None
-    stop = StopRequest(run_dir, watch_file=first)
-    loader = Loader(
-        job.datasets,
-        job.plan,
-        job.config.data.max_segment,
-        place.rank,
-        place.world_size,
-        job.config.batch.micro_batch_rows,
-        workers=job.config.data.workers,
-        start_step=start,
-        pinned=device.type == "cuda",
-        local_ranks=place.local_world_size,
-    )
-    try:
-        run = Run(job, place, engine, device, run_log, stop, concepts_seen)
-        code = run.steps(iter(loader), start)
-        run.profiler.close()
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    set_up_logging(job.run_dir, place.rank)
+    with RunOwner(job.run_dir) if place.rank == 0 else contextlib.nullcontext():
+        with prints_to_log(job.run_dir):
+            device = connect(place)
+        if place.rank == 0:
+            checkpoints.clear_partial(job.run_dir)
+            stop.watch(job.run_dir / "STOP")
+        code = _train(job, place, device, stop)
         # Not after an error: other ranks may wait in a collective, and this one would wait with them.
         dist.destroy_process_group()
-        return code
-    finally:
-        loader.close()
-        stop.close()
+    return code
+
+
+def _train(job: Job, place: Place, device: torch.device, stop: StopRequest) -> int:
+    """Go on from the newest checkpoint, as often as the guard asks for it."""
+    newest = resume.newest_whole(job.run_dir, job.config.checkpoint)
+    if newest is not None:
+        mistakes = resume.mistakes(newest, identity(job, place))
+        if mistakes:
+            raise InputError(mistakes if place.rank == 0 else [])  # said once
+        if newest.step >= job.total_steps:
+            if place.rank == 0:
+                print(f"{job.run_dir}: already trained for {newest.step} steps, nothing to do")
+            return DONE
+    if place.rank == 0:
+        prepare_run_folder(job, place)
+    incident: Incident | None = None
+    gone_back_to: set[int] = set()
+    left_out = [] if newest is None else [range(*steps) for steps in newest.state()["left_out"]]
+    while True:
+        try:
+            return _attempt(job, place, device, stop, newest, left_out)
+        except GoBack as back:
+            incident = back.incident
+        # Out here nothing holds the engine any more.
+        gc.collect()
+        get_accelerator().empty_cache()
+        newest = resume.newest_whole(job.run_dir, job.config.checkpoint)
+        start = 0 if newest is None else newest.step
+        if start in gone_back_to:
+            raise CannotGoOn(
+                f"step {incident.step}: {incident.what}; the run has gone back to step {start} before and cannot get "
+                f"beyond that; {job.run_dir / 'incidents.jsonl'} has the documents"
+            )
+        gone_back_to.add(start)
+        assert incident.leave_out is not None
+        left_out.append(incident.leave_out)
+
+
+def _attempt(
+    job: Job,
+    place: Place,
+    device: torch.device,
+    stop: StopRequest,
+    newest: Checkpoint | None,
+    left_out: list[range],
+) -> int:
+    """Train from a checkpoint, or from the beginning; raises GoBack, having let go of everything, where it is to start
+    from another one.
+    """
+    run_dir, config, ds = job.run_dir, job.config, job.ds
+    state: dict[str, Any] = {"concepts": 0, "losses": []} if newest is None else newest.state()
+    start = 0 if newest is None else newest.step
+    convert = newest is not None and resume.needs_conversion(state, identity(job, place))
+    if newest is not None and convert:
+        resume.convert(newest, count_parameters(job.model))
+        ds = {**ds, "checkpoint": {**ds.get("checkpoint", {}), "load_universal": True}}
+    with prints_to_log(run_dir):
+        model = build_model(job.model, read_normalizer(job.datasets[0].path), config.seed, ds)
+        engine = build_engine(model, config, ds)
+        if newest is not None:
+            resume.restore(engine, newest, convert)
+    if place.rank == 0:
+        announce(job, place, engine, start)
+    with contextlib.ExitStack() as stack:
+        run_log = RunLog(run_dir, start, job.total_steps) if place.rank == 0 else None
         if run_log is not None:
-            run_log.close()
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """What one optimizer step did, over all ranks."""
-
-    loss: torch.Tensor  # this rank's share of the loss: summed over ranks it is the loss
-    concepts: int
-    missing: int  # concepts of shards that could not be read
-    pairs: int  # of a concept and one that it sees
-    waited: float  # seconds this rank waited for data
-    stop: bool  # some rank was asked to stop
-    save: bool  # rank 0's clock says it is time to save
+            stack.callback(run_log.close)
+        loader = Loader(
+            job.datasets,
+            job.plan,
+            config.data.max_segment,
+            place.rank,
+            place.world_size,
+            config.batch.micro_batch_rows,
+            workers=config.data.workers,
+            start_step=start,
+            pinned=device.type == "cuda",
+            local_ranks=place.local_world_size,
+            left_out=left_out,
+        )
+        stack.callback(loader.close)
+        saver = Saver(engine, run_dir, config.checkpoint, saves_in_background(config.checkpoint, ds))
+        stack.callback(saver.close)
+        watchdog = Watchdog(run_dir, config.guard.stall_minutes)
+        stack.callback(watchdog.close)
+        run = Run(Stepper(job, place, engine, device), loader, saver, watchdog, run_log, stop, state, left_out)
+        try:
+            return run.steps(start)
+        except GoBack:
+            if saver.pending:
+                saver.finish()
+            engine.destroy()
+            raise
 
 
 class Run:
-    """One process's part in a run: the engine and what it reports to."""
+    """One process's part in a run: what happens before and after each step.
+
+    state: of the checkpoint that it goes on from. left_out: steps that are passed over.
+    """
 
     def __init__(
         self,
-        job: Job,
-        place: Place,
-        engine: deepspeed.DeepSpeedEngine,
-        device: torch.device,
+        stepper: Stepper,
+        loader: Loader,
+        saver: Saver,
+        watchdog: Watchdog,
         run_log: RunLog | None,
         stop: StopRequest,
-        concepts_seen: int,
+        state: dict[str, Any],
+        left_out: list[range],
     ) -> None:
-        self.job, self.place, self.engine, self.device = job, place, engine, device
-        self.run_log, self.stop = run_log, stop
-        self.concepts_seen = concepts_seen
+        self.stepper, self.loader, self.saver, self.watchdog = stepper, loader, saver, watchdog
+        self.job, self.place, self.engine = stepper.job, stepper.place, stepper.engine
+        self.run_log, self.stop, self.left_out = run_log, stop, left_out
+        self.concepts_seen: int = state["concepts"]
         self.concepts_missing = 0  # since this process started
-        self.losses: list[torch.Tensor] = []  # this rank's shares of the steps since the last report
-        self.skipped_in_a_row = 0
-        self.saved_at: int | None = None
-        self.last_save = time.monotonic()
-        peak = peak_tflops(device, job.config.log.peak_tflops)
-        self.speed = SpeedMeter(job.model, place.world_size, peak)
-        self.profiler = StepProfiler(job.run_dir, job.config.train.profile_steps if place.rank == 0 else None)
+        self.losses: list[float] = []  # of the steps since the last report
+        self.guard = Guard(self.job.config.guard, state["losses"])
+        self.save_is_due = False
+        self.started = self.last_save = time.monotonic()
+        self.stalled = self.stalled_by_this_save = 0.0  # seconds
+        peak = peak_tflops(stepper.device, self.job.config.log.peak_tflops)
+        self.speed = SpeedMeter(self.job.model, self.place.world_size, peak)
+        self.profiler = StepProfiler(
+            self.job.run_dir, self.job.config.train.profile_steps if self.place.rank == 0 else None
+        )
 
-    def steps(self, batches: Iterator[Batch], start: int) -> int:
-        """Every step from `start` to the end of the run; returns the exit code."""
+    def steps(self, start: int) -> int:
+        """Every step from `start` to the end of the run; returns the exit code. Raises GoBack."""
         config, total = self.job.config, self.job.total_steps
+        batches = iter(self.loader)
+        stopping = False
         for step in range(start, total):
-            self.profiler.begin(step)
-            outcome = self.step(batches, step)
-            self.profiler.end(step)
             done = step + 1
-            self.concepts_seen += outcome.concepts
-            self.concepts_missing += outcome.missing
-            self.losses.append(outcome.loss)
-            self.speed.add(outcome.concepts, outcome.pairs, outcome.waited)
-            self.guard(step)
-            saves = outcome.stop or outcome.save or _due(done, config.checkpoint.every, total)
-            if done % config.log.every == 0 or saves:  # what is not reported when it is saved is lost on a resume
-                self.report(done)
+            if not any(step in steps for steps in self.left_out):
+                stopping = self.step(batches, step)
+            elif done < total:
+                self.report(step)  # the losses of a line are those of steps one after the other
+                continue
+            last = stopping or done == total
+            if done % config.log.every == 0 or last or self.saves_now(done):
+                self.report(done)  # what is not reported when it is saved is lost on a resume
             if _due(done, config.evaluate.every, total) and self.job.validation is not None:
                 self.validate(done)
-            if saves:
-                self.save(done)
-            if outcome.stop and done < total:
-                if self.place.rank == 0:
-                    who = self.stop.reason or "another rank's"
-                    print(f"stopped at step {done} on request ({who}); a checkpoint is saved, start again to go on")
-                    self.stop.file.unlink(missing_ok=True)
-                return STOPPED
-        if self.place.rank == 0:
-            self.stop.file.unlink(missing_ok=True)
-            print(f"done: {total} steps, {self.concepts_seen:,} concepts; {self.job.run_dir}", flush=True)
-        return DONE
+            if (last or self.saves_now(done)) and not self.save(done, wait=last) and last:
+                return FAILED
+            if stopping and done < total:
+                break
+        self.profiler.close()
+        return self.end(done, total)
 
-    def step(self, batches: Iterator[Batch], step: int) -> StepOutcome:
-        """One optimizer step over the micro-batches of this rank."""
-        config, engine = self.job.config, self.engine
-        started = time.perf_counter()
-        taken = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
-        waited = time.perf_counter() - started
-        micro_batches = [(batch, self.layout(batch)) for batch in taken]
-        counts = self.agree(micro_batches)
-        # DeepSpeed averages gradients over ranks: multiplied by their number it is the sum that the loss asks for.
-        share = self.place.world_size / counts[0].clamp(min=1)
-        factor = learning_rate_factor(step, self.job.total_steps, config.optim.schedule)
-        set_learning_rate(engine, self.job.ds["optimizer"]["params"], factor)
-        engine.train()
-        loss = torch.zeros((), device=self.device)
-        for batch, layout in micro_batches:
-            error = self.error(batch, layout, step)
-            engine.backward(error * share, scale_wrt_gas=False)
-            engine.step()
-            loss += error.detach()
-        targets, concepts, missing, pairs, stop, save = counts.tolist()
-        return StepOutcome(loss / max(1, targets), concepts, missing, pairs, waited, stop > 0, save > 0)
-
-    def agree(self, micro_batches: list[tuple[Batch, SegmentLayout]]) -> torch.Tensor:
-        """The step's global counts, and whether any rank was asked to stop or save: the one all-reduce before it.
-
-        Returns int64 [6]: targets, concepts, missing concepts, pairs of a concept and one that it sees, stop requests,
-        save requests.
-        """
+    def step(self, batches: Iterator[Batch], step: int) -> bool:
+        """One step, and what there is to be said of it; whether the run was asked to stop. Raises GoBack."""
+        self.watchdog.beat(f"step {step}")
+        self.profiler.begin(step)
         minutes = self.job.config.checkpoint.every_minutes
-        save_now = self.place.rank == 0 and minutes is not None and time.monotonic() - self.last_save > 60 * minutes
-        counts = torch.tensor(
-            [
-                sum(batch.targets for batch, _ in micro_batches),
-                sum(batch.real_concepts for batch, _ in micro_batches),
-                sum(batch.missing for batch, _ in micro_batches),
-                sum(int((layout.positions + 1)[batch.segment_ids >= 0].sum()) for batch, layout in micro_batches),
-                self.stop.requested(),
-                save_now,
-            ],
-            dtype=torch.int64,
-            device=self.device,
-        )
-        dist.all_reduce(counts)
-        return counts
+        by_the_clock = minutes is not None and time.monotonic() - self.last_save > 60 * minutes
+        asks = (self.stop.requested(), by_the_clock and self.place.rank == 0, self.saver.busy())
+        outcome = self.stepper.step(batches, step, asks)
+        self.profiler.end(step)
+        self.concepts_seen += outcome.concepts
+        self.concepts_missing += outcome.missing
+        self.losses.append(outcome.loss)
+        self.speed.add(outcome.concepts, outcome.pairs, outcome.waited)
+        self.judge(step, outcome)
+        stops, saves, busy = outcome.asked
+        if self.saver.pending and not busy:
+            self.finish_save(step + 1)
+        self.save_is_due |= saves > 0 or _due(step + 1, self.job.config.checkpoint.every, self.job.total_steps)
+        return stops > 0
 
-    def layout(self, batch: Batch) -> SegmentLayout:
-        """Where the segments of a micro-batch lie."""
-        return SegmentLayout.from_ids(batch.segment_ids, self.job.config.data.max_segment, self.job.model.attention)
-
-    def error(self, batch: Batch, layout: SegmentLayout, step: int) -> torch.Tensor:
-        """Summed squared error of one micro-batch (see loss.py)."""
-        predictions, targets, mask = self.predict(batch, layout, step)
-        return squared_error(predictions, targets, mask)
-
-    def predict(
-        self, batch: Batch, layout: SegmentLayout, step: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Predictions [rows, row_length, embed_dim], clean concepts but the first of each row, in fp32, and which of
-        them are targets; in normalised space. Without noise where `step` is None.
-        """
-        config = self.job.config
-        raw = batch.concepts.to(self.device, non_blocking=True)
-        segment_ids = batch.segment_ids.to(self.device, non_blocking=True)
-        noise = keys = None
-        if step is not None:
-            noise = input_noise(raw, config.noise_std, config.seed, step, batch.first_lane)
-            keys = dropout_keys(len(raw), config.seed, step, batch.first_lane).to(self.device)
-        predictions = self.engine(raw, layout, noise, keys)
-        return predictions, self.engine.module.normalizer.normalize(raw[:, 1:]), target_mask(segment_ids)
-
-    def guard(self, step: int) -> None:
-        """Count steps that DeepSpeed skipped on all ranks because a gradient was not finite; give up after too many."""
-        if self.engine.was_step_applied():
-            self.skipped_in_a_row = 0
+    def judge(self, step: int, outcome: StepOutcome) -> None:
+        """Say what is wrong with a step, and go back where that is what the guard wants. Raises GoBack."""
+        incident = self.guard.judge(step, outcome.loss, outcome.applied)
+        if incident is None:
             return
-        self.skipped_in_a_row += 1
-        logger.warning("step %d: gradients are not finite, the step is skipped", step + 1)
-        if self.skipped_in_a_row >= self.job.config.guard.max_skipped:
-            raise RuntimeError(
-                f"{self.skipped_in_a_row} steps in a row up to step {step + 1} had gradients that are not finite "
-                f"(guard.max_skipped = {self.job.config.guard.max_skipped}); "
-                f"lcm-ds trace {self.job.run_dir} --step {step} names their documents"
-            )
+        if ds_config.precision(self.job.ds) == "float16" and not outcome.applied and incident.leave_out is None:
+            logger.info("step %d: %s (fp16: the scale of the loss goes down)", step, incident.what)
+            return
+        where = ""
+        if incident.leave_out is not None:
+            first, last = incident.leave_out.start, incident.leave_out.stop - 1
+            where = f": back to the last checkpoint, and on without the steps {first} to {last}"
+        tell(incident, self.job, self.loader, where)
+        if incident.leave_out is not None:
+            raise GoBack(incident)
 
     def report(self, done: int) -> None:
         """A line of metrics after `done` steps."""
-        mine = torch.stack(self.losses)
-        shares = mine.new_empty(self.place.world_size * len(mine))
-        dist.all_gather_into_tensor(shares, mine)
-        self.losses.clear()
-        if self.run_log is not None:
-            # fsum is exact, so that a loss does not depend on how many are reported at a time.
-            losses = [math.fsum(step) for step in shares.view(self.place.world_size, -1).T.tolist()]
+        if self.run_log is not None and self.losses:
             norm = self.engine.get_global_grad_norm()
             values = {
                 "concepts": self.concepts_seen,
                 "missing_concepts": self.concepts_missing,
                 "epoch": self.job.plan.epoch(done),
-                "loss": losses[-1],
-                "loss_sum": losses[-1] * self.job.model.embed_dim,
-                "losses": losses,  # of all steps since the line before
+                "loss": self.losses[-1],
+                "loss_sum": self.losses[-1] * self.job.model.embed_dim,
+                "losses": list(self.losses),  # of all steps since the line before
                 "grad_norm": None if norm is None else float(norm),
                 "lr": self.engine.basic_optimizer.param_groups[0]["lr"],
                 **self.speed.read(),
                 "skipped_steps": self.engine.skipped_steps,
-                "memory": memory_gib(self.device),
+                "memory": memory_gib(self.stepper.device),
             }
             self.run_log.write(done, values)
             self.run_log.say(done, values, (self.job.total_steps - done) * values["step_time"])
+        self.losses.clear()
         self.speed.reset()
 
-    @torch.no_grad()
     def validate(self, done: int) -> None:
-        """Loss, cosine and spread of the predictions on the validation set, in normalised space."""
+        """A line of validation metrics after `done` steps."""
         assert self.job.validation is not None
-        config = self.job.config
-        self.engine.eval()
-        dims = self.job.model.embed_dim
-        # per dimension: sum and sum of squares of predictions, the same of targets
-        moments = torch.zeros(4, dims, dtype=torch.float64, device=self.device)
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # squared error, cosine, targets
-        for batch in validation_batches(
-            self.job.validation,
-            config.data.row_length,
-            config.data.max_segment,
-            config.batch.micro_batch_rows,
-            self.place.rank,
-            self.place.world_size,
-            config.evaluate.rows,
-        ):
-            predictions, targets, mask = self.predict(batch, self.layout(batch))
-            predicted, truth = predictions[:, :-1][mask].float(), targets[mask]
-            totals[0] += (predicted - truth).square().mean(dim=-1).sum()
-            totals[1] += torch.nn.functional.cosine_similarity(predicted, truth, dim=-1).sum()
-            totals[2] += len(truth)
-            for index, values in enumerate((predicted, truth)):
-                moments[2 * index] += values.sum(0)
-                moments[2 * index + 1] += values.double().square().sum(0)
-        dist.all_reduce(totals)
-        dist.all_reduce(moments)
+        found = validate(self.stepper, self.job.validation, lambda: self.watchdog.beat(f"validation, step {done}"))
         if self.run_log is not None:
-            count = totals[2].clamp(min=1)
-            loss = (totals[0] / count).item()
-            variances = moments[1::2] / count - (moments[0::2] / count).square()  # predictions, targets
-            spread = (variances[0].sum() / variances[1].sum()).item()
-            found = {
-                "val_loss": loss,
-                "val_loss_sum": loss * dims,
-                "val_cosine": (totals[1] / count).item(),
-                "val_variance_ratio": spread,
-                "val_targets": int(totals[2].item()),
-            }
             self.run_log.write(done, found)
             self.run_log.say(done, found)
         self.speed.reset()
 
-    def save(self, done: int) -> None:
-        """A checkpoint after `done` steps, and the retention of the older ones."""
-        if self.saved_at == done:
-            return
-        state = {"step": done, "concepts": self.concepts_seen, **identity(self.job, self.place)}
-        path = checkpoints.save(self.engine, self.job.run_dir, done, state)
-        if self.place.rank == 0:
-            logger.info("saved %s", path)
-            checkpoints.retain(self.job.run_dir, self.job.config.checkpoint)
-        self.saved_at, self.last_save = done, time.monotonic()
+    def saves_now(self, done: int) -> bool:
+        """Whether to save after `done` steps: not while steps are not finite, or the run would go back to here."""
+        return self.save_is_due and self.guard.skipped_in_a_row == 0
+
+    def save(self, done: int, wait: bool) -> bool:
+        """Begin a checkpoint after `done` steps, and `wait` until it is one; False where it could not be made."""
+        self.watchdog.beat(f"saving after step {done}")
+        if self.saver.pending:
+            self.finish_save(done)
+        started = time.monotonic()
+        state = {
+            "step": done,
+            "concepts": self.concepts_seen,
+            "left_out": [[steps.start, steps.stop] for steps in self.left_out],
+            "losses": self.guard.state(),
+            **identity(self.job, self.place),
+        }
+        self.saver.begin(done, state)
+        self.save_is_due, self.last_save = False, time.monotonic()
+        self.stalled_by_this_save = self.last_save - started
+        made = True
+        if wait or not self.saver.in_background:
+            made = self.finish_save(done)
         self.speed.reset()
+        return made
 
+    def finish_save(self, done: int) -> bool:
+        """Make a checkpoint of what was begun; `done` steps are done by now. False where it could not be made."""
+        self.watchdog.beat(f"making a checkpoint, step {done}")
+        started = time.monotonic()
+        made = self.saver.finish()
+        now = time.monotonic()
+        self.stalled_by_this_save += now - started
+        self.stalled += self.stalled_by_this_save
+        if self.run_log is not None:
+            share = self.stalled / (now - self.started)
+            self.run_log.write(done, {"checkpoint_time": self.stalled_by_this_save, "checkpoint_share": share})
+        return made
 
-def identity(job: Job, place: Place) -> dict[str, Any]:
-    """What a checkpoint has to agree with to be resumed, and the versions it was made with."""
-    return {
-        "fingerprint": job.fingerprint,
-        "model": job.model.sizes(),
-        "precision": ds_config.precision(job.ds),
-        "zero_stage": ds_config.zero_stage(job.ds),
-        "world_size": place.world_size,
-        "versions": versions(),
-    }
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers, and the project's git commit where it runs from a checkout."""
-    commit = ""
-    with contextlib.suppress(OSError):  # no git on this machine
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "lcm_ds": lcm_ds.__version__,
-        "git_commit": commit or "unknown",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "deepspeed": deepspeed.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def prepare_run_folder(job: Job, place: Place) -> None:
-    """Leftovers go; the config as resolved, with versions and world size, comes (rank 0)."""
-    checkpoints.clear_partial(job.run_dir)
-    (job.run_dir / "STOP").unlink(missing_ok=True)
-    write_whole(job.run_dir / "config.yaml", dump(job.config, world_size=place.world_size, **versions()))
-    write_whole(job.run_dir / "ds_config.json", json.dumps(job.ds, indent=2) + "\n")
-
-
-def announce(job: Job, place: Place, engine: deepspeed.DeepSpeedEngine, start: int) -> None:
-    """The few lines a run begins with."""
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    lanes = job.plan.lanes_per_source
-    reads = ", ".join(
-        f"{dataset.path} ({sum(shard.concepts for shard in dataset.shards):,} concepts, {count} of {sum(lanes)} lanes)"
-        for dataset, count in zip(job.datasets, lanes, strict=True)
-    )
-    lines = [
-        f"{job.run_dir}: {parameters:,} parameters, {place.world_size} rank(s), ZeRO {ds_config.zero_stage(job.ds)}, "
-        f"{ds_config.precision(job.ds)}",
-        f"reads {reads}",
-        f"step {start} of {job.total_steps}, {job.config.batch.rows_per_step} rows of "
-        f"{job.config.data.row_length} concepts a step" + (", resumed" if start else ""),
-    ]
-    for line in lines:
-        print(line, flush=True)
-        logger.info(line)
+    def end(self, done: int, total: int) -> int:
+        """The last line of the run, and its exit code."""
+        if self.place.rank == 0:
+            self.stop.clear()
+            if done < total:
+                who = self.stop.reason or "another rank's"
+                print(f"stopped at step {done} on request ({who}); a checkpoint is saved, start again to go on")
+            else:
+                print(f"done: {total} steps, {self.concepts_seen:,} concepts; {self.job.run_dir}", flush=True)
+        return STOPPED if done < total else DONE
 
 
 def _due(done: int, every: int | None, total: int) -> bool:

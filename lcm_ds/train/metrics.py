@@ -9,9 +9,12 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lcm_ds.files import write_whole
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger("lcm_ds")
 
@@ -34,6 +37,8 @@ TAGS = {
     "step_time": "speed/step_seconds",
     "mfu": "speed/mfu",
     "memory": "memory/gib",
+    "checkpoint_time": "checkpoint/stall_seconds",
+    "checkpoint_share": "checkpoint/stall_share",
 }
 
 
@@ -52,6 +57,7 @@ def set_up_logging(run_dir: Path, rank: int) -> None:
     root = logging.getLogger()
     root.handlers = [handler, console]
     root.setLevel(logging.WARNING)
+    logging.raiseExceptions = False  # a disk that is full is told where it matters
     logging.captureWarnings(True)
     logger.setLevel(logging.INFO)
     for name in ("DeepSpeed", "deepspeed", "transformers", "torch.distributed"):
@@ -69,16 +75,19 @@ def prints_to_log(run_dir: Path) -> Iterator[None]:
 
 
 class RunLog:
-    """Writes a run's metrics. After a resume nothing overlaps: later lines are dropped, TensorBoard is purged."""
+    """Writes a run's metrics. After a resume nothing overlaps: later lines are dropped, TensorBoard is purged.
+
+    Where the disk is full lines of metrics.jsonl wait until it is not, and TensorBoard goes without.
+    """
 
     def __init__(self, run_dir: Path, start_step: int, total_steps: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._total_steps = total_steps
         path = run_dir / "metrics.jsonl"
         truncate_metrics(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(run_dir / "tensorboard", purge_step=start_step + 1)
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._run_dir, self._purge_step = run_dir, start_step + 1
+        self._board: SummaryWriter | None = None
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         """One line of metrics.jsonl for `step` (steps done so far), and its scalars in TensorBoard.
@@ -86,8 +95,23 @@ class RunLog:
         A number that is not finite becomes null in the JSON, which has no such numbers.
         """
         line = {"step": step, **{key: _finite(value) for key, value in values.items()}}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._waiting += (json.dumps(line) + "\n").encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            logger.error("metrics.jsonl: %s; %d bytes wait", error, len(self._waiting))
+        try:
+            self._to_board(step, values)
+        except OSError as error:
+            logger.error("tensorboard: %s", error)
+            self._board, self._purge_step = None, step + 1
+
+    def _to_board(self, step: int, values: dict[str, Any]) -> None:
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(self._run_dir / "tensorboard", purge_step=self._purge_step)
         for key, value in values.items():
             if key in TAGS and value is not None:
                 self._board.add_scalar(TAGS[key], value, step)
@@ -112,7 +136,9 @@ class RunLog:
     def close(self) -> None:
         """Flush and close both."""
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            with contextlib.suppress(OSError):
+                self._board.close()
 
 
 def read_losses(path: Path) -> dict[int, float]:

@@ -16,10 +16,9 @@ class StopRequest:
     A second SIGINT stops the process at once.
     """
 
-    def __init__(self, run_dir: Path, watch_file: bool) -> None:
-        self.file = run_dir / "STOP"
+    def __init__(self) -> None:
         self.reason: str | None = None
-        self._watch_file = watch_file
+        self._file: Path | None = None
         self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -28,10 +27,20 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGINT)
         self.reason = signal.Signals(number).name
 
+    def watch(self, file: Path) -> None:
+        """Take the file for a request, from now on; one that is there is left over and goes."""
+        self._file = file
+        self.clear()
+
+    def clear(self) -> None:
+        """Take the file away."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
     def requested(self) -> bool:
         """Whether this process knows of a request."""
-        if self.reason is None and self._watch_file and self.file.exists():
-            self.reason = f"the file {self.file}"
+        if self.reason is None and self._file is not None and self._file.exists():
+            self.reason = f"the file {self._file}"
         return self.reason is not None
 
     def close(self) -> None:

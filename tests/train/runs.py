@@ -33,3 +33,12 @@ def metrics(config, key):
     path = run_dir(config) / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return {line["step"]: line[key] for line in lines if key in line}
+
+
+def launch_workers(script, *arguments, ranks=2):
+    """A test's own workers, started as `launch --local` starts a run's; they have to end well."""
+    command = [sys.executable, str(script), *map(str, arguments)]
+    launcher = f"import sys; from lcm_ds.launcher.local import run_local; sys.exit(run_local({command!r}, {ranks}))"
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", launcher], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -25,9 +25,8 @@ from lcm_ds.errors import InputError
 from lcm_ds.model.config import resolve_model
 from lcm_ds.train.check import Job
 from lcm_ds.train.engine import build_engine, build_model, connect
-from lcm_ds.train.loop import Run
 from lcm_ds.train.place import read_place
-from lcm_ds.train.stop import StopRequest
+from lcm_ds.train.step import Stepper
 
 STEPS, ROWS, LENGTH, EMBED_DIM = 10, 8, 16, 12
 CONFIG = {
@@ -86,7 +85,7 @@ def take_steps(changes, place, device, normalizer):
     engine = build_engine(model, config, ds)
     plan = Plan([Source([1_000_000])], config.seed, ROWS, LENGTH)
     job = Job(config, ds, model_config, [], None, plan, "")
-    run = Run(job, place, engine, device, None, StopRequest(Path("unused"), watch_file=False), 0)
+    stepper = Stepper(job, place, engine, device)
     gradients, step = {}, engine.step
 
     def keep_gradients_and_step():
@@ -98,10 +97,7 @@ def take_steps(changes, place, device, normalizer):
     engine.step = keep_gradients_and_step
     coming, losses = batches(place, config.batch.micro_batch_rows), []
     for number in range(STEPS):
-        loss = run.step(coming, number).loss.clone()
-        dist.all_reduce(loss)
-        losses.append(loss.item())
-    run.stop.close()
+        losses.append(stepper.step(coming, number).loss)
     engine.destroy()
     torch._dynamo.reset()
     return losses, gradients

@@ -5,13 +5,11 @@ gradient's norm in fp32, where only the order of sums differs; 3 % and 5 % in bf
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from runs import launch_workers
 from safetensors.torch import load_file
 from steps_worker import CONFIG, EMBED_DIM, ROWS, rows
 
@@ -60,12 +58,7 @@ def results(tmp_path_factory):
         shipped[name] = {"deepspeed": json.loads(text)}
     (folder / "variants.json").write_text(json.dumps({**VARIANTS, **shipped}))
     outputs = [folder / "results.json", folder / "gradients.safetensors"]
-    command = [sys.executable, str(Path(__file__).parent / "steps_worker.py"), str(folder / "variants.json")]
-    command += map(str, outputs)
-    launcher = f"import sys; from lcm_ds.launcher.local import run_local; sys.exit(run_local({command!r}, 2))"
-    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", launcher], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    launch_workers(Path(__file__).with_name("steps_worker.py"), folder / "variants.json", *outputs)
     gradients = {}
     for key, gradient in load_file(outputs[1]).items():
         name, parameter = key.rsplit("/", 1)

@@ -1,0 +1,240 @@
+"""Where a run goes on: the newest checkpoint that is whole, converted where ranks or ZeRO stage are others than then.
+
+All ranks call the functions here together and come to the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from lcm_ds.config import CheckpointConfig
+from lcm_ds.errors import CannotGoOn
+from lcm_ds.files import sha256_of
+from lcm_ds.processes import die_with_parent
+from lcm_ds.train.checkpoint import BAD, PARTIAL, Checkpoint, candidates
+from lcm_ds.train.save import restore_random_states
+
+logger = logging.getLogger("lcm_ds.train")
+
+POLL_SECONDS = 0.5
+TELL_SECONDS = 10.0
+# Bytes that a conversion needs for each parameter: fp32 weight and two moments, once in pieces and once put together.
+CONVERTED_BYTES = 24
+
+MODEL_STATES = {"mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"}
+
+T = TypeVar("T")
+
+
+def from_first(value: T) -> T:
+    """What rank 0 has, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def newest_whole(run_dir: Path, rules: CheckpointConfig) -> Checkpoint | None:
+    """The run's newest checkpoint that is whole, None where it has none at all yet.
+
+    Those that are not are told at ERROR and set aside as `.bad`. Raises CannotGoOn, and leaves everything as it is,
+    where there are some and none is whole.
+    """
+    found = from_first(candidates(run_dir) if dist.get_rank() == 0 else [])
+    bad: list[tuple[Checkpoint, str]] = []
+    for checkpoint in reversed(found):
+        damage = _damage(checkpoint, full=rules.verify == "full")
+        if damage is None:
+            if dist.get_rank() == 0:
+                _set_aside(bad, checkpoint)
+            return checkpoint
+        bad.append((checkpoint, damage))
+    aside = from_first(sorted(map(str, (run_dir / "checkpoints").glob(f"step_*{BAD}"))))
+    if bad or aside:
+        told = [f"{checkpoint.path}: {damage}" for checkpoint, damage in bad] + [f"{path}: set aside" for path in aside]
+        raise CannotGoOn(
+            f"{run_dir}: no checkpoint is whole ({'; '.join(told)}); nothing was changed; take another run_dir to "
+            f"start anew, or move {run_dir / 'checkpoints'} away"
+        )
+    return None
+
+
+def _damage(checkpoint: Checkpoint, full: bool) -> str | None:
+    """Why a checkpoint is not whole, None where it is; `full`: every file's checksum, shared out among the ranks."""
+    damage = from_first(checkpoint.damage() if dist.get_rank() == 0 else None)
+    if damage is not None or not full:
+        return damage
+    mine = None
+    files = sorted(checkpoint.files().items())
+    for name, entry in files[dist.get_rank() :: dist.get_world_size()]:
+        try:
+            if sha256_of(checkpoint.path / name) != entry["sha256"]:
+                mine = f"{name} is not what was written (its sha256 differs)"
+        except OSError as error:
+            mine = f"{name}: {error}"
+    every: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, mine)
+    return next((damage for damage in every if damage is not None), None)
+
+
+def _set_aside(bad: list[tuple[Checkpoint, str]], used: Checkpoint) -> None:
+    for checkpoint, damage in bad:
+        aside = checkpoint.path.with_name(checkpoint.path.name + BAD)
+        logger.error("checkpoint %s is not whole: %s; it is set aside as %s", checkpoint.path, damage, aside.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(checkpoint.path, aside)
+        shutil.rmtree(checkpoint.universal, ignore_errors=True)
+    if bad:
+        logger.error("going on from %s", used.path)
+
+
+# --- may it go on -----------------------------------------------------------------------------------------------------
+
+
+def mistakes(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
+    """What keeps a run with the identity `now` (run_folder.py) from going on there: a line each, both values shown."""
+    then = checkpoint.state()
+    what = {
+        "fingerprint": "the data plan's fingerprint (shards, seed, rows_per_step, row_length, max_segment)",
+        "model": "the model",
+        "precision": "the precision",
+        "optimizer": "the optimizer",
+    }
+    lines = [
+        f"{checkpoint.path}: {name} was {then.get(key)!r} and is now {now[key]!r}; start a new run_dir or go back"
+        for key, name in what.items()
+        if then.get(key) != now[key]
+    ]
+    if not lines and needs_conversion(then, now):
+        reasons = {
+            "ZeRO 0 keeps the optimizer whole, and DeepSpeed cannot convert it": 0
+            in (then["zero_stage"], now["zero_stage"]),
+            "DeepSpeed cannot convert Muon's momentum": now["optimizer"].lower() == "muon",
+            "what is offloaded to NVMe cannot be converted": then["nvme"] or now["nvme"],
+        }
+        lines = [
+            f"{checkpoint.path}: was saved by {_shape(then)} and would go on with {_shape(now)}: {reason}; "
+            "go on as it was"
+            for reason, holds in reasons.items()
+            if holds
+        ]
+    return lines
+
+
+def needs_conversion(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether DeepSpeed's own files do not fit: another number of ranks, or another ZeRO stage."""
+    if then["zero_stage"] == now["zero_stage"] == 0:
+        return False
+    return any(then[key] != now[key] for key in ("world_size", "zero_stage"))
+
+
+def _shape(state: dict[str, Any]) -> str:
+    return f"{state['world_size']} rank(s) under ZeRO {state['zero_stage']}"
+
+
+# --- conversion -------------------------------------------------------------------------------------------------------
+
+
+def convert(checkpoint: Checkpoint, parameters: int) -> None:
+    """Convert a checkpoint to DeepSpeed's universal format, beside it, unless that was done before.
+
+    Rank 0 does it and tells how far it is; the others wait. Raises CannotGoOn on rank 0 where it fails.
+    """
+    if dist.get_rank() == 0 and not checkpoint.universal.exists():
+        _convert(checkpoint, parameters)
+    while not checkpoint.universal.exists():  # not in a collective: it may take longer than those wait
+        time.sleep(POLL_SECONDS)
+    dist.barrier()
+
+
+def _convert(checkpoint: Checkpoint, parameters: int) -> None:
+    free = shutil.disk_usage(checkpoint.path).free
+    if free < parameters * CONVERTED_BYTES:
+        raise CannotGoOn(
+            f"{checkpoint.path}: to be converted it needs about {parameters * CONVERTED_BYTES / 1e9:,.1f} GB, "
+            f"and {free / 1e9:,.1f} GB are free"
+        )
+    partial = checkpoint.path.with_name(checkpoint.universal.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    workers = str(max(1, min(8, len(os.sched_getaffinity(0)))))
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(checkpoint.path)]
+    command += ["--output_folder", str(partial), "--num_extract_workers", workers, "--num_merge_workers", workers]
+    environ = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    _say(f"converting {checkpoint.path.name} to DeepSpeed's universal format, once")
+    with tempfile.TemporaryFile() as log:
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=environ, preexec_fn=die_with_parent())
+        told = started = time.monotonic()
+        while child.poll() is None:
+            time.sleep(POLL_SECONDS)
+            if time.monotonic() - told > TELL_SECONDS:
+                told = time.monotonic()
+                done = sum(1 for _ in (partial / "zero").glob("*/fp32.pt"))
+                _say(f"converting {checkpoint.path.name}: {done} parameters done, {told - started:.0f} s")
+        log.seek(0)
+        said = log.read().decode("utf-8", errors="replace")
+    if child.returncode:
+        raise CannotGoOn(f"{checkpoint.path}: cannot be converted to DeepSpeed's universal format:\n{said[-4000:]}")
+    (partial.parent / "latest_universal").unlink()
+    _suit_every_stage(partial)
+    os.rename(partial, checkpoint.universal)
+
+
+def _suit_every_stage(folder: Path) -> None:
+    """What DeepSpeed looks for besides weights and moments has other names under ZeRO 3 than under ZeRO 1 and 2."""
+    found, *others = sorted(folder.glob("*model_states.pt"))
+    for name in MODEL_STATES - {found.name}:
+        os.link(found, folder / name)
+    for path in {*others} - {folder / name for name in MODEL_STATES}:
+        path.unlink()
+    states = folder / "zero" / "optimizer_state.pt"
+    saved = torch.load(states, weights_only=False)
+    if "optimizer_state_dict" in saved:  # of ZeRO 3, with all that rank 0 had
+        step = saved["optimizer_state_dict"]["state"][0]["step"]
+        del saved["fp32_flat_groups"]
+        for group in torch.load(found, weights_only=False, mmap=True)["param_shapes"]:
+            for parameter, shape in group.items():
+                torch.save(step, folder / "zero" / parameter / "step.pt")
+                for path in (folder / "zero" / parameter / f"{name}.pt" for name in ("fp32", "exp_avg", "exp_avg_sq")):
+                    torch.save({"param": torch.load(path).view(shape)}, path)
+    else:
+        step = torch.load(next((folder / "zero").glob("*/step.pt")), weights_only=False)
+    saved["optimizer_state_dict"] = {"state": {0: {"step": step}}, "param_groups": saved["param_groups"]}
+    saved.setdefault("ds_version", deepspeed.__version__)
+    torch.save(saved, states)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+    logger.info(text)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+
+def restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, universal: bool) -> None:
+    """Load weights, optimizer and random states into a fresh engine.
+
+    universal: from what `convert` made, into an engine that was built for it.
+    """
+    path = checkpoint.universal if universal else checkpoint.path
+    groups = engine.basic_optimizer.param_groups
+    settings = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in groups]
+    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
+    if loaded is None:
+        raise RuntimeError(f"DeepSpeed could not load the checkpoint {path}")
+    if universal:
+        for group, own in zip(groups, settings, strict=True):  # ZeRO 3 gives all of them those of the first one
+            group.update(own)
+    else:
+        restore_random_states(checkpoint.path, dist.get_rank())

@@ -1,0 +1,247 @@
+"""Runs go on from what is whole, on as many ranks and under whichever ZeRO stage there is now."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from runs import ROOT, finish, metrics, run_dir, start
+
+from lcm_ds.errors import InputError
+from lcm_ds.train.owner import RunOwner
+
+CONSTANT = {"lr": 2.0e-3, "schedule": {"name": "constant"}}
+
+
+def folders(config):
+    return sorted(path.name for path in (run_dir(config) / "checkpoints").glob("step_*"))
+
+
+def launch(config, *overrides, ranks=2):
+    return finish(start("launch", "--local", ranks, config, *overrides))
+
+
+def launched(config, *overrides, ranks=2):
+    code, out, err = launch(config, *overrides, ranks=ranks)
+    assert code == 0, out + err
+    return out + err
+
+
+# --- which checkpoint -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(make_config):
+    """A finished run of 12 steps with a checkpoint every 3 of them."""
+    config = make_config(steps=12, optim=CONSTANT, checkpoint={"every": 3, "keep": 4}, evaluate={"every": None})
+    launched(config)
+    assert folders(config) == [f"step_{step:08d}" for step in (3, 6, 9, 12)]
+    return config
+
+
+def damaged_copy(saved, tmp_path, damage):
+    """A copy of the run with damage(folder, name of a rank's largest file) done to each of its checkpoints in turn."""
+    mapping = yaml.safe_load(saved.read_text())
+    mapping["run_dir"] = shutil.copytree(mapping["run_dir"], tmp_path / "run")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({**mapping, "run_dir": str(mapping["run_dir"])}))
+    for step, harm in damage.items():
+        harm(tmp_path / f"run/checkpoints/step_{step:08d}" / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    return config
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def remove(path):
+    path.unlink()
+
+
+def cut_short(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def test_the_newest_checkpoint_that_is_whole_is_used_and_the_others_are_named_and_set_aside(saved, tmp_path):
+    config = damaged_copy(saved, tmp_path, {12: flip_a_byte, 9: remove, 6: cut_short})
+    (tmp_path / "run/checkpoints/step_00000015.partial").mkdir()
+    said = launched(config)
+    name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    assert f"step_00000012 is not whole: {name} is not what was written" in said
+    assert f"step_00000009 is not whole: {name} is missing" in said
+    assert f"step_00000006 is not whole: {name} has " in said
+    assert f"going on from {run_dir(config)}/checkpoints/step_00000003" in said
+    assert folders(config) == sorted(
+        [f"step_{step:08d}" for step in (3, 6, 9, 12)] + [f"step_{step:08d}.bad" for step in (6, 9, 12)]
+    )
+    assert metrics(config, "loss") == metrics(saved, "loss")
+
+
+def test_where_no_checkpoint_is_whole_the_run_ends_with_1_and_nothing_is_overwritten(saved, tmp_path):
+    config = damaged_copy(saved, tmp_path, dict.fromkeys((3, 6, 9), remove) | {12: flip_a_byte})
+    before = {
+        path: path.read_bytes()
+        for path in run_dir(config).rglob("*")
+        if path.is_file() and path.name not in ("log.txt", "LOCK")
+    }
+    code, _, err = launch(config)
+    assert code == 1
+    assert "no checkpoint is whole" in err
+    assert all(f"step_{step:08d}" in err for step in (3, 6, 9, 12))
+    assert "Traceback" not in err
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert {path for path in run_dir(config).rglob("*") if path.is_file()} == {
+        *before,
+        run_dir(config) / "log.txt",
+        run_dir(config) / "LOCK",
+    }
+
+
+def test_without_comparing_checksums_sizes_alone_tell_what_is_whole(saved, tmp_path):
+    config = damaged_copy(saved, tmp_path, {12: cut_short})
+    (run_dir(config) / "metrics.jsonl").unlink()
+    said = launched(config, "checkpoint.verify=size")
+    assert "step_00000012 is not whole" in said
+    assert list(metrics(config, "loss")) == [10, 11, 12]
+
+
+# --- elastic ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_with_other_ranks_zero_stages_and_micro_batches(make_config):
+    whole = make_config(steps=24, optim=CONSTANT, deepspeed="ds_configs/zero1_fp32.json")
+    launched(whole, ranks=1)
+    config = make_config(steps=24, optim=CONSTANT)
+    for ranks, stage, rows, steps in ((4, 3, 2, 8), (2, 2, 4, 16), (1, 1, 8, 24)):
+        deepspeed = f"deepspeed=ds_configs/zero{stage}_fp32.json"
+        said = launched(config, deepspeed, f"batch.micro_batch_rows={rows}", f"steps={steps}", ranks=ranks)
+        assert ("converting" in said) == (steps > 8)
+    assert metrics(config, "loss") == pytest.approx(metrics(whole, "loss"), rel=1e-4)
+    assert metrics(config, "concepts") == metrics(whole, "concepts")
+    assert folders(config) == [
+        "step_00000008", "step_00000008.universal", "step_00000016", "step_00000016.universal", "step_00000024",
+    ]  # fmt: skip
+    # Converted once: the second time nothing is.
+    shutil.rmtree(run_dir(config) / "checkpoints/step_00000024")
+    said = launched(config, "deepspeed=ds_configs/zero1_fp32.json", "batch.micro_batch_rows=8", ranks=1)
+    assert "converting" not in said
+    assert metrics(config, "loss") == pytest.approx(metrics(whole, "loss"), rel=1e-4)
+
+
+def test_another_precision_model_or_optimizer_is_refused_with_both_named(saved):
+    before = folders(saved)
+    changes = ["deepspeed=ds_configs/zero2_bf16.json", "model.num_hidden_layers=3", "seed=8"]
+    code, _, err = launch(saved, "steps=20", *changes)
+    assert code == 2
+    lines = [line for line in err.splitlines() if "step_00000012" in line]
+    for told in ("'float32' and is now 'bfloat16'", "'num_hidden_layers': 3", "the data plan's fingerprint"):
+        assert any(told in line for line in lines), err
+    assert len(lines) == 3  # said once, by one rank
+    assert folders(saved) == before
+
+
+# --- retention, disks, owners -----------------------------------------------------------------------------------------
+
+
+def test_after_200_steps_the_folders_are_those_that_the_rules_name(make_config):
+    config = make_config(
+        steps=200,
+        checkpoint={"every": 5, "keep": 3, "keep_every": 60},
+        evaluate={"every": None},
+        log={"every": 50},
+    )
+    launched(config)
+    assert folders(config) == [f"step_{step:08d}" for step in (60, 120, 180, 190, 195, 200)]
+    stalls = metrics(config, "checkpoint_time")
+    assert len(stalls) >= 39  # two may be made at one step: the one that was being written, and the last
+    assert all(seconds > 0 for seconds in stalls.values())
+    assert 0 < list(metrics(config, "checkpoint_share").values())[-1] < 1
+
+
+DISK = """
+mount -t tmpfs -o size={size}k tmpfs {folder} || exit 99
+head -c {filler}k /dev/zero > {folder}/filler
+{python} -m lcm_ds.cli launch --local 2 {config} &
+until [ -n "$(grep -s 'was not written' {folder}/run/log.txt {stderr})" ]; do sleep 0.05; kill -0 $! || exit 98; done
+rm {folder}/filler
+wait $!
+code=$?
+cp -r {folder}/run {kept}
+exit $code
+"""
+
+
+def test_a_run_goes_on_where_the_disk_is_full_and_saves_when_it_is_not(make_config, trained, tmp_path):
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs user namespaces")
+    disk, kept, stderr = tmp_path / "disk", tmp_path / "kept", tmp_path / "stderr"
+    disk.mkdir()
+    config = make_config(
+        run_dir=str(disk / "run"), checkpoint={"every": 3, "keep": 2}, evaluate={"every": 20, "rows": 16}
+    )
+    size = 3000  # KiB: room for the metrics and for two checkpoints, and then for none
+    script = DISK.format(
+        size=size, filler=size - 1100, folder=disk, python=sys.executable, config=config, kept=kept, stderr=stderr
+    )
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with stderr.open("w") as file:
+        done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, env=env, stderr=file, check=False)
+    said = stderr.read_text()
+    assert done.returncode == 0, said
+    assert "was not written: rank " in said
+    assert "No space left on device" in said
+    mapping = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({**mapping, "run_dir": str(kept)}))
+    assert folders(config) == ["step_00000039", "step_00000040"]
+    assert metrics(config, "losses") == metrics(trained(2), "losses")
+
+
+def test_a_run_folder_has_one_owner_and_who_died_owns_nothing(make_config):
+    config = make_config(steps=100_000, log={"every": 1}, evaluate={"every": None})
+    first = start("launch", "--local", 2, config)
+    while not metrics(config, "loss"):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    owner = json.loads((run_dir(config) / "LOCK").read_text())
+    code, _, err = launch(config)
+    assert code == 2
+    assert f"process {owner['pid']} of host {owner['host']} trains here" in err
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    # Its workers die with the launcher; nobody has to take the lock away.
+    third = start("train", config, "steps=4", "batch.micro_batch_rows=8")
+    code, out, err = finish(third)
+    assert code == 0, out + err
+
+
+def test_an_owner_on_another_machine_is_believed_to_live_as_long_as_it_writes(tmp_path):
+    (tmp_path / "LOCK").write_text(json.dumps({"host": "far", "pid": 7, "machine": "other", "beat": 0}))
+    started = time.monotonic()
+    with RunOwner(tmp_path, beat=0.1, watch=1.0):
+        assert time.monotonic() - started > 1.0
+        owner = json.loads((tmp_path / "LOCK").read_text())
+        assert owner["pid"] == os.getpid()
+    writer = f"""
+import itertools, json, time
+for beat in itertools.count():
+    text = json.dumps({{"host": "far", "pid": 7, "machine": "other", "beat": beat}})
+    open({str(tmp_path / "LOCK")!r}, "w").write(text)
+    time.sleep(0.2)
+"""
+    far = subprocess.Popen([sys.executable, "-c", writer])
+    try:
+        while not (tmp_path / "LOCK").read_text():
+            time.sleep(0.01)
+        with pytest.raises(InputError, match="process 7 of host far"):
+            RunOwner(tmp_path, beat=0.1, watch=5.0).__enter__()
+    finally:
+        far.send_signal(signal.SIGKILL)
+        far.wait()
