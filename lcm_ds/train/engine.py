@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -25,6 +27,9 @@ logger = logging.getLogger("lcm_ds.train")
 def connect(place: Place) -> torch.device:
     """Join the process group as `place` says and return this rank's device."""
     os.environ.update(place.environment())
+    # DeepSpeed compiles with the ninja that it finds: the one of this environment, which need not be activated. Two
+    # versions in turn would compile everything anew each time.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         # Under srun --gpus-per-task=1 each process sees one device, whatever its local rank.

@@ -1,0 +1,67 @@
+"""SIGTERM to any process of any rank: a checkpoint at the step on which all ranks agree, and exit code 75."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from runs import ROOT, metrics, run_dir
+
+from lcm_ds.train.place import free_port
+
+LAUNCHERS = {
+    "deepspeed": [
+        "deepspeed.launcher.runner",
+        "--num_gpus",
+        "2",
+        "--master_port",
+        "{port}",
+        "--module",
+        "lcm_ds.train",
+    ],
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "{port}", "-m", "lcm_ds.train"],
+    "alone": ["lcm_ds.train"],
+}
+
+
+def worker(launcher, rank):
+    """The process of a launcher that is the worker of this rank."""
+    for process in psutil.Process(launcher).children(recursive=True):
+        if process.environ().get("RANK") == str(rank):
+            return process.pid
+    raise AssertionError(f"no worker of rank {rank}")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_sigterm_ends_a_run_with_75_and_a_checkpoint_at_that_step(make_config, launcher):
+    rows = {"rows_per_step": 8, "micro_batch_rows": 8 if launcher == "alone" else 4}
+    config = make_config(steps=100_000, batch=rows, evaluate={"every": None}, optim={"lr": 1e-4})
+    words = [word.format(port=free_port()) for word in LAUNCHERS[launcher]]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", *words, str(config)],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not metrics(config, "loss"):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    # Not to rank 0, where there is another.
+    victim = process.pid if launcher == "alone" else worker(process.pid, 1)
+    os.kill(victim, signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    (saved,) = (run_dir(config) / "checkpoints").glob("step_*")
+    assert (saved / "COMPLETE").exists(), out
+    assert int(saved.name.removeprefix("step_")) == max(metrics(config, "loss")), out
+    assert "stopped at step" in out
+    if launcher == "torchrun":  # it ends with 1 whatever its workers end with, and says what that was
+        assert process.returncode == 1
+        assert "exitcode  : 75" in out
+    else:
+        assert process.returncode == 75, out
