@@ -32,10 +32,15 @@ from lcm_ds.train.step import Stepper
 
 SAVED_AT, LAST, POISONED = 3, 6, 1
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}}
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 VARIANTS = {
-    f"zero {stage}, {name}": {"zero_optimization": {"stage": stage}, **block}
-    for stage in (0, 1, 2, 3)
-    for name, block in PRECISIONS.items()
+    **{
+        f"zero {stage}, {name}": {"zero_optimization": {"stage": stage}, **block}
+        for stage in (0, 1, 2, 3)
+        for name, block in PRECISIONS.items()
+    },
+    **{f"zero {stage}, offloaded": {"zero_optimization": {"stage": stage, **OFFLOADED}} for stage in (2, 3)},
+    "zero 1, Muon": {"zero_optimization": {"stage": 1}, "optimizer": {"type": "Muon", "params": {"lr": "auto"}}},
 }
 NORMALIZER = (torch.zeros(EMBED_DIM).numpy(), torch.ones(EMBED_DIM).numpy())
 

@@ -4,11 +4,16 @@ All ZeRO stages and precisions share one launch of two ranks (saving_worker.py).
 """
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import torch
 from runs import launch_workers
-from saving_worker import PRECISIONS, VARIANTS
+from saving_worker import VARIANTS
+
+from lcm_ds.config import CheckpointConfig
+from lcm_ds.train.save import on_host, saves_in_background
 
 
 @pytest.fixture(scope="module")
@@ -33,5 +38,26 @@ def test_a_number_that_is_not_finite_on_one_rank_changes_no_weight_on_any(result
     assert results[name]["skipped"] == 1
 
 
-def test_every_stage_in_every_precision_was_tried():
-    assert len(VARIANTS) == 4 * len(PRECISIONS)
+@pytest.mark.parametrize(
+    ("said", "zero", "background"),
+    [
+        (None, {"stage": 3}, True),
+        (None, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, False),
+        (True, {"stage": 3, "offload_optimizer": {"device": "nvme"}}, True),
+        (False, {"stage": 1}, False),
+    ],
+)
+def test_a_save_waits_by_default_where_the_optimizer_is_offloaded(said, zero, background):
+    assert saves_in_background(CheckpointConfig(background=said), {"zero_optimization": zero}) is background
+
+
+def test_a_copy_on_the_host_holds_no_more_than_the_tensor_and_follows_nothing():
+    buffer = torch.arange(1000.0)
+    state = OrderedDict(part=buffer[10:20], again=[buffer[10:20]], same=(buffer, buffer), plain={"a": 1})
+    copied = on_host(state, {})
+    assert type(copied) is OrderedDict
+    assert copied["part"].untyped_storage().nbytes() == 40
+    assert copied["same"][0] is copied["same"][1]
+    buffer.zero_()
+    assert copied["part"].tolist() == copied["again"][0].tolist() == list(range(10, 20))
+    assert copied["plain"] == {"a": 1}
