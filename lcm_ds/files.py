@@ -17,11 +17,11 @@ def write_whole(path: Path, data: str | bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder last through a power cut."""
+def sync(path: Path) -> None:
+    """Make what is in a file, or the names in a folder, last through a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

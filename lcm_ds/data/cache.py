@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 from lcm_ds.data import remote
 from lcm_ds.errors import InputError
-from lcm_ds.files import OpenFile, sync_folder
+from lcm_ds.files import OpenFile, sync
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class Cache:
             raise
         with self._alone():
             os.replace(partial, target)
-            sync_folder(target.parent)
+            sync(target.parent)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

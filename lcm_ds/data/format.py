@@ -26,7 +26,7 @@ from lcm_ds.data import remote
 from lcm_ds.data.cache import Cache
 from lcm_ds.data.quantization import BFloat16, Quantization
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.files import OpenFile, sync_folder, write_whole
+from lcm_ds.files import OpenFile, sync, write_whole
 
 FORMAT_VERSION = 1
 DATASET = "dataset.json"
@@ -273,7 +273,7 @@ def commit(folder: str | Path, shard: ShardInfo) -> None:
         file.flush()
         os.fsync(file.fileno())
     if new:
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def write_normalizer(folder: str | Path, center: np.ndarray, scale: np.ndarray, statistics: dict[str, Any]) -> None:

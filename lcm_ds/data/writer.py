@@ -21,7 +21,7 @@ from lcm_ds.data.format import ShardInfo
 from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.reader import Shard
 from lcm_ds.errors import InputError
-from lcm_ds.files import sha256_of, sync_folder
+from lcm_ds.files import sha256_of, sync
 
 # WebDataset splits key and extension at the first dot; names of this kind and length fit a plain ustar header.
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
@@ -92,7 +92,7 @@ def _write(target: Path, samples: Iterable[tuple[str, dict[str, bytes], int]]) -
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
-    sync_folder(target.parent)
+    sync(target.parent)
     return info
 
 

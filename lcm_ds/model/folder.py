@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from lcm_ds.errors import InputError
-from lcm_ds.files import sync_folder
+from lcm_ds.files import sync
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.quiet import quiet
 
@@ -38,7 +38,7 @@ def write_folder(model: BaseLCM, output: str | Path, card: str | None = None) ->
             with path.open("rb") as file:
                 os.fsync(file.fileno())
         os.replace(partial, output)
-        sync_folder(output.parent)
+        sync(output.parent)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise InputError(f"{output}: cannot be written: {error.strerror or error}") from None

@@ -30,7 +30,7 @@ from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.reader import Shard
 from lcm_ds.encoders import Encoder, load_encoder
 from lcm_ds.errors import InputError
-from lcm_ds.files import sync_folder, write_whole
+from lcm_ds.files import sync, write_whole
 from lcm_ds.prepare import space
 from lcm_ds.prepare.clerk import Clerk
 from lcm_ds.prepare.duplicates import drop_duplicates, forget_ids, has_ids
@@ -173,7 +173,7 @@ class _Leader:
             write_whole(out / SOURCE, json.dumps(source.index()))
         for folder in (*SPLITS, IDS):
             (out / folder).mkdir(exist_ok=True)
-        sync_folder(out)
+        sync(out)
         if units:
             print(f"{out}: going on after {summary(units)}", flush=True)
         tidy(out, {unit.unit for unit in units})

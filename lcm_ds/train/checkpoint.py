@@ -47,8 +47,12 @@ class Checkpoint:
         return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
 
     def files(self) -> dict[str, dict[str, Any]]:
-        """The size (bytes) and sha256 of every file in it, by name. Raises OSError, ValueError or KeyError."""
-        return json.loads((self.path / "COMPLETE").read_text(encoding="utf-8"))["files"]
+        """The size (bytes) and sha256 of every file in it, by name. Raises OSError, or ValueError."""
+        found = json.loads((self.path / "COMPLETE").read_text(encoding="utf-8"))
+        try:
+            return {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in found["files"].items()}
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError("COMPLETE does not list files") from None
 
     def damage(self) -> str | None:
         """Why it is not whole, as far as names and sizes tell; None where it is."""
@@ -56,7 +60,7 @@ class Checkpoint:
             files = self.files()
         except FileNotFoundError:
             return "COMPLETE is missing"
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError):
             return "COMPLETE cannot be read"
         for name, entry in files.items():
             if not (self.path / name).is_file():
@@ -68,11 +72,19 @@ class Checkpoint:
 
     def delete(self) -> None:
         """Take it away, with what it was converted to. Cut short, it is no checkpoint any more."""
+        shutil.rmtree(self.universal, ignore_errors=True)
         (self.path / "COMPLETE").unlink()
         partial = self.path.with_name(self.path.name + PARTIAL)
         os.rename(self.path, partial)
         shutil.rmtree(partial)
+
+    def set_aside(self) -> Path:
+        """Give it a name under which nobody looks for checkpoints; returns that."""
         shutil.rmtree(self.universal, ignore_errors=True)
+        aside = self.path.with_name(self.path.name + BAD)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(self.path, aside)
+        return aside
 
 
 def folder_name(step: int) -> str:
@@ -107,9 +119,11 @@ def retain(run_dir: Path, rules: CheckpointConfig) -> None:
 
 def clear_partial(run_dir: Path) -> None:
     """Remove what a save, a conversion or a deletion that was cut short left behind."""
-    for path in (run_dir / "checkpoints").glob(f"step_*{PARTIAL}"):
+    folder = run_dir / "checkpoints"
+    orphans = [path for path in folder.glob(f"step_*{UNIVERSAL}") if not path.with_suffix("").exists()]
+    for path in [*folder.glob(f"step_*{PARTIAL}"), *orphans]:
         logger.info("removing the unfinished %s", path)
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # a converter whose parent was killed may write on for a moment
 
 
 def find(run_dir: str | Path, step: int | None = None) -> Checkpoint:

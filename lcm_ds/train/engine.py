@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import numpy as np
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
@@ -24,8 +26,11 @@ from lcm_ds.train.place import Place
 logger = logging.getLogger("lcm_ds.train")
 
 
-def connect(place: Place) -> torch.device:
-    """Join the process group as `place` says and return this rank's device."""
+def connect(place: Place, stall_minutes: float | None = None) -> torch.device:
+    """Join the process group as `place` says and return this rank's device.
+
+    stall_minutes: after how long a watchdog ends a rank that stands still.
+    """
     os.environ.update(place.environment())
     # DeepSpeed compiles with the ninja that it finds: the one of this environment, which need not be activated. Two
     # versions in turn would compile everything anew each time.
@@ -36,8 +41,16 @@ def connect(place: Place) -> torch.device:
         accelerator.set_device(place.local_rank % accelerator.device_count())
     else:
         keep_freed_memory()
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=patience(stall_minutes))
     return torch.device(accelerator.current_device_name())
+
+
+def patience(stall_minutes: float | None) -> timedelta:
+    """How long a collective waits: longer than the watchdog (guard.stall_minutes; None: there is none).
+
+    So that what is told of a run that stands still is where each rank is, and not that others have waited for it.
+    """
+    return timedelta(minutes=stall_minutes + 10) if stall_minutes is not None else timedelta(days=1)
 
 
 def build_model(
@@ -83,6 +96,8 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
         optimizer = muon(model, groups, ds["optimizer"]["params"])
         groups, ds = None, {key: block for key, block in ds.items() if key != "optimizer"}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, optimizer=optimizer, config=ds)
+    for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed makes its own with torch's default
+        dist.distributed_c10d._set_pg_timeout(patience(config.guard.stall_minutes), group)
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         skip_what_is_not_finite(engine.optimizer)
     return engine

@@ -11,16 +11,20 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from lcm_ds.config import GuardConfig
 from lcm_ds.data.loader import Loader, trace
+from lcm_ds.errors import CannotGoOn, InputError
+from lcm_ds.files import write_whole
 from lcm_ds.train.check import Job
 
 logger = logging.getLogger("lcm_ds.train")
 
+MOST_TIMES = 10
 NAMED = 5  # documents in a line of the log; RUN/incidents.jsonl has them all
 
 
@@ -85,13 +89,54 @@ class Guard:
         return f"the loss leaps to {loss:.4g}, from {mean:.4g} ± {spread:.2g} over {len(self._losses)} steps"
 
 
+class LeftOut:
+    """The steps that a run passes over, in RUN/left_out.json from the moment at which it goes back for them.
+
+    All ranks make the same of it; rank 0 writes it.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "left_out.json"
+        found = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else []
+        self._found: list[dict[str, int]] = found
+        dist.barrier()  # before rank 0 writes again
+
+    @property
+    def ranges(self) -> list[range]:
+        """The steps, in the order in which they were found bad."""
+        return [range(entry["first"], entry["last"] + 1) for entry in self._found]
+
+    def add(self, incident: Incident, back_to: int) -> None:
+        """Pass over an incident's steps from now on; `back_to`: steps done where the run starts again.
+
+        Raises CannotGoOn where they follow on steps that were left out before: that did not help. So, too, where it
+        has gone back there MOST_TIMES times.
+        """
+        assert incident.leave_out is not None
+        first, last = max(back_to, incident.leave_out.start), incident.leave_out.stop - 1
+        before = [entry for entry in self._found if entry["back_to"] == back_to]
+        if any(entry["first"] <= first <= entry["last"] + 1 for entry in before) or len(before) >= MOST_TIMES:
+            tried = ", ".join(f"{entry['first']} to {entry['last']}" for entry in before)
+            raise CannotGoOn(
+                f"step {incident.step}: {incident.what}; the run has gone back to step {back_to} before, for the steps "
+                f"{tried}, and that did not help; {self._path.with_name('incidents.jsonl')} has the documents"
+            )
+        self._found.append({"first": first, "last": last, "back_to": back_to})
+        if dist.get_rank() == 0:
+            write_whole(self._path, json.dumps(self._found))
+
+
 def tell(incident: Incident, job: Job, loader: Loader, where: str) -> None:
     """Write an incident into the log and, with all documents of its step, into RUN/incidents.jsonl.
 
     Every rank looks at the documents of its own rows, and says which of them hold numbers that are not finite. where:
     the end of the line in the log.
     """
-    mine = _documents(job, loader, incident.step)
+    mine: list[dict[str, Any]] = []
+    try:
+        mine = _documents(job, loader, incident.step)
+    except (InputError, OSError) as error:  # what is only to be told must not end the run
+        logger.error("step %d: its documents cannot be read: %s", incident.step, error)
     every: list[list[dict[str, Any]]] = [[]] * dist.get_world_size()
     dist.all_gather_object(every, mine)
     if dist.get_rank() != 0:

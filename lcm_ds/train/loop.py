@@ -20,13 +20,13 @@ from deepspeed.accelerator import get_accelerator
 from lcm_ds import ds_config
 from lcm_ds.data.format import read_normalizer
 from lcm_ds.data.loader import Batch, Loader
-from lcm_ds.errors import CannotGoOn, InputError
+from lcm_ds.errors import InputError
 from lcm_ds.train import checkpoint as checkpoints
 from lcm_ds.train import resume
 from lcm_ds.train.check import Job
 from lcm_ds.train.checkpoint import Checkpoint
 from lcm_ds.train.engine import build_engine, build_model, connect
-from lcm_ds.train.guard import GoBack, Guard, Incident, tell
+from lcm_ds.train.guard import GoBack, Guard, LeftOut, tell
 from lcm_ds.train.memory import count_parameters
 from lcm_ds.train.metrics import RunLog, prints_to_log, set_up_logging
 from lcm_ds.train.owner import RunOwner
@@ -36,13 +36,13 @@ from lcm_ds.train.run_folder import announce, identity, prepare_run_folder
 from lcm_ds.train.save import Saver, saves_in_background
 from lcm_ds.train.speed import SpeedMeter, memory_gib, peak_tflops
 from lcm_ds.train.step import StepOutcome, Stepper
-from lcm_ds.train.stop import StopRequest
+from lcm_ds.train.stop import STOPPED, StopRequest
 from lcm_ds.train.validation import validate
 from lcm_ds.train.watchdog import Watchdog
 
 logger = logging.getLogger("lcm_ds.train")
 
-DONE, FAILED, STOPPED = 0, 1, 75
+DONE, FAILED = 0, 1
 
 
 def train(job: Job, place: Place, stop: StopRequest) -> int:
@@ -54,19 +54,23 @@ def train(job: Job, place: Place, stop: StopRequest) -> int:
     """
     job.run_dir.mkdir(parents=True, exist_ok=True)
     set_up_logging(job.run_dir, place.rank)
-    with RunOwner(job.run_dir) if place.rank == 0 else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if place.rank == 0:
+            stack.enter_context(RunOwner(job.run_dir))
+        watchdog = Watchdog(job.config.guard.stall_minutes)
+        stack.callback(watchdog.close)
         with prints_to_log(job.run_dir):
-            device = connect(place)
+            device = connect(place, job.config.guard.stall_minutes)
         if place.rank == 0:
             checkpoints.clear_partial(job.run_dir)
             stop.watch(job.run_dir / "STOP")
-        code = _train(job, place, device, stop)
+        code = _train(job, place, device, stop, watchdog)
         # Not after an error: other ranks may wait in a collective, and this one would wait with them.
         dist.destroy_process_group()
     return code
 
 
-def _train(job: Job, place: Place, device: torch.device, stop: StopRequest) -> int:
+def _train(job: Job, place: Place, device: torch.device, stop: StopRequest, watchdog: Watchdog) -> int:
     """Go on from the newest checkpoint, as often as the guard asks for it."""
     newest = resume.newest_whole(job.run_dir, job.config.checkpoint)
     if newest is not None:
@@ -79,27 +83,17 @@ def _train(job: Job, place: Place, device: torch.device, stop: StopRequest) -> i
             return DONE
     if place.rank == 0:
         prepare_run_folder(job, place)
-    incident: Incident | None = None
-    gone_back_to: set[int] = set()
-    left_out = [] if newest is None else [range(*steps) for steps in newest.state()["left_out"]]
+    left_out = LeftOut(job.run_dir)
     while True:
         try:
-            return _attempt(job, place, device, stop, newest, left_out)
+            return _attempt(job, place, device, stop, watchdog, newest, left_out.ranges)
         except GoBack as back:
             incident = back.incident
         # Out here nothing holds the engine any more.
         gc.collect()
         get_accelerator().empty_cache()
         newest = resume.newest_whole(job.run_dir, job.config.checkpoint)
-        start = 0 if newest is None else newest.step
-        if start in gone_back_to:
-            raise CannotGoOn(
-                f"step {incident.step}: {incident.what}; the run has gone back to step {start} before and cannot get "
-                f"beyond that; {job.run_dir / 'incidents.jsonl'} has the documents"
-            )
-        gone_back_to.add(start)
-        assert incident.leave_out is not None
-        left_out.append(incident.leave_out)
+        left_out.add(incident, 0 if newest is None else newest.step)
 
 
 def _attempt(
@@ -107,6 +101,7 @@ def _attempt(
     place: Place,
     device: torch.device,
     stop: StopRequest,
+    watchdog: Watchdog,
     newest: Checkpoint | None,
     left_out: list[range],
 ) -> int:
@@ -118,8 +113,9 @@ def _attempt(
     start = 0 if newest is None else newest.step
     convert = newest is not None and resume.needs_conversion(state, identity(job, place))
     if newest is not None and convert:
-        resume.convert(newest, count_parameters(job.model))
+        resume.convert(newest, count_parameters(job.model), config.checkpoint, watchdog.beat)
         ds = {**ds, "checkpoint": {**ds.get("checkpoint", {}), "load_universal": True}}
+    watchdog.beat("building the model")
     with prints_to_log(run_dir):
         model = build_model(job.model, read_normalizer(job.datasets[0].path), config.seed, ds)
         engine = build_engine(model, config, ds)
@@ -147,8 +143,6 @@ def _attempt(
         stack.callback(loader.close)
         saver = Saver(engine, run_dir, config.checkpoint, saves_in_background(config.checkpoint, ds))
         stack.callback(saver.close)
-        watchdog = Watchdog(run_dir, config.guard.stall_minutes)
-        stack.callback(watchdog.close)
         run = Run(Stepper(job, place, engine, device), loader, saver, watchdog, run_log, stop, state, left_out)
         try:
             return run.steps(start)
@@ -196,14 +190,16 @@ class Run:
         """Every step from `start` to the end of the run; returns the exit code. Raises GoBack."""
         config, total = self.job.config, self.job.total_steps
         batches = iter(self.loader)
+        self.stop.steps_begin()
         stopping = False
         for step in range(start, total):
             done = step + 1
             if not any(step in steps for steps in self.left_out):
                 stopping = self.step(batches, step)
-            elif done < total:
+            else:
                 self.report(step)  # the losses of a line are those of steps one after the other
-                continue
+                if done < total:
+                    continue
             last = stopping or done == total
             if done % config.log.every == 0 or last or self.saves_now(done):
                 self.report(done)  # what is not reported when it is saved is lost on a resume

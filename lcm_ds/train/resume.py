@@ -5,6 +5,7 @@ All ranks call the functions here together and come to the same.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +23,7 @@ import torch.distributed as dist
 
 from lcm_ds.config import CheckpointConfig
 from lcm_ds.errors import CannotGoOn
-from lcm_ds.files import sha256_of
+from lcm_ds.files import sha256_of, sync, write_whole
 from lcm_ds.processes import die_with_parent
 from lcm_ds.train.checkpoint import BAD, PARTIAL, Checkpoint, candidates
 from lcm_ds.train.save import restore_random_states
@@ -57,7 +59,7 @@ def newest_whole(run_dir: Path, rules: CheckpointConfig) -> Checkpoint | None:
         damage = _damage(checkpoint, full=rules.verify == "full")
         if damage is None:
             if dist.get_rank() == 0:
-                _set_aside(bad, checkpoint)
+                _set_aside(bad, [older for older in found if older.step < checkpoint.step], checkpoint)
             return checkpoint
         bad.append((checkpoint, damage))
     aside = from_first(sorted(map(str, (run_dir / "checkpoints").glob(f"step_*{BAD}"))))
@@ -88,15 +90,15 @@ def _damage(checkpoint: Checkpoint, full: bool) -> str | None:
     return next((damage for damage in every if damage is not None), None)
 
 
-def _set_aside(bad: list[tuple[Checkpoint, str]], used: Checkpoint) -> None:
+def _set_aside(bad: list[tuple[Checkpoint, str]], older: list[Checkpoint], used: Checkpoint) -> None:
     for checkpoint, damage in bad:
-        aside = checkpoint.path.with_name(checkpoint.path.name + BAD)
+        aside = checkpoint.set_aside()
         logger.error("checkpoint %s is not whole: %s; it is set aside as %s", checkpoint.path, damage, aside.name)
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(checkpoint.path, aside)
-        shutil.rmtree(checkpoint.universal, ignore_errors=True)
     if bad:
         logger.error("going on from %s", used.path)
+    for checkpoint in older:
+        if not (checkpoint.path / "COMPLETE").exists():  # it was being deleted
+            checkpoint.set_aside()
 
 
 # --- may it go on -----------------------------------------------------------------------------------------------------
@@ -120,7 +122,7 @@ def mistakes(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
         reasons = {
             "ZeRO 0 keeps the optimizer whole, and DeepSpeed cannot convert it": 0
             in (then["zero_stage"], now["zero_stage"]),
-            "DeepSpeed cannot convert Muon's momentum": now["optimizer"].lower() == "muon",
+            "DeepSpeed converts the states of Adam alone": now["optimizer"].lower() not in ("adam", "adamw"),
             "what is offloaded to NVMe cannot be converted": then["nvme"] or now["nvme"],
         }
         lines = [
@@ -146,27 +148,43 @@ def _shape(state: dict[str, Any]) -> str:
 # --- conversion -------------------------------------------------------------------------------------------------------
 
 
-def convert(checkpoint: Checkpoint, parameters: int) -> None:
-    """Convert a checkpoint to DeepSpeed's universal format, beside it, unless that was done before.
+def convert(checkpoint: Checkpoint, parameters: int, rules: CheckpointConfig, moved: Callable[[str], None]) -> None:
+    """Convert a checkpoint to DeepSpeed's universal format, beside it, unless that was done before and is whole.
 
-    Rank 0 does it and tells how far it is; the others wait. Raises CannotGoOn on rank 0 where it fails.
+    Rank 0 does it and tells how far it is; the others wait, in no collective, for it may take longer than those wait.
+    moved: is told what goes on. Raises CannotGoOn on all ranks where it fails.
     """
-    if dist.get_rank() == 0 and not checkpoint.universal.exists():
-        _convert(checkpoint, parameters)
-    while not checkpoint.universal.exists():  # not in a collective: it may take longer than those wait
+    if checkpoint.universal.exists():
+        damage = _damage(Checkpoint(checkpoint.universal, checkpoint.step), full=rules.verify == "full")
+        if damage is None:
+            return
+        if dist.get_rank() == 0:
+            logger.error("%s is not whole: %s; it is made again", checkpoint.universal, damage)
+            shutil.rmtree(checkpoint.universal)
+        dist.barrier()
+    store, key = dist.distributed_c10d._get_default_store(), f"lcm-ds/converted/{checkpoint.step}"
+    if dist.get_rank() == 0:
+        try:
+            _convert(checkpoint, parameters, moved)
+            store.set(key, "")
+        except (CannotGoOn, OSError, RuntimeError) as error:
+            store.set(key, str(error) or repr(error))
+    while not store.check([key]):  # raises where rank 0 has died
+        moved("waiting for the conversion")
         time.sleep(POLL_SECONDS)
+    if error_text := store.get(key).decode():
+        raise CannotGoOn(error_text)
     dist.barrier()
 
 
-def _convert(checkpoint: Checkpoint, parameters: int) -> None:
+def _convert(checkpoint: Checkpoint, parameters: int, moved: Callable[[str], None]) -> None:
     free = shutil.disk_usage(checkpoint.path).free
     if free < parameters * CONVERTED_BYTES:
         raise CannotGoOn(
             f"{checkpoint.path}: to be converted it needs about {parameters * CONVERTED_BYTES / 1e9:,.1f} GB, "
             f"and {free / 1e9:,.1f} GB are free"
         )
-    partial = checkpoint.path.with_name(checkpoint.universal.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = checkpoint.path.with_name(f"{checkpoint.universal.name}.{os.getpid()}{PARTIAL}")
     workers = str(max(1, min(8, len(os.sched_getaffinity(0)))))
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(checkpoint.path)]
     command += ["--output_folder", str(partial), "--num_extract_workers", workers, "--num_merge_workers", workers]
@@ -177,6 +195,7 @@ def _convert(checkpoint: Checkpoint, parameters: int) -> None:
         told = started = time.monotonic()
         while child.poll() is None:
             time.sleep(POLL_SECONDS)
+            moved(f"converting {checkpoint.path.name}")
             if time.monotonic() - told > TELL_SECONDS:
                 told = time.monotonic()
                 done = sum(1 for _ in (partial / "zero").glob("*/fp32.pt"))
@@ -187,7 +206,16 @@ def _convert(checkpoint: Checkpoint, parameters: int) -> None:
         raise CannotGoOn(f"{checkpoint.path}: cannot be converted to DeepSpeed's universal format:\n{said[-4000:]}")
     (partial.parent / "latest_universal").unlink()
     _suit_every_stage(partial)
+    files = {}
+    for path in sorted(partial.rglob("*")):
+        if path.is_file():
+            moved(f"converting {checkpoint.path.name}: {path.name}")
+            sync(path)
+            name = str(path.relative_to(partial))
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    write_whole(partial / "COMPLETE", json.dumps({"files": files}, indent=1))
     os.rename(partial, checkpoint.universal)
+    sync(checkpoint.universal.parent)
 
 
 def _suit_every_stage(folder: Path) -> None:
@@ -236,5 +264,9 @@ def restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, universal
     if universal:
         for group, own in zip(groups, settings, strict=True):  # ZeRO 3 gives all of them those of the first one
             group.update(own)
+        on_device = any(group.get("fused") or group.get("capturable") for group in groups)
+        for parameter, state in engine.basic_optimizer.state.items():
+            if isinstance(state.get("step"), torch.Tensor):  # one for all of them, on the CPU
+                state["step"] = state["step"].to(parameter.device if on_device else "cpu", copy=True)
     else:
         restore_random_states(checkpoint.path, dist.get_rank())

@@ -29,7 +29,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 
 from lcm_ds import ds_config
 from lcm_ds.config import CheckpointConfig
-from lcm_ds.files import sha256_of, sync_folder, write_whole
+from lcm_ds.files import sha256_of, sync, write_whole
 from lcm_ds.train import checkpoint as checkpoints
 from lcm_ds.train.checkpoint import PARTIAL, Checkpoint, folder_name
 
@@ -139,9 +139,10 @@ class Saver:
         damage = Checkpoint(partial, step).damage()
         if damage:  # of another rank's: a folder that not all hosts share
             raise OSError(f"{partial}: {damage}")
-        shutil.rmtree(final, ignore_errors=True)
+        for former in (final, Checkpoint(final, step).universal):
+            shutil.rmtree(former, ignore_errors=True)
         os.rename(partial, final)
-        sync_folder(final.parent)
+        sync(final.parent)
 
     def _retain(self) -> None:
         def retain() -> None:

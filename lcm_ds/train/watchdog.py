@@ -7,7 +7,6 @@ import logging
 import os
 import tempfile
 import time
-from pathlib import Path
 from threading import Event, Thread
 
 logger = logging.getLogger("lcm_ds.train")
@@ -19,17 +18,16 @@ LAST_RESORT_SECONDS = 30.0
 class Watchdog:
     """Ends this process with exit code 1 where `beat` is not called for `minutes`; None: never.
 
-    Each rank has one of its own: they stand still together, and each says where. The stacks go to the log; where the
-    interpreter itself hangs, they go to RUN/log.txt without a heading, half a minute later.
+    Each rank has one of its own: they stand still together, and each says where. The stacks go to the log; where that
+    cannot be written, or the interpreter itself hangs, they go to stderr, half a minute later.
     """
 
-    def __init__(self, run_dir: Path, minutes: float | None) -> None:
+    def __init__(self, minutes: float | None) -> None:
         self._limit = None if minutes is None else 60 * minutes
         self._doing = "starting"
         self._beaten = time.monotonic()
         self._ended = Event()
         if self._limit is not None:
-            self._log = (run_dir / "log.txt").open("a", encoding="utf-8")
             self._thread = Thread(target=self._watch, args=(self._limit,), name="lcm-ds-watchdog", daemon=True)
             self.beat(self._doing)
             self._thread.start()
@@ -38,7 +36,7 @@ class Watchdog:
         """The run has moved on, to `doing`."""
         self._doing, self._beaten = doing, time.monotonic()
         if self._limit is not None:
-            faulthandler.dump_traceback_later(self._limit + LAST_RESORT_SECONDS, exit=True, file=self._log)
+            faulthandler.dump_traceback_later(self._limit + LAST_RESORT_SECONDS, exit=True)
 
     def close(self) -> None:
         """End watching."""
@@ -46,7 +44,6 @@ class Watchdog:
         if self._limit is not None:
             faulthandler.cancel_dump_traceback_later()
             self._thread.join()
-            self._log.close()
 
     def _watch(self, limit: float) -> None:
         while not self._ended.wait(max(0.1, self._beaten + limit - time.monotonic())):

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from threading import Event
 
 import torch
 import torch.distributed as dist
@@ -40,8 +41,19 @@ VARIANTS = {
         for name, block in PRECISIONS.items()
     },
     **{f"zero {stage}, offloaded": {"zero_optimization": {"stage": stage, **OFFLOADED}} for stage in (2, 3)},
+    **{
+        f"zero {stage}, bf16, gradients in fp32": {
+            "zero_optimization": {"stage": stage},
+            "bf16": {"enabled": True},
+            "data_types": {"grad_accum_dtype": "fp32"},
+        }
+        for stage in (1, 2, 3)
+    },
     "zero 1, Muon": {"zero_optimization": {"stage": 1}, "optimizer": {"type": "Muon", "params": {"lr": "auto"}}},
 }
+# What each is loaded as, too, converted: every stage into every other one.
+CONVERTED = {f"zero {stage}, fp32": [f"zero {other}, fp32" for other in {1, 2, 3} - {stage}] for stage in (1, 2, 3)}
+CONVERTED["zero 1, bf16, gradients in fp32"] = ["zero 3, bf16, gradients in fp32"]
 NORMALIZER = (torch.zeros(EMBED_DIM).numpy(), torch.ones(EMBED_DIM).numpy())
 
 
@@ -80,14 +92,19 @@ def poisoned(stepper, step):
     return str(outcome.loss), outcome.applied, weights(stepper) == before
 
 
-def variant(deepspeed, folder, place, device):
+def variant(name, folder, place, device):
+    deepspeed = VARIANTS[name]
     stepper = build(deepspeed, place, device)
     steps(stepper, 0, POISONED)
     result = {"poisoned": poisoned(stepper, POISONED), "skipped": stepper.engine.skipped_steps}
     steps(stepper, POISONED, SAVED_AT)
     saver = Saver(stepper.engine, folder, CheckpointConfig(), background=True)
+    goes_on = Event()
+    saver._writer.submit(goes_on.wait)  # nothing is written before the weights have changed
     saver.begin(SAVED_AT, {"step": SAVED_AT})
     result["went on"] = steps(stepper, SAVED_AT, LAST)
+    result["busy"] = saver.busy()
+    goes_on.set()
     result["saved"] = saver.finish()
     saver.close()
     result["weights"] = weights(stepper)
@@ -99,16 +116,27 @@ def variant(deepspeed, folder, place, device):
     result["again"] = steps(stepper, SAVED_AT, LAST)
     result["weights again"] = weights(stepper)
     stepper.engine.destroy()
+    result["converted"] = {other: converted(checkpoint, other, place, device) for other in CONVERTED.get(name, [])}
     return result
+
+
+def converted(checkpoint, name, place, device):
+    """The losses after the checkpoint, under another ZeRO stage."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        resume.convert(checkpoint, 10_000, CheckpointConfig(), lambda doing: None)
+    stepper = build({**VARIANTS[name], "checkpoint": {"load_universal": True}}, place, device)
+    resume.restore(stepper.engine, checkpoint, universal=True)
+    losses = steps(stepper, SAVED_AT, LAST)
+    groups = stepper.engine.basic_optimizer.param_groups
+    stepper.engine.destroy()
+    return {"losses": losses, "weight decay": [group["weight_decay"] for group in groups]}
 
 
 def main():
     folder = Path(sys.argv[1])
     place = read_place(os.environ)
     device = connect(place)
-    results = {
-        name: variant(deepspeed, folder / name.replace(" ", "_"), place, device) for name, deepspeed in VARIANTS.items()
-    }
+    results = {name: variant(name, folder / name.replace(" ", "_"), place, device) for name in VARIANTS}
     if place.rank == 0:
         (folder / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()

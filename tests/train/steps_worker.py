@@ -43,7 +43,7 @@ CONFIG = {
     },
     "data": {"train": "unused", "row_length": LENGTH, "max_segment": 8},
     "batch": {"rows_per_step": ROWS, "micro_batch_rows": 4},
-    "optim": {"lr": 1.0e-2, "weight_decay": 0.0, "max_grad_norm": 0.0, "schedule": {"name": "constant"}},
+    "optim": {"lr": 1.0e-2, "weight_decay": 0.1, "max_grad_norm": 0.0, "schedule": {"name": "constant"}},
     "steps": STEPS,
     "deepspeed": {"zero_optimization": {"stage": 1}},
 }

@@ -123,6 +123,7 @@ def test_a_nan_that_is_stored_is_named_and_too_many_in_a_row_are_gone_back_for_a
     assert [step for step in losses if losses[step] is None] == [4]
     newest = max((run_dir(config) / "checkpoints").glob("step_*"))
     assert json.loads((newest / "state.json").read_text())["left_out"] == [[11, 14]]
+    assert json.loads((run_dir(config) / "left_out.json").read_text()) == [{"first": 11, "last": 13, "back_to": 10}]
 
 
 def test_what_never_gets_finite_is_gone_back_for_once_and_then_ends_with_1(make_config):
@@ -130,7 +131,7 @@ def test_what_never_gets_finite_is_gone_back_for_once_and_then_ends_with_1(make_
     code, _, err = finish(start("launch", "--local", 2, config))
     assert code == 1
     assert "not finite" in err
-    assert "has gone back to step 0 before" in err
+    assert "has gone back to step 0 before, for the steps 1 to 3, and that did not help" in err
     assert "Traceback" not in err
     assert [incident["left_out"] for incident in incidents(config) if incident["left_out"]] == [[1, 3], [4, 6]]
     assert not list((run_dir(config) / "checkpoints").glob("step_*"))

@@ -15,6 +15,8 @@ from runs import ROOT, finish, metrics, run_dir, start
 from lcm_ds.errors import InputError
 from lcm_ds.train.owner import RunOwner
 
+STEPS = [2, 4, 6, 8, 10, 12]
+OF_A_RANK = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 CONSTANT = {"lr": 2.0e-3, "schedule": {"name": "constant"}}
 
 
@@ -37,21 +39,21 @@ def launched(config, *overrides, ranks=2):
 
 @pytest.fixture(scope="module")
 def saved(make_config):
-    """A finished run of 12 steps with a checkpoint every 3 of them."""
-    config = make_config(steps=12, optim=CONSTANT, checkpoint={"every": 3, "keep": 4}, evaluate={"every": None})
+    """A finished run of 12 steps with a checkpoint every 2 of them."""
+    config = make_config(steps=12, optim=CONSTANT, checkpoint={"every": 2, "keep": 6}, evaluate={"every": None})
     launched(config)
-    assert folders(config) == [f"step_{step:08d}" for step in (3, 6, 9, 12)]
+    assert folders(config) == [f"step_{step:08d}" for step in STEPS]
     return config
 
 
 def damaged_copy(saved, tmp_path, damage):
-    """A copy of the run with damage(folder, name of a rank's largest file) done to each of its checkpoints in turn."""
+    """A copy of the run with {step: (what is done to a file, its name)} done to its checkpoints."""
     mapping = yaml.safe_load(saved.read_text())
     mapping["run_dir"] = shutil.copytree(mapping["run_dir"], tmp_path / "run")
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({**mapping, "run_dir": str(mapping["run_dir"])}))
-    for step, harm in damage.items():
-        harm(tmp_path / f"run/checkpoints/step_{step:08d}" / "zero_pp_rank_1_mp_rank_00_optim_states.pt")
+    for step, (harm, name) in damage.items():
+        harm(tmp_path / f"run/checkpoints/step_{step:08d}" / name)
     return config
 
 
@@ -70,22 +72,27 @@ def cut_short(path):
 
 
 def test_the_newest_checkpoint_that_is_whole_is_used_and_the_others_are_named_and_set_aside(saved, tmp_path):
-    config = damaged_copy(saved, tmp_path, {12: flip_a_byte, 9: remove, 6: cut_short})
+    damage = {12: (flip_a_byte, OF_A_RANK), 10: (remove, OF_A_RANK), 8: (cut_short, OF_A_RANK)}
+    damage |= {6: (flip_a_byte, "state.json"), 4: (lambda path: path.write_text('{"files": []}'), "COMPLETE")}
+    config = damaged_copy(saved, tmp_path, damage)
     (tmp_path / "run/checkpoints/step_00000015.partial").mkdir()
     said = launched(config)
-    name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
-    assert f"step_00000012 is not whole: {name} is not what was written" in said
-    assert f"step_00000009 is not whole: {name} is missing" in said
-    assert f"step_00000006 is not whole: {name} has " in said
-    assert f"going on from {run_dir(config)}/checkpoints/step_00000003" in said
+    assert f"step_00000012 is not whole: {OF_A_RANK} is not what was written" in said
+    assert f"step_00000010 is not whole: {OF_A_RANK} is missing" in said
+    assert f"step_00000008 is not whole: {OF_A_RANK} has " in said
+    assert "step_00000006 is not whole: state.json is not what was written" in said
+    assert "step_00000004 is not whole: COMPLETE cannot be read" in said
+    assert f"going on from {run_dir(config)}/checkpoints/step_00000002" in said
     assert folders(config) == sorted(
-        [f"step_{step:08d}" for step in (3, 6, 9, 12)] + [f"step_{step:08d}.bad" for step in (6, 9, 12)]
+        [f"step_{step:08d}" for step in STEPS] + [f"step_{step:08d}.bad" for step in STEPS[1:]]
     )
     assert metrics(config, "loss") == metrics(saved, "loss")
 
 
 def test_where_no_checkpoint_is_whole_the_run_ends_with_1_and_nothing_is_overwritten(saved, tmp_path):
-    config = damaged_copy(saved, tmp_path, dict.fromkeys((3, 6, 9), remove) | {12: flip_a_byte})
+    config = damaged_copy(
+        saved, tmp_path, dict.fromkeys(STEPS[:-1], (remove, OF_A_RANK)) | {12: (flip_a_byte, OF_A_RANK)}
+    )
     before = {
         path: path.read_bytes()
         for path in run_dir(config).rglob("*")
@@ -94,7 +101,7 @@ def test_where_no_checkpoint_is_whole_the_run_ends_with_1_and_nothing_is_overwri
     code, _, err = launch(config)
     assert code == 1
     assert "no checkpoint is whole" in err
-    assert all(f"step_{step:08d}" in err for step in (3, 6, 9, 12))
+    assert all(f"step_{step:08d}" in err for step in STEPS)
     assert "Traceback" not in err
     assert all(path.read_bytes() == data for path, data in before.items())
     assert {path for path in run_dir(config).rglob("*") if path.is_file()} == {
@@ -105,11 +112,11 @@ def test_where_no_checkpoint_is_whole_the_run_ends_with_1_and_nothing_is_overwri
 
 
 def test_without_comparing_checksums_sizes_alone_tell_what_is_whole(saved, tmp_path):
-    config = damaged_copy(saved, tmp_path, {12: cut_short})
+    config = damaged_copy(saved, tmp_path, {12: (cut_short, OF_A_RANK)})
     (run_dir(config) / "metrics.jsonl").unlink()
     said = launched(config, "checkpoint.verify=size")
     assert "step_00000012 is not whole" in said
-    assert list(metrics(config, "loss")) == [10, 11, 12]
+    assert list(metrics(config, "loss")) == [11, 12]
 
 
 # --- elastic ----------------------------------------------------------------------------------------------------------
@@ -128,10 +135,12 @@ def test_a_run_goes_on_with_other_ranks_zero_stages_and_micro_batches(make_confi
     assert folders(config) == [
         "step_00000008", "step_00000008.universal", "step_00000016", "step_00000016.universal", "step_00000024",
     ]  # fmt: skip
-    # Converted once: the second time nothing is.
-    shutil.rmtree(run_dir(config) / "checkpoints/step_00000024")
+    # Converted once, and again where that has rotted.
+    checkpoints = run_dir(config) / "checkpoints"
+    shutil.rmtree(checkpoints / "step_00000024")
+    flip_a_byte(checkpoints / "step_00000016.universal/zero/norm.weight/exp_avg.pt")
     said = launched(config, "deepspeed=ds_configs/zero1_fp32.json", "batch.micro_batch_rows=8", ranks=1)
-    assert "converting" not in said
+    assert "step_00000016.universal is not whole: zero/norm.weight/exp_avg.pt is not what was written" in said
     assert metrics(config, "loss") == pytest.approx(metrics(whole, "loss"), rel=1e-4)
 
 
@@ -204,9 +213,10 @@ def test_a_run_goes_on_where_the_disk_is_full_and_saves_when_it_is_not(make_conf
 
 
 def test_a_run_folder_has_one_owner_and_who_died_owns_nothing(make_config):
-    config = make_config(steps=100_000, log={"every": 1}, evaluate={"every": None})
+    every = {"every": None, "every_minutes": 0.01}
+    config = make_config(steps=100_000, checkpoint=every, evaluate={"every": None})
     first = start("launch", "--local", 2, config)
-    while not metrics(config, "loss"):
+    while not list((run_dir(config) / "checkpoints").glob("step_*/COMPLETE")):
         assert first.poll() is None, first.communicate()
         time.sleep(0.05)
     owner = json.loads((run_dir(config) / "LOCK").read_text())
@@ -217,7 +227,7 @@ def test_a_run_folder_has_one_owner_and_who_died_owns_nothing(make_config):
     first.kill()
     first.communicate()
     # Its workers die with the launcher; nobody has to take the lock away.
-    third = start("train", config, "steps=4", "batch.micro_batch_rows=8")
+    third = start("launch", "--local", 2, config, "steps=1")
     code, out, err = finish(third)
     assert code == 0, out + err
 

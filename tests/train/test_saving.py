@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import launch_workers
-from saving_worker import VARIANTS
+from saving_worker import CONVERTED, VARIANTS
 
 from lcm_ds.config import CheckpointConfig
 from lcm_ds.train.save import on_host, saves_in_background
@@ -26,10 +26,19 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_was_written_while_the_run_went_on_is_the_step_it_was_saved_at(results, name):
     found = results[name]
+    assert found["busy"]
     assert found["saved"]
     assert found["again"] == found["went on"]
     assert found["weights again"] == found["weights"]
     assert len(set(found["again"])) > 1  # the model moves
+
+
+@pytest.mark.parametrize(("name", "other"), [(name, other) for name, some in CONVERTED.items() for other in some])
+def test_what_was_saved_under_one_zero_stage_goes_on_under_another(results, name, other):
+    found = results[name]["converted"][other]
+    close = 0.01 if "bf16" in name else 1e-5
+    assert found["losses"] == pytest.approx(results[name]["went on"], rel=close)
+    assert found["weight decay"] == [0.1, 0.0]
 
 
 @pytest.mark.parametrize("name", VARIANTS)

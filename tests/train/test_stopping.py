@@ -65,3 +65,42 @@ def test_sigterm_ends_a_run_with_75_and_a_checkpoint_at_that_step(make_config, l
         assert "exitcode  : 75" in out
     else:
         assert process.returncode == 75, out
+
+
+@pytest.fixture
+def alone(make_config):
+    """Starts a run of one rank that would go on for long: (process, config)."""
+    started = []
+
+    def start(**environment):
+        rows = {"rows_per_step": 8, "micro_batch_rows": 4}
+        config = make_config(steps=100_000, batch=rows, evaluate={"every": None})
+        env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **environment}
+        started.append(subprocess.Popen([sys.executable, "-m", "lcm_ds.train", str(config)], cwd=ROOT, env=env))
+        return started[-1], config
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_a_rank_that_still_waits_for_another_ends_at_once(alone):
+    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    process, config = alone(**place)
+    while not (run_dir(config) / "log.txt").exists():
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=2) == 75
+
+
+def test_a_second_sigint_ends_a_process_without_saving(alone):
+    process, config = alone()
+    while not metrics(config, "loss"):
+        time.sleep(0.05)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    assert process.wait(timeout=10) == -signal.SIGINT
+    assert not list((run_dir(config) / "checkpoints").glob("*/COMPLETE"))
