@@ -66,7 +66,7 @@ def doctor(
         with mistakes:
             work = _work(job, config_path, settings)
             if not bandwidth or mistakes.mistakes:
-                found = ask(hosts, work.expected, settings.ssh_port)
+                found = ask(hosts, work.expected, work.environment, settings.ssh_port)
                 mistakes.mistakes += [f"{hostfile}: {host.name}: {text}" for host in found for text in host.problems]
     if bandwidth and not mistakes.mistakes:
         with mistakes:

@@ -84,11 +84,14 @@ def checkpoint_bytes(job: Job) -> float:
 async def preflight(
     hosts: Mapping[str, list[int]],
     expected: Expected,
+    environment: Mapping[str, str],
     listener: Listener,
     screen: Screen,
     ssh_port: int | None = None,
 ) -> list[Found]:
     """Ask all hosts, each with the devices that it is to have; a line on the screen for each.
+
+    environment: that their workers are going to have.
 
     Returns them in their order, each with everything that is wrong with it.
     """
@@ -105,6 +108,7 @@ async def preflight(
             "peers": peers,
             "config": expected.config,
             "master_port": expected.master_port,
+            "environment": dict(environment),
         }
         await asyncio.to_thread(write_private, path, json.dumps(questions))
     listener.expect(token)
@@ -125,14 +129,19 @@ async def preflight(
     return found
 
 
-def ask(hosts: Mapping[str, list[int]], expected: Expected, ssh_port: int | None = None) -> list[Found]:
+def ask(
+    hosts: Mapping[str, list[int]],
+    expected: Expected,
+    environment: Mapping[str, str],
+    ssh_port: int | None = None,
+) -> list[Found]:
     """`preflight` alone, for a caller that has no event loop."""
 
     async def run() -> list[Found]:
         screen = Screen()
         try:
             async with Listener() as listener:
-                return await preflight(hosts, expected, listener, screen, ssh_port)
+                return await preflight(hosts, expected, environment, listener, screen, ssh_port)
         finally:
             screen.close()
 

@@ -121,27 +121,27 @@ def probe(path: str, number: int) -> dict[str, Any]:
         except Exception as error:
             report["problems"].append(f"{what}: {type(error).__name__}: {error}")
 
-    attempt("devices", devices, "devices")
+    questions = None
     if path != "-":
-        file = Path(path)
         try:
-            questions = json.loads(file.read_text(encoding="utf-8"))
+            questions = json.loads(Path(path).read_text(encoding="utf-8"))
+            os.environ.update(questions["environment"])
         except (OSError, ValueError) as error:
             report["problems"].append(
-                f"{file}: cannot be read: {error}; the run folder has to be the same on all hosts, as the same user"
+                f"{path}: cannot be read: {error}; the run folder has to be the same on all hosts, as the same user"
             )
-        else:
-            report["asked"] = questions["token"]
-            came_from = os.environ.get("SSH_CONNECTION", "").split()[:1]
-            report["address"], report["interface"] = way_to([*questions["peers"], *came_from])
-            report["port_is_free"] = port_is_free(questions["master_port"])
-            answer = file.with_name(f"{file.stem}-{number}")
-            attempt("written", lambda: answer.write_text(questions["token"]), f"{answer}: cannot be written")
-            attempt("free", lambda: shutil.disk_usage(file.parent).free, "free disk")
-            attempt("reached", lambda: _connect(questions, number), "no connection to the launcher")
-            if questions["config"] is not None:
-                accelerated = report.get("devices", ("cpu", None))[0] != "cpu"
-                attempt("data", lambda: _check_config(questions["config"], accelerated), questions["config"])
+    attempt("devices", devices, "devices")
+    if questions is not None:
+        came_from = os.environ.get("SSH_CONNECTION", "").split()[:1]
+        report["address"], report["interface"] = way_to([*questions["peers"], *came_from])
+        report["port_is_free"] = port_is_free(questions["master_port"])
+        answer = Path(path).with_name(f"{Path(path).stem}-{number}")
+        attempt("written", lambda: answer.write_text(questions["token"]), f"{answer}: cannot be written")
+        attempt("free", lambda: shutil.disk_usage(answer.parent).free, "free disk")
+        attempt("reached", lambda: _connect(questions, number), "no connection to the launcher")
+        if questions["config"] is not None:
+            accelerated = report.get("devices", ("cpu", None))[0] != "cpu"
+            attempt("data", lambda: _check_config(questions["config"], accelerated), questions["config"])
     report["time"] = time.time()
     return report
 

@@ -126,7 +126,14 @@ class _Run:
 
         Raises InputError where any host is not fit for the first start.
         """
-        found = await preflight(self.hosts, self.work.expected, self.listener, self.screen, self.settings.ssh_port)
+        found = await preflight(
+            self.hosts,
+            self.work.expected,
+            self.work.environment,
+            self.listener,
+            self.screen,
+            self.settings.ssh_port,
+        )
         problems = [f"{self.origin}: {host.name}: {text}" for host in found for text in host.problems]
         if problems and not self.restarts:
             raise InputError(problems)
