@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -82,9 +81,19 @@ async def on_hosts(
         await asyncio.gather(_read(process.stdout, False, on_line), _read(process.stderr, True, on_line))
         return await process.wait()
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill_with_children(process.pid)
         await process.wait()
+
+
+def _kill_with_children(pid: int) -> None:
+    """Kill pdsh and its ssh, each of which has a process group of its own."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        pdsh = psutil.Process(pid)
+        for process in [*pdsh.children(recursive=True), pdsh]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 async def _read(stream: asyncio.StreamReader, error: bool, on_line: OnLine) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from lcm_ds.launcher.control import Message
 from lcm_ds.launcher.screen import Screen
 
+TOUCH_SECONDS = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -18,6 +19,7 @@ class Stopping:
     """How far the launcher was asked to end what it has started.
 
     The first request becomes the file RUN/STOP, at which all ranks save and end with 75, where the workers look for it.
+    It is made again and again: a run that is about to begin takes one for left over, and away.
     """
 
     def __init__(self, stop_file: Path | None, screen: Screen) -> None:
@@ -26,6 +28,7 @@ class Stopping:
         self.file = stop_file
         self.tell: Callable[[Message], None] | None = None  # sends a message to all hosts of a run
         self._screen = screen
+        self._asking: asyncio.Task[None] | None = None
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.add_signal_handler(number, self._on_signal, number)
@@ -34,7 +37,7 @@ class Stopping:
         self.level += 1
         self.asked.set()
         if self.level == 1 and self.file is not None:
-            asyncio.get_running_loop().run_in_executor(None, self.file.touch)
+            self._asking = asyncio.create_task(_touch_again_and_again(self.file))
         says = {
             1: "the ranks save and stop at the next step; once more ends them within the grace",
             2: "the workers are ended; once more kills them",
@@ -61,5 +64,13 @@ class Stopping:
         loop = asyncio.get_running_loop()
         for number in SIGNALS:
             loop.remove_signal_handler(number)
-        if self.level and self.file is not None:
+        if self._asking is not None and self.file is not None:
+            self._asking.cancel()
             self.file.unlink(missing_ok=True)
+
+
+async def _touch_again_and_again(file: Path) -> None:
+    while True:
+        with contextlib.suppress(OSError):
+            await asyncio.to_thread(file.touch)  # a file server that is away does not stop the heartbeats
+        await asyncio.sleep(TOUCH_SECONDS)

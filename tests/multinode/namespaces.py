@@ -161,13 +161,12 @@ class Hosts:
                 os.kill(pid, signal.SIGKILL)
 
     def processes(self, number):
-        """{pid: command} of what runs on a host, but for its sshd."""
-        own = self.servers[number].pid
+        """{pid: command} of what runs on a host, but for its sshd, whose sessions may wait for who was cut off."""
         running = {}
         for pid in self._all(number):
             with contextlib.suppress(OSError):
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-                if pid != own and words:  # a zombie has none
+                if words and not words.startswith(("sshd:", SSHD)):  # a zombie has none
                     running[pid] = words
         return running
 
