@@ -88,6 +88,14 @@ def launcher_addresses(known: Iterable[str]) -> list[str]:
     return [*came_from, *known]
 
 
+def _any_port() -> socket.socket:
+    """Listens at all addresses of this host, IPv6 and IPv4 where there are both."""
+    with contextlib.suppress(OSError):
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
+
+
 class Listener:
     """The launcher's end: hands connections with the right token to whoever expects them."""
 
@@ -98,7 +106,7 @@ class Listener:
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Listener:
-        self._server = await asyncio.start_server(self._accept, None, 0, limit=LINE_LIMIT, family=socket.AF_INET)
+        self._server = await asyncio.start_server(self._accept, sock=_any_port(), limit=LINE_LIMIT)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 

@@ -116,7 +116,7 @@ async def preflight(
         found = await _ask(names, path, ssh_port)
         for host in found:
             if host.report:
-                host.problems += _problems(host, hosts[host.name], expected)
+                host.problems += problems_of(host, hosts[host.name], expected)
         _compare(found, token, expected)
     finally:
         listener.expect("")
@@ -176,7 +176,7 @@ async def _ask(names: list[str], path: Path | str, ssh_port: int | None) -> list
     return found
 
 
-def _problems(host: Found, wanted: list[int], expected: Expected) -> list[str]:
+def problems_of(host: Found, wanted: list[int], expected: Expected) -> list[str]:
     """What is wrong with a host that has answered."""
     report, lines = host.report, []
     for name, here in versions().items():
@@ -201,13 +201,11 @@ def _problems(host: Found, wanted: list[int], expected: Expected) -> list[str]:
 
 def _compare(found: list[Found], token: str, expected: Expected) -> None:
     """Add what shows only beside the others: kinds of devices, a shared folder, the port of the first host."""
-    answered = [host for host in found if "devices" in host.report]
-    for host in answered[1:]:
-        first = answered[0]
-        if host.report["devices"][0] != first.report["devices"][0]:
-            host.problems.append(
-                f"devices: {host.report['devices'][0]}, and {first.name} has {first.report['devices'][0]}"
-            )
+    kinds = {host.name: host.report["devices"][0] for host in found if "devices" in host.report}
+    for host in found:
+        first = next(iter(kinds), "")
+        if kinds.get(host.name, kinds.get(first)) != kinds.get(first):
+            host.problems.append(f"devices: {kinds[host.name]} there, {kinds[first]} on {first}: they cannot be mixed")
     if expected.folder is None:
         return
     for number, host in enumerate(found):

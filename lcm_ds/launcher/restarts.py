@@ -87,8 +87,19 @@ async def _run(work: Work, hosts: Mapping[str, list[int]], origin: str | Path, s
         screen.close()
 
 
+def share(devices: Sequence[int], divides: Callable[[int], bool], least: int) -> int:
+    """How many of these hosts, from the first on, can share the work: as many as possible, 0 for fewer than `least`.
+
+    With as many devices on each this is the most ranks that there can be.
+    """
+    counts = (count for count in range(len(devices), least - 1, -1) if divides(sum(devices[:count])))
+    return next(counts, 0)
+
+
 @dataclass
 class _Run:
+    """One call of the launcher."""
+
     work: Work
     hosts: dict[str, list[int]]
     origin: str | Path
@@ -143,12 +154,13 @@ class _Run:
     def choose(self, fit: Sequence[Found]) -> list[Found]:
         """As many of the fit hosts, in their order, as can share the work; none where they are too few."""
         least = self.settings.min_hosts or len(self.hosts)
-        for count in range(len(fit), least - 1, -1):
-            ranks = sum(len(self.hosts[host.name]) for host in fit[:count])
-            if self.work.divides(ranks):
-                if left_out := sorted(self.hosts.keys() - {host.name for host in fit[:count]}):
-                    self.say(f"goes on with {ranks} rank(s) on {count} host(s), without {', '.join(left_out)}")
-                return list(fit[:count])
+        devices = [len(self.hosts[host.name]) for host in fit]
+        count = share(devices, self.work.divides, least)
+        if count:
+            if left_out := sorted(self.hosts.keys() - {host.name for host in fit[:count]}):
+                ranks = sum(devices[:count])
+                self.say(f"goes on with {ranks} rank(s) on {count} host(s), without {', '.join(left_out)}")
+            return list(fit[:count])
         fewer = f"{len(fit)} of {len(self.hosts)} hosts are fit: a restart needs {least}"
         if len(fit) >= least:
             fewer += ", with a number of ranks that can share the rows of a step"

@@ -130,7 +130,7 @@ work = Work(
     config=folder / "run/launch/config.yaml",
     expected=Expected(folder / "run/launch", master_port=port),
     environment=environment_of_workers(os.environ),
-    stop_file=folder / "run/STOP",
+    stop_file=folder / "run/STOP" if "TOY_KNOWS_NO_STOP" not in os.environ else None,
     progress=lambda: len(list(folder.glob("progress-*"))),
     divides=lambda ranks: True,
 )
@@ -205,6 +205,16 @@ def test_a_signal_becomes_the_file_stop_and_the_workers_75_is_awaited(tmp_path, 
     assert launcher.returncode == 75, out + err
     assert (tmp_path / "obeyed").exists()
     assert not (tmp_path / "run/STOP").exists()  # the next start would obey it, too
+    wait_until_gone(told, 1)
+
+
+def test_workers_that_look_for_no_file_are_sent_the_signal(tmp_path, stand_in):
+    launcher = start(tmp_path, stand_in, "0=stop,1=stop", TOY_KNOWS_NO_STOP="")
+    told = workers(launcher, tmp_path)
+    launcher.send_signal(signal.SIGINT)
+    out, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 75, out + err
+    assert [(tmp_path / f"stopped-{rank}").read_text() for rank in (0, 1)] == ["SIGTERM"] * 2
     wait_until_gone(told, 1)
 
 
