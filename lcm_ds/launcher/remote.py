@@ -40,6 +40,7 @@ TRAVELS = (
 )
 TRAVELS_BY_NAME = ("PATH", "LD_LIBRARY_PATH", "http_proxy", "https_proxy", "no_proxy")
 STAYS = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
+# What nobody asked to be put into a file, or on mpirun's command line.
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY$", re.IGNORECASE)
 
 
