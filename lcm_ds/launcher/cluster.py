@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lcm_ds.launcher import control
 from lcm_ds.launcher.job import Host, Job
-from lcm_ds.launcher.local import PATIENCE_SECONDS, exit_code, how_it_ended, precedence
+from lcm_ds.launcher.local import PATIENCE_SECONDS, STOPPED, exit_code, how_it_ended, precedence
 from lcm_ds.launcher.pdsh import CONNECT_SECONDS, on_hosts
 from lcm_ds.launcher.screen import Errors, Screen
 from lcm_ds.launcher.stopping import Stopping
@@ -64,9 +64,10 @@ class Cluster:
         pdsh.add_done_callback(lambda _: self.changed.set())
         try:
             await self.appear(pdsh)
+            if stopping.level and not self.failures:
+                self.fail(Failure("the launcher", "was asked to stop before a worker was started", STOPPED))
+                return  # with the connections the hosts end
             self.send_all({"do": "start"})
-            if stopping.request is not None:
-                self.send_all(stopping.request)  # asked for before they were there
             await self.until(lambda: bool(self.failures) or len(self.gone) == len(names))
             # They end themselves, too: who does not answer by then is cut off.
             await self.until(lambda: len(self.gone) == len(names), self.longest_end())
@@ -127,10 +128,10 @@ class Cluster:
             lost = f"is lost: no sign of life for {self.job.silence:g} s"
         finally:
             beating.cancel()
-        self.gone.add(number)
-        if not done:
-            self.fail(Failure(host.name, lost, 1))
-        self.changed.set()
+            self.gone.add(number)
+            if not done:
+                self.fail(Failure(host.name, lost, 1))
+            self.changed.set()
 
     def on_message(self, host: Host, message: control.Message) -> bool:
         """Take in what a host says; returns whether it was its last word."""

@@ -70,6 +70,8 @@ def launch(
             world_size = sum(len(slots) for slots in devices.values())
             if wrong := settings.mistakes(len(devices)):
                 raise InputError(wrong)
+        elif wrong := settings.of_hosts_alone():
+            raise InputError(f"{option}: goes with --hostfile" for option in wrong)
         elif slurm:
             world_size = remote.slurm_tasks(os.environ)
         else:

@@ -151,25 +151,25 @@ def ask(
 async def _ask(names: list[str], path: Path | str, ssh_port: int | None) -> list[Found]:
     """Every host's report, or why there is none."""
     found = [Found(name) for name in names]
-    by_label = {name.rpartition("@")[2]: host for name, host in zip(names, found, strict=True)}
-    said: dict[str, list[str]] = {label: [] for label in by_label}
+    labels = [name.rpartition("@")[2] for name in names]
+    said: dict[str, list[str]] = {label: [] for label in labels}
 
     def on_line(label: str, text: str, error: bool) -> None:
-        host = by_label.get(label)
-        if host is None:
+        if error:
+            said.setdefault(label, []).append(text.strip())
             return
-        if not error and text.startswith("{"):
-            host.report, host.arrived = json.loads(text), time.time()
-            host.problems += host.report["problems"]
-        elif error:
-            said[label].append(text.strip())
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # what a login shell prints
+            report = json.loads(text)
+            host = found[report["number"]]
+            host.report, host.arrived = report, time.time()
+            host.problems += report["problems"]
 
     late = False
     try:
         await asyncio.wait_for(on_hosts(names, "lcm_ds.launcher.probe", path, on_line, ssh_port), LONGEST_SECONDS + 20)
     except asyncio.TimeoutError:
         late = True
-    for label, host in by_label.items():
+    for label, host in zip(labels, found, strict=True):
         if not host.report:
             last = said[label][-1] if said[label] else "no answer"
             host.problems.append(f"no answer in {LONGEST_SECONDS + 20} s" if late else last)

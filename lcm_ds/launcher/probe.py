@@ -111,7 +111,7 @@ def _connect(questions: dict[str, Any], number: int) -> None:
 
 def probe(path: str, number: int) -> dict[str, Any]:
     """Everything about this host; what cannot be found out is among its `problems`."""
-    report: dict[str, Any] = {"versions": versions(), "problems": []}
+    report: dict[str, Any] = {"number": number, "versions": versions(), "problems": []}
 
     def attempt(name: str, find: Callable[[], Any], what: str) -> None:
         try:

@@ -7,6 +7,7 @@ progress. Hosts that fail a preflight after a failure are left out, and come bac
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,13 @@ class Settings:
         if self.master_port is not None and not 0 < self.master_port < 2**16:
             lines.append(f"--master-port {self.master_port}: has to be from 1 to 65535")
         return lines
+
+    def of_hosts_alone(self) -> list[str]:
+        """The options in it that mean nothing where the hosts are not ours to watch."""
+        everywhere = ("master_addr", "master_port")
+        defaults = Settings()
+        names = [field.name for field in dataclasses.fields(self) if field.name not in everywhere]
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(defaults, name)]
 
 
 DEFAULTS = Settings()

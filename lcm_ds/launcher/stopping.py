@@ -44,15 +44,10 @@ class Stopping:
         }
         text = says.get(self.level, "the workers are killed")
         self._screen.say(f"lcm-ds launch: {signal.Signals(number).name}: {text}", error=True)
-        if self.tell is not None and self.request is not None:
-            self.tell(self.request)
-
-    @property
-    def request(self) -> Message | None:
-        """What the hosts are told as things stand."""
-        if self.level > 1:
-            return {"do": "end", "after": 0.0} if self.level == 2 else {"do": "kill"}
-        return {"do": "stop"} if self.level and self.file is None else None
+        if self.tell is not None and self.level > 1:
+            self.tell({"do": "end", "after": 0.0} if self.level == 2 else {"do": "kill"})
+        elif self.tell is not None and self.file is None:
+            self.tell({"do": "stop"})
 
     async def sleep(self, seconds: float) -> None:
         """Wait so long, or until the first request."""

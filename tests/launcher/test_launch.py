@@ -109,6 +109,11 @@ def test_settings_that_cannot_be_are_refused_all_at_once(config, tmp_path):
     assert [line.split()[0] for line in lines] == list(options)
 
 
+def test_options_for_hosts_are_refused_where_there_are_none(config):
+    lines = mistakes_of(config, local=2, settings=Settings(max_restarts=3, grace=5, master_port=29501))
+    assert lines == ["--max-restarts: goes with --hostfile", "--grace: goes with --hostfile"]
+
+
 # --- doctor -----------------------------------------------------------------------------------------------------------
 
 
