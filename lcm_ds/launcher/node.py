@@ -130,8 +130,8 @@ class Node:
         chosen["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.host.devices))
         chosen.setdefault("OMP_NUM_THREADS", threads_each(len(self.host.devices)))
         if self.host.interface is not None:
-            for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
-                chosen.setdefault(name, self.host.interface)
+            chosen.setdefault("NCCL_SOCKET_IFNAME", f"={self.host.interface}")  # "eth1" would mean eth10, too
+            chosen.setdefault("GLOO_SOCKET_IFNAME", self.host.interface)
         return chosen
 
 

@@ -56,8 +56,15 @@ def test_workers_see_the_devices_of_the_hostfile_and_the_launchers_variables_bef
     assert (environ["CUDA_VISIBLE_DEVICES"], environ["HF_HOME"], environ["LANG"]) == ("2,3", "/here", "C")
 
 
+def test_the_interface_that_leads_to_the_others_is_set_and_it_alone(make_job, monkeypatch):
+    for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    environ = Node(make_job(), 0).environment()
+    assert (environ["NCCL_SOCKET_IFNAME"], environ["GLOO_SOCKET_IFNAME"]) == ("=eth0", "eth0")
+
+
 @pytest.mark.parametrize("said_by", ["launcher", "host"])
-def test_the_interface_that_leads_to_the_others_is_set_unless_the_user_has_said_one(make_job, monkeypatch, said_by):
+def test_an_interface_that_the_user_has_said_stays(make_job, monkeypatch, said_by):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     given = {"NCCL_SOCKET_IFNAME": "ib0"}

@@ -10,10 +10,10 @@ import yaml
 TIMES = ("--back-off", "1", "--silence", "5", "--grace", "3")
 
 
-def launch(hosts, count, config, *options, **environment):
-    """`lcm-ds launch --hostfile` on the first so many hosts, from the first of them."""
-    return hosts.start(0, "-m", "lcm_ds.cli", "launch", "--hostfile", hosts.hostfile(count), *TIMES, *options, config,
-                       **environment)  # fmt: skip
+def launch(hosts, count, config, *options, where=0):
+    """`lcm-ds launch --hostfile` on the first so many hosts, from one of them or from another."""
+    options = ["--hostfile", hosts.hostfile(count), *TIMES, *options]
+    return hosts.start(where, "-m", "lcm_ds.cli", "launch", *options, config)
 
 
 def finish(process, timeout=240):
