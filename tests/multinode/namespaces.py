@@ -68,7 +68,7 @@ class Hosts:
             server.wait()
         for number in range(self.count):
             _remove(self.namespace(number))
-        ip("link", "del", self.bridge, check=False)
+        _remove_links(self.bridge)
 
     def namespace(self, number):
         return f"{PREFIX}-{os.getpid()}-{number}"
@@ -192,9 +192,17 @@ def remove_leftovers():
             for pid in ip("netns", "pids", name).split():
                 os.kill(int(pid), signal.SIGKILL)
             _remove(name)
-            ip("link", "del", f"{PREFIX}{owner}", check=False)
+            _remove_links(f"{PREFIX}{owner}")
 
 
 def _remove(namespace):
     ip("netns", "del", namespace, check=False)
     shutil.rmtree(Path("/etc/netns") / namespace, ignore_errors=True)
+
+
+def _remove_links(bridge):
+    # One by one: a connection that was cut keeps its namespace, and with it the link, for minutes.
+    for line in ip("-br", "link").splitlines():
+        name = line.split()[0].partition("@")[0]
+        if name == bridge or name.startswith(f"{bridge}v"):
+            ip("link", "del", name, check=False)
