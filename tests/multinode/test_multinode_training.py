@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from runs import checkpoints, finish, launch, losses, run_dir, wait_for, wait_for_step
+from host_runs import checkpoints, finish, launch, losses, run_dir, wait_for, wait_for_step
 
 
 def test_two_hosts_stopped_and_gone_on_with_give_the_losses_of_launch_local(hosts, make_config, local_losses):

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 
-from runs import finish, launch, run_dir
+from host_runs import finish, launch, run_dir
 
 PORT = 29555
 
