@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart test test-slow check format clean
+.PHONY: install quickstart test test-slow test-multinode check format clean
 
 install: $(INSTALLED)
 
@@ -28,6 +28,13 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'slow and not hub'
+
+# Hosts in network namespaces of this machine: as root, with packages that are installed here where apt-get is.
+test-multinode: $(INSTALLED)
+	@for program in pdsh ip /usr/sbin/sshd; do command -v $$program >/dev/null || missing=yes; done; \
+	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -y -qq iproute2 openssh-server pdsh >/dev/null; fi
+	$(BIN)/python -m pytest -m 'not hub' tests/multinode
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

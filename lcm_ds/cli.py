@@ -105,7 +105,15 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--exclude", default="", metavar="HOSTS", help="with --hostfile: all but these")
     verb.add_argument("--master-addr", metavar="HOST", help="the host of rank 0, where it cannot be told")
     verb.add_argument("--master-port", type=int, metavar="PORT")
-    verb.add_argument("--ssh-port", type=int, metavar="PORT")
+    watch = verb.add_argument_group("with --hostfile")
+    watch.add_argument("--ssh-port", type=int, metavar="PORT")
+    watch.add_argument("--max-restarts", type=int, metavar="K", help="after failures, with --back-off; default: 0")
+    watch.add_argument("--min-hosts", type=int, metavar="M", help="that a restart needs; default: all")
+    watch.add_argument("--back-off", type=float, metavar="SECONDS",
+                       help="before the first restart, then twice as long each time; default: 10")  # fmt: skip
+    watch.add_argument("--silence", type=float, metavar="SECONDS",
+                       help="without a sign of life, after which a host is lost; default: 15")  # fmt: skip
+    watch.add_argument("--grace", type=float, metavar="SECONDS", help="between SIGTERM and SIGKILL; default: 30")
     _config(verb)
 
     verb = _verb(verbs, "evaluate", evaluate, "the model against its baselines on the validation split",
@@ -136,7 +144,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = _verb(verbs, "doctor", doctor, "what would stop a run, before it starts",
                  "lcm-ds doctor configs/train/quickstart.yaml")  # fmt: skip
-    verb.add_argument("--hostfile", metavar="F")
+    verb.add_argument("--hostfile", metavar="F", help="ask its hosts what launch would ask them")
+    verb.add_argument("--bandwidth", action="store_true", help="measure an all-reduce over all devices")
+    verb.add_argument("--master-port", type=int, metavar="PORT")
+    verb.add_argument("--ssh-port", type=int, metavar="PORT")
     verb.add_argument("config", metavar="CONFIG", nargs="?")
     _overrides(verb)
     return parser
@@ -222,7 +233,9 @@ def train(arguments: argparse.Namespace) -> int:
 
 def launch(arguments: argparse.Namespace) -> int:
     from lcm_ds.launcher.launch import launch
+    from lcm_ds.launcher.restarts import Settings
 
+    said = {name: vars(arguments)[name] for name in Settings.__dataclass_fields__}
     return launch(
         arguments.config,
         arguments.overrides,
@@ -232,9 +245,7 @@ def launch(arguments: argparse.Namespace) -> int:
         openmpi=arguments.openmpi,
         include=arguments.include,
         exclude=arguments.exclude,
-        master_addr=arguments.master_addr,
-        master_port=arguments.master_port,
-        ssh_port=arguments.ssh_port,
+        settings=Settings(**{name: value for name, value in said.items() if value is not None}),
     )
 
 
@@ -270,8 +281,10 @@ def import_meta(arguments: argparse.Namespace) -> None:
 
 def doctor(arguments: argparse.Namespace) -> int:
     from lcm_ds.launcher.doctor import doctor
+    from lcm_ds.launcher.restarts import Settings
 
-    return doctor(arguments.config, arguments.overrides, arguments.hostfile)
+    settings = Settings(master_port=arguments.master_port, ssh_port=arguments.ssh_port)
+    return doctor(arguments.config, arguments.overrides, arguments.hostfile, arguments.bandwidth, settings)
 
 
 if __name__ == "__main__":

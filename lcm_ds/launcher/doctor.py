@@ -12,23 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcm_ds import ds_config
-from lcm_ds.errors import Collector
-from lcm_ds.launcher.hosts import check_reachable, is_this_host, read_hostfile
+from lcm_ds.errors import Collector, InputError
+from lcm_ds.launcher.hosts import read_hostfile, select
+from lcm_ds.launcher.local import run_local
+from lcm_ds.launcher.pdsh import mistakes_of_call
+from lcm_ds.launcher.preflight import Expected, ask, checkpoint_bytes
+from lcm_ds.launcher.probe import PACKAGES
+from lcm_ds.launcher.remote import environment_of_workers, resolve_config
+from lcm_ds.launcher.restarts import DEFAULTS, Settings, Work, run_on_hosts
+from lcm_ds.train.place import DEFAULT_PORT
 
 if TYPE_CHECKING:
     from lcm_ds.train.check import Job
 
-PACKAGES = (
-    "lcm-ds",
-    "torch",
-    "deepspeed",
-    "transformers",
-    "webdataset",
-    "numpy",
-    "pydantic",
-    "omegaconf",
-    "safetensors",
-)
+MEASUREMENT = "lcm_ds.launcher.bandwidth"
 # What a program is for; none of them is needed for a run on one host with torch_adam.
 PROGRAMS = {
     "g++": "compiles DeepSpeed's operators: fused Adam on the CPU, offload",
@@ -41,28 +38,65 @@ PROGRAMS = {
 
 
 def doctor(
-    config_path: str | Path | None = None, overrides: Sequence[str] = (), hostfile: str | Path | None = None
+    config_path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    hostfile: str | Path | None = None,
+    bandwidth: bool = False,
+    settings: Settings = DEFAULTS,
 ) -> int:
     """Print what this machine has and, with a config, everything that is wrong with it and the memory it needs.
 
-    The ranks counted on are the hostfile's slots, else this machine's devices. Returns 0 where nothing would stop the
-    run, else 2; the mistakes are on stderr, one a line.
+    The ranks counted on are the hostfile's slots, else this machine's devices. The hosts of a hostfile are asked as
+    before a launch. bandwidth: measure an all-reduce over all devices at the end. Returns 0 where nothing would stop
+    the run, else 2 (or what the measurement ends with); the mistakes are on stderr, one a line.
     """
     for line in _machine():
         print(line)
     mistakes = Collector()
-    hosts: dict[str, int] = {}
+    hosts: dict[str, list[int]] = {}
+    job: Job | None = None
     with mistakes:
         if hostfile is not None:
-            hosts = read_hostfile(hostfile)
-            print(f"hosts         {', '.join(f'{name} ({slots})' for name, slots in hosts.items())}")
-            check_reachable([name for name in hosts if not is_this_host(name)], hostfile)
+            hosts = select(read_hostfile(hostfile))
     if config_path is not None:
         with mistakes:
-            _run(config_path, overrides, sum(hosts.values()) or _devices(), on_this_host=not hosts)
+            job = _run(config_path, overrides, sum(map(len, hosts.values())) or _devices(), on_this_host=not hosts)
+    work: Work | None = None
+    if hosts and hostfile is not None:
+        with mistakes:
+            work = _work(job, config_path, settings)
+            if not bandwidth or mistakes.mistakes:
+                found = ask(hosts, work.expected, work.environment, settings.ssh_port)
+                mistakes.mistakes += [f"{hostfile}: {host.name}: {text}" for host in found for text in host.problems]
+    if bandwidth and not mistakes.mistakes:
+        with mistakes:
+            return _measure(work, hosts, hostfile, settings)
     for mistake in dict.fromkeys(mistakes.mistakes):
         print(mistake, file=sys.stderr)
     return 2 if mistakes.mistakes else 0
+
+
+def _work(job: Job | None, config_path: str | Path | None, settings: Settings) -> Work:
+    """A measurement on hosts, with what is to be expected of them: of a run, or without one."""
+    port = settings.master_port or DEFAULT_PORT
+    if wrong := mistakes_of_call(job.run_dir if job else Path.cwd()):
+        raise InputError(wrong)
+    config, expected = Path("-"), Expected()
+    if job is not None and config_path is not None:
+        config = resolve_config(job.config, Path(config_path), job.run_dir).resolve()
+        expected = Expected.of(job, config, port)
+    return Work(MEASUREMENT, config, expected, environment_of_workers(os.environ), None, lambda: 0, lambda ranks: True)
+
+
+def _measure(work: Work | None, hosts: dict[str, list[int]], hostfile: str | Path | None, settings: Settings) -> int:
+    """An all-reduce over all devices of the hosts, or of this one. Raises InputError where there is nothing to do."""
+    if work is not None and hostfile is not None:
+        if work.expected.folder is None:
+            raise InputError("--bandwidth: with --hostfile it needs a CONFIG, for its run folder is what hosts share")
+        return run_on_hosts(work, hosts, hostfile, settings)
+    if _devices() == 1:
+        raise InputError("--bandwidth: this host has one device; give a hostfile")
+    return run_local([sys.executable, "-u", "-m", MEASUREMENT], _devices())
 
 
 def _machine() -> Iterator[str]:
@@ -70,7 +104,7 @@ def _machine() -> Iterator[str]:
 
     device = get_accelerator()
     yield f"python        {platform.python_version()} ({sys.executable})"
-    for name in PACKAGES:
+    for name in ("lcm-ds", *PACKAGES):
         try:
             yield f"{name:13} {importlib.metadata.version(name)}"
         except importlib.metadata.PackageNotFoundError:
@@ -93,7 +127,7 @@ def _devices() -> int:
     return 1 if device.device_name() == "cpu" else max(1, device.device_count())
 
 
-def _run(config_path: str | Path, overrides: Sequence[str], ranks: int, on_this_host: bool) -> None:
+def _run(config_path: str | Path, overrides: Sequence[str], ranks: int, on_this_host: bool) -> Job:
     """Check a run for so many ranks and print what it needs; raises InputError with every mistake."""
     from lcm_ds.train.check import check
 
@@ -102,6 +136,7 @@ def _run(config_path: str | Path, overrides: Sequence[str], ranks: int, on_this_
         print(line)
     if on_this_host:
         ds_config.check_device(job.ds, str(job.config.deepspeed))
+    return job
 
 
 def _needs(job: Job, ranks: int) -> Iterator[str]:
@@ -113,8 +148,7 @@ def _needs(job: Job, ranks: int) -> Iterator[str]:
     yield f"model         {parameters:,} parameters, {precision}"
     yield from lines(job.config, job.model, job.ds, ranks)
     free = shutil.disk_usage(_nearest_folder(job.run_dir)).free / GIB
-    # parameters in the model's dtype, master weights and two moments
-    checkpoint = parameters * (14 if precision != "float32" else 16) / GIB
+    checkpoint = checkpoint_bytes(job) / GIB
     yield f"disk          {free:.1f} GiB free; a checkpoint takes about {checkpoint:.3g} GiB"
 
 

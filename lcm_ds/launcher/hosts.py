@@ -1,16 +1,13 @@
-"""The hosts of a run: a hostfile in DeepSpeed's format, and whether ssh reaches them."""
+"""The hosts of a run: a hostfile in DeepSpeed's format, what is taken of it, and which of them is this one."""
 
 from __future__ import annotations
 
 import re
 import socket
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lcm_ds.errors import InputError
 
-SSH_TIMEOUT_SECONDS = 10
 NAME = re.compile(r"(?:[\w.-]+@)?[\w.-]+")
 
 
@@ -80,33 +77,6 @@ def is_this_host(name: str) -> bool:
     except OSError:
         return False
     return any(_is_own(address) for address in addresses)
-
-
-def check_reachable(hosts: list[str], origin: str | Path, ssh_port: int | None = None) -> None:
-    """Ask every host over ssh, all at once, without a password; raises InputError with a line for each that fails."""
-    with ThreadPoolExecutor(max_workers=min(64, len(hosts))) as pool:
-        answers = list(pool.map(lambda host: _ssh_error(host, ssh_port), hosts))
-    mistakes = [f"{origin}: {host}: {said}" for host, said in zip(hosts, answers, strict=True) if said]
-    if mistakes:
-        raise InputError(mistakes)
-
-
-def _ssh_error(host: str, port: int | None) -> str | None:
-    """What went wrong with `ssh HOST true`, or None."""
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_TIMEOUT_SECONDS}"]
-    command = ["ssh", *options, *(["-p", str(port)] if port else []), host, "true"]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=2 * SSH_TIMEOUT_SECONDS
-        )
-    except FileNotFoundError:
-        return "ssh is not installed here"
-    except subprocess.TimeoutExpired:
-        return f"ssh gave no answer in {2 * SSH_TIMEOUT_SECONDS} s"
-    if done.returncode == 0:
-        return None
-    said = done.stderr.strip().splitlines()
-    return f"ssh without a password fails: {said[-1].strip() if said else f'exit code {done.returncode}'}"
 
 
 def _is_own(address: str) -> bool:

@@ -14,6 +14,10 @@ from lcm_ds.errors import Collector, InputError
 from lcm_ds.launcher import hosts as host_lists
 from lcm_ds.launcher import remote
 from lcm_ds.launcher.local import run_local
+from lcm_ds.launcher.pdsh import mistakes_of_call
+from lcm_ds.launcher.preflight import Expected
+from lcm_ds.launcher.restarts import DEFAULTS, Settings, Work, run_on_hosts
+from lcm_ds.train.place import DEFAULT_PORT
 
 if TYPE_CHECKING:
     from lcm_ds.train.check import Job
@@ -29,6 +33,9 @@ class _Task:
     stops: bool  # whether its workers look for RUN/STOP
     check_local: Callable[[int], None]  # raises InputError where this host cannot have so many of its workers
     missing: Callable[[], str | None]  # what is not there although all workers ended well
+    progress: Callable[[], int]  # how far it has come: a number that grows
+    divides: Callable[[int], bool]  # whether so many ranks can share the work
+    job: Job | None = None  # of a run
 
 
 def launch(
@@ -41,16 +48,15 @@ def launch(
     openmpi: int | None = None,
     include: str = "",
     exclude: str = "",
-    master_addr: str | None = None,
-    master_port: int | None = None,
-    ssh_port: int | None = None,
+    settings: Settings = DEFAULTS,
 ) -> int:
     """Start the workers of a run, or of a preparation, in one of four ways, and wait for them; returns their exit code.
 
     A config with a source of text is one of a preparation.
 
-    `local`: so many processes on this host. `hostfile`: DeepSpeed's runner over pdsh and ssh, with `include`,
-    `exclude` and `ssh_port` as it takes them. `slurm`: srun, in an allocation. `openmpi`: so many processes of mpirun.
+    `local`: so many processes on this host. `hostfile`: on its hosts over pdsh and ssh, with `include` and `exclude` in
+    DeepSpeed's form, watched and started again as `settings` say. `slurm`: srun, in an allocation. `openmpi`: so many
+    processes of mpirun.
     Raises InputError, before any worker starts, for every mistake in the call, the config and what the config names.
     """
     if sum((local is not None, hostfile is not None, slurm, openmpi is not None)) != 1:
@@ -62,6 +68,10 @@ def launch(
         if hostfile is not None:
             devices = host_lists.select(host_lists.read_hostfile(hostfile), include, exclude)
             world_size = sum(len(slots) for slots in devices.values())
+            if wrong := settings.mistakes(len(devices)):
+                raise InputError(wrong)
+        elif wrong := settings.of_hosts_alone():
+            raise InputError(f"{option}: goes with --hostfile" for option in wrong)
         elif slurm:
             world_size = remote.slurm_tasks(os.environ)
         else:
@@ -75,34 +85,48 @@ def launch(
     worker = [sys.executable, "-u", "-m", task.module, str(config_path), *overrides]
     if local is not None:
         task.check_local(local)
-        return run_local(worker, local, master_port=master_port)
-    if hostfile is not None and len(devices) == 1 and host_lists.is_this_host(next(iter(devices))):
+        return run_local(worker, local, master_port=settings.master_port)
+    here = len(devices) == 1 and host_lists.is_this_host(next(iter(devices)))
+    if here and not settings.max_restarts:
         # Nothing to reach over ssh: the same as --local, on the devices that the hostfile leaves.
         environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, next(iter(devices.values()))))}
-        return run_local(worker, world_size, environ, master_port)
-
-    config = remote.resolve_config(task.config, Path(config_path), task.folder)
-    environ = dict(os.environ)
+        return run_local(worker, world_size, environ, settings.master_port)
     if hostfile is not None:
-        command = remote.deepspeed_command(
-            hostfile, task.module, config, include, exclude, master_addr, master_port, ssh_port
-        )
-        host_lists.check_reachable(list(devices), hostfile, ssh_port)
-        environ["DS_ENV_FILE"] = str((config.parent / "environment").resolve())
-        remote.write_environment(Path(environ["DS_ENV_FILE"]), os.environ)
-    elif slurm:
-        environ.update(_rendezvous(master_addr, master_port))
-        command = remote.slurm_command(world_size, task.module, config)
+        code = _on_hosts(task, Path(config_path), devices, hostfile, settings)
     else:
-        environ.update(_rendezvous(master_addr, master_port))
-        command = remote.openmpi_command(world_size, task.module, config, environ)
-    code = remote.follow(command, environ, task.folder / "STOP" if task.stops else None)
-    # DeepSpeed's runner ends with 0, too, when what it waits for was killed by a signal.
+        config = remote.resolve_config(task.config, Path(config_path), task.folder)
+        environ = {**os.environ, **_rendezvous(settings.master_addr, settings.master_port)}
+        command = (
+            remote.slurm_command(world_size, task.module, config)
+            if slurm
+            else remote.openmpi_command(world_size, task.module, config, environ)
+        )
+        code = remote.follow(command, environ, task.folder / "STOP" if task.stops else None)
     missing = task.missing() if code == 0 else None
     if missing is not None:
         print(f"lcm-ds launch: the workers ended, and {missing}", file=sys.stderr, flush=True)
         return 1
     return code
+
+
+def _on_hosts(
+    task: _Task, config_path: Path, devices: dict[str, list[int]], hostfile: str | Path, settings: Settings
+) -> int:
+    """Start the workers over pdsh and ssh, and watch them."""
+    if wrong := mistakes_of_call(task.folder):
+        raise InputError(wrong)
+    config = remote.resolve_config(task.config, config_path, task.folder).resolve()
+    port = settings.master_port or DEFAULT_PORT
+    work = Work(
+        module=task.module,
+        config=config,
+        expected=Expected.of(task.job, config, port) if task.job else Expected(config.parent, master_port=port),
+        environment=remote.environment_of_workers(os.environ),
+        stop_file=task.folder.resolve() / "STOP" if task.stops else None,
+        progress=task.progress,
+        divides=task.divides,
+    )
+    return run_on_hosts(work, devices, hostfile, settings)
 
 
 def _task(config_path: str | Path, overrides: Sequence[str], world_size: int) -> _Task:
@@ -127,17 +151,36 @@ def _preparation(config: PrepareConfig) -> _Task:
     def missing() -> str | None:
         return None if (out / "train" / "dataset.json").exists() else f"{out}/train is not finished"
 
-    return _Task("lcm_ds.prepare", config, out, False, check_local, missing)
+    def units() -> int:
+        path = out / "units.jsonl"
+        return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+    return _Task("lcm_ds.prepare", config, out, False, check_local, missing, units, lambda ranks: True)
 
 
 def _run(job: Job) -> _Task:
-    def missing() -> str | None:
+    rows, micro_batch = job.config.batch.rows_per_step, job.config.batch.micro_batch_rows
+
+    def newest() -> int:
         from lcm_ds.train.checkpoint import list_checkpoints
 
-        steps = max((checkpoint.step for checkpoint in list_checkpoints(job.run_dir)), default=0)
+        return max((checkpoint.step for checkpoint in list_checkpoints(job.run_dir)), default=0)
+
+    def missing() -> str | None:
+        steps = newest()
         return None if steps >= job.total_steps else f"{job.run_dir} is at step {steps} of {job.total_steps}"
 
-    return _Task("lcm_ds.train", job.config, job.run_dir, True, lambda n: _check_devices(job, n), missing)
+    return _Task(
+        module="lcm_ds.train",
+        config=job.config,
+        folder=job.run_dir,
+        stops=True,
+        check_local=lambda processes: _check_devices(job, processes),
+        missing=missing,
+        progress=newest,
+        divides=lambda ranks: rows % (micro_batch * ranks) == 0,
+        job=job,
+    )
 
 
 def _processes(number: int | None, option: str) -> int:

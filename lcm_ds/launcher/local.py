@@ -42,21 +42,24 @@ def run_local(
     """
     environ = dict(os.environ if environ is None else environ)
     port = master_port or free_port()
-    environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    workers: list[Worker] = []
+    environ.setdefault("OMP_NUM_THREADS", threads_each(processes))
+    workers = Workers(grace)
     with _forwarding(workers) as received:
         try:
             for rank in range(processes):
-                place = Place(rank, processes, rank, processes, "127.0.0.1", port)
-                workers.append(_start(command, {**environ, **place.environment()}))
+                workers.start(command, environ, Place(rank, processes, rank, processes, "127.0.0.1", port))
             for number, told in received:  # while some were not there yet
-                for worker in workers[told:]:
-                    worker.send_signal(number)
-            return _wait(workers, grace)
+                workers.send_signal(number, told)
+            while not workers.gone():
+                for rank, code in workers.look().items():
+                    if workers.first == rank and code not in PATIENCE_SECONDS:
+                        pid = workers.processes[rank].pid
+                        said = f"lcm-ds launch: rank {rank} (process {pid}) {how_it_ended(code)}"
+                        print(said, file=sys.stderr, flush=True)
+                time.sleep(POLL_SECONDS)
+            return workers.code()
         finally:
-            for worker in workers:
-                if worker.returncode is None:
-                    _kill(worker)
+            workers.kill()
 
 
 def exit_code(returncode: int) -> int:
@@ -64,13 +67,94 @@ def exit_code(returncode: int) -> int:
     return returncode if returncode in (0, 2, STOPPED) else 1
 
 
-def _start(command: Sequence[str], environ: Mapping[str, str]) -> Worker:
-    # A session of its own: a Ctrl-C on the terminal reaches the launcher alone, which passes it on once.
-    return subprocess.Popen(command, env=environ, start_new_session=True, preexec_fn=die_with_parent())
+def how_it_ended(returncode: int) -> str:
+    """What a process came to, in words."""
+    if returncode < 0:
+        return f"was killed by {signal.Signals(-returncode).name}"
+    return f"ended with exit code {returncode}"
+
+
+def precedence(returncode: int) -> tuple[bool, bool]:
+    """Of failures seen at the same time the lowest counts: bad input explains what others died of, a stop nothing."""
+    return returncode != 2, returncode == STOPPED
+
+
+def threads_each(processes: int) -> str:
+    """OMP_NUM_THREADS where nobody said it: this host's cores, shared out among so many workers."""
+    return str(max(1, len(os.sched_getaffinity(0)) // processes))
+
+
+class Workers:
+    """The workers of one host, by the order in which they were started: one that fails ends the others."""
+
+    def __init__(self, grace: float) -> None:
+        self.processes: list[Worker] = []
+        self.first: int | None = None  # the worker that failed first
+        self._grace = grace  # seconds between SIGTERM and SIGKILL
+        self._alive: set[int] = set()
+        self._ends_at = self._kills_at = float("inf")
+
+    def start(
+        self, command: Sequence[str], environ: Mapping[str, str], place: Place, output: int | None = None
+    ) -> Worker:
+        """Start one more; `output` is what subprocess takes as stdout and stderr. Call it from a thread that lasts."""
+        # A session of its own: a Ctrl-C on the terminal reaches the launcher alone, which passes it on once.
+        worker = subprocess.Popen(
+            command,
+            env={**environ, **place.environment()},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=die_with_parent(),
+        )
+        self._alive.add(len(self.processes))
+        self.processes.append(worker)
+        return worker
+
+    def gone(self) -> bool:
+        """Whether all have ended."""
+        return not self._alive
+
+    def code(self) -> int:
+        """0 where all ended well, else the exit code of the one that failed first, as a launcher passes it on."""
+        return 0 if self.first is None else exit_code(self.processes[self.first].returncode)
+
+    def look(self) -> dict[int, int]:
+        """Those that have ended since the last look, with their exit codes. Ends the others where one failed."""
+        ended = {number for number in self._alive if _has_ended(self.processes[number])}
+        self._alive -= ended
+        codes = {number: self.processes[number].returncode for number in sorted(ended)}
+        failed = [number for number, code in codes.items() if code != 0]
+        if failed and self.first is None:
+            self.first = min(failed, key=lambda number: (precedence(codes[number]), number))
+            self.end(min(self._grace, PATIENCE_SECONDS.get(codes[self.first], 0.0)))
+        now = time.monotonic()
+        if now >= self._ends_at:
+            self.send_signal(signal.SIGTERM)
+            self._ends_at = float("inf")
+        if now >= self._kills_at:
+            self.kill()
+        return codes
+
+    def end(self, after: float = 0.0) -> None:
+        """Have `look` send SIGTERM in `after` seconds, and SIGKILL a grace later; the first call counts."""
+        if self._kills_at == float("inf"):
+            self._ends_at = time.monotonic() + after
+            self._kills_at = self._ends_at + self._grace
+
+    def send_signal(self, number: int, since: int = 0) -> None:
+        """Send a signal to those that run, from the one of that number on."""
+        for worker in self.processes[since:]:
+            worker.send_signal(number)
+
+    def kill(self) -> None:
+        """Kill those that run, and what they started."""
+        for number in self._alive:
+            _kill(self.processes[number])
 
 
 @contextlib.contextmanager
-def _forwarding(workers: list[Worker]) -> Iterator[list[tuple[int, int]]]:
+def _forwarding(workers: Workers) -> Iterator[list[tuple[int, int]]]:
     """While inside, signals to this process go on to the workers, which save and end with 75.
 
     Yields the signals received, each with how many workers were there to be told.
@@ -78,9 +162,8 @@ def _forwarding(workers: list[Worker]) -> Iterator[list[tuple[int, int]]]:
     received: list[tuple[int, int]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        received.append((number, len(workers)))
-        for worker in workers:
-            worker.send_signal(number)
+        received.append((number, len(workers.processes)))
+        workers.send_signal(number)
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
@@ -90,47 +173,18 @@ def _forwarding(workers: list[Worker]) -> Iterator[list[tuple[int, int]]]:
             signal.signal(number, handler)
 
 
-def _wait(workers: list[Worker], grace: float) -> int:
-    """Wait for all workers; end the others where one fails."""
-    alive = set(range(len(workers)))
-    first = 0  # exit code of the first that did not end with 0
-    ends_at = kills_at = float("inf")
-    while alive:
-        ended = {rank for rank in alive if _has_ended(workers[rank])}
-        alive -= ended
-        failed = {rank: workers[rank].returncode for rank in ended if workers[rank].returncode != 0}
-        if failed and not first:
-            # Of several found at one look: bad input explains what the others died of, a stop explains nothing.
-            rank = min(failed, key=lambda rank: (failed[rank] != 2, failed[rank] == STOPPED, rank))
-            first = failed[rank]
-            ends_at = time.monotonic() + min(grace, PATIENCE_SECONDS.get(first, 0.0))
-            if first not in PATIENCE_SECONDS:
-                how = f"was killed by {signal.Signals(-first).name}" if first < 0 else f"ended with exit code {first}"
-                print(f"lcm-ds launch: rank {rank} (process {workers[rank].pid}) {how}", file=sys.stderr, flush=True)
-        now = time.monotonic()
-        if now >= ends_at:
-            for rank in alive:
-                workers[rank].terminate()
-            ends_at, kills_at = float("inf"), now + grace
-        if now >= kills_at:
-            for rank in alive:
-                _kill(workers[rank])
-            alive.clear()
-        if alive:
-            time.sleep(POLL_SECONDS)
-    return exit_code(first)
-
-
 def _has_ended(worker: Worker) -> bool:
     """Whether a worker is gone; what it started and left behind goes with it."""
-    if os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        return False
-    _kill(worker)
+    if worker.returncode is None:
+        if os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            return False
+        _kill(worker)
     return True
 
 
 def _kill(worker: Worker) -> None:
-    """Kill a worker that has not been waited for, so that its number is still its own, and its process group."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(worker.pid, signal.SIGKILL)
-    worker.wait()
+    """Kill a worker and its process group, unless it has been waited for: then its number may be another's."""
+    if worker.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        worker.wait()

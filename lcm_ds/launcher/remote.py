@@ -1,4 +1,4 @@
-"""The processes of a run on other hosts, through launchers that are there: DeepSpeed's runner, srun, mpirun.
+"""The processes of a run on other hosts: what travels there, and launchers that are there already, srun and mpirun.
 
 What is sent to a host is the path of a resolved config, never quoted arguments: a remote shell would expand them.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,10 +21,10 @@ from lcm_ds.errors import InputError
 from lcm_ds.files import write_whole
 from lcm_ds.launcher.local import STOPPED, exit_code
 from lcm_ds.processes import die_with_parent
-from lcm_ds.train.place import DEFAULT_PORT
 
-# Variables that change what a worker does. PYTHON* is sent by DeepSpeed itself.
+# Variables that change what a worker does.
 TRAVELS = (
+    "PYTHON",
     "NCCL_",
     "GLOO_",
     "TORCH_",
@@ -40,10 +39,9 @@ TRAVELS = (
     "TOKENIZERS_",
 )
 TRAVELS_BY_NAME = ("PATH", "LD_LIBRARY_PATH", "http_proxy", "https_proxy", "no_proxy")
-STAYS = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE", "PYTHONPATH")
-# A remote command line can be read by everyone on the host, in `ps`.
+STAYS = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
+# What nobody asked to be put into a file, or on mpirun's command line.
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY$", re.IGNORECASE)
-UNCHANGED_BY_SHELLS = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 
 
 def travelling(environ: Mapping[str, str]) -> dict[str, str]:
@@ -71,62 +69,17 @@ def resolve_config(config: TrainConfig | PrepareConfig, config_path: Path, folde
     return path
 
 
-# --- DeepSpeed's runner: pdsh over ssh --------------------------------------------------------------------------------
-
-
-def deepspeed_command(
-    hostfile: str | Path,
-    module: str,
-    config: Path,
-    include: str = "",
-    exclude: str = "",
-    master_addr: str | None = None,
-    master_port: int | None = None,
-    ssh_port: int | None = None,
-) -> list[str]:
-    """The call of DeepSpeed's runner; ssh has been checked before.
-
-    Raises InputError where pdsh is missing or a remote shell would change a path.
-    """
-    mistakes = []
-    if shutil.which("pdsh") is None:
-        mistakes.append("--hostfile: pdsh is not installed here; it is in the package manager, as pdsh")
-    for what, value in (("the current folder", str(Path.cwd())), ("run_dir", str(config)), ("python", sys.executable)):
-        if not UNCHANGED_BY_SHELLS.fullmatch(value):
-            mistakes.append(
-                f"--hostfile: {what}: {value!r}: a remote shell changes such a path; use A-Z a-z 0-9 _ . / -"
-            )
-    if mistakes:
-        raise InputError(mistakes)
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile)]
-    command += ["--include", include] if include else []
-    command += ["--exclude", exclude] if exclude else []
-    command += ["--master_addr", master_addr] if master_addr else []
-    command += ["--ssh_port", str(ssh_port)] if ssh_port else []
-    command += ["--master_port", str(master_port or DEFAULT_PORT), "--no_ssh_check", "--force_multi"]
-    # At log level info the runner prints all variables that it sends.
-    return [*command, "--log_level", "warning", "--module", module, str(config)]
-
-
-def write_environment(path: Path, environ: Mapping[str, str]) -> None:
-    """Write the variables that travel, and those of the user's own .deepspeed_env, as DeepSpeed's runner reads them."""
-    chosen = {name: _quoted(value) for name, value in travelling(environ).items()}
-    for own in _own_environment_files(environ):
-        for line in own.read_text(encoding="utf-8").splitlines():
-            if "=" in line and not line.lstrip().startswith("#"):  # the runner itself fails on others
-                name, value = line.split("=", 1)
-                chosen[name.strip()] = value.strip()
-    write_whole(path, "".join(f"{name}={value}\n" for name, value in chosen.items()))
-
-
-def _own_environment_files(environ: Mapping[str, str]) -> list[Path]:
+def environment_of_workers(environ: Mapping[str, str]) -> dict[str, str]:
+    """The variables that travel, and those that the user's own .deepspeed_env names."""
+    chosen = travelling(environ)
     name = environ.get("DS_ENV_FILE", ".deepspeed_env")
-    return [path for path in (Path.home() / name, Path(name)) if path.is_file()]
-
-
-def _quoted(value: str) -> str:
-    """A value that survives pdsh, which replaces %h and the like, and the double quotes that the runner puts around."""
-    return re.sub(r'([\\$`"])', r"\\\1", value).replace("%", "%%")
+    for own in (Path.home() / name, Path(name)):
+        if own.is_file():
+            for line in own.read_text(encoding="utf-8").splitlines():
+                if "=" in line and not line.lstrip().startswith("#"):
+                    key, value = line.split("=", 1)
+                    chosen[key.strip()] = value.strip()
+    return chosen
 
 
 # --- srun and mpirun --------------------------------------------------------------------------------------------------

@@ -3,19 +3,14 @@
 import json
 import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from lcm_ds.errors import InputError
 from lcm_ds.launcher import remote
-from lcm_ds.launcher.hosts import check_reachable, is_this_host, read_hostfile, select
-from lcm_ds.train.place import free_port
+from lcm_ds.launcher.hosts import is_this_host, read_hostfile, select
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -70,11 +65,6 @@ def test_this_host_is_known_by_its_names_and_addresses():
     assert not is_this_host("no-such-host.invalid")
 
 
-def test_hosts_that_ssh_does_not_reach_are_named_all_at_once():
-    lines = mistakes_of(check_reachable, ["a.invalid", "b.invalid"], "hostfile")
-    assert [line.split(": ")[:2] for line in lines] == [["hostfile", "a.invalid"], ["hostfile", "b.invalid"]]
-
-
 # --- what travels -----------------------------------------------------------------------------------------------------
 
 
@@ -92,149 +82,11 @@ def test_variables_that_matter_travel_and_secrets_stay():
     assert set(remote.travelling(environ)) == {"NCCL_DEBUG", "HF_HOME", "https_proxy", "PATH"}
 
 
-def test_the_users_own_deepspeed_env_goes_along_without_the_lines_that_deepspeed_cannot_read(tmp_path, monkeypatch):
+def test_the_users_own_deepspeed_env_goes_along(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".deepspeed_env").write_text("# mine\n\nNCCL_DEBUG=WARN\nOTHER=1\n")
-    remote.write_environment(tmp_path / "environment", {"NCCL_DEBUG": "INFO", "HF_HOME": "/a b"})
-    assert (tmp_path / "environment").read_text() == "HF_HOME=/a b\nNCCL_DEBUG=WARN\nOTHER=1\n"
-
-
-# --- DeepSpeed's runner -----------------------------------------------------------------------------------------------
-
-# pdsh -S -f N -w a,b COMMAND…: for each host the command through a shell without the caller's variables, as over ssh.
-PDSH = """#!{python}
-import re, subprocess, sys
-words = sys.argv[1:]
-hosts = words[words.index("-w") + 1].split(",")
-command = " ".join(words[words.index("-w") + 2 :])
-def run(number, host):
-    shown = re.sub("%([nh%])", lambda mark: {{"n": str(number), "h": host, "%": "%"}}[mark[1]], command)
-    return subprocess.Popen(["sh", "-c", shown], env={{"PATH": "/usr/bin:/bin", "HOME": "/tmp"}})
-sys.exit(max(child.wait() for child in [run(*pair) for pair in enumerate(hosts)]))
-"""
-SSH = """#!/bin/sh
-# ssh [-o OPTION] HOST COMMAND…, here
-while [ "$1" = -o ]; do shift 2; done
-shift
-exec sh -c "$*"
-"""
-
-
-@pytest.fixture(params=["stand-in", "real"])
-def hosts(request, tmp_path_factory):
-    """Two names of this machine that can be reached: environment variables, and the hosts' names."""
-    folder = tmp_path_factory.mktemp("hosts")
-    environ = {"PATH": f"{folder}:{os.environ['PATH']}"}
-    if request.param == "stand-in":
-        for name, text in (("pdsh", PDSH.format(python=sys.executable)), ("ssh", SSH)):
-            (folder / name).write_text(text)
-            (folder / name).chmod(0o755)
-        yield environ
-        return
-    sshd = shutil.which("sshd") or ("/usr/sbin/sshd" if Path("/usr/sbin/sshd").exists() else None)
-    if sshd is None or shutil.which("pdsh") is None or os.geteuid() != 0:
-        pytest.skip("needs root, openssh-server and pdsh")
-    with running_sshd(sshd, folder):
-        yield environ
-
-
-class running_sshd:
-    """An ssh server of our own, with keys of its own, that an `ssh` in `folder` knows."""
-
-    def __init__(self, sshd, folder):
-        port = free_port()
-        for key in ("host", "user"):
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key)], check=True)
-        (folder / "config").write_text(
-            f"Port {port}\nUser root\nIdentityFile {folder}/user\nStrictHostKeyChecking no\n"
-            f"UserKnownHostsFile /dev/null\nLogLevel ERROR\n"
-        )
-        (folder / "ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/config "$@"\n')
-        (folder / "ssh").chmod(0o755)
-        Path("/run/sshd").mkdir(exist_ok=True)
-        options = {
-            "Port": port,
-            "HostKey": folder / "host",
-            "AuthorizedKeysFile": folder / "user.pub",
-            "StrictModes": "no",
-            "PermitRootLogin": "yes",
-            "PidFile": "none",
-            "UsePAM": "no",
-        }
-        words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
-        self.command, self.port = [sshd, "-D", "-f", "/dev/null", *words], port
-
-    def __enter__(self):
-        self.server = subprocess.Popen(self.command, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                return
-            except OSError:
-                assert time.monotonic() < deadline, "sshd does not answer"
-                time.sleep(0.05)
-
-    def __exit__(self, *exception):
-        self.server.terminate()
-        self.server.wait()
-
-
-def start(tmp_path, hosts, what, **environment):
-    """DeepSpeed's runner over two names of this machine, one toy worker on each, as `launch --hostfile` calls it."""
-    run_dir = tmp_path / "run"
-    (run_dir / "launch").mkdir(parents=True)
-    config = run_dir / "launch" / "config.yaml"
-    config.write_text(f"{what} {tmp_path}")
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("127.0.0.1 slots=1\nlocalhost slots=1\n")
-    script = (
-        "import os, sys; from pathlib import Path; from lcm_ds.launcher import hosts, remote;"
-        f"hosts.check_reachable(['127.0.0.1', 'localhost'], {str(hostfile)!r});"
-        f"command = remote.deepspeed_command({str(hostfile)!r}, 'toy_worker', Path({str(config)!r}),"
-        f"    master_addr='127.0.0.1', master_port={free_port()});"
-        f"file = {str(run_dir / 'launch' / 'environment')!r};"
-        "remote.write_environment(Path(file), os.environ);"
-        f"sys.exit(remote.follow(command, {{**os.environ, 'DS_ENV_FILE': file}}, Path({str(run_dir / 'STOP')!r})))"
-    )
-    env = {**os.environ, **hosts, "PYTHONPATH": f"{HERE}:{ROOT}", "DS_ACCELERATOR": "cpu", **environment}
-    return subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-AWKWARD = """a b $HOME `id` "quoted" back\\slash 'single' %h %n 50% {x,y} ;|&*!"""
-
-
-def test_workers_on_two_hosts_get_their_places_and_variables_and_their_exit_code_comes_back(tmp_path, hosts):
-    launcher = start(tmp_path, hosts, "0=exit:2,1=exit:2", HF_AWKWARD=AWKWARD, HF_TOKEN="hf_secret")
-    out, err = launcher.communicate(timeout=120)
-    assert launcher.returncode == 2, out + err
-    told = [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
-    assert [worker["place"]["RANK"] for worker in told] == ["0", "1"]
-    assert [worker["place"]["LOCAL_RANK"] for worker in told] == ["0", "0"]
-    for worker in told:
-        assert worker["variables"]["HF_AWKWARD"] == AWKWARD
-        assert "HF_TOKEN" not in worker["variables"]
-    assert "hf_secret" not in out + err + (tmp_path / "run/launch/environment").read_text()
-
-
-def test_a_signal_becomes_the_file_stop_and_the_workers_75_is_awaited(tmp_path, hosts):
-    launcher = start(tmp_path, hosts, "0=obey,1=obey")
-    while not all((tmp_path / str(rank)).exists() for rank in (0, 1)):
-        assert launcher.poll() is None, launcher.communicate()
-        time.sleep(0.05)
-    launcher.send_signal(signal.SIGINT)
-    out, err = launcher.communicate(timeout=60)
-    assert launcher.returncode == 75, out + err
-    assert (tmp_path / "run/STOP").exists()
-
-
-def test_paths_that_a_remote_shell_would_change_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    lines = mistakes_of(remote.deepspeed_command, "hostfile", "lcm_ds.train", Path("my runs/{a}/config.yaml"))
-    assert any("pdsh is not installed" in line for line in lines)
-    assert any("my runs/{a}/config.yaml" in line for line in lines)
+    environ = {"NCCL_DEBUG": "INFO", "HF_HOME": "/a b"}
+    assert remote.environment_of_workers(environ) == {"NCCL_DEBUG": "WARN", "HF_HOME": "/a b", "OTHER": "1"}
 
 
 # --- srun and mpirun --------------------------------------------------------------------------------------------------

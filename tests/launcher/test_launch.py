@@ -11,6 +11,7 @@ import yaml
 from lcm_ds.errors import InputError
 from lcm_ds.launcher.doctor import doctor
 from lcm_ds.launcher.launch import launch
+from lcm_ds.launcher.restarts import Settings
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -77,11 +78,40 @@ def test_a_hostfile_that_names_this_machine_alone_needs_no_ssh(config, tmp_path,
     assert (tmp_path / "run/checkpoints/step_00000002/COMPLETE").exists()
 
 
+def test_hosts_that_are_not_reached_and_paths_that_a_remote_shell_changes_are_told(config, tmp_path, monkeypatch):
+    put_first_on_path(tmp_path, monkeypatch, "for h in a b; do echo $h: ssh: no way to $h >&2; done; exit 255")
+    (tmp_path / "hostfile").write_text("a slots=1\nb slots=1\n")
+    lines = mistakes_of(config, hostfile=tmp_path / "hostfile")
+    assert lines == [f"{tmp_path}/hostfile: {host}: ssh: no way to {host}" for host in "ab"]
+    (line,) = mistakes_of(config, [f"run_dir={tmp_path}/my {{runs}}"], hostfile=tmp_path / "hostfile")
+    assert "a remote shell changes such a path" in line
+
+
 def test_a_0_that_the_run_folder_does_not_bear_out_is_not_believed(config, tmp_path, monkeypatch, capfd):
-    put_first_on_path(tmp_path, monkeypatch, "exit 0")
-    (tmp_path / "hostfile").write_text("worker-0 slots=1\nworker-1 slots=1\n")
-    assert launch(config, hostfile=tmp_path / "hostfile", master_addr="127.0.0.1") == 1
+    (tmp_path / "mpirun").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "mpirun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert launch(config, openmpi=2) == 1
     assert "run is at step 0 of 2" in capfd.readouterr().err
+
+
+def test_pdsh_has_to_be_installed(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "hostfile").write_text("a slots=1\nb slots=1\n")
+    assert ["pdsh" in line for line in mistakes_of(config, hostfile=tmp_path / "hostfile")] == [True, False]
+
+
+def test_settings_that_cannot_be_are_refused_all_at_once(config, tmp_path):
+    (tmp_path / "hostfile").write_text("a slots=1\nb slots=1\n")
+    wrong = Settings(max_restarts=-1, min_hosts=3, back_off=0, silence=-1, grace=0, master_port=2**16)
+    lines = mistakes_of(config, hostfile=tmp_path / "hostfile", settings=wrong)
+    options = ("--max-restarts", "--min-hosts", "--back-off", "--silence", "--grace", "--master-port")
+    assert [line.split()[0] for line in lines] == list(options)
+
+
+def test_options_for_hosts_are_refused_where_there_are_none(config):
+    lines = mistakes_of(config, local=2, settings=Settings(max_restarts=3, grace=5, master_port=29501))
+    assert lines == ["--max-restarts: goes with --hostfile", "--grace: goes with --hostfile"]
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """A worker that does what it is told; run as `python -m toy_worker WHAT FOLDER`, or with a config, as DeepSpeed does.
 
 WHAT is a list of RANK=DEED, other ranks sleep: exit:CODE, kill (itself), stop (75 on a signal, after a moment),
-obey (75 when the file FOLDER/run/STOP appears), deaf (to SIGTERM), spawn (a child that sleeps, then sleep).
+obey (75 when the file FOLDER/run/STOP appears), deaf (to SIGTERM), spawn (a child that sleeps, then sleep), raise (an
+error), advance (leave one more file FOLDER/progress-N, then exit 1).
 Each rank leaves a file FOLDER/RANK that says who it is.
 """
 
@@ -45,7 +46,15 @@ def main(what, folder):
     if deed == "obey":
         while not (folder / "run" / "STOP").exists():
             time.sleep(0.01)
+        (folder / "obeyed").touch()
         sys.exit(75)
+    if deed == "raise":
+        wait_for_all(folder, place)
+        raise ValueError("the wrong number")
+    if deed == "advance":
+        wait_for_all(folder, place)
+        (folder / f"progress-{len(list(folder.glob('progress-*')))}").touch()
+        sys.exit(1)
     time.sleep(100)
 
 

@@ -1,0 +1,164 @@
+"""What makes a host unfit for a run, which hosts go on after a failure, and what is told of an error."""
+
+import asyncio
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lcm_ds.launcher import control
+from lcm_ds.launcher.preflight import Expected, Found, problems_of
+from lcm_ds.launcher.probe import port_is_free, versions, way_to
+from lcm_ds.launcher.restarts import share
+from lcm_ds.launcher.screen import SHOWN, WAITING_LINES, Errors, Screen
+
+EXPECTED = Expected(Path("/shared/run/launch"), "config.yaml", {"fingerprint": "aa"}, 2**30, 29500)
+
+
+def host(**differs):
+    """A host with two devices on which all is well, but for what differs."""
+    report = {
+        "versions": versions(),
+        "devices": ["cuda", 2],
+        "free": 2**31,
+        "data": {"fingerprint": "aa"},
+        "time": 1000.0,
+        **differs,
+    }
+    return Found("worker-1", [], report, arrived=1000.0)
+
+
+def test_a_host_on_which_all_is_well_has_no_problem():
+    assert problems_of(host(), [0, 1], EXPECTED) == []
+
+
+@pytest.mark.parametrize(
+    ("differs", "told"),
+    [
+        ({"versions": {**versions(), "torch": "1.0"}}, "torch: 1.0 there"),
+        ({"versions": {**versions(), "python": "3.9.0"}}, "python: 3.9.0 there"),
+        ({"versions": {**versions(), "lcm-ds": "0.1.0 (00000000)"}}, "lcm-ds: 0.1.0 (00000000) there"),
+        ({"devices": ["cuda", 1]}, "slots: device 1 is asked for, and it has 1 cuda device(s)"),
+        ({"time": 1011.0}, "clock: +11 s"),
+        ({"time": 989.0}, "clock: -11 s"),
+        ({"free": 2**29}, "disk: /shared/run/launch: 0.5 GiB are free, and a checkpoint takes about 1 GiB"),
+        (
+            {"data": {"fingerprint": "bb"}},
+            "data: the datasets of config.yaml are others there (fingerprint bb",
+        ),
+    ],
+)
+def test_a_host_that_differs_is_told_with_both_values(differs, told):
+    (line,) = problems_of(host(**differs), [0, 1], EXPECTED)
+    assert line.startswith(told)
+
+
+def test_a_cpu_takes_as_many_ranks_as_one_likes():
+    assert problems_of(host(devices=["cpu", None]), list(range(8)), EXPECTED) == []
+
+
+def test_a_port_that_somebody_listens_on_is_not_free():
+    with control._any_port() as listener:
+        assert not port_is_free(listener.getsockname()[1])
+
+
+def test_the_way_to_this_host_itself_is_no_way_to_another():
+    assert way_to(["127.0.0.1", "127.0.0.2"]) == ("127.0.0.1", None)
+
+
+def test_as_many_hosts_go_on_as_can_share_the_rows():
+    def divides(ranks):  # 24 rows, one a micro-batch
+        return 24 % ranks == 0
+
+    assert share([1] * 4, divides, 1) == 4
+    assert share([1] * 5, divides, 1) == 4
+    assert share([2] * 5, divides, 4) == 4
+    assert share([1] * 5, divides, 5) == 0
+    assert share([1] * 3, divides, 4) == 0
+    assert share([8, 4, 4], divides, 1) == 1 + 1  # 16 ranks cannot, 12 can
+    assert share([], divides, 1) == 0
+
+
+# --- the connection ---------------------------------------------------------------------------------------------------
+
+
+def test_only_who_has_the_token_is_heard_and_who_falls_silent_is_dead():
+    heard = []
+
+    async def serve(number, reader, writer):
+        try:
+            while (message := await control.read(reader, 0.5)) is not None:
+                heard.append((number, message))
+        except control.Silent:
+            heard.append((number, "silent"))
+
+    async def talk():
+        async with control.Listener() as listener:
+            listener.expect("right", serve)
+            with pytest.raises(ConnectionError, match="not this launcher"):
+                await asyncio.to_thread(control.connect, ["127.0.0.1"], listener.port, "wrong", 1)
+            sock = await asyncio.to_thread(control.connect, ["127.0.0.1"], listener.port, "right", 3)
+            _, writer = await asyncio.open_connection(sock=sock)
+            beating = asyncio.create_task(control.beat(writer, 0.5))
+            await asyncio.sleep(0.8)  # alive, though it says nothing
+            control.write(writer, {"rank": 0})
+            await asyncio.sleep(0.1)
+            assert heard == [(3, {"rank": 0})]
+            beating.cancel()
+            await asyncio.sleep(0.8)
+            writer.close()
+
+    asyncio.run(talk())
+    assert heard == [(3, {"rank": 0}), (3, "silent")]
+
+
+# --- the screen -------------------------------------------------------------------------------------------------------
+
+
+def test_nobody_waits_for_a_terminal_that_stands_still_and_what_is_left_out_is_said(monkeypatch):
+    goes_on, printed = threading.Event(), []
+
+    class Terminal:
+        def write(self, text):
+            goes_on.wait()
+            printed.append(text)
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    screen = Screen()
+    started = time.monotonic()
+    for number in range(WAITING_LINES + 100):
+        screen.say(f"line {number}")
+    assert time.monotonic() - started < 5
+    goes_on.set()
+    time.sleep(0.5)
+    screen.say("the last one")
+    screen.close()
+    text = "".join(printed)
+    assert "line 0\n" in text
+    assert "lines are in the logs alone" in text
+    assert text.endswith("the last one\n")
+
+
+TRACEBACK = ["Traceback (most recent call last):", *["  File x, line 1, in f", "    f()"] * 20, "ValueError: no"]
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (["a warning", "config.yaml: noise_std: wrong"], ["a warning", "config.yaml: noise_std: wrong"]),
+        (["a warning", "ERROR: it ends", "later"], ["ERROR: it ends", "later"]),
+        (["w", *TRACEBACK, "later"], [TRACEBACK[0], "  …", *TRACEBACK[-(SHOWN - 2) :]]),
+        (["w", *TRACEBACK[:3], "ValueError: no", *TRACEBACK], [*TRACEBACK[:3], "ValueError: no"]),
+    ],
+)
+def test_of_what_a_rank_said_the_first_error_is_told(said, told):
+    errors = Errors()
+    for line in said:
+        errors.add(line)
+    assert errors.first() == told

@@ -1,0 +1,83 @@
+"""Hosts to train on, made once for all tests of this folder, and small runs for them."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from namespaces import ROOT, Hosts, why_not
+
+EMBED_DIM = 16
+
+
+@pytest.fixture(scope="session")
+def all_hosts(tmp_path_factory):
+    if reason := why_not():
+        pytest.skip(reason)
+    with Hosts(tmp_path_factory.mktemp("hosts"), 4) as made:
+        yield made
+
+
+@pytest.fixture
+def hosts(all_hosts):
+    """Four hosts; a test that leaves a process on any of them fails."""
+    yield all_hosts
+    try:
+        all_hosts.wait_until_idle(1)
+    finally:
+        for number in range(all_hosts.count):
+            for pid in all_hosts.processes(number):
+                subprocess.run(["kill", "-9", str(pid)], check=False)
+            all_hosts.restore(number)
+
+
+@pytest.fixture
+def make_config(synthetic_dataset, tmp_path):
+    """Writes the config of a tiny run under ZeRO-3; keyword arguments replace top-level keys."""
+
+    def make(name="run", **changes):
+        mapping = {
+            "run_dir": str(tmp_path / name),
+            "seed": 7,
+            "model": {
+                "preset": "quickstart",
+                "embed_dim": EMBED_DIM,
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "dropout": 0.1,
+            },
+            "data": {
+                "train": str(synthetic_dataset(documents=300, embed_dim=EMBED_DIM, documents_per_shard=10, seed=1)),
+                "row_length": 32,
+                "max_segment": 16,
+            },
+            "batch": {"rows_per_step": 8, "micro_batch_rows": 2},
+            "optim": {"lr": 2.0e-3, "schedule": {"name": "cosine", "warmup_steps": 2}},
+            "steps": 8,
+            "checkpoint": {"every": 4},
+            "log": {"every": 1},
+            "deepspeed": "ds_configs/zero3_fp32.json",
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**mapping, **changes}))
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def local_losses(tmp_path_factory):
+    """The losses of a config's run on two ranks of this machine, by `launch --local`."""
+    known = []
+
+    def train(config):
+        if not known:
+            run = tmp_path_factory.mktemp("local") / "run"
+            command = [sys.executable, "-m", "lcm_ds.cli", "launch", "--local", "2", config, f"run_dir={run}"]
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+            known.append(run)
+        return known[0]
+
+    return train

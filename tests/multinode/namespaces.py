@@ -1,0 +1,208 @@
+"""Hosts on one machine: a network namespace each, on one bridge, with an address, names for the others and an sshd."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+IP = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin")
+PREFIX = "lcmds"
+
+
+def why_not():
+    """What is missing for hosts on this machine, or None."""
+    missing = [name for name, path in (("iproute2", IP), ("openssh-server", SSHD)) if path is None]
+    missing += ["pdsh"] if shutil.which("pdsh") is None else []
+    if os.geteuid() != 0:
+        return "needs root, for network namespaces"
+    if missing:
+        return f"needs the packages {', '.join(missing)} (make test-multinode installs them)"
+    name = f"{PREFIX}-{os.getpid()}-try"
+    if subprocess.run([IP, "netns", "add", name], capture_output=True).returncode != 0:
+        return "network namespaces cannot be made here"
+    subprocess.run([IP, "netns", "del", name], check=True)
+    return None
+
+
+def ip(*words, check=True):
+    done = subprocess.run([IP, *map(str, words)], capture_output=True, text=True)
+    assert not check or done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class Hosts:
+    """worker-0 … worker-N, made when it is entered and gone without a trace when it is left."""
+
+    def __init__(self, folder, count):
+        self.folder, self.count = folder, count
+        self.names = [f"worker-{number}" for number in range(count)]
+        self.addresses = [f"10.213.7.{10 + number}" for number in range(count)]
+        self.bridge = f"{PREFIX}{os.getpid()}"
+        self.servers = {}
+
+    def __enter__(self):
+        remove_leftovers()
+        self._make_ssh()
+        try:
+            ip("link", "add", self.bridge, "type", "bridge")
+            ip("link", "set", self.bridge, "up")
+            for number in range(self.count):
+                self._make(number)
+            for number in range(self.count):
+                self.restore(number)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception):
+        for number in range(self.count):
+            self.kill(number)
+        for server in self.servers.values():
+            server.wait()
+        for number in range(self.count):
+            _remove(self.namespace(number))
+        _remove_links(self.bridge)
+
+    def namespace(self, number):
+        return f"{PREFIX}-{os.getpid()}-{number}"
+
+    def _make(self, number):
+        namespace, veth = self.namespace(number), f"{self.bridge}v{number}"
+        settings = Path("/etc/netns") / namespace
+        settings.mkdir(parents=True)
+        names = zip(self.addresses, self.names, strict=True)
+        (settings / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{a} {name}\n" for a, name in names))
+        ip("netns", "add", namespace)
+        ip("link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+        ip("link", "set", veth, "master", self.bridge, "up")
+        ip("-n", namespace, "addr", "add", f"{self.addresses[number]}/24", "dev", "eth0")
+        for device in ("lo", "eth0"):
+            ip("-n", namespace, "link", "set", device, "up")
+
+    def _make_ssh(self):
+        for key in ("host", "user"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / key], check=True)
+        (self.folder / "config").write_text(
+            f"User root\nIdentityFile {self.folder}/user\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\n"
+            "LogLevel ERROR\n"
+        )
+        wrapper = self.folder / "ssh"
+        wrapper.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {self.folder}/config "$@"\n')
+        wrapper.chmod(0o755)
+        Path("/run/sshd").mkdir(exist_ok=True)
+
+    def restore(self, number, before="true"):
+        """A host as it has to be, after whatever was done to it. before: a shell's commands, in its own mounts."""
+        self.set_link(number, "up")
+        if number in self.servers:
+            self.servers[number].kill()
+            self.servers[number].wait()
+        options = {
+            "HostKey": self.folder / "host",
+            "AuthorizedKeysFile": self.folder / "user.pub",
+            "StrictModes": "no",
+            "PermitRootLogin": "yes",
+            "PidFile": "none",
+            "UsePAM": "no",
+        }
+        sshd = f"{before} && exec {SSHD} -D -f /dev/null " + " ".join(f"-o {k}={v}" for k, v in options.items())
+        command = [IP, "netns", "exec", self.namespace(number), "sh", "-c", sshd]
+        self.servers[number] = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 10
+        while ":22 " not in self.run(number, "ss", "-ltnH"):
+            assert time.monotonic() < deadline, "sshd does not start"
+            time.sleep(0.05)
+
+    def run(self, number, *command):
+        """What a command on a host says."""
+        words = [IP, "netns", "exec", self.namespace(number), *map(str, command)]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+    def start(self, number, *arguments, **environment):
+        """A Python of ours as a process on a host."""
+        env = {
+            **os.environ,
+            "PATH": f"{self.folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1",
+            **environment,
+        }
+        return subprocess.Popen(
+            [IP, "netns", "exec", self.namespace(number), sys.executable, *map(str, arguments)],
+            cwd=ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def hostfile(self, count):
+        """A hostfile of the first so many hosts."""
+        path = self.folder / f"hostfile-{count}"
+        path.write_text("".join(f"{name} slots=1\n" for name in self.names[:count]))
+        return path
+
+    def set_link(self, number, state):
+        """Cut a host off ("down"), or put it back."""
+        ip("link", "set", f"{self.bridge}v{number}", state)
+
+    def kill(self, number):
+        """Kill all processes of a host, its sshd as well."""
+        for pid in self._all(number):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def processes(self, number):
+        """{pid: command} of what runs on a host, but for its sshd, whose sessions may wait for who was cut off."""
+        running = {}
+        for pid in self._all(number):
+            with contextlib.suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                if words and not words.startswith(("sshd:", SSHD)):  # a zombie has none
+                    running[pid] = words
+        return running
+
+    def wait_until_idle(self, seconds, numbers=None):
+        """No process of a run is left on any host, or on these, before so many seconds have passed."""
+        numbers = range(self.count) if numbers is None else numbers
+        deadline = time.monotonic() + seconds
+        while left := {self.names[number]: found for number in numbers if (found := self.processes(number))}:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+
+    def _all(self, number):
+        return [int(pid) for pid in ip("netns", "pids", self.namespace(number), check=False).split()]
+
+
+def remove_leftovers():
+    """What a run of the tests that was killed has left behind."""
+    for line in ip("netns", "list").splitlines():
+        name = line.split()[0]
+        prefix, _, rest = name.partition("-")
+        owner = rest.partition("-")[0]
+        if prefix == PREFIX and not Path(f"/proc/{owner}").exists():
+            for pid in ip("netns", "pids", name).split():
+                os.kill(int(pid), signal.SIGKILL)
+            _remove(name)
+            _remove_links(f"{PREFIX}{owner}")
+
+
+def _remove(namespace):
+    ip("netns", "del", namespace, check=False)
+    shutil.rmtree(Path("/etc/netns") / namespace, ignore_errors=True)
+
+
+def _remove_links(bridge):
+    # One by one: a connection that was cut keeps its namespace, and with it the link, for minutes.
+    for line in ip("-br", "link").splitlines():
+        name = line.split()[0].partition("@")[0]
+        if name == bridge or name.startswith(f"{bridge}v"):
+            ip("link", "del", name, check=False)
