@@ -20,7 +20,7 @@ from lcm_ds.config import PrepareConfig, TrainConfig, dump
 from lcm_ds.ds_config import find
 from lcm_ds.errors import InputError
 from lcm_ds.files import write_whole
-from lcm_ds.launcher.local import STOPPED, exit_code
+from lcm_ds.launcher.local import GRACE_SECONDS, STOPPED, exit_code
 from lcm_ds.processes import die_with_parent
 from lcm_ds.train.place import DEFAULT_PORT
 
@@ -154,17 +154,27 @@ def slurm_tasks(environ: Mapping[str, str]) -> int:
 
 
 def slurm_command(tasks: int, module: str, config: Path) -> list[str]:
-    """The call of srun; --kill-on-bad-exit ends the others where one task fails."""
+    """The call of srun; where one task ends the others are given a while, and are then ended by Slurm.
+
+    --kill-on-bad-exit would give them none: the first task that ends with 75 would have those killed that are still on
+    their way out, and the job's exit code would be the killed ones'.
+    """
     worker = [sys.executable, "-u", "-m", module, str(config)]
-    return ["srun", f"--ntasks={tasks}", "--kill-on-bad-exit=1", "--export=ALL", *worker]
+    wait = f"--wait={GRACE_SECONDS:.0f}"
+    return ["srun", f"--ntasks={tasks}", "--kill-on-bad-exit=0", wait, "--export=ALL", *worker]
 
 
 def openmpi_command(processes: int, module: str, config: Path, environ: Mapping[str, str]) -> list[str]:
-    """The call of mpirun. Without `--bind-to none` it would bind each of two processes to a single core."""
+    """The call of mpirun. Without `--bind-to none` it would bind each of two processes to a single core.
+
+    Where one process ends with another code than 0, 75 too, mpirun sends the others SIGTERM, and by itself SIGKILL a
+    second later: no time for rank 0 to remove what the run keeps no longer.
+    """
     rendezvous = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name in environ]
     exports = [word for name in (*travelling(environ), *rendezvous) for word in ("-x", name)]
     worker = [sys.executable, "-u", "-m", module, str(config)]
-    return ["mpirun", "-np", str(processes), "--bind-to", "none", *exports, *worker]
+    patience = ["--mca", "odls_base_sigkill_timeout", f"{GRACE_SECONDS:.0f}"]
+    return ["mpirun", "-np", str(processes), "--bind-to", "none", *patience, *exports, *worker]
 
 
 # --- waiting ----------------------------------------------------------------------------------------------------------
