@@ -43,6 +43,7 @@ TRAVELS_BY_NAME = ("PATH", "LD_LIBRARY_PATH", "http_proxy", "https_proxy", "no_p
 STAYS = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE", "PYTHONPATH")
 # A remote command line can be read by everyone on the host, in `ps`.
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY$", re.IGNORECASE)
+TOUCH_SECONDS = 1.0
 UNCHANGED_BY_SHELLS = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 
 
@@ -184,7 +185,8 @@ def follow(command: Sequence[str], environ: Mapping[str, str], stop_file: Path |
     """Run another launcher's command to its end; returns its exit code: 0, 2 and 75 as they are, anything else as 1.
 
     These launchers answer a signal by killing. So the first one here becomes the file RUN/STOP, at which all ranks
-    save and end with 75; the second one is passed on. Without such a file (what is prepared loses nothing by being
+    save and end with 75; the second one is passed on. The file is made again and again: a run that is about to begin
+    takes one for left over, and away. Without such a file (what is prepared loses nothing by being
     killed) the first one is passed on, and the exit code is 75.
     """
     try:
@@ -195,8 +197,21 @@ def follow(command: Sequence[str], environ: Mapping[str, str], stop_file: Path |
     except FileNotFoundError:
         raise InputError(f"{command[0]}: is not installed here") from None
     with _stopping(child, stop_file) as asked:
-        code = exit_code(child.wait())
+        while True:
+            try:
+                code = exit_code(child.wait(TOUCH_SECONDS))
+                break
+            except subprocess.TimeoutExpired:
+                if asked and stop_file is not None:
+                    _touch(stop_file)
+    if asked and stop_file is not None:
+        stop_file.unlink(missing_ok=True)  # where nobody has answered it: the next start is not to find it
     return STOPPED if asked and stop_file is None else code
+
+
+def _touch(file: Path) -> None:
+    with contextlib.suppress(OSError):  # a file server that is away does not end the launcher
+        file.touch()
 
 
 @contextlib.contextmanager
@@ -209,8 +224,7 @@ def _stopping(child: subprocess.Popen[bytes], stop_file: Path | None) -> Iterato
         if stop_file is None or len(asked) > 1:
             os.killpg(child.pid, signal.SIGTERM)
             return
-        with contextlib.suppress(OSError):
-            stop_file.touch()
+        _touch(stop_file)
         said = f"{signal.Signals(number).name}: the ranks save and stop at the next step; once more ends them at once"
         print(f"lcm-ds launch: {said}", file=sys.stderr, flush=True)
 

@@ -227,7 +227,7 @@ def test_a_signal_becomes_the_file_stop_and_the_workers_75_is_awaited(tmp_path, 
     launcher.send_signal(signal.SIGINT)
     out, err = launcher.communicate(timeout=60)
     assert launcher.returncode == 75, out + err
-    assert (tmp_path / "run/STOP").exists()
+    assert not (tmp_path / "run/STOP").exists()
 
 
 def test_paths_that_a_remote_shell_would_change_are_refused(tmp_path, monkeypatch):

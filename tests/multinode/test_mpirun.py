@@ -40,8 +40,12 @@ def mark(tmp_path):
     return {"LCM_DS_TEST": str(tmp_path), "MASTER_PORT": str(free_port())}
 
 
+def processes(mark):
+    return with_variable("LCM_DS_TEST", mark["LCM_DS_TEST"])
+
+
 def nothing_left(mark):
-    wait_for(lambda: not with_variable("LCM_DS_TEST", mark["LCM_DS_TEST"]), 15)
+    wait_for(lambda: not processes(mark), 15)
 
 
 @needs_mpirun
@@ -49,7 +53,7 @@ def test_a_signal_under_mpirun_saves_and_the_run_goes_on(dataset, tmp_path, mark
     config = write_config(dataset, tmp_path)
     launcher = start("launch/openmpi.sh", config, PROCESSES="2", **MPIRUN, **mark)
     wait_for_step(config, 20)
-    assert len(with_variable("OMPI_COMM_WORLD_SIZE", "2") & with_variable("LCM_DS_TEST", mark["LCM_DS_TEST"])) == 2
+    assert len(with_variable("OMPI_COMM_WORLD_SIZE", "2") & processes(mark)) == 2
     launcher.send_signal(signal.SIGTERM)
     code, out = finish(launcher)
     assert code == 75, out
@@ -62,6 +66,19 @@ def test_a_signal_under_mpirun_saves_and_the_run_goes_on(dataset, tmp_path, mark
     assert code == 0, out
     assert f"step {stopped_at} of {STEPS}" in out
     assert list(losses(config)) == list(range(1, STEPS + 1))
+    nothing_left(mark)
+
+
+@needs_mpirun
+@pytest.mark.slow
+def test_a_signal_while_the_ranks_begin_is_not_lost(dataset, tmp_path, mark):
+    config = write_config(dataset, tmp_path, steps=100_000)
+    launcher = start("launch/openmpi.sh", config, PROCESSES="2", **MPIRUN, **mark)
+    wait_for(lambda: with_variable("OMPI_COMM_WORLD_RANK", "0") & processes(mark), 60)
+    launcher.send_signal(signal.SIGTERM)
+    code, out = finish(launcher)
+    assert code == 75, out
+    assert len(checkpoints(config)) == 1
     nothing_left(mark)
 
 
@@ -85,8 +102,7 @@ def test_the_death_of_one_rank_ends_the_others_under_mpirun(dataset, tmp_path, m
     config = write_config(dataset, tmp_path, steps=100_000)
     launcher = start("lcm-ds", "launch", "--openmpi", 2, config, **MPIRUN, **mark)
     wait_for_step(config, 5)
-    ours = with_variable("LCM_DS_TEST", mark["LCM_DS_TEST"])
-    (victim,) = ours & with_variable("OMPI_COMM_WORLD_RANK", "1")
+    (victim,) = processes(mark) & with_variable("OMPI_COMM_WORLD_RANK", "1")
     os.kill(victim, signal.SIGKILL)
     code, out = finish(launcher)
     assert code == 1, out
