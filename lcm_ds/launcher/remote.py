@@ -166,16 +166,11 @@ def slurm_command(tasks: int, module: str, config: Path) -> list[str]:
 
 
 def openmpi_command(processes: int, module: str, config: Path, environ: Mapping[str, str]) -> list[str]:
-    """The call of mpirun. Without `--bind-to none` it would bind each of two processes to a single core.
-
-    Where one process ends with another code than 0, 75 too, mpirun sends the others SIGTERM, and by itself SIGKILL a
-    second later: no time for rank 0 to remove what the run keeps no longer.
-    """
+    """The call of mpirun. Without `--bind-to none` it would bind each of two processes to a single core."""
     rendezvous = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name in environ]
     exports = [word for name in (*travelling(environ), *rendezvous) for word in ("-x", name)]
     worker = [sys.executable, "-u", "-m", module, str(config)]
-    patience = ["--mca", "odls_base_sigkill_timeout", f"{GRACE_SECONDS:.0f}"]
-    return ["mpirun", "-np", str(processes), "--bind-to", "none", *patience, *exports, *worker]
+    return ["mpirun", "-np", str(processes), "--bind-to", "none", *exports, *worker]
 
 
 # --- waiting ----------------------------------------------------------------------------------------------------------
@@ -186,8 +181,8 @@ def follow(command: Sequence[str], environ: Mapping[str, str], stop_file: Path |
 
     These launchers answer a signal by killing. So the first one here becomes the file RUN/STOP, at which all ranks
     save and end with 75; the second one is passed on. The file is made again and again: a run that is about to begin
-    takes one for left over, and away. Without such a file (what is prepared loses nothing by being
-    killed) the first one is passed on, and the exit code is 75.
+    takes one for left over, and away. Without such a file (what is prepared loses nothing by being killed) the first
+    one is passed on, and the exit code is 75.
     """
     try:
         # A session of its own: a Ctrl-C on the terminal reaches this process alone.

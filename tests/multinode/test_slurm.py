@@ -78,7 +78,7 @@ def test_a_signalled_job_goes_back_into_the_queue_and_resumes_as_if_nothing_had_
     number = cluster.submit(config)
     stop_on_the_way(cluster, config, number, "scancel", "--batch", "--signal=USR1")
     cluster.wait_for_job(number, 60, "PENDING", restarts=1)
-    assert "back into the queue" in log(config)
+    assert "requeueing" in log(config)
     wait_until_nothing_runs(cluster, number)
     (stopped_at,) = checkpoints(config)
     assert 20 <= stopped_at < STEPS
@@ -106,7 +106,7 @@ def test_slurm_signals_before_the_time_limit_and_the_job_goes_back_into_the_queu
     (step,) = checkpoints(config)
     assert max(losses(config)) == step
     assert "SIGUSR1: the ranks save and stop" in log(config)
-    assert "back into the queue" in log(config)
+    assert "requeueing" in log(config)
     cluster("scancel", number)
 
 
