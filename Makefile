@@ -29,11 +29,12 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'slow and not hub'
 
-# Hosts in network namespaces of this machine: as root, with packages that are installed here where apt-get is.
+# Hosts in network namespaces, a Slurm cluster and mpirun on this machine: as root, with packages that are installed here
+# where apt-get is.
+MULTINODE := iproute2 openssh-server pdsh slurm-wlm munge openmpi-bin
 test-multinode: $(INSTALLED)
-	@for program in pdsh ip /usr/sbin/sshd; do command -v $$program >/dev/null || missing=yes; done; \
-	if [ -n "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update -qq && apt-get install -y -qq iproute2 openssh-server pdsh >/dev/null; fi
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(MULTINODE) >/dev/null 2>&1; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(MULTINODE) >/dev/null; fi
 	$(BIN)/python -m pytest -m 'not hub' tests/multinode
 
 check: $(INSTALLED)

@@ -19,7 +19,7 @@ from lcm_ds.config import PrepareConfig, TrainConfig, dump
 from lcm_ds.ds_config import find
 from lcm_ds.errors import InputError
 from lcm_ds.files import write_whole
-from lcm_ds.launcher.local import STOPPED, exit_code
+from lcm_ds.launcher.local import GRACE_SECONDS, STOPPED, exit_code
 from lcm_ds.processes import die_with_parent
 
 # Variables that change what a worker does.
@@ -42,6 +42,7 @@ TRAVELS_BY_NAME = ("PATH", "LD_LIBRARY_PATH", "http_proxy", "https_proxy", "no_p
 STAYS = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
 # What nobody asked to be put into a file, or on mpirun's command line.
 SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY$", re.IGNORECASE)
+TOUCH_SECONDS = 1.0
 
 
 def travelling(environ: Mapping[str, str]) -> dict[str, str]:
@@ -107,9 +108,14 @@ def slurm_tasks(environ: Mapping[str, str]) -> int:
 
 
 def slurm_command(tasks: int, module: str, config: Path) -> list[str]:
-    """The call of srun; --kill-on-bad-exit ends the others where one task fails."""
+    """The call of srun; where one task ends the others are given a while, and are then ended by Slurm.
+
+    --kill-on-bad-exit would give them none: the first task that ends with 75 would have those killed that are still on
+    their way out, and the job's exit code would be the killed ones'.
+    """
     worker = [sys.executable, "-u", "-m", module, str(config)]
-    return ["srun", f"--ntasks={tasks}", "--kill-on-bad-exit=1", "--export=ALL", *worker]
+    wait = f"--wait={GRACE_SECONDS:.0f}"
+    return ["srun", f"--ntasks={tasks}", "--kill-on-bad-exit=0", wait, "--export=ALL", *worker]
 
 
 def openmpi_command(processes: int, module: str, config: Path, environ: Mapping[str, str]) -> list[str]:
@@ -127,8 +133,9 @@ def follow(command: Sequence[str], environ: Mapping[str, str], stop_file: Path |
     """Run another launcher's command to its end; returns its exit code: 0, 2 and 75 as they are, anything else as 1.
 
     These launchers answer a signal by killing. So the first one here becomes the file RUN/STOP, at which all ranks
-    save and end with 75; the second one is passed on. Without such a file (what is prepared loses nothing by being
-    killed) the first one is passed on, and the exit code is 75.
+    save and end with 75; the second one is passed on. The file is made again and again: a run that is about to begin
+    takes one for left over, and away. Without such a file (what is prepared loses nothing by being killed) the first
+    one is passed on, and the exit code is 75.
     """
     try:
         # A session of its own: a Ctrl-C on the terminal reaches this process alone.
@@ -138,8 +145,21 @@ def follow(command: Sequence[str], environ: Mapping[str, str], stop_file: Path |
     except FileNotFoundError:
         raise InputError(f"{command[0]}: is not installed here") from None
     with _stopping(child, stop_file) as asked:
-        code = exit_code(child.wait())
+        while True:
+            try:
+                code = exit_code(child.wait(TOUCH_SECONDS))
+                break
+            except subprocess.TimeoutExpired:
+                if asked and stop_file is not None:
+                    _touch(stop_file)
+    if asked and stop_file is not None:
+        stop_file.unlink(missing_ok=True)  # where nobody has answered it: the next start is not to find it
     return STOPPED if asked and stop_file is None else code
+
+
+def _touch(file: Path) -> None:
+    with contextlib.suppress(OSError):  # a file server that is away does not end the launcher
+        file.touch()
 
 
 @contextlib.contextmanager
@@ -152,8 +172,7 @@ def _stopping(child: subprocess.Popen[bytes], stop_file: Path | None) -> Iterato
         if stop_file is None or len(asked) > 1:
             os.killpg(child.pid, signal.SIGTERM)
             return
-        with contextlib.suppress(OSError):
-            stop_file.touch()
+        _touch(stop_file)
         said = f"{signal.Signals(number).name}: the ranks save and stop at the next step; once more ends them at once"
         print(f"lcm-ds launch: {said}", file=sys.stderr, flush=True)
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from runs import ROOT, finish, metrics, run_dir, start
 
@@ -126,6 +127,7 @@ def test_a_nan_that_is_stored_is_named_and_too_many_in_a_row_are_gone_back_for_a
     assert json.loads((run_dir(config) / "left_out.json").read_text()) == [{"first": 11, "last": 13, "back_to": 10}]
 
 
+@pytest.mark.slow
 def test_what_never_gets_finite_is_gone_back_for_once_and_then_ends_with_1(make_config):
     config = make_config(steps=20, optim={"lr": 1.0e30, "max_grad_norm": 0}, guard={"max_skipped": 3})
     code, _, err = finish(start("launch", "--local", 2, config))
@@ -137,6 +139,7 @@ def test_what_never_gets_finite_is_gone_back_for_once_and_then_ends_with_1(make_
     assert not list((run_dir(config) / "checkpoints").glob("step_*"))
 
 
+@pytest.mark.slow
 def test_a_spike_is_gone_back_for_and_its_steps_are_left_out(make_config, concepts, tmp_path):
     settings = {"checkpoint": CHECKPOINT, "evaluate": {"every": None}, "epochs": 1, "steps": None}
     spike = document_of(make_config(**settings), 12)

@@ -60,10 +60,6 @@ def check(make_config, kills, steps, seed):
     return while_saving
 
 
-def test_a_run_that_is_killed_goes_on_to_the_same_losses_to_the_last_bit(make_config):
-    check(make_config, kills=2, steps=80, seed=1)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_run_that_is_killed_twenty_times_goes_on_to_the_same_losses_to_the_last_bit(make_config):

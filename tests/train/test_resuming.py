@@ -111,6 +111,7 @@ def test_where_no_checkpoint_is_whole_the_run_ends_with_1_and_nothing_is_overwri
     }
 
 
+@pytest.mark.slow
 def test_without_comparing_checksums_sizes_alone_tell_what_is_whole(saved, tmp_path):
     config = damaged_copy(saved, tmp_path, {12: (cut_short, OF_A_RANK)})
     (run_dir(config) / "metrics.jsonl").unlink()
@@ -122,6 +123,7 @@ def test_without_comparing_checksums_sizes_alone_tell_what_is_whole(saved, tmp_p
 # --- elastic ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_ranks_zero_stages_and_micro_batches(make_config):
     whole = make_config(steps=24, optim=CONSTANT, deepspeed="ds_configs/zero1_fp32.json")
     launched(whole, ranks=1)
@@ -159,6 +161,7 @@ def test_another_precision_model_or_optimizer_is_refused_with_both_named(saved):
 # --- retention, disks, owners -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_after_200_steps_the_folders_are_those_that_the_rules_name(make_config):
     config = make_config(
         steps=200,
@@ -187,6 +190,7 @@ exit $code
 """
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_the_disk_is_full_and_saves_when_it_is_not(make_config, trained, tmp_path):
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs user namespaces")

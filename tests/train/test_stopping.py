@@ -35,7 +35,9 @@ def worker(launcher, rank):
     raise AssertionError(f"no worker of rank {rank}")
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", ["alone", *(pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS if name != "alone")]
+)
 def test_sigterm_ends_a_run_with_75_and_a_checkpoint_at_that_step(make_config, launcher):
     rows = {"rows_per_step": 8, "micro_batch_rows": 8 if launcher == "alone" else 4}
     config = make_config(steps=100_000, batch=rows, evaluate={"every": None}, optim={"lr": 1e-4})

@@ -1,0 +1,122 @@
+"""launch/slurm.sbatch in a real Slurm: a job stopped before its time limit goes on by itself, a cancelled one saves.
+
+Two slurmd on this machine are two nodes (see slurm.py).
+"""
+
+import os
+import signal
+
+import pytest
+import slurm
+from small_run import (
+    EMBED_DIM,
+    STEPS,
+    checkpoints,
+    finish,
+    losses,
+    run_dir,
+    start,
+    wait_for,
+    wait_for_step,
+    with_variable,
+    write_config,
+)
+
+pytestmark = pytest.mark.skipif(slurm.missing() is not None, reason=f"{slurm.missing()}")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with slurm.Cluster() as running:
+        yield running
+
+
+@pytest.fixture
+def make_config(synthetic_dataset, tmp_path):
+    """Writes the config of a run in a folder of this name."""
+
+    def make(name, **changes):
+        (tmp_path / name).mkdir()
+        return write_config(synthetic_dataset(documents=300, embed_dim=EMBED_DIM), tmp_path / name, **changes)
+
+    return make
+
+
+def log(config):
+    """What the job has written."""
+    path = config.parent / "job.log"
+    return path.read_text() if path.exists() else ""
+
+
+def stop_on_the_way(cluster, config, number, *command):
+    """Call a command of Slurm's in the middle of the run."""
+    wait_for_step(config, 20, explain=lambda: log(config) + cluster.logs())
+    cluster(*command, number)
+
+
+def wait_until_nothing_runs(cluster, number):
+    wait_for(lambda: not cluster.processes(number), 60, cluster.logs)
+
+
+def test_scancel_saves_and_ends_the_job_for_good(cluster, make_config):
+    config = make_config("cancelled")
+    number = cluster.submit(config)
+    stop_on_the_way(cluster, config, number, "scancel")
+    wait_until_nothing_runs(cluster, number)
+    cluster.wait_for_job(number, 60, "CANCELLED")
+    (step,) = checkpoints(config)
+    assert 20 <= step < STEPS
+    assert max(losses(config)) == step
+    assert not (run_dir(config) / "STOP").exists()
+    assert "(SIGTERM); a checkpoint is saved" in log(config)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_signalled_job_goes_back_into_the_queue_and_resumes_as_if_nothing_had_been(cluster, make_config):
+    config, whole = make_config("stopped"), make_config("whole")
+    number = cluster.submit(config)
+    stop_on_the_way(cluster, config, number, "scancel", "--batch", "--signal=USR1")
+    cluster.wait_for_job(number, 60, "PENDING", restarts=1)
+    assert "requeueing" in log(config)
+    wait_until_nothing_runs(cluster, number)
+    (stopped_at,) = checkpoints(config)
+    assert 20 <= stopped_at < STEPS
+    # Slurm would let a requeued job wait for two minutes; in the second of its requeue a node refuses it.
+    cluster("scontrol", "update", f"JobId={number}", "StartTime=now+3")
+    job = cluster.wait_for_job(number, 240, *slurm.ENDED, restarts=1)
+    assert job["JobState"] == "COMPLETED", log(config) + cluster.logs()
+    assert job["NumNodes"] == "2"
+    assert f"step {stopped_at} of {STEPS}" in log(config)
+    wait_until_nothing_runs(cluster, number)
+
+    code, out = finish(start("lcm-ds", "launch", "--local", 2, whole))
+    assert code == 0, out
+    assert losses(config) == losses(whole)
+    assert list(losses(whole)) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_slurm_signals_before_the_time_limit_and_the_job_goes_back_into_the_queue(cluster, make_config):
+    config = make_config("limited", steps=100_000)
+    # Slurm looks every half minute who is to be told within the next: here 20 to 50 s after the start.
+    number = cluster.submit(config, "--time=1", "--signal=B:USR1@10")
+    cluster.wait_for_job(number, 120, "PENDING", restarts=1)
+    wait_until_nothing_runs(cluster, number)
+    (step,) = checkpoints(config)
+    assert max(losses(config)) == step
+    assert "SIGUSR1: the ranks save and stop" in log(config)
+    assert "requeueing" in log(config)
+    cluster("scancel", number)
+
+
+@pytest.mark.slow
+def test_the_death_of_one_task_ends_the_job_on_both_nodes(cluster, make_config):
+    config = make_config("struck", steps=100_000)
+    number = cluster.submit(config)
+    wait_for_step(config, 5, explain=lambda: log(config) + cluster.logs())
+    (victim,) = cluster.processes(number) & with_variable("SLURM_PROCID", "1") & with_variable("SLURM_STEP_ID", "0")
+    os.kill(victim, signal.SIGKILL)
+    job = cluster.wait_for_job(number, 60, "FAILED")
+    assert (job["ExitCode"], job["Restarts"]) == ("1:0", "0"), log(config)
+    wait_until_nothing_runs(cluster, number)
