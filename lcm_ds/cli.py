@@ -107,7 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--master-port", type=int, metavar="PORT")
     watch = verb.add_argument_group("with --hostfile")
     watch.add_argument("--ssh-port", type=int, metavar="PORT")
-    watch.add_argument("--max-restarts", type=int, metavar="K", help="after failures, with --back-off; default: 0")
+    watch.add_argument("--max-restarts", type=int, metavar="K", help="after failures; with --local, too; default: 0")
     watch.add_argument("--min-hosts", type=int, metavar="M", help="that a restart needs; default: all")
     watch.add_argument("--back-off", type=float, metavar="SECONDS",
                        help="before the first restart, then twice as long each time; default: 10")  # fmt: skip

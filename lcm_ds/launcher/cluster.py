@@ -51,6 +51,7 @@ class Cluster:
         self.errors: dict[int, Errors] = defaultdict(Errors)  # of each rank
         self.said: dict[str, Errors] = defaultdict(Errors)  # of each host's ssh
         self.failures: list[Failure] = []
+        self.stopped = False  # by the launcher
         self.gone: set[int] = set()  # hosts that are done, or lost
         self.changed = asyncio.Event()
 
@@ -67,10 +68,13 @@ class Cluster:
             if stopping.level and not self.failures:
                 self.fail(Failure("the launcher", "was asked to stop before a worker was started", STOPPED))
                 return  # with the connections the hosts end
+            if self.failures:
+                return
             self.send_all({"do": "start"})
             await self.until(lambda: bool(self.failures) or len(self.gone) == len(names))
             # They end themselves, too: who does not answer by then is cut off.
             await self.until(lambda: len(self.gone) == len(names), self.longest_end())
+            self.stopped = stopping.level > 0
         finally:
             stopping.tell = None
             listener.expect("")
@@ -83,8 +87,13 @@ class Cluster:
 
     @property
     def failure(self) -> Failure | None:
-        """What came first, None where all ended well."""
-        together = [failure for failure in self.failures if failure.at < self.failures[0].at + TOGETHER_SECONDS]
+        """What came first, None where all ended well. A stop that nobody asked the launcher for explains no failure:
+        ranks that still start end with 75 when they are told to end.
+        """
+        failures = [failure for failure in self.failures if failure.code != STOPPED]
+        if self.stopped or not failures:
+            failures = self.failures
+        together = [failure for failure in failures if failure.at < failures[0].at + TOGETHER_SECONDS]
         return min(together, key=lambda failure: failure.order, default=None)
 
     def longest_end(self) -> float:
@@ -106,7 +115,9 @@ class Cluster:
         await self.until(lambda: len(self.writers) == count or pdsh.done(), CONNECT_SECONDS + APPEAR_SECONDS)
         for number, host in enumerate(self.job.hosts):
             if number not in self.writers:
-                lines = self.said[host.name.rpartition("@")[2]].first()
+                label = host.name.rpartition("@")[2]
+                # pdsh cuts a domain that all hosts have in common
+                lines = self.said[label].first() or self.said[label.partition(".")[0]].first()
                 self.gone.add(number)
                 self.fail(Failure(host.name, "could not be started", 1, lines=lines))
 

@@ -83,8 +83,8 @@ def _work(job: Job | None, config_path: str | Path | None, settings: Settings) -
         raise InputError(wrong)
     config, expected = Path("-"), Expected()
     if job is not None and config_path is not None:
-        config = resolve_config(job.config, Path(config_path), job.run_dir).resolve()
-        expected = Expected.of(job, config, port)
+        config = resolve_config(job.config, Path(config_path), job.run_dir, "doctor.yaml").resolve()
+        expected = Expected.of(job, config, port, settings.master_addr)
     return Work(MEASUREMENT, config, expected, environment_of_workers(os.environ), None, lambda: 0, lambda ranks: True)
 
 

@@ -13,7 +13,7 @@ from lcm_ds.config import PrepareConfig, TrainConfig, load, read_yaml
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.launcher import hosts as host_lists
 from lcm_ds.launcher import remote
-from lcm_ds.launcher.local import run_local
+from lcm_ds.launcher.local import run_again, run_local
 from lcm_ds.launcher.pdsh import mistakes_of_call
 from lcm_ds.launcher.preflight import Expected
 from lcm_ds.launcher.restarts import DEFAULTS, Settings, Work, run_on_hosts
@@ -70,7 +70,9 @@ def launch(
             world_size = sum(len(slots) for slots in devices.values())
             if wrong := settings.mistakes(len(devices)):
                 raise InputError(wrong)
-        elif wrong := settings.of_hosts_alone():
+        elif wrong := settings.mistakes(1):
+            raise InputError(wrong)
+        elif wrong := settings.of_hosts_alone(local is not None):
             raise InputError(f"{option}: goes with --hostfile" for option in wrong)
         elif slurm:
             world_size = remote.slurm_tasks(os.environ)
@@ -83,14 +85,18 @@ def launch(
     assert task is not None
 
     worker = [sys.executable, "-u", "-m", task.module, str(config_path), *overrides]
-    if local is not None:
-        task.check_local(local)
-        return run_local(worker, local, master_port=settings.master_port)
     here = len(devices) == 1 and host_lists.is_this_host(next(iter(devices)))
-    if here and not settings.max_restarts:
-        # Nothing to reach over ssh: the same as --local, on the devices that the hostfile leaves.
-        environ = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(map(str, next(iter(devices.values()))))}
-        return run_local(worker, world_size, environ, settings.master_port)
+    if local is not None or here:
+        environ = dict(os.environ)
+        task.check_local(world_size)
+        if here:  # nothing to reach over ssh: the same as --local, on the devices that the hostfile leaves
+            environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, next(iter(devices.values()))))
+        return run_again(
+            lambda asked: run_local(worker, world_size, environ, settings.master_port, settings.grace, asked),
+            task.progress,
+            settings.max_restarts,
+            settings.back_off,
+        )
     if hostfile is not None:
         code = _on_hosts(task, Path(config_path), devices, hostfile, settings)
     else:
@@ -120,7 +126,9 @@ def _on_hosts(
     work = Work(
         module=task.module,
         config=config,
-        expected=Expected.of(task.job, config, port) if task.job else Expected(config.parent, master_port=port),
+        expected=Expected.of(task.job, config, port, settings.master_addr)
+        if task.job
+        else Expected(config.parent, master_port=port, master_addr=settings.master_addr),
         environment=remote.environment_of_workers(os.environ),
         stop_file=task.folder.resolve() / "STOP" if task.stops else None,
         progress=task.progress,

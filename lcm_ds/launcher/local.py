@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
 from lcm_ds.processes import die_with_parent
@@ -21,7 +21,9 @@ from lcm_ds.train.place import Place, free_port
 STOPPED = 75
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 GRACE_SECONDS = 30.0  # between SIGTERM and SIGKILL; DeepSpeed's launcher gives as much
+LONGEST_BACK_OFF_SECONDS = 300.0
 POLL_SECONDS = 0.05
+KILLED_SECONDS = 5.0  # for a process that was killed to be gone
 # Before the others of a stopped or a refused run are told to end: they are on their way out, and have things to write.
 PATIENCE_SECONDS = {STOPPED: GRACE_SECONDS, 2: 5.0}
 
@@ -34,8 +36,11 @@ def run_local(
     environ: Mapping[str, str] | None = None,
     master_port: int | None = None,
     grace: float = GRACE_SECONDS,
+    asked: list[int] | None = None,
 ) -> int:
     """Run `command` in that many processes, each told its place, and wait for all of them.
+
+    asked: takes in the signals that came.
 
     Returns 0 where all ended well, else the exit code of the worker that failed first: 2 and 75 as they are, anything
     else, death by a signal included, as 1. `grace` is in seconds. Call it from the main thread: it handles signals.
@@ -51,6 +56,8 @@ def run_local(
             for number, told in received:  # while some were not there yet
                 workers.send_signal(number, told)
             while not workers.gone():
+                if asked is not None:
+                    asked[:] = [number for number, _ in received]
                 for rank, code in workers.look().items():
                     if workers.first == rank and code not in PATIENCE_SECONDS:
                         pid = workers.processes[rank].pid
@@ -60,6 +67,42 @@ def run_local(
             return workers.code()
         finally:
             workers.kill()
+
+
+def run_again(
+    run: Callable[[list[int]], int], progress: Callable[[], int], restarts: int = 0, back_off: float = 10.0
+) -> int:
+    """Run something until it ends well, as often as `restarts` more times where it fails; returns the last exit code.
+
+    run: puts into its list the signals that came. Not again after one of those, a mistake (2), a stop on request (75),
+    or where `progress`, which grows, is what it was at the failure before. back_off: seconds before the first restart,
+    twice as long before each further one.
+    """
+    asked: list[int] = []
+    before: int | None = None
+    for number in range(restarts + 1):
+        code = run(asked)
+        if code in (0, 2, STOPPED) or asked or number == restarts:
+            return code
+        now = progress()
+        if before is not None and now <= before:
+            print(f"lcm-ds launch: no progress since the last restart (at {now}): not started again", file=sys.stderr)
+            return code
+        before, seconds = now, min(back_off * 2**number, LONGEST_BACK_OFF_SECONDS)
+        said = f"lcm-ds launch: restart {number + 1} of {restarts} in {seconds:g} s"
+        print(said, file=sys.stderr, flush=True)
+        if _signalled_within(seconds):
+            return STOPPED
+    raise AssertionError("the last run returns")
+
+
+def _signalled_within(seconds: float) -> bool:
+    """Wait, and whether one of the signals that stop a run came in the meantime."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+    try:
+        return signal.sigtimedwait(FORWARDED, seconds) is not None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def exit_code(returncode: int) -> int:
@@ -145,12 +188,16 @@ class Workers:
     def send_signal(self, number: int, since: int = 0) -> None:
         """Send a signal to those that run, from the one of that number on."""
         for worker in self.processes[since:]:
-            worker.send_signal(number)
+            if _runs(worker):
+                os.kill(worker.pid, number)
 
     def kill(self) -> None:
         """Kill those that run, and what they started."""
         for number in self._alive:
             _kill(self.processes[number])
+        for number in self._alive:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that not even SIGKILL ends, in a driver
+                self.processes[number].wait(KILLED_SECONDS)
 
 
 @contextlib.contextmanager
@@ -173,12 +220,20 @@ def _forwarding(workers: Workers) -> Iterator[list[tuple[int, int]]]:
             signal.signal(number, handler)
 
 
+def _runs(worker: Worker) -> bool:
+    """Whether a worker runs. One that does not is not waited for here: until it is, its number is its own."""
+    if worker.returncode is not None:
+        return False
+    return os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
 def _has_ended(worker: Worker) -> bool:
     """Whether a worker is gone; what it started and left behind goes with it."""
+    if _runs(worker):
+        return False
     if worker.returncode is None:
-        if os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-            return False
         _kill(worker)
+        worker.wait()
     return True
 
 
@@ -187,4 +242,3 @@ def _kill(worker: Worker) -> None:
     if worker.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(worker.pid, signal.SIGKILL)
-        worker.wait()

@@ -32,6 +32,7 @@ class Node:
         self.job, self.host = job, job.hosts[number]
         self.workers = Workers(job.grace)
         self.started = asyncio.Event()
+        self.trouble: OSError | None = None  # why workers could not be started
         self.pumps: list[list[asyncio.Task[None]]] = []  # of each worker, for its two streams
         self.reports: list[asyncio.Task[None]] = []
 
@@ -44,6 +45,8 @@ class Node:
         always = [loop.create_task(control.beat(writer, self.job.silence)), loop.create_task(self.listen(reader))]
         try:
             await self.started.wait()
+            if self.trouble is not None:
+                raise self.trouble
             if not self.workers.processes:
                 return 1
             while not self.workers.gone():
@@ -80,6 +83,9 @@ class Node:
         except control.Silent:
             # Cut off from the others, too: nothing can be saved, and the run may go on without this host.
             self.workers.kill()
+        except OSError as error:  # no memory for a worker, no room for its log
+            self.workers.kill()
+            self.trouble = error
         self.started.set()
 
     def start(self, local_rank: int) -> None:

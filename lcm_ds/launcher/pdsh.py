@@ -30,7 +30,7 @@ def mistakes_of_call(folder: Path) -> list[str]:
     for program in ("pdsh", "ssh"):
         if shutil.which(program) is None:
             mistakes.append(f"--hostfile: {program} is not installed here; it is in the package manager")
-    paths = {"the current folder": str(Path.cwd()), "run_dir": str(folder), "python": sys.executable}
+    paths = {"the current folder": str(Path.cwd()), "run_dir": str(folder.resolve()), "python": sys.executable}
     if "PYTHONPATH" in os.environ:
         paths["PYTHONPATH"] = os.environ["PYTHONPATH"]
     for what, value in paths.items():

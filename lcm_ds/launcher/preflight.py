@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_ds.launcher.control import Listener
+from lcm_ds.launcher.hosts import is_this_host
 from lcm_ds.launcher.job import write_private
 from lcm_ds.launcher.pdsh import on_hosts
 from lcm_ds.launcher.probe import DISCARD_PORT, LONGEST_SECONDS, versions
@@ -35,12 +36,13 @@ class Expected:
     data: dict[str, Any] = field(default_factory=dict)  # their fingerprints
     checkpoint_bytes: float = 0.0
     master_port: int = 0
+    master_addr: str | None = None
 
     @classmethod
-    def of(cls, job: Job, config: Path, master_port: int) -> Expected:
+    def of(cls, job: Job, config: Path, master_port: int, master_addr: str | None = None) -> Expected:
         """What a run expects; config: resolved, in RUN/launch."""
         data = {"fingerprint": job.fingerprint, "validation": job.validation.fingerprint if job.validation else None}
-        return cls(config.parent, str(config), data, checkpoint_bytes(job), master_port)
+        return cls(config.parent, str(config), data, checkpoint_bytes(job), master_port, master_addr)
 
 
 @dataclass
@@ -171,7 +173,8 @@ async def _ask(names: list[str], path: Path | str, ssh_port: int | None) -> list
         late = True
     for label, host in zip(labels, found, strict=True):
         if not host.report:
-            last = said[label][-1] if said[label] else "no answer"
+            words = said[label] or said.get(label.partition(".")[0])  # pdsh cuts a domain that all have in common
+            last = words[-1] if words else "no answer"
             host.problems.append(f"no answer in {LONGEST_SECONDS + 20} s" if late else last)
     return found
 
@@ -212,6 +215,12 @@ def _compare(found: list[Found], token: str, expected: Expected) -> None:
         answer = expected.folder / f"preflight-{number}"
         if "written" in host.report and not _says(answer, token):
             host.problems.append(f"{answer}: what the host writes is not seen here: the run folder is not shared")
+    fit = [host for host in found if not host.problems]
+    elsewhere = any(not is_this_host(host.name) for host in found)
+    if elsewhere and len(found) > 1 and fit and not expected.master_addr and fit[0].address.startswith("127."):
+        fit[0].problems.append(
+            "its address for the other hosts is not known: their names do not resolve there; --master-addr says it"
+        )
     for host in found:  # until one that can be the first
         if host.report.get("port_is_free") is False:
             host.problems.append(

@@ -38,10 +38,10 @@ TRAVELS = (
     "MKL_",
     "TOKENIZERS_",
 )
-TRAVELS_BY_NAME = ("PATH", "LD_LIBRARY_PATH", "http_proxy", "https_proxy", "no_proxy")
+TRAVELS_BY_NAME = ("PATH", "LD_LIBRARY_PATH", "http_proxy", "https_proxy", "all_proxy", "no_proxy")
 STAYS = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
 # What nobody asked to be put into a file, or on mpirun's command line.
-SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|_KEY$", re.IGNORECASE)
+SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|_KEY$", re.IGNORECASE)
 TOUCH_SECONDS = 1.0
 
 
@@ -56,7 +56,9 @@ def travelling(environ: Mapping[str, str]) -> dict[str, str]:
     return chosen
 
 
-def resolve_config(config: TrainConfig | PrepareConfig, config_path: Path, folder: Path) -> Path:
+def resolve_config(
+    config: TrainConfig | PrepareConfig, config_path: Path, folder: Path, name: str = "config.yaml"
+) -> Path:
     """Write the config with its overrides into the run's or the dataset's folder, where every host sees it.
 
     Returns its path.
@@ -64,7 +66,7 @@ def resolve_config(config: TrainConfig | PrepareConfig, config_path: Path, folde
     if isinstance(config, TrainConfig) and isinstance(config.deepspeed, str):
         # As found from the first config: the copy lies elsewhere.
         config = config.model_copy(update={"deepspeed": str(find(config.deepspeed, config_path))})
-    path = folder / "launch" / "config.yaml"
+    path = folder / "launch" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, dump(config))
     return path

@@ -17,12 +17,10 @@ from lcm_ds.errors import InputError
 from lcm_ds.launcher.cluster import Cluster, Failure
 from lcm_ds.launcher.control import BEATS, Listener
 from lcm_ds.launcher.job import Host, Job
-from lcm_ds.launcher.local import STOPPED
+from lcm_ds.launcher.local import LONGEST_BACK_OFF_SECONDS, STOPPED
 from lcm_ds.launcher.preflight import Expected, Found, addresses_of, own_addresses, preflight
 from lcm_ds.launcher.screen import Screen
 from lcm_ds.launcher.stopping import Stopping
-
-LONGEST_BACK_OFF_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -52,9 +50,9 @@ class Settings:
             lines.append(f"--master-port {self.master_port}: has to be from 1 to 65535")
         return lines
 
-    def of_hosts_alone(self) -> list[str]:
-        """The options in it that mean nothing where the hosts are not ours to watch."""
-        everywhere = ("master_addr", "master_port")
+    def of_hosts_alone(self, local: bool) -> list[str]:
+        """The options in it that mean nothing without a hostfile; with `local` processes restarts are possible, too."""
+        everywhere = ("master_addr", "master_port", *(("max_restarts", "back_off") if local else ()))
         defaults = Settings()
         names = [field.name for field in dataclasses.fields(self) if field.name not in everywhere]
         return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(defaults, name)]
@@ -126,7 +124,10 @@ class _Run:
             if self.stopping.level:
                 break
             if chosen:
-                failure = await self.start(chosen)
+                try:
+                    failure = await self.start(chosen)
+                except OSError as error:  # a file server that is away
+                    failure = Failure("the launcher", f"could not start the hosts: {error}", 1)
                 if failure is None or failure.code == STOPPED:
                     return failure.code if failure else 0
                 self.last = failure.told()
@@ -204,7 +205,11 @@ class _Run:
 
     async def came_further(self) -> bool:
         """Whether the work has come further since the last failure, if there was one."""
-        before, self.failed_at = self.failed_at, await asyncio.to_thread(self.work.progress)
+        before = self.failed_at
+        try:
+            self.failed_at = await asyncio.to_thread(self.work.progress)
+        except OSError:
+            return True  # it cannot be told now
         if before is not None and self.failed_at <= before:
             self.last.append(f"lcm-ds launch: no progress since the last restart (at {before}): not started again")
             return False

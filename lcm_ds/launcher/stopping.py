@@ -36,7 +36,7 @@ class Stopping:
     def _on_signal(self, number: int) -> None:
         self.level += 1
         self.asked.set()
-        if self.level == 1 and self.file is not None:
+        if self.level == 1 and self.file is not None and self.tell is not None:  # else nothing of ours runs there
             self._asking = asyncio.create_task(_touch_again_and_again(self.file))
         says = {
             1: "the ranks save and stop at the next step; once more ends them within the grace",

@@ -47,7 +47,10 @@ class RunOwner:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             locked = True
         except BlockingIOError:
-            self._refuse(_read(self.path))
+            owner = _read(self.path)
+            if owner.get("machine", self._me["machine"]) == self._me["machine"]:
+                self._refuse(owner)
+            locked = False  # a file server holds the lock of a machine that has died for a while, or for ever
         except OSError:
             locked = False  # a file system without locks
         self._wait_for_the_former_owner(locked)

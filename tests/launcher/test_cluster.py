@@ -141,7 +141,7 @@ sys.exit(run_on_hosts(work, {"127.0.0.1": [0], "localhost": [0]}, "hostfile", se
 
 def start(tmp_path, hosts, what, restarts=0, **environment):
     """A launcher of two toy workers (see toy_worker.py), in a process of its own."""
-    (tmp_path / "run" / "launch").mkdir(parents=True)
+    (tmp_path / "run" / "launch").mkdir(parents=True, exist_ok=True)
     (tmp_path / "run" / "launch" / "config.yaml").write_text(f"{what} {tmp_path}")
     env = {**os.environ, **hosts, "PYTHONPATH": f"{HERE}:{ROOT}", "DS_ACCELERATOR": "cpu", **environment}
     command = [sys.executable, "-c", LAUNCHER, str(tmp_path), str(free_port()), str(restarts)]
@@ -263,3 +263,14 @@ def test_a_failed_run_is_started_again_as_often_as_asked_and_as_long_as_it_comes
     assert launcher.returncode == 1
     assert (tmp_path / "run/launch/rank-00000.log").read_text().count("---") == starts
     assert ("no progress since the last restart" in err.splitlines()[-1]) == (starts == 2)
+
+
+def test_a_host_that_cannot_start_its_workers_ends_the_run_and_leaves_none(tmp_path, stand_in):
+    (tmp_path / "run/launch/rank-00001.log").mkdir(parents=True)  # in the way of what rank 1 says
+    launcher = start(tmp_path, stand_in, "0=sleep,1=sleep")
+    _, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    assert "rank-00001.log" in err
+    for rank in (0, 1):
+        if (tmp_path / str(rank)).exists():
+            wait_until_gone([json.loads((tmp_path / str(rank)).read_text())], 5)

@@ -75,11 +75,14 @@ def test_variables_that_matter_travel_and_secrets_stay():
         "https_proxy": "http://proxy:3128",
         "PATH": "/usr/bin",
         "HF_TOKEN": "hf_x",
+        "TOKENIZERS_PARALLELISM": "false",
         "HTTP_PROXY": "http://me:secret@proxy:3128",
         "CUDA_VISIBLE_DEVICES": "0",
         "EDITOR": "vi",
     }
-    assert set(remote.travelling(environ)) == {"NCCL_DEBUG", "HF_HOME", "https_proxy", "PATH"}
+    assert set(remote.travelling(environ)) == {
+        "NCCL_DEBUG", "HF_HOME", "https_proxy", "PATH", "TOKENIZERS_PARALLELISM",
+    }  # fmt: skip
 
 
 def test_the_users_own_deepspeed_env_goes_along(tmp_path, monkeypatch):

@@ -110,8 +110,10 @@ def test_settings_that_cannot_be_are_refused_all_at_once(config, tmp_path):
 
 
 def test_options_for_hosts_are_refused_where_there_are_none(config):
-    lines = mistakes_of(config, local=2, settings=Settings(max_restarts=3, grace=5, master_port=29501))
+    lines = mistakes_of(config, openmpi=2, settings=Settings(max_restarts=3, grace=5, master_port=29501))
     assert lines == ["--max-restarts: goes with --hostfile", "--grace: goes with --hostfile"]
+    lines = mistakes_of(config, local=2, settings=Settings(max_restarts=3, silence=5))
+    assert lines == ["--silence: goes with --hostfile"]
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from lcm_ds.launcher.local import run_again
+
 HERE = Path(__file__).parent
 
 
@@ -129,3 +131,41 @@ def test_what_a_worker_started_ends_with_it(tmp_path):
     assert len(running) == 3
     assert launcher.wait(timeout=30) == 1
     wait_until_gone(running, seconds=3)
+
+
+@pytest.mark.parametrize(
+    ("codes", "came_to", "expected"),
+    [
+        ([1, 1, 0], [5, 9], 0),
+        ([1, 1, 1, 1, 1], [1, 2, 3], 1),
+        ([1, 2], [1], 2),
+        ([1, 75], [1], 75),
+        ([1, 1, 0], [5, 5], 1),  # no progress
+        ([0], [], 0),
+    ],
+)
+def test_a_run_that_fails_is_started_again_as_long_as_that_helps(codes, came_to, expected):
+    codes, came_to = iter(codes), iter(came_to)
+    assert run_again(lambda asked: next(codes), lambda: next(came_to), restarts=3, back_off=0.001) == expected
+
+
+@pytest.mark.parametrize("when", ["while it runs", "between two starts"])
+def test_a_run_that_was_asked_to_stop_is_not_started_again(tmp_path, when):
+    what = "0=stop,1=exit:1" if when == "between two starts" else "0=deaf,1=stop"
+    worker = [sys.executable, "-m", "toy_worker", what, str(tmp_path)]
+    script = f"""
+import sys
+from lcm_ds.launcher.local import run_again, run_local
+run = lambda asked: run_local({worker!r}, 2, grace=0.5, asked=asked)
+sys.exit(run_again(run, lambda: 1, restarts=3, back_off=60))
+"""
+    env = {**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parent.parent}"}
+    launcher = subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE, text=True)
+    workers(tmp_path)
+    if when == "between two starts":
+        said = launcher.stderr.readline() + launcher.stderr.readline()
+        assert "restart 1 of 3 in 60 s" in said
+    launcher.send_signal(signal.SIGTERM)
+    _, err = launcher.communicate(timeout=20)
+    assert launcher.returncode == 75, err
+    assert "restart" not in err

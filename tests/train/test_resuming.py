@@ -1,5 +1,6 @@
 """Runs go on from what is whole, on as many ranks and under whichever ZeRO stage there is now."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -234,6 +235,17 @@ def test_a_run_folder_has_one_owner_and_who_died_owns_nothing(make_config):
     third = start("launch", "--local", 2, config, "steps=1")
     code, out, err = finish(third)
     assert code == 0, out + err
+
+
+def test_a_lock_that_a_file_server_holds_for_a_dead_machine_is_taken_over(tmp_path):
+    """As of one that is cut off: its lock is there, and nobody writes the file any more."""
+    (tmp_path / "LOCK").write_text(json.dumps({"host": "far", "pid": 7, "machine": "other", "beat": 3}))
+    with (tmp_path / "LOCK").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with RunOwner(tmp_path, beat=0.1, watch=1.0):
+            assert json.loads((tmp_path / "LOCK").read_text())["pid"] == os.getpid()
+            with pytest.raises(InputError, match=f"process {os.getpid()} of host"):
+                RunOwner(tmp_path).__enter__()
 
 
 def test_an_owner_on_another_machine_is_believed_to_live_as_long_as_it_writes(tmp_path):
