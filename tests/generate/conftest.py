@@ -9,6 +9,7 @@ import torch
 
 from lcm_ds.config import PrepareConfig, TrainConfig, dump, validate
 from lcm_ds.data.format import open_dataset, read_normalizer
+from lcm_ds.files import sha256_of
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.prepare.pipeline import prepare
@@ -98,7 +99,7 @@ def run_folder(dataset, make_model, tmp_path_factory):
     torch.save({"module": model.state_dict()}, checkpoint / "mp_rank_00_model_states.pt")
     state = {"step": 5, "concepts": 100, "model": model.config.sizes(), "zero_stage": 0}
     (checkpoint / "state.json").write_text(json.dumps(state))
-    files = {path.name: {"bytes": path.stat().st_size} for path in checkpoint.iterdir()}
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in checkpoint.iterdir()}
     (checkpoint / "COMPLETE").write_text(json.dumps({"files": files}))
     config = {
         "run_dir": str(run),

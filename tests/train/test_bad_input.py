@@ -77,15 +77,6 @@ def test_a_shard_whose_bytes_changed_is_refused_by_name(make_config, concepts, t
     assert any(victim.name in line and "bytes" in line for line in lines)
 
 
-def test_a_resume_with_another_order_model_or_ranks_is_refused_with_both_shown(trained):
-    config = trained(2)
-    lines = refused("train", config, "seed=8", "model.hidden_size=64")
-    text = "\n".join(lines)
-    assert "fingerprint" in text
-    assert "the model was" in text
-    assert "the number of ranks was 2 and is now 1" in text
-
-
 def test_a_step_that_the_run_does_not_have_cannot_be_traced(make_config):
     config = make_config()
     assert refused("trace", config, "--step", 40) == ["step 40: this run has steps 0 to 39"]

@@ -14,6 +14,8 @@ import yaml
 from runs import ROOT, finish, metrics, run_dir, start
 
 from lcm_ds.errors import InputError
+from lcm_ds.train import resume
+from lcm_ds.train.checkpoint import Checkpoint
 from lcm_ds.train.owner import RunOwner
 
 STEPS = [2, 4, 6, 8, 10, 12]
@@ -157,6 +159,30 @@ def test_another_precision_model_or_optimizer_is_refused_with_both_named(saved):
         assert any(told in line for line in lines), err
     assert len(lines) == 3  # said once, by one rank
     assert folders(saved) == before
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        ({"world_size": 4}, None),
+        ({"zero_stage": 3}, None),
+        ({"zero_stage": 0}, "ZeRO 0 keeps the optimizer whole"),
+        ({"world_size": 4, "optimizer": "Muon"}, "the states of Adam alone"),
+        ({"world_size": 4, "nvme": True}, "offloaded to NVMe"),
+        ({"optimizer": "Muon"}, None),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_with_the_reason(tmp_path, now, told):
+    then = {"fingerprint": "a", "model": {}, "precision": "float32", "world_size": 2, "zero_stage": 2, "nvme": False}
+    then["optimizer"] = now.get("optimizer", "AdamW")
+    (tmp_path / "state.json").write_text(json.dumps(then))
+    lines = resume.mistakes(Checkpoint(tmp_path, 5), {**then, **now})
+    if told is None:
+        assert lines == []
+    else:
+        (line,) = lines
+        assert "was saved by 2 rank(s) under ZeRO 2 and would go on with" in line
+        assert told in line
 
 
 # --- retention, disks, owners -----------------------------------------------------------------------------------------
