@@ -1,13 +1,19 @@
-"""What Linux is asked for: children that do not outlive their parent, memory that a process keeps."""
+"""What Linux is asked for: children that do not outlive their parent, memory that a process keeps, who holds a file."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+# File systems whose files processes of other machines may hold, and when a lock on one of them is taken for left over.
+SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "weka", "9p", "fuse")
+LEFT_OVER_SECONDS = 600.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
 
@@ -37,3 +43,38 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def remove_left_over_locks(folder: Path) -> list[Path]:
+    """Remove the `lock` files of torch's JIT builds in `folder` that nobody holds; returns them.
+
+    Who compiles an extension makes such a file, keeps it open and removes it; everybody else waits until it is gone,
+    for ever where that process was killed. On a file system that machines share a holder cannot be seen: there a lock
+    has to be ten minutes old.
+    """
+    locks = [*folder.glob("*/lock"), *folder.glob("*/*/lock")]
+    held = set(_open_files()) if locks else set()
+    removed = []
+    for lock in locks:
+        with contextlib.suppress(OSError):  # released just now
+            shared = _file_system(lock).startswith(SHARED)
+            if str(lock.resolve()) not in held and (
+                not shared or time.time() - lock.stat().st_mtime > LEFT_OVER_SECONDS
+            ):
+                lock.unlink()
+                removed.append(lock)
+    return removed
+
+
+def _open_files() -> Iterator[str]:
+    """What the processes that can be seen have open."""
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            yield os.readlink(descriptor)
+
+
+def _file_system(path: Path) -> str:
+    """The type of the file system that a path lies on."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
+    resolved = path.resolve()
+    return max((len(point), kind) for point, kind in mounts if resolved.is_relative_to(point))[1]

@@ -20,7 +20,7 @@ from lcm_ds import ds_config
 from lcm_ds.config import OptimConfig, TrainConfig
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.processes import keep_freed_memory
+from lcm_ds.processes import keep_freed_memory, remove_left_over_locks
 from lcm_ds.train.place import Place
 
 logger = logging.getLogger("lcm_ds.train")
@@ -35,6 +35,10 @@ def connect(place: Place, stall_minutes: float | None = None) -> torch.device:
     # DeepSpeed compiles with the ninja that it finds: the one of this environment, which need not be activated. Two
     # versions in turn would compile everything anew each time.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    if place.local_rank == 0:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+        for lock in remove_left_over_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache))):
+            logger.warning("%s: removed: who was compiling there was killed", lock)
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         # Under srun --gpus-per-task=1 each process sees one device, whatever its local rank.

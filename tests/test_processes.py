@@ -1,0 +1,42 @@
+"""What Linux is asked for."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lcm_ds import processes
+from lcm_ds.processes import remove_left_over_locks
+
+
+@pytest.fixture
+def lock(tmp_path):
+    path = tmp_path / "py311_cpu" / "some_extension" / "lock"
+    path.parent.mkdir(parents=True)
+    return path
+
+
+def test_a_lock_that_a_process_holds_stays_and_goes_when_that_was_killed(lock, tmp_path):
+    script = f"import os, time; os.open({str(lock)!r}, os.O_CREAT | os.O_EXCL); print(flush=True); time.sleep(100)"
+    holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    assert remove_left_over_locks(tmp_path) == []
+    assert lock.exists()
+    holder.kill()
+    holder.communicate()
+    assert remove_left_over_locks(tmp_path) == [lock]
+    assert not lock.exists()
+
+
+def test_on_a_shared_file_system_a_lock_has_to_be_old(lock, tmp_path, monkeypatch):
+    lock.touch()
+    monkeypatch.setattr(processes, "_file_system", lambda path: "nfs4")
+    assert remove_left_over_locks(tmp_path) == []
+    os.utime(lock, (time.time() - 700,) * 2)
+    assert remove_left_over_locks(tmp_path) == [lock]
+
+
+def test_the_file_system_of_a_path_is_that_of_its_nearest_mount():
+    assert processes._file_system(processes.Path("/proc/self/status")) == "proc"
