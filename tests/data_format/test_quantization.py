@@ -119,6 +119,7 @@ def test_int8_comes_out_of_the_loader_as_it_comes_out_of_a_shard(synthetic_datas
     assert sorted(map(bytes, read)) == sorted(map(bytes, stored))
 
 
+@pytest.mark.slow
 def test_a_training_on_int8_loses_what_one_on_fp16_loses(synthetic_dataset, tmp_path: Path) -> None:
     fp16 = synthetic_dataset(documents=300, embed_dim=16, documents_per_shard=10, seed=1)
     int8 = in_8_bits(fp16, tmp_path / "int8")

@@ -177,6 +177,7 @@ def run(*words):
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_real_encoder_in_one_and_in_three_processes_makes_shards_with_the_same_checksums(write_config, tmp_path):
     for processes in (1, 3):
         config = write_config(f"out-{processes}", split_workers=1)

@@ -47,6 +47,7 @@ MODEL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise_std", [0.0, 0.3])
 def test_a_rotation_is_learnt_down_to_its_noise(trained, rotations_pair, noise_std):
     train, validation = rotations_pair

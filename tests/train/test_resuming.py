@@ -243,6 +243,7 @@ def test_a_run_goes_on_where_the_disk_is_full_and_saves_when_it_is_not(make_conf
     assert metrics(config, "losses") == metrics(trained(2), "losses")
 
 
+@pytest.mark.slow
 def test_a_run_folder_has_one_owner_and_who_died_owns_nothing(make_config):
     every = {"every": None, "every_minutes": 0.01}
     config = make_config(steps=100_000, checkpoint=every, evaluate={"every": None})

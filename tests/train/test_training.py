@@ -75,6 +75,7 @@ def test_the_run_folder_holds_what_the_contract_names(trained):
     assert set(complete) == {path.name for path in (folder / "checkpoints/step_00000040").iterdir()} - {"COMPLETE"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("json_name", ["zero1_fp32", "zero3_fp32"])
 def test_losses_do_not_depend_on_the_zero_stage(trained, json_name):
     two = losses(trained(2))
@@ -89,6 +90,7 @@ def test_losses_do_not_depend_on_activation_checkpointing(trained):
     assert losses(trained(2, deepspeed=block)) == pytest.approx(two, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("json_name", ["zero1_bf16", "zero2_bf16", "zero3_bf16"])
 def test_bf16_follows_fp32(trained, json_name):
     exact = losses(trained(2))
