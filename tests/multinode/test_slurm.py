@@ -103,7 +103,7 @@ def test_slurm_signals_before_the_time_limit_and_the_job_goes_back_into_the_queu
     number = cluster.submit(config, "--time=1", "--signal=B:USR1@10")
     cluster.wait_for_job(number, 120, "PENDING", restarts=1)
     wait_until_nothing_runs(cluster, number)
-    (step,) = checkpoints(config)
+    *_, step = checkpoints(config)
     assert max(losses(config)) == step
     assert "SIGUSR1: the ranks save and stop" in log(config)
     assert "requeueing" in log(config)
