@@ -98,7 +98,8 @@ def _set_aside(bad: list[tuple[Checkpoint, str]], older: list[Checkpoint], used:
         logger.error("going on from %s", used.path)
     for checkpoint in older:
         if not (checkpoint.path / "COMPLETE").exists():  # it was being deleted
-            checkpoint.set_aside()
+            logger.info("removing the rest of %s", checkpoint.path)
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 
 # --- may it go on -----------------------------------------------------------------------------------------------------
