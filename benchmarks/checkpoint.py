@@ -19,15 +19,9 @@ import tempfile
 from pathlib import Path
 
 from loader import write_dataset
+from train_step import SMALL
 
 ROOT = Path(__file__).parent.parent
-SMALL = {
-    "embed_dim": 1024,
-    "hidden_size": 512,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 8,
-    "intermediate_size": 1536,
-}
 EVERY, SAVES = 4, 4
 
 

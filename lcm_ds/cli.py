@@ -113,7 +113,9 @@ def build_parser() -> argparse.ArgumentParser:
                        help="before the first restart, then twice as long each time; default: 10")  # fmt: skip
     watch.add_argument("--silence", type=float, metavar="SECONDS",
                        help="without a sign of life, after which a host is lost; default: 15")  # fmt: skip
-    watch.add_argument("--grace", type=float, metavar="SECONDS", help="between SIGTERM and SIGKILL; default: 30")
+    watch.add_argument(
+        "--grace", type=float, metavar="SECONDS", help="between SIGTERM and SIGKILL; with --local, too; default: 30"
+    )
     _config(verb)
 
     verb = _verb(verbs, "evaluate", evaluate, "the model against its baselines on the validation split",
@@ -146,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
                  "lcm-ds doctor configs/train/quickstart.yaml")  # fmt: skip
     verb.add_argument("--hostfile", metavar="F", help="ask its hosts what launch would ask them")
     verb.add_argument("--bandwidth", action="store_true", help="measure an all-reduce over all devices")
+    verb.add_argument("--master-addr", metavar="HOST", help="the host of rank 0, where it cannot be told")
     verb.add_argument("--master-port", type=int, metavar="PORT")
     verb.add_argument("--ssh-port", type=int, metavar="PORT")
     verb.add_argument("config", metavar="CONFIG", nargs="?")
@@ -283,7 +286,9 @@ def doctor(arguments: argparse.Namespace) -> int:
     from lcm_ds.launcher.doctor import doctor
     from lcm_ds.launcher.restarts import Settings
 
-    settings = Settings(master_port=arguments.master_port, ssh_port=arguments.ssh_port)
+    settings = Settings(
+        master_addr=arguments.master_addr, master_port=arguments.master_port, ssh_port=arguments.ssh_port
+    )
     return doctor(arguments.config, arguments.overrides, arguments.hostfile, arguments.bandwidth, settings)
 
 

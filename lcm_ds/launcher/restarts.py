@@ -51,8 +51,8 @@ class Settings:
         return lines
 
     def of_hosts_alone(self, local: bool) -> list[str]:
-        """The options in it that mean nothing without a hostfile; with `local` processes restarts are possible, too."""
-        everywhere = ("master_addr", "master_port", *(("max_restarts", "back_off") if local else ()))
+        """The options in it that mean nothing without a hostfile; with `local` processes some do all the same."""
+        everywhere = ("master_addr", "master_port", *(("max_restarts", "back_off", "grace") if local else ()))
         defaults = Settings()
         names = [field.name for field in dataclasses.fields(self) if field.name not in everywhere]
         return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(defaults, name)]

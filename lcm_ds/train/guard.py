@@ -1,6 +1,6 @@
 """What a run does about steps that go wrong: those that are not finite, and losses that leap.
 
-All ranks see the same losses and come to the same; nothing here talks to another rank but `tell`.
+All ranks see the same losses and come to the same.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from lcm_ds.data.loader import Loader, trace
 from lcm_ds.errors import CannotGoOn, InputError
 from lcm_ds.files import write_whole
 from lcm_ds.train.check import Job
+from lcm_ds.train.resume import from_first
 
 logger = logging.getLogger("lcm_ds.train")
 
@@ -92,14 +93,13 @@ class Guard:
 class LeftOut:
     """The steps that a run passes over, in RUN/left_out.json from the moment at which it goes back for them.
 
-    All ranks make the same of it; rank 0 writes it.
+    Rank 0 reads and writes it, and all ranks make the same of it.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "left_out.json"
-        found = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else []
-        self._found: list[dict[str, int]] = found
-        dist.barrier()  # before rank 0 writes again
+        there = dist.get_rank() == 0 and self._path.exists()
+        self._found: list[dict[str, int]] = from_first(json.loads(self._path.read_text("utf-8")) if there else [])
 
     @property
     def ranges(self) -> list[range]:
@@ -123,7 +123,10 @@ class LeftOut:
             )
         self._found.append({"first": first, "last": last, "back_to": back_to})
         if dist.get_rank() == 0:
-            write_whole(self._path, json.dumps(self._found))
+            try:
+                write_whole(self._path, json.dumps(self._found))
+            except OSError as error:  # a full disk; this process knows it all the same
+                logger.error("left_out.json: %s", error)
 
 
 def tell(incident: Incident, job: Job, loader: Loader, where: str) -> None:

@@ -194,6 +194,7 @@ class Run:
         stopping = False
         for step in range(start, total):
             done = step + 1
+            self.save_is_due |= _due(done, config.checkpoint.every, total)
             if not any(step in steps for steps in self.left_out):
                 stopping = self.step(batches, step)
             else:
@@ -201,11 +202,11 @@ class Run:
                 if done < total:
                     continue
             last = stopping or done == total
-            if done % config.log.every == 0 or last or self.saves_now(done):
+            if done % config.log.every == 0 or last or self.saves_now:
                 self.report(done)  # what is not reported when it is saved is lost on a resume
             if _due(done, config.evaluate.every, total) and self.job.validation is not None:
                 self.validate(done)
-            if (last or self.saves_now(done)) and not self.save(done, wait=last) and last:
+            if (last or self.saves_now) and not self.save(done, wait=last) and last:
                 return FAILED
             if stopping and done < total:
                 break
@@ -229,7 +230,7 @@ class Run:
         stops, saves, busy = outcome.asked
         if self.saver.pending and not busy:
             self.finish_save(step + 1)
-        self.save_is_due |= saves > 0 or _due(step + 1, self.job.config.checkpoint.every, self.job.total_steps)
+        self.save_is_due |= saves > 0
         return stops > 0
 
     def judge(self, step: int, outcome: StepOutcome) -> None:
@@ -279,8 +280,9 @@ class Run:
             self.run_log.say(done, found)
         self.speed.reset()
 
-    def saves_now(self, done: int) -> bool:
-        """Whether to save after `done` steps: not while steps are not finite, or the run would go back to here."""
+    @property
+    def saves_now(self) -> bool:
+        """Whether to save after this step: not while steps are not finite, or the run would go back to here."""
         return self.save_is_due and self.guard.skipped_in_a_row == 0
 
     def save(self, done: int, wait: bool) -> bool:
@@ -292,7 +294,7 @@ class Run:
         state = {
             "step": done,
             "concepts": self.concepts_seen,
-            "left_out": [[steps.start, steps.stop] for steps in self.left_out],
+            "left_out": [[steps.start, steps.stop - 1] for steps in self.left_out],  # first and last
             "losses": self.guard.state(),
             **identity(self.job, self.place),
         }

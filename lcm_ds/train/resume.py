@@ -78,13 +78,13 @@ def _damage(checkpoint: Checkpoint, full: bool) -> str | None:
     if damage is not None or not full:
         return damage
     mine = None
-    files = sorted(checkpoint.files().items())
-    for name, entry in files[dist.get_rank() :: dist.get_world_size()]:
-        try:
+    try:
+        files = sorted(checkpoint.files().items())
+        for name, entry in files[dist.get_rank() :: dist.get_world_size()]:
             if sha256_of(checkpoint.path / name) != entry["sha256"]:
                 mine = f"{name} is not what was written (its sha256 differs)"
-        except OSError as error:
-            mine = f"{name}: {error}"
+    except (OSError, ValueError) as error:
+        mine = str(error)
     every: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
     return next((damage for damage in every if damage is not None), None)

@@ -170,11 +170,10 @@ class Files(CheckpointEngine):
         self._writer = writer
         self._written: dict[str, dict[str, Any]] = {}
         self._coming: list[Future[None]] = []
-        self._folder = Path()
 
     def start(self, folder: Path, first: bool) -> None:
         """Begin a checkpoint in `folder`, which the `first` rank makes anew."""
-        self._folder, self._written, self.errors, self._coming = folder, {}, [], []
+        self._written, self.errors, self._coming = {}, [], []
         if first:
             shutil.rmtree(folder, ignore_errors=True)
             self.makedirs(str(folder), exist_ok=True)

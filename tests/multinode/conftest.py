@@ -4,10 +4,8 @@ import subprocess
 import sys
 
 import pytest
-import yaml
 from namespaces import ROOT, Hosts, why_not
-
-EMBED_DIM = 16
+from small_run import EMBED_DIM, losses_in, write_config
 
 
 @pytest.fixture(scope="session")
@@ -33,38 +31,15 @@ def hosts(all_hosts):
 
 @pytest.fixture
 def make_config(synthetic_dataset, tmp_path):
-    """Writes the config of a tiny run under ZeRO-3; keyword arguments replace top-level keys."""
-
-    def make(name="run", **changes):
-        mapping = {
-            "run_dir": str(tmp_path / name),
-            "seed": 7,
-            "model": {
-                "preset": "quickstart",
-                "embed_dim": EMBED_DIM,
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "dropout": 0.1,
-            },
-            "data": {
-                "train": str(synthetic_dataset(documents=300, embed_dim=EMBED_DIM, documents_per_shard=10, seed=1)),
-                "row_length": 32,
-                "max_segment": 16,
-            },
-            "batch": {"rows_per_step": 8, "micro_batch_rows": 2},
-            "optim": {"lr": 2.0e-3, "schedule": {"name": "cosine", "warmup_steps": 2}},
-            "steps": 8,
-            "checkpoint": {"every": 4},
-            "log": {"every": 1},
-            "deepspeed": "ds_configs/zero3_fp32.json",
-        }
-        path = tmp_path / f"{name}.yaml"
-        path.write_text(yaml.safe_dump({**mapping, **changes}))
-        return path
-
-    return make
+    """Writes the config of a run of eight steps under ZeRO-3; keyword arguments replace top-level keys."""
+    defaults = {
+        "batch": {"rows_per_step": 8, "micro_batch_rows": 2},
+        "steps": 8,
+        "checkpoint": {"every": 4},
+        "deepspeed": str(ROOT / "ds_configs/zero3_fp32.json"),
+    }
+    dataset = synthetic_dataset(documents=300, embed_dim=EMBED_DIM, documents_per_shard=10, seed=1)
+    return lambda **changes: write_config(dataset, tmp_path, **{**defaults, **changes})
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +52,7 @@ def local_losses(tmp_path_factory):
             run = tmp_path_factory.mktemp("local") / "run"
             command = [sys.executable, "-m", "lcm_ds.cli", "launch", "--local", "2", config, f"run_dir={run}"]
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-            known.append(run)
+            known.append(losses_in(run))
         return known[0]
 
     return train

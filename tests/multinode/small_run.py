@@ -69,7 +69,12 @@ def run_dir(config):
 
 def losses(config):
     """{step: loss}, as far as the run has written them."""
-    path = run_dir(config) / "metrics.jsonl"
+    return losses_in(run_dir(config))
+
+
+def losses_in(folder):
+    """The same of a run in this folder."""
+    path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     values = [json.loads(line) for line in lines if line.endswith("\n")]
     return {line["step"]: line["loss"] for line in values if "loss" in line}
@@ -81,8 +86,9 @@ def wait_for_step(config, step, seconds=120, explain=lambda: ""):
 
 
 def checkpoints(config):
-    """The steps that the run has whole checkpoints of; nothing may be there of others."""
+    """The steps that the run has whole checkpoints of; nothing may be there of others but what was converted."""
     folders = sorted((run_dir(config) / "checkpoints").glob("step_*"))
+    folders = [folder for folder in folders if folder.suffix != ".universal"]
     assert all((folder / "COMPLETE").exists() for folder in folders), folders
     return [int(folder.name.removeprefix("step_")) for folder in folders]
 

@@ -5,7 +5,8 @@ import signal
 import time
 
 import pytest
-from host_runs import checkpoints, finish, launch, losses, run_dir, wait_for, wait_for_step
+from host_runs import finish, launch, wait_for, wait_for_step
+from small_run import checkpoints, losses, run_dir
 
 
 def test_two_hosts_stopped_and_gone_on_with_give_the_losses_of_launch_local(hosts, make_config, local_losses):
@@ -23,9 +24,9 @@ def test_two_hosts_stopped_and_gone_on_with_give_the_losses_of_launch_local(host
     code, out, err = finish(launch(hosts, 2, config))
     assert code == 0, out + err
     assert f"step {stopped_at} of 8" in out
-    expected = losses(local_losses(config))
+    expected = local_losses(config)
     assert sorted(expected) == list(range(1, 9))
-    assert losses(run_dir(config)) == pytest.approx(expected, abs=1e-5)
+    assert losses(config) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -33,7 +34,7 @@ def test_four_hosts_give_the_losses_of_launch_local(hosts, make_config, local_lo
     config = make_config()
     code, out, err = finish(launch(hosts, 4, config))
     assert code == 0, out + err
-    assert losses(run_dir(config)) == pytest.approx(losses(local_losses(config)), abs=1e-5)
+    assert losses(config) == pytest.approx(local_losses(config), abs=1e-5)
 
 
 def test_workers_end_by_themselves_when_the_launcher_is_killed(hosts, make_config):
@@ -43,7 +44,7 @@ def test_workers_end_by_themselves_when_the_launcher_is_killed(hosts, make_confi
     launcher.kill()
     launcher.communicate()
     hosts.wait_until_idle(10)
-    assert checkpoints(config) == [max(losses(run_dir(config)))]  # they have saved before they ended
+    assert checkpoints(config) == [max(losses(config))]  # they have saved before they ended
 
 
 @pytest.mark.slow
@@ -61,7 +62,7 @@ def test_a_host_that_is_cut_off_is_left_out_and_the_run_goes_on_with_the_others(
     assert "worker-0 is lost: no sign of life for 5 s" in err
     assert "goes on with 1 rank(s) on 1 host(s), without worker-0" in err
     assert checkpoints(config)[-1] == 60
-    assert sorted(losses(run_dir(config))) == list(range(1, 61))
+    assert sorted(losses(config)) == list(range(1, 61))
 
 
 @pytest.mark.slow
@@ -72,13 +73,13 @@ def test_a_host_that_is_killed_is_left_out_until_it_is_back(hosts, make_config):
     hosts.kill(1)
     log = run_dir(config) / "launch" / "rank-00000.log"
     wait_for(launcher, lambda: log.read_text().count("--- ") == 2, "the second start")
-    before = max(losses(run_dir(config)))
+    before = max(losses(config))
     wait_for_step(launcher, config, before + 3)
     hosts.restore(1)
     (rank_0,) = [pid for pid, command in hosts.processes(0).items() if "-m lcm_ds.train" in command]
     os.kill(rank_0, signal.SIGKILL)
     wait_for(launcher, lambda: log.read_text().count("--- ") == 3, "the third start")
-    before = max(losses(run_dir(config)))
+    before = max(losses(config))
     wait_for_step(launcher, config, before + 3)
     assert any("-m lcm_ds.train" in command for command in hosts.processes(1).values())
     launcher.send_signal(signal.SIGINT)

@@ -123,7 +123,7 @@ def test_a_nan_that_is_stored_is_named_and_too_many_in_a_row_are_gone_back_for_a
     assert [step for step in range(1, 22) if step not in losses] == [12, 13, 14]
     assert [step for step in losses if losses[step] is None] == [4]
     newest = max((run_dir(config) / "checkpoints").glob("step_*"))
-    assert json.loads((newest / "state.json").read_text())["left_out"] == [[11, 14]]
+    assert json.loads((newest / "state.json").read_text())["left_out"] == [[11, 13]]
     assert json.loads((run_dir(config) / "left_out.json").read_text()) == [{"first": 11, "last": 13, "back_to": 10}]
 
 
