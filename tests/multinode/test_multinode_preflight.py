@@ -2,7 +2,8 @@
 
 import importlib.metadata
 
-from host_runs import finish, launch, run_dir
+from host_runs import finish, launch
+from small_run import run_dir
 
 PORT = 29555
 
