@@ -28,6 +28,7 @@ setup(
         "omegaconf>=2.3,<3",
         "safetensors>=0.5",
         "tensorboard>=2.18",
+        "matplotlib>=3.8",
         "rich>=13",
         "fsspec>=2024.6",
         "ninja",

@@ -32,12 +32,13 @@ from loader import write_dataset
 from torch import Tensor, nn
 
 from lcm_ds.config import ModelConfig
+from lcm_ds.data.loader import target_mask
 from lcm_ds.model.attention import SegmentLayout, rope_tables, rotate
 from lcm_ds.model.config import BaseLCMConfig, resolve_model
 from lcm_ds.model.flops import training_flops
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.processes import keep_freed_memory
-from lcm_ds.train.loss import squared_error, target_mask
+from lcm_ds.train.loss import squared_error
 from lcm_ds.train.speed import peak_tflops
 
 SMALL = {

@@ -43,6 +43,15 @@ MOST_BAD = 0.05
 VALIDATION_SEED = 0
 
 
+def target_mask(segment_ids: Tensor) -> Tensor:
+    """Which concepts are targets: every concept of a segment but its first.
+
+    segment_ids: [rows, row_length], -1 where there are no concepts. Returns bool [rows, row_length - 1]; entry t says
+    whether concept t + 1 has to be predicted from concept t.
+    """
+    return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] >= 0)
+
+
 @dataclass(frozen=True)
 class Batch:
     """A micro-batch of one rank."""
@@ -55,10 +64,14 @@ class Batch:
     missing: int = 0  # concepts of shards that could not be read; rows without targets are in their place
 
     @property
+    def target_mask(self) -> Tensor:
+        """Which concepts the model has to predict: bool [rows, row_length - 1] (see `target_mask`)."""
+        return target_mask(self.segment_ids)
+
+    @property
     def targets(self) -> int:
-        """Concepts that the model has to predict: all of each segment but its first."""
-        ids = self.segment_ids
-        return int(((ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)).sum())
+        """Concepts that the model has to predict."""
+        return int(self.target_mask.sum())
 
     @property
     def real_concepts(self) -> int:

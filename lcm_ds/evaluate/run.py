@@ -163,7 +163,7 @@ def _targets(model: BaseLCM, batch: Batch, max_segment: int, predict: bool) -> t
     before = torch.nn.functional.pad(sums, (0, 0, 1, 0))[:, :-1]
     at_start = before.gather(1, layout.starts.unsqueeze(-1).expand_as(before))
     context = ((sums - at_start) / (layout.positions + 1).unsqueeze(-1)).float()
-    mask = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
+    mask = batch.target_mask
     # Rows are numbered through the dataset, and no row has more segments than concepts.
     rows = torch.arange(batch.first_lane, batch.first_lane + len(ids)).unsqueeze(1)
     targets = Targets(

@@ -28,11 +28,11 @@ from lcm_ds.train.checkpoint import Checkpoint
 from lcm_ds.train.engine import build_engine, build_model, connect
 from lcm_ds.train.guard import GoBack, Guard, LeftOut, tell
 from lcm_ds.train.memory import count_parameters
-from lcm_ds.train.metrics import RunLog, prints_to_log, set_up_logging
 from lcm_ds.train.owner import RunOwner
 from lcm_ds.train.place import Place
 from lcm_ds.train.profile import StepProfiler
 from lcm_ds.train.run_folder import announce, identity, prepare_run_folder
+from lcm_ds.train.run_log import RunLog, prints_to_log, set_up_logging
 from lcm_ds.train.save import Saver, saves_in_background
 from lcm_ds.train.speed import SpeedMeter, memory_gib, peak_tflops
 from lcm_ds.train.step import StepOutcome, Stepper

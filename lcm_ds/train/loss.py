@@ -10,22 +10,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def target_mask(segment_ids: Tensor) -> Tensor:
-    """Which positions are targets: every concept of a segment but its first.
-
-    segment_ids: [rows, row_length], -1 where padded. Returns bool [rows, row_length - 1]; entry t says whether
-    concept t + 1 has to be predicted from concept t.
-    """
-    return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] >= 0)
-
-
 def squared_error(predictions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """Sum over targets of the squared error's mean over dimensions, in fp32, as a scalar.
 
     predictions: [rows, row_length, embed_dim], normalised space; entry t predicts concept t + 1.
     targets: fp32 [rows, row_length - 1, embed_dim], normalised space, the concepts but the first of each row, without
     noise. They are written over, so that there are no two of so large a tensor in fp32.
-    mask: bool [rows, row_length - 1] from `target_mask`.
+    mask: bool [rows, row_length - 1], which of the targets count (`Batch.target_mask`).
 
     Divided by the global number of targets it is the loss of the LCM paper (arXiv 2412.08821, section 2.3.1) over
     embed_dim.

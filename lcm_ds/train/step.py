@@ -14,7 +14,7 @@ from lcm_ds.data.loader import Batch
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.train.check import Job
 from lcm_ds.train.engine import set_learning_rate
-from lcm_ds.train.loss import dropout_keys, input_noise, squared_error, target_mask
+from lcm_ds.train.loss import dropout_keys, input_noise, squared_error
 from lcm_ds.train.place import Place
 from lcm_ds.train.schedule import learning_rate_factor
 
@@ -102,10 +102,10 @@ class Stepper:
         """
         config = self.job.config
         raw = batch.concepts.to(self.device, non_blocking=True)
-        segment_ids = batch.segment_ids.to(self.device, non_blocking=True)
         noise = keys = None
         if step is not None:
             noise = input_noise(raw, config.noise_std, config.seed, step, batch.first_lane)
             keys = dropout_keys(len(raw), config.seed, step, batch.first_lane).to(self.device)
+        mask = batch.target_mask.to(self.device, non_blocking=True)
         predictions = self.engine(raw, layout, noise, keys)
-        return predictions, self.engine.module.normalizer.normalize(raw[:, 1:]), target_mask(segment_ids)
+        return predictions, self.engine.module.normalizer.normalize(raw[:, 1:]), mask

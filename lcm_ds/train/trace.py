@@ -14,7 +14,7 @@ from lcm_ds.data.loader import trace as trace_steps
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.quiet import printable
 from lcm_ds.train.check import plan_of
-from lcm_ds.train.metrics import read_losses
+from lcm_ds.train.run_log import read_losses
 
 FIRST_WORDS = 8
 

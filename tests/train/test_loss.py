@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lcm_ds.data.loader import target_mask
 from lcm_ds.model.normalizer import Normalizer
-from lcm_ds.train.loss import input_noise, squared_error, target_mask
+from lcm_ds.train.loss import input_noise, squared_error
 
 
 def test_the_first_concept_of_a_segment_and_padding_are_no_targets():

@@ -15,10 +15,11 @@ from steps_worker import CONFIG, EMBED_DIM, ROWS, rows
 
 from lcm_ds import ds_config
 from lcm_ds.config import TrainConfig
+from lcm_ds.data.loader import target_mask
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.config import resolve_model
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.train.loss import dropout_keys, input_noise, target_mask
+from lcm_ds.train.loss import dropout_keys, input_noise
 
 ROOT = Path(__file__).parent.parent.parent
 SHIPPED = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
