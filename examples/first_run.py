@@ -1,4 +1,4 @@
-"""From text to a trained and measured Base-LCM, in Python: cells of a notebook, or a script (about a minute on two cores).
+"""From text to a trained and measured Base-LCM, in Python: cells of a notebook, or a script (a minute on two cores).
 
     python examples/first_run.py [FOLDER]      the datasets and the run go into FOLDER, by default ./first_run
 
@@ -13,7 +13,7 @@ from lcm_ds.api import PrepareConfig, TrainConfig, evaluate, load, prepare, trai
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "first_run")
 
-# %% Text → concepts. The sample is the documentation of Python and PyTorch on this machine, the encoder all-MiniLM-L6-v2.
+# %% Text → concepts. The sample is the documentation of Python and PyTorch on this machine; MiniLM encodes it.
 data = prepare(
     PrepareConfig(
         output=str(folder / "dataset"),

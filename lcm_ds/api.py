@@ -1,6 +1,6 @@
 """For notebooks and scripts: prepare, train and evaluate as functions, with the configs as objects.
 
-The same code as behind the verbs of `lcm-ds`. What is wrong with a config is an InputError with a line for each mistake.
+The same code as behind the verbs of `lcm-ds`. What is wrong is an InputError with a line for each mistake.
 
     from lcm_ds.api import PrepareConfig, TrainConfig, evaluate, load, prepare, train
 
