@@ -114,11 +114,11 @@ RAISED = {"InputError", "CannotGoOn", "Unavailable", "NoSpace", "Damaged", "Peer
 RAISED |= {"RuntimeError", "ImportError", "ConnectionError"}
 LOGGED = {"error", "critical", "warning", "exception"}
 PASSED_ON = {"Failure": (1, ""), "attempt": (2, ": …")}
-# Lists that are given out whole, and functions that return or yield what goes there.
-COLLECTED = {"mistakes", "wrong", "problems", "failures", "last"}
+# Names whose value is given out as it is, and functions that return or yield what goes there.
+COLLECTED = {"mistakes", "wrong", "problems", "failures", "last", "mine"}
 FINDS = re.compile(r"mistake|wrong|problem|damage|disagreement|combinations|missing|how_it_ended")
 # Who says it, or of which file: in front of a colon.
-WHOSE = re.compile(r"^(?:lcm-ds launch: |…(?: …)*: )+")
+WHOSE = re.compile(r"^(?:lcm-ds launch: |(?:…(?: …)*)?: )+")
 
 
 def messages(package: Path = PACKAGE) -> dict[str, str]:
@@ -256,13 +256,16 @@ class _Reader(ast.NodeVisitor):
                 if re.search("[a-z]", WHOSE.sub("", text)):
                     return [text]
                 return self._any(part.value for part in parts if isinstance(part, ast.FormattedValue))
-            case ast.BinOp(left=ast.Constant() | ast.JoinedStr() as one, op=ast.Add(), right=other):
-                return [text + rest for text in self._texts(one) for rest in self._texts(other) or ["…"]]
+            case (
+                ast.BinOp(left=ast.Constant() | ast.JoinedStr() as one, op=ast.Add(), right=other)
+                | ast.BinOp(left=one, op=ast.Add(), right=ast.Constant() | ast.JoinedStr() as other)
+            ):
+                return [text + rest for text in self._texts(one) or ["…"] for rest in self._texts(other) or ["…"]]
             case ast.BinOp(left=one, op=ast.Add(), right=other) | ast.IfExp(body=one, orelse=other):
                 return self._any([one, other])
-            case ast.List(elts=several) | ast.Tuple(elts=several) | ast.BoolOp(values=several):
-                return self._any(several)
-            case ast.Dict(values=several):
+            case (
+                ast.List(elts=several) | ast.Tuple(elts=several) | ast.Dict(values=several) | ast.BoolOp(values=several)
+            ):
                 return self._any(several)
             case ast.GeneratorExp(elt=one) | ast.ListComp(elt=one) | ast.Starred(value=one):
                 return self._texts(one)

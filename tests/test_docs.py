@@ -87,7 +87,7 @@ def check(path, key, lines):
     mistakes.append(f"{path}: {key}: {REFUSED[key]}")
     if not lines:
         mistakes += ["has no lines" if key else f"{path}: {key}{lines} has a|b"]
-        mistakes.extend(["of " + lines, *(f"{line}: ends" for line in lines)])
+        mistakes.extend(["of " + lines, lines + " of", *(f"{line}: ends" for line in lines)])
     logger.error("%s: %.1f %% are %s", path, 1.0, 2)
     logger.info("%s: read", path)
     said = f"it {GONE} {path}"
@@ -112,6 +112,7 @@ def test_messages_are_found_however_they_reach_the_user(tmp_path):
         "has no lines",
         "… has a|b",
         "of …",
+        "… of",
         "ends",
         "… % are …",
         "it was removed …",
