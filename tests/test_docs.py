@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from docs import PAGES, REPOSITORY, blocks, differs
+from docs import PAGES, REPOSITORY, blocks, differs, explained, messages, row_of
 
 from lcm_ds.cli import build_parser
 
@@ -66,6 +66,62 @@ def test_what_is_shown_and_not_printed_is_found():
     assert differs(["…", "finished"], printed) is not None
     assert differs(["…", "step 1/2  loss 1"], printed) is not None
     assert differs(["step 10/20  loss 1.2", "…"], printed) is None
+
+
+def test_every_message_is_explained_once_and_nothing_else_is():
+    made, rows = messages(), explained(REPOSITORY / "docs" / "troubleshooting.md")
+    told = [f"to explain: {row_of(text)} of {place}" for text, place in made.items() if text not in rows]
+    told += [f"nowhere in the code: {row_of(text)}" for text in rows if text not in made]
+    told += [f"stands {rows.count(text)} times: {row_of(text)}" for text in dict.fromkeys(rows) if rows.count(text) > 1]
+    assert not told, "docs/troubleshooting.md:\n" + "\n".join(told)
+
+
+CODE = '''
+"""No message."""
+GONE = "was removed"
+REFUSED = {"amp": f"{GONE}: use bf16", "nebula": "is gone"}
+
+def check(path, key, lines):
+    """Raises InputError("in words")."""
+    mistakes = [f"{path}: {line!r}: is no number" for line in lines]
+    mistakes.append(f"{path}: {key}: {REFUSED[key]}")
+    if not lines:
+        mistakes += ["has no lines" if key else f"{path}: {key}{lines} has a|b"]
+        mistakes.extend(["of " + lines, lines + " of", *(f"{line}: ends" for line in lines)])
+    logger.error("%s: %.1f %% are %s", path, 1.0, 2)
+    logger.info("%s: read", path)
+    said = f"it {GONE} {path}"
+    print(f"lcm-ds launch: {said}", file=sys.stderr)
+    print("done")
+    raise ValueError("a mistake of the programmer's")
+    raise CannotGoOn(f"{path}: {error}") from error
+
+def damage(path):
+    return None if path else "COMPLETE is missing"
+'''
+
+
+def test_messages_are_found_however_they_reach_the_user(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "module.py").write_text(CODE, encoding="utf-8")
+    made = messages(tmp_path / "package")
+    assert set(made) == {
+        "is no number",
+        "was removed: use bf16",
+        "is gone",
+        "has no lines",
+        "… has a|b",
+        "of …",
+        "… of",
+        "ends",
+        "… % are …",
+        "it was removed …",
+        "COMPLETE is missing",
+    }
+    assert made["is gone"] == "package/module.py:9"
+    page = tmp_path / "page.md"
+    page.write_text(f"{row_of('… has a|b')} why. |\n{row_of('not explained')} |\n", encoding="utf-8")
+    assert explained(page) == ["… has a|b"]
 
 
 @pytest.fixture(scope="module")
