@@ -20,17 +20,6 @@ BATCH = 32  # prompts at a time
 
 
 @dataclass(frozen=True)
-class Stops:
-    """When a generation ends before `max_concepts`: at the first concept whose cosine, in raw space, is above one.
-
-    The thresholds are those of arXiv 2412.08821, section 2.4.2; None: that never ends one.
-    """
-
-    end: float | None = 0.9  # to the end-of-text concept
-    repeat: float | None = 0.9  # to the concept before it
-
-
-@dataclass(frozen=True)
 class Generation:
     """What followed one prompt."""
 
@@ -44,12 +33,14 @@ def generate(
     prompts: Sequence[Tensor],
     max_concepts: int,
     end_of_text: Tensor | None = None,
-    stops: Stops = Stops(),
+    stop_end: float | None = 0.9,
+    stop_repeat: float | None = 0.9,
 ) -> list[Generation]:
     """Go on from each prompt, independently of the others, for at most `max_concepts` concepts.
 
-    prompts: each [n, embed_dim] with n ≥ 1, raw space. end_of_text: [embed_dim], raw space; without one nothing ends at
-    it. The model has to be in evaluation mode.
+    prompts: each [n, embed_dim] with n ≥ 1, raw space. end_of_text: [embed_dim], raw space. A generation ends with
+    the first concept whose cosine in raw space to `end_of_text` is above `stop_end`, or to the concept before it above
+    `stop_repeat` (arXiv 2412.08821, section 2.4.2); None: never for that. The model has to be in evaluation mode.
 
     Raises ValueError for a prompt of another shape and for max_concepts below 1.
     """
@@ -66,12 +57,17 @@ def generate(
     for first in range(0, len(order), BATCH):
         some = order[first : first + BATCH]
         batch = [prompts[number].to(device).float() for number in some]
-        found.update(zip(some, _go_on(model, batch, max_concepts, end, stops), strict=True))
+        found.update(zip(some, _go_on(model, batch, max_concepts, end, stop_end, stop_repeat), strict=True))
     return [found[number] for number in range(len(prompts))]
 
 
 def _go_on(
-    model: BaseLCM, prompts: list[Tensor], max_concepts: int, end: Tensor | None, stops: Stops
+    model: BaseLCM,
+    prompts: list[Tensor],
+    max_concepts: int,
+    end: Tensor | None,
+    stop_end: float | None,
+    stop_repeat: float | None,
 ) -> list[Generation]:
     """What follows prompts that are computed together."""
     cache = Cache()
@@ -88,7 +84,7 @@ def _go_on(
         concepts = model.normalizer.denormalize(predicted)
         for prompt, concept in zip(going, concepts, strict=True):
             made[prompt].append(concept)
-        rules = ((END_OF_TEXT, _above(concepts, end, stops.end)), (REPEATS, _above(concepts, before, stops.repeat)))
+        rules = ((END_OF_TEXT, _above(concepts, end, stop_end)), (REPEATS, _above(concepts, before, stop_repeat)))
         rows = []  # of those that go on
         for row, prompt in enumerate(going):
             reason = next((reason for reason, held in rules if held[row]), None)
@@ -107,7 +103,7 @@ def _go_on(
 
 
 def _above(concepts: Tensor, other: Tensor | None, threshold: float | None) -> list[bool]:
-    """Which of `concepts` [rows, embed_dim] are nearer to `other`, one for all or one each, than a rule lets them be."""
+    """Which of `concepts` [rows, embed_dim] a rule stops: those too near to `other`, one for all or one each."""
     if other is None or threshold is None:
         return [False] * len(concepts)
     found: list[bool] = (torch.cosine_similarity(concepts, other, dim=-1) > threshold).tolist()

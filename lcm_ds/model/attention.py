@@ -61,9 +61,7 @@ class SegmentLayout(NamedTuple):
         return cls(starts, positions, _padded(ends, rows, length), max_seqlen, len(ends) == rows)
 
     @classmethod
-    def one_segment(
-        cls, rows: int, length: int, device: torch.device, offsets: Tensor | None = None
-    ) -> SegmentLayout:
+    def one_segment(cls, rows: int, length: int, device: torch.device, offsets: Tensor | None = None) -> SegmentLayout:
         """Every row is one segment; its first position is 0, or its own of `offsets` [rows] (what a cache holds)."""
         index = torch.arange(length, device=device).expand(rows, length)
         positions = index if offsets is None else index + offsets.to(device)[:, None]
@@ -143,9 +141,9 @@ class Cache:
         return layout
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the new concepts' keys and values [rows, new, heads, head_dim]; returns all, [rows, heads, all, head_dim].
+        """Put the new concepts' keys and values, [rows, new, heads, head_dim], where `layout` made ready for them.
 
-        The new ones go where `layout` made ready for them.
+        Returns all of the layer's, [rows, heads, concepts, head_dim].
         """
         if layer == len(self._layers):
             self._layers.append((self._room(key), self._room(value)))

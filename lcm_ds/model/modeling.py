@@ -52,10 +52,7 @@ class Attention(nn.Module):
         query, key, value = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         # A copy of the values, where all three are one tensor: attention keeps them, and with them it would keep all.
         query, key, value = rotate(query, *rope), rotate(key, *rope), value.contiguous()
-        if cache is None:
-            out = attend(query, key, value, layout)
-        else:
-            out = cache.attend(query, key, value, self.layer)
+        out = attend(query, key, value, layout) if cache is None else cache.attend(query, key, value, self.layer)
         return project(out.flatten(-2), self.o_proj)[0]
 
 
