@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lcm_ds.config import EncoderConfig
@@ -197,7 +198,7 @@ def _load(kind: Any, model: str, revision: str | None, dtype: torch.dtype) -> An
             loaded, report = kind.from_pretrained(
                 model, revision=_hub(model, revision), dtype=dtype, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise unreachable(model, error) from None
     missing = [*report["missing_keys"], *report["mismatched_keys"]]
     if missing:

@@ -120,7 +120,7 @@ def _print(made: GeneratedText, generator: TextGenerator, settings: dict[str, An
         kept, all_of_them = len(made.prompt), len(made.prompt) + made.left_out
         print(f"{name}: the last {kept} of {all_of_them} sentences (the model was trained on {longest} at a time)")
     else:
-        print(f"{name}: {len(made.prompt)} sentences")
+        print(f"{name}: {len(made.prompt)} sentence{'s' if len(made.prompt) > 1 else ''}")
     for sentence in made.prompt:
         print(f"      {printable(sentence)}")
     for sentence in generator.after:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import Field
+from safetensors import SafetensorError
 
 from lcm_ds.config import DataConfig, Schema, TrainConfig, load, validate
 from lcm_ds.data.format import DATASET, Dataset, DatasetInfo, EndOfText, open_dataset, open_for_run, read_info
@@ -54,7 +55,7 @@ class Origin:
         try:
             with quiet():
                 loading: Any = BaseLCM.from_pretrained(self.path, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"{self.path}: cannot be loaded as a Base-LCM: {str(error).splitlines()[0]}") from None
         model: BaseLCM = loading[0].eval()
         if missing := [*loading[1]["missing_keys"], *loading[1]["mismatched_keys"]]:
