@@ -153,6 +153,15 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("output", metavar="OUT")
     verb.add_argument("--heads", type=int, metavar="N", help="attention heads, where the file does not say")
 
+    verb = _verb(verbs, "import-sonar", import_sonar, "SONAR's encoder and decoder from Meta's fairseq2 checkpoints",
+                 "lcm-ds import-sonar sonar_text_encoder.pt sonar_text_decoder.pt sonar "
+                 "--tokenizer sentencepiece.source.256000.model")  # fmt: skip
+    verb.add_argument("encoder", metavar="ENCODER", help=".pt or .safetensors")
+    verb.add_argument("decoder", metavar="DECODER", help="the same")
+    verb.add_argument("output", metavar="OUT", help="folder for encoder/ and decoder/, as Hugging Face has them")
+    verb.add_argument("--tokenizer", metavar="HUB|FOLDER|FILE", help="NLLB's, or its sentencepiece model")
+    verb.add_argument("--heads", type=int, metavar="N", help="attention heads; default: one for 64 dimensions")
+
     verb = _verb(verbs, "doctor", doctor, "what would stop a run, before it starts",
                  "lcm-ds doctor configs/train/quickstart.yaml")  # fmt: skip
     verb.add_argument("--hostfile", metavar="F", help="ask its hosts what launch would ask them")
@@ -299,6 +308,12 @@ def import_meta(arguments: argparse.Namespace) -> None:
     from lcm_ds.model.meta import import_meta
 
     import_meta(arguments.checkpoint, arguments.output, arguments.heads)
+
+
+def import_sonar(arguments: argparse.Namespace) -> None:
+    from lcm_ds.encoders.import_sonar import import_sonar
+
+    import_sonar(arguments.encoder, arguments.decoder, arguments.output, arguments.tokenizer, arguments.heads)
 
 
 def doctor(arguments: argparse.Namespace) -> int:
