@@ -60,7 +60,9 @@ def run(
     for number, one in enumerate(made, start=1):
         _print(one, generator, settings, f"prompt {number}" if len(made) > 1 else "prompt")
     if json_path is not None:
-        write_whole(Path(json_path), json.dumps(_as_json(made, generator, settings), indent=1) + "\n")
+        write_whole(
+            Path(json_path), json.dumps(_as_json(made, generator, settings), indent=1, ensure_ascii=False) + "\n"
+        )
     for prompt in _lines() if interactive else ():
         try:
             for one in generator.generate([prompt], **settings):
@@ -156,7 +158,13 @@ def _as_json(made: Sequence[GeneratedText], generator: TextGenerator, settings: 
         for one in made
     ]
     origin = generator.origin
-    return {"model": origin.path, "step": origin.step, **settings, "source_suffix": generator.after, "texts": texts}
+    return {
+        "model": origin.path,
+        "step": origin.step,
+        **settings,
+        "source_suffix": origin.info.source_suffix,
+        "texts": texts,
+    }
 
 
 def _lines() -> Iterator[str]:
