@@ -1,4 +1,4 @@
-"""Checkpoints that Meta's fairseq2 wrote: their weights, and a model that takes exactly these."""
+"""Checkpoints that Meta's fairseq2 wrote: reading them, and telling what is wrong with one."""
 
 from __future__ import annotations
 

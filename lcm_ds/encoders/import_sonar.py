@@ -102,9 +102,7 @@ def _model(part: str, path: Path, heads: int | None) -> Any:
     inner = model if part == "encoder" else model.model.decoder
     check_names(inner.state_dict(), weights, path, f"SONAR's {part}")
     if output is not None and not torch.equal(_reordered(output.float()), weights["embed_tokens.weight"]):
-        raise InputError(
-            f"{path}: final_proj.weight is not decoder_frontend.embed.weight, which SONAR's decoder puts out by"
-        )
+        raise InputError(f"{path}: final_proj.weight is not decoder_frontend.embed.weight, as it is in SONAR's decoder")
     inner.load_state_dict(weights, assign=True)
     if part == "decoder":
         # What transformers has beside a decoder: the same embedding under other names, and an encoder without layers.
@@ -153,15 +151,12 @@ def _config(weights: dict[str, Tensor], header: dict[str, str], part: str, heads
     if heads < 1 or width % heads:
         raise InputError(f"{path}: --heads {heads}: has to divide the width {width}")
     layers = {int(match[1]) for match in map(re.compile(r"layers\.(\d+)\.").match, weights) if match}
-    sizes = {"layers": max(layers) + 1, "attention_heads": heads, "ffn_dim": len(inner)}
-    other = "decoder" if part == "encoder" else "encoder"
-    return M2M100Config(
-        vocab_size=vocabulary,
-        d_model=width,
-        max_position_embeddings=number_in(header, "max_seq_len", int, MAX_TOKENS, path),
-        **{f"{part}_{name}": size for name, size in sizes.items()},
-        **{f"{other}_{name}": 0 if name == "layers" else size for name, size in sizes.items()},
-    )
+    sizes: dict[str, Any] = {}
+    for each in ("encoder", "decoder"):
+        sizes[f"{each}_layers"] = max(layers) + 1 if each == part else 0
+        sizes[f"{each}_attention_heads"], sizes[f"{each}_ffn_dim"] = heads, len(inner)
+    positions = number_in(header, "max_seq_len", int, MAX_TOKENS, path)
+    return M2M100Config(vocab_size=vocabulary, d_model=width, max_position_embeddings=positions, **sizes)
 
 
 def _tokenizer(name: str) -> Any:
@@ -173,7 +168,8 @@ def _tokenizer(name: str) -> Any:
             return NllbTokenizer.from_pretrained(name, legacy_behaviour=False)
         from transformers.convert_slow_tokenizer import NllbConverter, SentencePieceExtractor
 
-        pieces = NllbConverter.convert_from_spm(**SentencePieceExtractor(name).extract(NllbTokenizer.model))
+        extracted: Any = SentencePieceExtractor(name).extract(NllbTokenizer.model)
+        pieces = NllbConverter.convert_from_spm(**extracted)
     except ImportError as error:
         raise InputError(f"--tokenizer {name}: needs pip install 'lcm-ds[prepare]': {str(error).strip()}") from None
     except Exception as error:  # protobuf raises its own

@@ -41,9 +41,7 @@ class GeneratedText:
     left_out: int  # sentences of the prompt before them, which the model has no room for
     concepts: np.ndarray  # fp32 [m, embed_dim], raw space; the one that a stop rule ended it with is its last
     sentences: list[str]  # one for each concept
-    cosines: (
-        list[float] | None
-    )  # of the concepts to those of the sentences, which were retrieved; None: they are decoded
+    cosines: list[float] | None  # of concepts to those of the retrieved sentences; None: these are decoded
     reason: str  # END_OF_TEXT, REPEATS or MAX_CONCEPTS of lcm_ds.generate.autoregressive
 
     @property

@@ -66,10 +66,11 @@ def test_prompts_are_told_apart_and_written_as_json(exported, tmp_path, capsys):
     assert "prompt 2: 1 sentence" in lines
     assert lines[-1] == "stopped: max_concepts was reached (3)"
     written = json.loads(out.read_text())
-    assert {key: written[key] for key in ("model", "step", "max_concepts", "stop_end", "stop_repeat", "language", "source_suffix")} == {
+    settings = {
         "model": str(folder), "step": None, "max_concepts": 3, "stop_end": 0.95, "stop_repeat": None,
-        "language": "fra_Latn", "source_suffix": "[MODEL]:",
+        "language": "fra_Latn", "beams": 5, "source_suffix": "[MODEL]:",
     }  # fmt: skip
+    assert {key: value for key, value in written.items() if key != "texts"} == settings
     assert [text["prompt"] for text in written["texts"]] == [["Two.", "Three."], ["Four."]]
     decoded = [line.split("decoded", 1)[1].strip() for line in lines if "decoded" in line]
     assert decoded == [sentence.strip() for text in written["texts"] for sentence in text["sentences"]]
