@@ -10,7 +10,6 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from lcm_ds import __version__
@@ -126,11 +125,21 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = _verb(verbs, "generate", generate, "go on from a text, concept by concept",
                  "lcm-ds generate runs/quickstart --prompt 'Lists are mutable. They grow.'")  # fmt: skip
-    verb.add_argument("run", metavar="RUN")
-    prompt = verb.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT")
-    prompt.add_argument("--prompt-file", metavar="F")
-    verb.add_argument("--max-concepts", type=int, default=16, metavar="N")
+    verb.add_argument("run", metavar="RUN|FOLDER", help="a run, or an exported model")
+    verb.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="again for further prompts")
+    verb.add_argument("--prompt-file", action="append", default=[], metavar="F", help="all of it is one prompt")
+    verb.add_argument("--interactive", action="store_true", help="read prompts, a line each, until Ctrl-D")
+    verb.add_argument("--max-concepts", type=int, default=16, metavar="N", help="default: 16")
+    verb.add_argument("--stop-end", default="0.9", metavar="X", help="cosine to the end-of-text concept, or off")
+    verb.add_argument("--stop-repeat", default="0.9", metavar="X", help="cosine to the concept before, or off")
+    verb.add_argument("--language", metavar="CODE", help="of what comes out, by a decoder; such as fra_Latn")
+    verb.add_argument("--prompt-language", metavar="CODE", help="for SONAR; default: the dataset's")
+    verb.add_argument("--decoder", metavar="HUB|FOLDER", help="default: the encoder's own, where it has one")
+    verb.add_argument("--beams", type=int, default=5, metavar="N", help="of the decoder's search; default: 5")
+    verb.add_argument("--dataset", metavar="D", help="to retrieve sentences from; default: the run's own")
+    verb.add_argument("--step", type=int, metavar="N", help="of a run's checkpoint; default: the newest")
+    verb.add_argument("--device", metavar="D", help="default: cuda where there is one")
+    verb.add_argument("--json", metavar="FILE", help="write what is printed there, too")
 
     verb = _verb(
         verbs, "export", export, "a run's model as a Hugging Face folder", "lcm-ds export runs/quickstart model"
@@ -143,6 +152,15 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("checkpoint", metavar="CKPT", help=".pt or .safetensors")
     verb.add_argument("output", metavar="OUT")
     verb.add_argument("--heads", type=int, metavar="N", help="attention heads, where the file does not say")
+
+    verb = _verb(verbs, "import-sonar", import_sonar, "SONAR's encoder and decoder from Meta's fairseq2 checkpoints",
+                 "lcm-ds import-sonar sonar_text_encoder.pt sonar_text_decoder.pt sonar "
+                 "--tokenizer sentencepiece.source.256000.model")  # fmt: skip
+    verb.add_argument("encoder", metavar="ENCODER", help=".pt or .safetensors")
+    verb.add_argument("decoder", metavar="DECODER", help="the same")
+    verb.add_argument("output", metavar="OUT", help="folder for encoder/ and decoder/, as Hugging Face has them")
+    verb.add_argument("--tokenizer", metavar="HUB|FOLDER|FILE", help="NLLB's, or its sentencepiece model")
+    verb.add_argument("--heads", type=int, metavar="N", help="attention heads; default: one for 64 dimensions")
 
     verb = _verb(verbs, "doctor", doctor, "what would stop a run, before it starts",
                  "lcm-ds doctor configs/train/quickstart.yaml")  # fmt: skip
@@ -259,15 +277,25 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    from lcm_ds.generate.text import run
+    from lcm_ds.generate.command import run
 
-    prompt = arguments.prompt
-    if arguments.prompt_file is not None:
-        try:
-            prompt = Path(arguments.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{arguments.prompt_file}: cannot be read as UTF-8 text: {error}") from None
-    run(arguments.run, prompt, arguments.max_concepts)
+    run(
+        arguments.run,
+        prompts=arguments.prompt,
+        prompt_files=arguments.prompt_file,
+        interactive=arguments.interactive,
+        max_concepts=arguments.max_concepts,
+        stop_end=arguments.stop_end,
+        stop_repeat=arguments.stop_repeat,
+        language=arguments.language,
+        beams=arguments.beams,
+        json_path=arguments.json,
+        step=arguments.step,
+        device=arguments.device,
+        decoder=arguments.decoder,
+        dataset=arguments.dataset,
+        prompt_language=arguments.prompt_language,
+    )
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -280,6 +308,12 @@ def import_meta(arguments: argparse.Namespace) -> None:
     from lcm_ds.model.meta import import_meta
 
     import_meta(arguments.checkpoint, arguments.output, arguments.heads)
+
+
+def import_sonar(arguments: argparse.Namespace) -> None:
+    from lcm_ds.encoders.import_sonar import import_sonar
+
+    import_sonar(arguments.encoder, arguments.decoder, arguments.output, arguments.tokenizer, arguments.heads)
 
 
 def doctor(arguments: argparse.Namespace) -> int:
