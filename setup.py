@@ -35,6 +35,7 @@ setup(
         "matplotlib>=3.8",
         "rich>=13",
         "fsspec>=2024.6",
+        "packaging",
         "ninja",
         # torch.distributed and DeepSpeed's op builder import setuptools at run time.
         "setuptools",

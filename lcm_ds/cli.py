@@ -123,10 +123,14 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--openmpi", type=int, metavar="N", help="mpirun, N processes")
     meet = verb.add_argument_group("where the workers meet")
     meet.add_argument("--master-addr", metavar="HOST", help="the host of rank 0, where it cannot be told")
-    meet.add_argument("--master-port", type=int, metavar="PORT", help="of rank 0; default: 29500, with --local a free one")
+    meet.add_argument(
+        "--master-port", type=int, metavar="PORT", help="of rank 0; default: 29500, with --local a free one"
+    )
     again = verb.add_argument_group("with --hostfile and --local")
     again.add_argument("--max-restarts", type=int, metavar="K", help="after failures; default: 0")
-    again.add_argument("--back-off", type=float, metavar="S", help="seconds before the first restart; default: 10, doubling")
+    again.add_argument(
+        "--back-off", type=float, metavar="S", help="seconds before the first restart; default: 10, doubling"
+    )
     again.add_argument("--grace", type=float, metavar="S", help="seconds from SIGTERM to SIGKILL; default: 30")
     hosts = verb.add_argument_group("with --hostfile")
     hosts.add_argument("--include", default="", metavar="HOSTS", help="these alone, as for DeepSpeed: a@b:0,2")

@@ -1,4 +1,4 @@
-"""The files that come with lcm-ds: configs/, ds_configs/ and launch/, found from a checkout and from an installed wheel.
+"""The files that come with lcm-ds, configs/, ds_configs/ and launch/, found in a checkout and in an installed wheel.
 
 A file of one's own at the same relative path wins; where there is none, the one that came with lcm-ds serves.
 """
