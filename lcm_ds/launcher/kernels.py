@@ -53,7 +53,7 @@ def accelerator() -> Iterator[Finding]:
 
     device = get_accelerator()
     kind, backend = device.device_name(), device.communication_backend_name()
-    if kind == "cpu" and shutil.which("nvidia-smi"):
+    if kind == "cpu" and shutil.which("nvidia-smi") and not torch.cuda.is_available():
         why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
         yield Finding("accelerator", WARN, f"cpu ({backend}): {why}", "nvidia-smi is here: install torch for its CUDA")
     elif kind == "cpu":
@@ -70,11 +70,12 @@ def accelerator() -> Iterator[Finding]:
 
 def _varlen() -> Iterator[Finding]:
     import torch
+    from deepspeed.accelerator import get_accelerator
 
     from lcm_ds.model.attention import SegmentLayout, attend, uses_varlen
 
     name, dtype, width = "flash, packed rows", torch.bfloat16, 64
-    if not torch.cuda.is_available():
+    if get_accelerator().device_name() != "cuda":
         yield Finding(name, NONE, "of CUDA alone; SDPA with a mask serves")
         return
     device = torch.device("cuda")
