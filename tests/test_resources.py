@@ -93,13 +93,16 @@ def test_a_copy_goes_where_it_is_asked_for_and_can_be_run(elsewhere, call, becom
 
 
 def test_nothing_is_overwritten_and_nothing_copied_where_something_would_be(elsewhere, capsys):
-    own = [elsewhere / "new" / name for name in (QUICKSTART, "launch/local.sh")]
+    names = (QUICKSTART, "launch/local.sh")
+    own = [elsewhere / "new" / name for name in names]
     for path in own:
         path.parent.mkdir(parents=True)
         path.write_text("mine")
     assert main(["configs", "--all", "new"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [f"new/{name}: is there already, and is not overwritten" for name in (QUICKSTART, "launch/local.sh")]
+    assert lines == [
+        f"new/{name}: is there already, and is not overwritten" for name in (QUICKSTART, "launch/local.sh")
+    ]
     assert sorted(path for path in elsewhere.rglob("*") if path.is_file()) == own
     assert all(path.read_text() == "mine" for path in own)
 
