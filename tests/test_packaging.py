@@ -1,6 +1,7 @@
 """What is installed is whole: from a wheel, from the source distribution it was made from, and as editable."""
 
 import os
+import re
 import shutil
 import stat
 import subprocess
@@ -11,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lcm_ds import __version__, resources
 
@@ -137,3 +139,25 @@ def test_an_editable_install_finds_the_checkout_s_files(make_venv, tmp_path):
     assert succeeds(lcm_ds / "python", "-c", says, cwd=elsewhere) == f"{checkout}\n"
     (checkout / "configs/train/new.yaml").write_text("# A new one.\n")
     assert "configs/train/new.yaml" in succeeds(lcm_ds / "lcm-ds", "configs", cwd=elsewhere)
+
+
+# --- what contributors use --------------------------------------------------------------------------------------------
+
+
+def test_pre_commit_runs_what_make_check_runs_by_the_same_programs():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    (local,) = config["repos"]
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)[1]
+    checked = {tuple(line.split()[:2]) for line in recipe.replace("$(BIN)", ".venv/bin").splitlines()}
+    assert {tuple(hook["entry"].split()[:2]) for hook in local["hooks"]} == checked
+    assert all(hook["language"] == "system" for hook in local["hooks"])  # nothing that pre-commit would fetch itself
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
+def test_the_templates_and_the_workflow_are_yaml_and_name_what_is_there(path):
+    text = path.read_text()
+    assert isinstance(yaml.safe_load(text), dict)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"run: make ([a-z-]+)", text)) <= set(targets)
+    assert all((ROOT / name).exists() for name in re.findall(r"\btests/[\w/]+(?:\.py)?", text))
