@@ -160,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("run", metavar="RUN")
     verb.add_argument("output", metavar="OUT")
 
-    verb = _verb(verbs, "import-meta", import_meta, "a Base-LCM checkpoint of Meta's code as a Hugging Face folder",
+    verb = _verb(verbs, "import-meta", import_meta, "Meta's Base-LCM checkpoint as a Hugging Face folder",
                  "lcm-ds import-meta base_lcm.pt model")  # fmt: skip
     verb.add_argument("checkpoint", metavar="CKPT", help=".pt or .safetensors")
     verb.add_argument("output", metavar="OUT")
@@ -172,14 +172,14 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("destination", metavar="DEST", nargs="?", help="file or folder; default: NAME, from here")
     verb.add_argument("--all", metavar="FOLDER", help="copy all of them there")
 
-    verb = _verb(verbs, "doctor", doctor, "what this machine lacks; what would stop a run, before it starts",
+    verb = _verb(verbs, "doctor", doctor, "what this machine lacks; what would stop a run",
                  "lcm-ds doctor configs/train/quickstart.yaml")  # fmt: skip
     verb.add_argument("--hostfile", metavar="F", help="ask its hosts what launch would ask them")
     verb.add_argument("--bandwidth", action="store_true", help="measure an all-reduce over all devices")
     verb.add_argument("--master-addr", metavar="HOST", help="the host of rank 0, where it cannot be told")
     verb.add_argument("--master-port", type=int, metavar="PORT")
     verb.add_argument("--ssh-port", type=int, metavar="PORT")
-    verb.add_argument("config", metavar="CONFIG", nargs="?")
+    verb.add_argument("config", metavar="CONFIG", nargs="?", help="a run; default: a table of what this machine has")
     _overrides(verb)
     return parser
 

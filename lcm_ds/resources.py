@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
 from lcm_ds.errors import InputError, nearest
 from lcm_ds.files import write_whole
@@ -27,7 +28,7 @@ ROOT = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.par
 def names() -> tuple[str, ...]:
     """Relative paths of all files that come with lcm-ds, such as `configs/train/quickstart.yaml`, sorted."""
     files = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file())
-    return tuple(sorted(path.relative_to(ROOT).as_posix() for path in files if not path.name.startswith(("__", "."))))
+    return tuple(sorted(path.relative_to(ROOT).as_posix() for path in files if not path.name.startswith(".")))
 
 
 def find(path: str | Path) -> Path | None:
@@ -50,14 +51,14 @@ def description(name: str) -> str:
     return sentence if len(sentence) <= LONGEST else re.split(r": | \(", sentence, maxsplit=1)[0]
 
 
-def _settings(mapping: dict[str, dict[str, object]]) -> str:
-    """A shipped DeepSpeed JSON in a few words."""
-    zero = mapping["zero_optimization"]
-    said = [f"ZeRO {zero['stage']}", next((dtype for dtype in ("bf16", "fp16") if dtype in mapping), "fp32")]
-    said += [str(mapping["optimizer"]["type"])] if mapping["optimizer"]["type"] != "AdamW" else []
+def _settings(mapping: dict[str, Any]) -> str:
+    """A DeepSpeed JSON in a few words."""
+    zero = mapping.get("zero_optimization", {})
+    said = [f"ZeRO {zero.get('stage', 0)}", next((dtype for dtype in ("bf16", "fp16") if dtype in mapping), "fp32")]
+    optimizer = mapping.get("optimizer", {}).get("type", "AdamW")
+    said += [optimizer] if optimizer != "AdamW" else []
     for key, what in (("offload_optimizer", "optimizer"), ("offload_param", "parameters")):
-        if isinstance(block := zero.get(key), dict):
-            said.append(f"{what} on {block['device']}")
+        said += [f"{what} on {zero[key]['device']}"] if key in zero else []
     said += ["quantized communication"] if zero.get("zero_quantized_weights") else []
     return ", ".join(said)
 
