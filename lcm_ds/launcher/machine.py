@@ -50,14 +50,11 @@ KERNELS_SECONDS = 120  # a cold torch.compile takes 20 s on two busy cores
 HUB_SECONDS = 5
 SONAR = "cointegrated/SONAR_200_text_encoder"
 GIB = 2**30
-LEAST_DISK = 5 * GIB
+LEAST_DISK = 5 * GIB  # the quickstart takes less than one; a first run of one's own, a few
 SHARED_MEMORY, LEAST_SHARED = Path("/dev/shm"), GIB // 2  # DeepSpeed's own threshold
 LEAST_FILES = 4096  # what a rank with a thousand lanes asks for, see data/loader.py
-# Of a container: the limit and what is used of it, version 2 and version 1.
-CGROUP_MEMORY = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
-)
+# A container's limit, under version 2 and version 1 of control groups.
+MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 class Finding(NamedTuple):
@@ -221,14 +218,12 @@ def limits() -> Iterator[Finding]:
 
 
 def _memory() -> tuple[int, int]:
-    """Bytes that this process can have at most, and of them those that are available now; a container's count."""
+    """Bytes of this machine, or of this container where it has a limit, and how many are available at most."""
     told = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     total, available = (int(told[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    for limit, used in CGROUP_MEMORY:
-        if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit() and int(text) < total:
-            total = int(text)
-            available = min(available, total - int(used.read_text(encoding="ascii")))
-    return total, available
+    limits = (path.read_text(encoding="ascii").strip() for path in MEMORY_LIMITS if path.is_file())
+    total = min([total, *(int(limit) for limit in limits if limit.isdigit())])
+    return total, min(available, total)
 
 
 def _show(sections: dict[str, list[Finding]]) -> None:

@@ -31,7 +31,7 @@ def rows(findings):
     return {finding.name: finding for finding in findings}
 
 
-def test_the_table_has_a_row_for_all_that_a_run_may_need_and_nothing_else_is_printed(tmp_path):
+def test_the_table_has_a_row_for_all_that_a_run_may_need_and_nothing_else_is_printed():
     done = run("lcm_ds.cli", "doctor", COLUMNS="200")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
@@ -119,13 +119,12 @@ def test_versions_are_held_against_what_the_package_asks_for(monkeypatch):
 
 def test_a_container_s_memory_counts(tmp_path, monkeypatch):
     whole, _ = machine._memory()
-    limit, used = tmp_path / "limit", tmp_path / "used"
-    monkeypatch.setattr(machine, "CGROUP_MEMORY", ((limit, used),))
-    limit.write_text("max\n")
-    used.write_text("1000\n")
-    assert machine._memory()[0] == whole
-    limit.write_text("5000\n")
-    assert machine._memory() == (5000, 4000)
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(machine, "MEMORY_LIMITS", (limit, tmp_path / "nowhere"))
+    for text, total in (("max\n", whole), (f"{2 * whole}\n", whole), ("5000\n", 5000)):
+        limit.write_text(text)
+        assert machine._memory()[0] == total
+    assert machine._memory()[1] == 5000
 
 
 @pytest.fixture
