@@ -50,7 +50,7 @@ KERNELS_SECONDS = 120  # a cold torch.compile takes 20 s on two busy cores
 HUB_SECONDS = 5
 SONAR = "cointegrated/SONAR_200_text_encoder"
 GIB = 2**30
-LEAST_DISK = 5 * GIB  # the quickstart takes less than one; a first run of one's own, a few
+LEAST_DISK = 5 * GIB  # below it the first checkpoints of a model of some size do not fit
 SHARED_MEMORY, LEAST_SHARED = Path("/dev/shm"), GIB // 2  # DeepSpeed's own threshold
 LEAST_FILES = 4096  # what a rank with a thousand lanes asks for, see data/loader.py
 # A container's limit, under version 2 and version 1 of control groups.
