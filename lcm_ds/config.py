@@ -315,7 +315,7 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     try:
         loaded = OmegaConf.load(resources.find(path) or Path(path))
     except FileNotFoundError:
-        raise InputError([resources.not_found(path), *mistakes]) from None
+        raise InputError([resources.missing_file(path), *mistakes]) from None
     except OSError as error:
         raise InputError([f"{path}: cannot be read: {error.strerror}", *mistakes]) from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:

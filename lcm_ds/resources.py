@@ -63,7 +63,7 @@ def _settings(mapping: dict[str, Any]) -> str:
     return ", ".join(said)
 
 
-def not_found(path: str | Path) -> str:
+def missing_file(path: str | Path) -> str:
     """The line about a file that is neither here nor among those that come with lcm-ds."""
     others = nearest(Path(path).as_posix(), names(), "; `lcm-ds configs` lists those that come with lcm-ds")
     return f"{path}: there is no such file{others}"
@@ -82,7 +82,7 @@ def copy(chosen: Sequence[str], destination: str | Path | None = None) -> list[P
         pairs = {chosen[0]: Path(destination, Path(chosen[0]).name) if into else Path(destination)}
     else:
         pairs = {name: Path(destination or ".", name) for name in chosen}
-    mistakes = [not_found(name) for name in chosen if name not in names()]
+    mistakes = [missing_file(name) for name in chosen if name not in names()]
     mistakes += [f"{path}: is there already, and is not overwritten" for path in pairs.values() if path.exists()]
     if mistakes:
         raise InputError(mistakes)
