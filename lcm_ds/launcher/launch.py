@@ -49,6 +49,7 @@ def launch(
     include: str = "",
     exclude: str = "",
     settings: Settings = DEFAULTS,
+    output: int | None = None,
 ) -> int:
     """Start the workers of a run, or of a preparation, in one of four ways, and wait for them; returns their exit code.
 
@@ -56,7 +57,7 @@ def launch(
 
     `local`: so many processes on this host. `hostfile`: on its hosts over pdsh and ssh, with `include` and `exclude` in
     DeepSpeed's form, watched and started again as `settings` say. `slurm`: srun, in an allocation. `openmpi`: so many
-    processes of mpirun.
+    processes of mpirun. `output`: a file descriptor for what workers of this host say, instead of stdout and stderr.
     Raises InputError, before any worker starts, for every mistake in the call, the config and what the config names.
     """
     if sum((local is not None, hostfile is not None, slurm, openmpi is not None)) != 1:
@@ -92,7 +93,7 @@ def launch(
         if here:  # nothing to reach over ssh: the same as --local, on the devices that the hostfile leaves
             environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, next(iter(devices.values()))))
         return run_again(
-            lambda asked: run_local(worker, world_size, environ, settings.master_port, settings.grace, asked),
+            lambda asked: run_local(worker, world_size, environ, settings.master_port, settings.grace, asked, output),
             task.progress,
             settings.max_restarts,
             settings.back_off,

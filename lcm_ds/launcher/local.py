@@ -37,10 +37,11 @@ def run_local(
     master_port: int | None = None,
     grace: float = GRACE_SECONDS,
     asked: list[int] | None = None,
+    output: int | None = None,
 ) -> int:
     """Run `command` in that many processes, each told its place, and wait for all of them.
 
-    asked: takes in the signals that came.
+    asked: takes in the signals that came. output: what the workers have for stdout and stderr, instead of this one's.
 
     Returns 0 where all ended well, else the exit code of the worker that failed first: 2 and 75 as they are, anything
     else, death by a signal included, as 1. `grace` is in seconds. Call it from the main thread: it handles signals.
@@ -52,7 +53,7 @@ def run_local(
     with _forwarding(workers) as received:
         try:
             for rank in range(processes):
-                workers.start(command, environ, Place(rank, processes, rank, processes, "127.0.0.1", port))
+                workers.start(command, environ, Place(rank, processes, rank, processes, "127.0.0.1", port), output)
             for number, told in received:  # while some were not there yet
                 workers.send_signal(number, told)
             while not workers.gone():

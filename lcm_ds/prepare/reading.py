@@ -6,9 +6,13 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, cached_property, partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from lcm_ds.config import PrepareConfig
@@ -92,8 +96,9 @@ class Readers:
         context = multiprocessing.get_context("spawn")
         arguments = (config.model_dump(mode="json"), os.getpid())
         self._pool = ProcessPoolExecutor(config.split_workers, context, initializer=_start, initargs=arguments)
-        for _ in range(config.split_workers):
-            self._pool.submit(_get_ready)
+        with _no_main_module():
+            for _ in range(config.split_workers):
+                self._pool.submit(_get_ready)
 
     def submit(self, unit: Range) -> Future[list[Text]]:
         """What `Reader.read` gives, when it is there."""
@@ -104,6 +109,20 @@ class Readers:
     def close(self) -> None:
         """End the processes; what they have not begun is dropped."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """While inside, new processes do not import the main module, of which these need nothing.
+
+    It may be a script that prepares as it is imported.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 _config: PrepareConfig  # in a process of Readers
