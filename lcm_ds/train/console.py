@@ -83,7 +83,7 @@ class Console:
         os.close(self._kept)
         self._out = self._err = self._kept = None
 
-    def say(self, text: str) -> None:
+    def line(self, text: str) -> None:
         """A line on stdout, above the bar, and in the log."""
         self._show(self.out, text)
         logger.info(text)

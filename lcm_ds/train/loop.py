@@ -82,7 +82,7 @@ def _train(job: Job, place: Place, device: torch.device, stop: StopRequest, watc
             raise InputError(mistakes if place.rank == 0 else [])  # said once
         if newest.step >= job.total_steps:
             if place.rank == 0:
-                console.say(f"{job.run_dir}: already trained for {newest.step} steps, nothing to do")
+                console.line(f"{job.run_dir}: already trained for {newest.step} steps, nothing to do")
             return DONE
     if place.rank == 0:
         prepare_run_folder(job, place)
@@ -287,7 +287,7 @@ class Run:
                 "memory": memory_gib(self.stepper.device),
             }
             self.run_log.write(done, values)
-            console.say(step_line(done, self.job.total_steps, values))
+            console.line(step_line(done, self.job.total_steps, values))
         self.losses.clear()
         self.speed.reset()
 
@@ -303,7 +303,7 @@ class Run:
         if self.run_log is not None:
             self.run_log.write(done, found)
             self.run_log.samples(done, samples)
-            console.say(validation_line(done, self.job.total_steps, found))
+            console.line(validation_line(done, self.job.total_steps, found))
         self.speed.reset()
 
     @property
@@ -354,13 +354,13 @@ class Run:
             self.stop.clear()
             if done < total:
                 who = self.stop.reason or "another rank's"
-                console.say(f"stopped at step {done} on request ({who}); a checkpoint is saved, start again to go on")
+                console.line(f"stopped at step {done} on request ({who}); a checkpoint is saved, start again to go on")
             else:
                 self.run_log.done = True
-                console.say(f"done: {total} steps, {self.concepts_seen:,} concepts; {self.job.run_dir}")
+                console.line(f"done: {total} steps, {self.concepts_seen:,} concepts; {self.job.run_dir}")
                 speed, losses = self.speed.read(overall=True), self.run_log.validation_losses()
                 seconds = time.monotonic() - self.started
-                console.say("\n".join(summary(self.job.run_dir, speed, seconds, losses)))
+                console.line("\n".join(summary(self.job.run_dir, speed, seconds, losses)))
         return STOPPED if done < total else DONE
 
 

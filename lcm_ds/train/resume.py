@@ -191,7 +191,7 @@ def _convert(checkpoint: Checkpoint, parameters: int, moved: Callable[[str], Non
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(checkpoint.path)]
     command += ["--output_folder", str(partial), "--num_extract_workers", workers, "--num_merge_workers", workers]
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    console.say(f"converting {checkpoint.path.name} to DeepSpeed's universal format, once")
+    console.line(f"converting {checkpoint.path.name} to DeepSpeed's universal format, once")
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, env=environ, preexec_fn=die_with_parent())
         told = started = time.monotonic()
@@ -201,7 +201,7 @@ def _convert(checkpoint: Checkpoint, parameters: int, moved: Callable[[str], Non
             if time.monotonic() - told > TELL_SECONDS:
                 told = time.monotonic()
                 done = sum(1 for _ in (partial / "zero").glob("*/fp32.pt"))
-                console.say(f"converting {checkpoint.path.name}: {done} parameters done, {told - started:.0f} s")
+                console.line(f"converting {checkpoint.path.name}: {done} parameters done, {told - started:.0f} s")
         log.seek(0)
         said = log.read().decode("utf-8", errors="replace")
     if child.returncode:

@@ -78,4 +78,4 @@ def announce(job: Job, place: Place, engine: deepspeed.DeepSpeedEngine, start: i
         f"{job.config.data.row_length} concepts a step" + (", resumed" if start else ""),
     ]
     for line in lines:
-        console.say(line)
+        console.line(line)
