@@ -157,7 +157,7 @@ def told(sample: Sample) -> str:
     before = [f"… {_plain(sentence)}" for sentence in sample.context]
     return "\n\n".join(
         [
-            f"`{_plain(sample.document)}`",
+            f"*{_plain(sample.document)}*",
             *before,
             f"**truth** (cosine {sample.cosine_of_truth:.3f}, place {sample.rank_of_truth}): {_plain(sample.truth)}",
             f"**nearest to the prediction** (cosine {sample.cosine:.3f}): {_plain(sample.nearest)}",

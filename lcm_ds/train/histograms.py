@@ -63,7 +63,8 @@ def group_of(name: str, layers: int) -> str:
     kind = "norms" if "layernorm" in parts[2] else "biases" if parts[-1] == "bias" else KINDS[parts[2]]
     size = -(-layers // LAYER_GROUPS)
     first = int(parts[1]) // size * size
-    return f"{kind}/layers_{first:02d}-{min(first + size, layers) - 1:02d}"
+    last = min(first + size, layers) - 1
+    return f"{kind}/layer_{first:02d}" + (f"-{last:02d}" if last > first else "")
 
 
 def _whole(parameter: nn.Parameter) -> Iterator[tuple[str, Tensor | None]]:

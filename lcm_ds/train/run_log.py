@@ -45,14 +45,20 @@ TAGS = {
 
 
 def settings_of(job: Job, ranks: int) -> dict[str, Setting]:
-    """What tells runs apart: the config's values by their dotted keys, and what follows from it."""
+    """What tells runs apart: the config's values by their dotted keys, and what follows from it.
+
+    Without the blocks that change nothing about what is learnt.
+    """
     more = {
         "ranks": ranks,
         "zero_stage": ds_config.zero_stage(job.ds),
         "precision": ds_config.precision(job.ds),
         **{f"model.{key}": value for key, value in job.model.sizes().items()},
     }
-    return {**_flat(job.config.model_dump(mode="json", exclude={"deepspeed"})), **more}
+    return {
+        **_flat(job.config.model_dump(mode="json", exclude={"deepspeed", "checkpoint", "evaluate", "log", "guard"})),
+        **more,
+    }
 
 
 def _flat(block: Any, key: str = "") -> dict[str, Setting]:

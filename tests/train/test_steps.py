@@ -110,7 +110,9 @@ def test_losses_and_gradients_agree(results, one_at_a_time, name):
     assert found[name]["losses"] == pytest.approx(found["zero 1"]["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, "zero1_bf16", "zero2_bf16", "zero3_bf16", "zero2_offload", "zero3_offload"])
+@pytest.mark.parametrize(
+    "name", [*VARIANTS, "zero1_bf16", "zero2_bf16", "zero3_bf16", "zero2_offload", "zero3_offload"]
+)
 def test_histograms_count_each_weight_and_each_gradient_of_the_whole_batch_once(results, name):
     found, gradients = results
     rounded = found[name]["losses"] != pytest.approx(found["zero 1"]["losses"], rel=1e-5)
