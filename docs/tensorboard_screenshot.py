@@ -26,8 +26,12 @@ from PIL import Image
 from lcm_ds.train.place import free_port
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-PAGES = {"tensorboard": "#custom_scalars", "tensorboard_scalars": "#scalars"}  # picture → page
-WIDTH, HEIGHT = 1400, 1000  # pixels
+# picture → page
+PAGES = {
+    "tensorboard": "#custom_scalars&_smoothingWeight=0",
+    "tensorboard_scalars": "#scalars&_smoothingWeight=0&tagFilter=loss%7Coptim%7Cval",
+}
+WIDTH, HEIGHT = 1500, 850  # pixels
 CURVE = (255, 112, 67)  # the colour that TensorBoard gives the first run
 FEWEST = 500  # pixels of it, in a page with curves
 START_SECONDS, PAGE_SECONDS = 60, 20
@@ -39,7 +43,7 @@ def main(run: Path, output: Path) -> None:
     if browser is None:
         sys.exit(f"none of {', '.join(BROWSERS)} is installed")
     output.mkdir(parents=True, exist_ok=True)
-    with _tensorboard(run / "tensorboard") as address:
+    with _tensorboard(run) as address:
         for name, page in PAGES.items():
             picture = output / f"{name}.png"
             _take(browser, f"{address}/{page}", picture)
@@ -51,10 +55,11 @@ def main(run: Path, output: Path) -> None:
 
 
 @contextmanager
-def _tensorboard(folder: Path) -> Iterator[str]:
-    """TensorBoard on a run's folder, once it has read the run; gives its address."""
+def _tensorboard(run: Path) -> Iterator[str]:
+    """TensorBoard on a run, once it has read it; gives its address."""
     port = free_port()
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", folder, "--host", "127.0.0.1", "--port", str(port)]
+    shows = ["--logdir_spec", f"{run.name}:{run / 'tensorboard'}"]
+    command = [sys.executable, "-m", "tensorboard.main", *shows, "--host", "127.0.0.1", "--port", str(port)]
     address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_SECONDS
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -64,7 +69,7 @@ def _tensorboard(folder: Path) -> Iterator[str]:
                     yield address
                     return
             time.sleep(0.5)
-        sys.exit(f"{folder}: TensorBoard shows no scalars after {START_SECONDS} s")
+        sys.exit(f"{run}: TensorBoard shows no scalars after {START_SECONDS} s")
     finally:
         process.terminate()
         process.wait()

@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import os
 import queue
 import threading
 import time
@@ -71,6 +72,7 @@ class Mlflow:
     """A run of MLflow; its state is kept here, none of the library's."""
 
     def __init__(self, config: MlflowConfig, run_dir: Path, settings: Mapping[str, Setting], known: str | None) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would tell its makers of each call
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
