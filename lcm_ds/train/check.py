@@ -14,6 +14,7 @@ from lcm_ds.data.format import Dataset, open_dataset
 from lcm_ds.data.plan import Plan, Source, fingerprint
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.model.config import BaseLCMConfig, resolve_model
+from lcm_ds.train.trackers import missing_packages
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def plan_of(config: TrainConfig, datasets: Sequence[Dataset]) -> tuple[Plan, str
 
 
 def _step_mistakes(job: Job, path: str | Path) -> list[str]:
-    """Settings of `train` that would do nothing."""
+    """Settings of `train` and `log` that would do nothing."""
     train, lines = job.config.train, []
     if train.recompute_every is not None and "activation_checkpointing" not in job.ds:
         lines.append(
@@ -106,7 +107,7 @@ def _step_mistakes(job: Job, path: str | Path) -> list[str]:
         lines.append(
             f"{path}: train.profile_steps: {list(train.profile_steps)}: the run has steps 0 to {job.total_steps - 1}"
         )
-    return lines
+    return lines + [f"{path}: {line}" for line in missing_packages(job.config.log)]
 
 
 def _read_ds(value: Any, path: Path) -> dict[str, Any] | None:

@@ -25,14 +25,18 @@ from lcm_ds.train import checkpoint as checkpoints
 from lcm_ds.train import resume
 from lcm_ds.train.check import Job
 from lcm_ds.train.checkpoint import Checkpoint
+from lcm_ds.train.console import console, set_up_logging
 from lcm_ds.train.engine import build_engine, build_model, connect
 from lcm_ds.train.guard import GoBack, Guard, LeftOut, tell
+from lcm_ds.train.histograms import histograms
 from lcm_ds.train.memory import count_parameters
 from lcm_ds.train.owner import RunOwner
 from lcm_ds.train.place import Place
 from lcm_ds.train.profile import StepProfiler
+from lcm_ds.train.report import bar_line, step_line, summary, validation_line
 from lcm_ds.train.run_folder import announce, identity, prepare_run_folder
-from lcm_ds.train.run_log import RunLog, prints_to_log, set_up_logging
+from lcm_ds.train.run_log import RunLog
+from lcm_ds.train.samples import Samples
 from lcm_ds.train.save import Saver, saves_in_background
 from lcm_ds.train.speed import SpeedMeter, memory_gib, peak_tflops
 from lcm_ds.train.step import StepOutcome, Stepper
@@ -59,8 +63,7 @@ def train(job: Job, place: Place, stop: StopRequest) -> int:
             stack.enter_context(RunOwner(job.run_dir))
         watchdog = Watchdog(job.config.guard.stall_minutes)
         stack.callback(watchdog.close)
-        with prints_to_log(job.run_dir):
-            device = connect(place, job.config.guard.stall_minutes)
+        device = connect(place, job.config.guard.stall_minutes)
         if place.rank == 0:
             checkpoints.clear_partial(job.run_dir)
             stop.watch(job.run_dir / "STOP")
@@ -79,7 +82,7 @@ def _train(job: Job, place: Place, device: torch.device, stop: StopRequest, watc
             raise InputError(mistakes if place.rank == 0 else [])  # said once
         if newest.step >= job.total_steps:
             if place.rank == 0:
-                print(f"{job.run_dir}: already trained for {newest.step} steps, nothing to do")
+                console.line(f"{job.run_dir}: already trained for {newest.step} steps, nothing to do")
             return DONE
     if place.rank == 0:
         prepare_run_folder(job, place)
@@ -116,15 +119,14 @@ def _attempt(
         resume.convert(newest, count_parameters(job.model), config.checkpoint, watchdog.beat)
         ds = {**ds, "checkpoint": {**ds.get("checkpoint", {}), "load_universal": True}}
     watchdog.beat("building the model")
-    with prints_to_log(run_dir):
-        model = build_model(job.model, read_normalizer(job.datasets[0].path), config.seed, ds)
-        engine = build_engine(model, config, ds)
-        if newest is not None:
-            resume.restore(engine, newest, convert)
+    model = build_model(job.model, read_normalizer(job.datasets[0].path), config.seed, ds)
+    engine = build_engine(model, config, ds)
+    if newest is not None:
+        resume.restore(engine, newest, convert)
     if place.rank == 0:
         announce(job, place, engine, start)
     with contextlib.ExitStack() as stack:
-        run_log = RunLog(run_dir, start, job.total_steps) if place.rank == 0 else None
+        run_log = RunLog(job, place.world_size, start) if place.rank == 0 else None
         if run_log is not None:
             stack.callback(run_log.close)
         loader = Loader(
@@ -143,6 +145,7 @@ def _attempt(
         stack.callback(loader.close)
         saver = Saver(engine, run_dir, config.checkpoint, saves_in_background(config.checkpoint, ds))
         stack.callback(saver.close)
+        stack.callback(console.end_bar)
         run = Run(Stepper(job, place, engine, device), loader, saver, watchdog, run_log, stop, state, left_out)
         try:
             return run.steps(start)
@@ -178,6 +181,7 @@ class Run:
         self.losses: list[float] = []  # of the steps since the last report
         self.guard = Guard(self.job.config.guard, state["losses"])
         self.save_is_due = False
+        self.samples: Samples | None = None  # from the first validation on
         self.started = self.last_save = time.monotonic()
         self.stalled = self.stalled_by_this_save = 0.0  # seconds
         peak = peak_tflops(stepper.device, self.job.config.log.peak_tflops)
@@ -217,21 +221,37 @@ class Run:
         """One step, and what there is to be said of it; whether the run was asked to stop. Raises GoBack."""
         self.watchdog.beat(f"step {step}")
         self.profiler.begin(step)
+        every = self.job.config.log.histograms
+        look = (lambda: self.look(step + 1)) if every is not None and (step + 1) % every == 0 else None
         minutes = self.job.config.checkpoint.every_minutes
         by_the_clock = minutes is not None and time.monotonic() - self.last_save > 60 * minutes
         asks = (self.stop.requested(), by_the_clock and self.place.rank == 0, self.saver.busy())
-        outcome = self.stepper.step(batches, step, asks)
+        outcome = self.stepper.step(batches, step, asks, look)
         self.profiler.end(step)
         self.concepts_seen += outcome.concepts
         self.concepts_missing += outcome.missing
         self.losses.append(outcome.loss)
         self.speed.add(outcome.concepts, outcome.pairs, outcome.waited)
+        self.show_bar(step + 1)
         self.judge(step, outcome)
         stops, saves, busy = outcome.asked
         if self.saver.pending and not busy:
             self.finish_save(step + 1)
         self.save_is_due |= saves > 0
         return stops > 0
+
+    def look(self, done: int) -> None:
+        """Histograms of the weights before a step, and of its gradients."""
+        found = histograms(self.engine, counts=self.run_log is not None)
+        if self.run_log is not None:
+            self.run_log.histograms(done, found)
+
+    def show_bar(self, done: int, doing: str = "") -> None:
+        """The bar of rank 0, on a terminal."""
+        if self.run_log is not None:
+            total = self.job.total_steps
+            seconds = (total - done) * self.speed.read(overall=True)["step_time"]
+            console.bar(bar_line(done, total, seconds, doing), now=bool(doing))
 
     def judge(self, step: int, outcome: StepOutcome) -> None:
         """Say what is wrong with a step, and go back where that is what the guard wants. Raises GoBack."""
@@ -267,17 +287,23 @@ class Run:
                 "memory": memory_gib(self.stepper.device),
             }
             self.run_log.write(done, values)
-            self.run_log.say(done, values, (self.job.total_steps - done) * values["step_time"])
+            console.line(step_line(done, self.job.total_steps, values))
         self.losses.clear()
         self.speed.reset()
 
     def validate(self, done: int) -> None:
-        """A line of validation metrics after `done` steps."""
-        assert self.job.validation is not None
-        found = validate(self.stepper, self.job.validation, lambda: self.watchdog.beat(f"validation, step {done}"))
+        """A line of validation metrics after `done` steps, and what is predicted for a few prompts, in words."""
+        config, dataset = self.job.config.log, self.job.validation
+        assert dataset is not None
+        self.show_bar(done, "validating")
+        found = validate(self.stepper, dataset, lambda: self.watchdog.beat(f"validation, step {done}"))
+        if self.samples is None and config.samples:
+            self.samples = Samples(self.stepper, dataset, config.samples)
+        samples = self.samples.predict() if self.samples is not None else []
         if self.run_log is not None:
             self.run_log.write(done, found)
-            self.run_log.say(done, found)
+            self.run_log.samples(done, samples)
+            console.line(validation_line(done, self.job.total_steps, found))
         self.speed.reset()
 
     @property
@@ -288,6 +314,7 @@ class Run:
     def save(self, done: int, wait: bool) -> bool:
         """Begin a checkpoint after `done` steps, and `wait` until it is one; False where it could not be made."""
         self.watchdog.beat(f"saving after step {done}")
+        self.show_bar(done, "saving")
         if self.saver.pending:
             self.finish_save(done)
         started = time.monotonic()
@@ -321,14 +348,19 @@ class Run:
         return made
 
     def end(self, done: int, total: int) -> int:
-        """The last line of the run, and its exit code."""
-        if self.place.rank == 0:
+        """The last lines of the run, and its exit code."""
+        console.end_bar()
+        if self.run_log is not None:
             self.stop.clear()
             if done < total:
                 who = self.stop.reason or "another rank's"
-                print(f"stopped at step {done} on request ({who}); a checkpoint is saved, start again to go on")
+                console.line(f"stopped at step {done} on request ({who}); a checkpoint is saved, start again to go on")
             else:
-                print(f"done: {total} steps, {self.concepts_seen:,} concepts; {self.job.run_dir}", flush=True)
+                self.run_log.done = True
+                console.line(f"done: {total} steps, {self.concepts_seen:,} concepts; {self.job.run_dir}")
+                speed, losses = self.speed.read(overall=True), self.run_log.validation_losses()
+                seconds = time.monotonic() - self.started
+                console.line("\n".join(summary(self.job.run_dir, speed, seconds, losses)))
         return STOPPED if done < total else DONE
 
 

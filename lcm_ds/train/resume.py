@@ -26,6 +26,7 @@ from lcm_ds.errors import CannotGoOn
 from lcm_ds.files import sha256_of, sync, write_whole
 from lcm_ds.processes import die_with_parent
 from lcm_ds.train.checkpoint import BAD, PARTIAL, Checkpoint, candidates
+from lcm_ds.train.console import console
 from lcm_ds.train.save import restore_random_states
 
 logger = logging.getLogger("lcm_ds.train")
@@ -190,7 +191,7 @@ def _convert(checkpoint: Checkpoint, parameters: int, moved: Callable[[str], Non
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(checkpoint.path)]
     command += ["--output_folder", str(partial), "--num_extract_workers", workers, "--num_merge_workers", workers]
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    _say(f"converting {checkpoint.path.name} to DeepSpeed's universal format, once")
+    console.line(f"converting {checkpoint.path.name} to DeepSpeed's universal format, once")
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, env=environ, preexec_fn=die_with_parent())
         told = started = time.monotonic()
@@ -200,7 +201,7 @@ def _convert(checkpoint: Checkpoint, parameters: int, moved: Callable[[str], Non
             if time.monotonic() - told > TELL_SECONDS:
                 told = time.monotonic()
                 done = sum(1 for _ in (partial / "zero").glob("*/fp32.pt"))
-                _say(f"converting {checkpoint.path.name}: {done} parameters done, {told - started:.0f} s")
+                console.line(f"converting {checkpoint.path.name}: {done} parameters done, {told - started:.0f} s")
         log.seek(0)
         said = log.read().decode("utf-8", errors="replace")
     if child.returncode:
@@ -241,11 +242,6 @@ def _suit_every_stage(folder: Path) -> None:
     saved["optimizer_state_dict"] = {"state": {0: {"step": step}}, "param_groups": saved["param_groups"]}
     saved.setdefault("ds_version", deepspeed.__version__)
     torch.save(saved, states)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-    logger.info(text)
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import logging
 import platform
 import subprocess
 from pathlib import Path
@@ -21,9 +20,8 @@ from lcm_ds import ds_config
 from lcm_ds.config import dump
 from lcm_ds.files import write_whole
 from lcm_ds.train.check import Job
+from lcm_ds.train.console import console
 from lcm_ds.train.place import Place
-
-logger = logging.getLogger("lcm_ds.train")
 
 
 def identity(job: Job, place: Place) -> dict[str, Any]:
@@ -80,5 +78,4 @@ def announce(job: Job, place: Place, engine: deepspeed.DeepSpeedEngine, start: i
         f"{job.config.data.row_length} concepts a step" + (", resumed" if start else ""),
     ]
     for line in lines:
-        print(line, flush=True)
-        logger.info(line)
+        console.line(line)

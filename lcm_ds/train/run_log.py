@@ -1,4 +1,4 @@
-"""What a run reports: metrics.jsonl, TensorBoard, the log, one console line a logged step (rank 0 only)."""
+"""What a run measures (rank 0): metrics.jsonl, and from there TensorBoard, Weights & Biases and MLflow."""
 
 from __future__ import annotations
 
@@ -6,26 +6,28 @@ import contextlib
 import json
 import logging
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lcm_ds import ds_config
 from lcm_ds.files import write_whole
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from lcm_ds.train.board import ERROR_BY_POSITION, Board, Setting
+from lcm_ds.train.check import Job
+from lcm_ds.train.histograms import Histogram
+from lcm_ds.train.samples import Sample
+from lcm_ds.train.trackers import Trackers
 
 logger = logging.getLogger("lcm_ds")
 
-# metric → its TensorBoard tag; what is not listed stays in metrics.jsonl alone
+# metric → its TensorBoard tag; other numbers of a validation go to val/, all else stays in metrics.jsonl alone
 TAGS = {
     "loss": "loss/train",
     "loss_sum": "loss/train_sum_over_dimensions",
     "val_loss": "loss/validation",
+    "val_loss_of_mean": "loss/validation_of_mean",
+    "val_loss_of_copy": "loss/validation_of_copy",
     "val_loss_sum": "val/loss_sum_over_dimensions",
-    "val_cosine": "val/cosine",
-    "val_variance_ratio": "val/variance_ratio",
     "lr": "optim/lr",
     "grad_norm": "optim/grad_norm",
     "skipped_steps": "optim/skipped_steps",
@@ -42,36 +44,32 @@ TAGS = {
 }
 
 
-def set_up_logging(run_dir: Path, rank: int) -> None:
-    """Send the project's log, and what DeepSpeed and its friends say, to RUN/log.txt; the console stays quiet.
+def settings_of(job: Job, ranks: int) -> dict[str, Setting]:
+    """What tells runs apart: the config's values by their dotted keys, and what follows from it.
 
-    Rank 0 logs everything from INFO up; the others warnings and errors, each line with its rank.
+    Without the blocks that change nothing about what is learnt.
     """
-    handler = logging.FileHandler(run_dir / "log.txt", mode="a", encoding="utf-8")
-    who = "" if rank == 0 else f" rank {rank}"
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{who} %(name)s: %(message)s"))
-    handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    console = logging.StreamHandler(sys.stderr)
-    console.setFormatter(logging.Formatter(f"%(levelname)s{who}: %(message)s"))
-    console.setLevel(logging.ERROR)
-    root = logging.getLogger()
-    root.handlers = [handler, console]
-    root.setLevel(logging.WARNING)
-    logging.raiseExceptions = False  # a disk that is full is told where it matters
-    logging.captureWarnings(True)
-    logger.setLevel(logging.INFO)
-    for name in ("DeepSpeed", "deepspeed", "transformers", "torch.distributed"):
-        library = logging.getLogger(name)
-        library.handlers = []
-        library.propagate = True
-        library.setLevel(logging.INFO if name.lower() == "deepspeed" else logging.WARNING)
+    more = {
+        "ranks": ranks,
+        "zero_stage": ds_config.zero_stage(job.ds),
+        "precision": ds_config.precision(job.ds),
+        **{f"model.{key}": value for key, value in job.model.sizes().items()},
+    }
+    return {
+        **_flat(job.config.model_dump(mode="json", exclude={"deepspeed", "checkpoint", "evaluate", "log", "guard"})),
+        **more,
+    }
 
 
-@contextlib.contextmanager
-def prints_to_log(run_dir: Path) -> Iterator[None]:
-    """What libraries print goes to RUN/log.txt instead of the console."""
-    with (run_dir / "log.txt").open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
-        yield
+def _flat(block: Any, key: str = "") -> dict[str, Setting]:
+    """The numbers, words and yes-or-nos in a block of a config, by their dotted keys."""
+    if isinstance(block, str | bool | int | float):
+        return {key: block}
+    parts = block if isinstance(block, dict) else dict(enumerate(block)) if isinstance(block, list) else {}
+    flat: dict[str, Setting] = {}
+    for part, inner in parts.items():
+        flat |= _flat(inner, f"{key}.{part}" if key else str(part))
+    return flat
 
 
 class RunLog:
@@ -80,17 +78,18 @@ class RunLog:
     Where the disk is full lines of metrics.jsonl wait until it is not, and TensorBoard goes without.
     """
 
-    def __init__(self, run_dir: Path, start_step: int, total_steps: int) -> None:
-        self._total_steps = total_steps
-        path = run_dir / "metrics.jsonl"
-        truncate_metrics(path, start_step)
-        self._file = path.open("ab", buffering=0)
+    def __init__(self, job: Job, ranks: int, start_step: int) -> None:
+        self._path = job.run_dir / "metrics.jsonl"
+        truncate_metrics(self._path, start_step)
+        self._file = self._path.open("ab", buffering=0)
         self._waiting = b""
-        self._run_dir, self._purge_step = run_dir, start_step + 1
-        self._board: SummaryWriter | None = None
+        self.done = False  # whether the run has come to its end
+        settings = settings_of(job, ranks)
+        self._board = Board(job.run_dir / "tensorboard", settings, start_step)
+        self._trackers = Trackers(job.config.log, job.run_dir, settings)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """One line of metrics.jsonl for `step` (steps done so far), and its scalars in TensorBoard.
+        """One line of metrics.jsonl for `step` (steps done so far), and its scalars wherever they go.
 
         A number that is not finite becomes null in the JSON, which has no such numbers.
         """
@@ -101,44 +100,40 @@ class RunLog:
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
             logger.error("metrics.jsonl: %s; %d bytes wait", error, len(self._waiting))
-        try:
-            self._to_board(step, values)
-        except OSError as error:
-            logger.error("tensorboard: %s", error)
-            self._board, self._purge_step = None, step + 1
+        scalars = {
+            tag: float(value)
+            for key, value in values.items()
+            if (tag := tag_of(key)) is not None and isinstance(value, int | float)
+        }
+        self._board.scalars(step, scalars)
+        self._trackers.scalars(step, scalars)
+        if values.get(ERROR_BY_POSITION):
+            self._board.errors(step, values[ERROR_BY_POSITION])
 
-    def _to_board(self, step: int, values: dict[str, Any]) -> None:
-        if self._board is None:
-            from torch.utils.tensorboard import SummaryWriter
+    def histograms(self, step: int, values: Mapping[str, Histogram]) -> None:
+        """Histograms of the step that begins after `step` steps."""
+        self._board.histograms(step, values)
 
-            self._board = SummaryWriter(self._run_dir / "tensorboard", purge_step=self._purge_step)
-        for key, value in values.items():
-            if key in TAGS and value is not None:
-                self._board.add_scalar(TAGS[key], value, step)
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """What the model predicts for fixed prompts after `step` steps, in words."""
+        self._board.samples(step, samples)
+        self._board.flush()
 
-    def say(self, step: int, values: dict[str, Any], eta_seconds: float | None = None) -> None:
-        """The console's line for a logged step, or for a validation."""
-        width = len(str(self._total_steps))
-        if "val_loss" in values:
-            text = f"step {step:>{width}}  validation loss {values['val_loss']:.4f}  cosine {values['val_cosine']:.4f}"
-        else:
-            mfu = "" if values["mfu"] is None else f"  mfu {values['mfu']:.1%}"
-            eta = "" if eta_seconds is None else f"  eta {_clock(eta_seconds)}"
-            grad_norm = values["grad_norm"]
-            text = (
-                f"step {step:>{width}}/{self._total_steps}  loss {values['loss']:.4f}  lr {values['lr']:.2e}"
-                f"  grad norm {math.nan if grad_norm is None else grad_norm:.3f}"
-                f"  {values['concepts_per_second']:,.0f} concepts/s{mfu}{eta}"
-            )
-        print(text, flush=True)
-        logger.info(text)
+    def validation_losses(self) -> dict[int, float]:
+        """The loss of each validation of this run so far, by steps; those that are not finite are left out."""
+        lines = map(json.loads, self._path.read_text(encoding="utf-8").splitlines())
+        return {line["step"]: line["val_loss"] for line in lines if line.get("val_loss") is not None}
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Write out and close everything."""
         self._file.close()
-        if self._board is not None:
-            with contextlib.suppress(OSError):
-                self._board.close()
+        self._board.close(self.done)
+        self._trackers.close(self.done)
+
+
+def tag_of(key: str) -> str | None:
+    """A metric's tag in TensorBoard; None: it stays in metrics.jsonl alone."""
+    return TAGS.get(key) or (f"val/{key.removeprefix('val_')}" if key.startswith("val_") else None)
 
 
 def read_losses(path: Path) -> dict[int, float]:
@@ -172,9 +167,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}"

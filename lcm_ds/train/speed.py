@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,35 +40,53 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+@dataclass
+class _Tally:
+    """Steps, the seconds they took, and what was in them."""
+
+    seconds: float = 0.0
+    steps: int = 0
+    concepts: int = 0
+    pairs: int = 0
+    waited: float = 0.0
+
+
 class SpeedMeter:
-    """Adds up steps between two logged lines."""
+    """Adds up steps between two logged lines, and all of them."""
 
     def __init__(self, model: BaseLCMConfig, world_size: int, peak: float | None) -> None:
         self._model = model
         self._peak_flops = None if peak is None else peak * 1e12 * world_size
+        self._all = _Tally()
         self.reset()
 
     def reset(self) -> None:
         """Start anew, also after what is not training (a validation, a save)."""
-        self._started = time.perf_counter()
-        self._steps = self._concepts = self._pairs = 0
-        self._waited = 0.0
+        self._since = time.perf_counter()
+        self._lately = _Tally()
 
     def add(self, concepts: int, pairs: int, waited: float) -> None:
         """One step: its real concepts and their pairs (see `training_flops`), over all ranks; this rank's wait (s)."""
-        self._steps += 1
-        self._concepts += concepts
-        self._pairs += pairs
-        self._waited += waited
+        now = time.perf_counter()
+        for tally in (self._lately, self._all):
+            tally.seconds += now - self._since
+            tally.steps += 1
+            tally.concepts += concepts
+            tally.pairs += pairs
+            tally.waited += waited
+        self._since = now
 
-    def read(self) -> dict[str, Any]:
-        """step_time and data_wait in seconds a step, concepts_per_second over all ranks, mfu (None: peak unknown)."""
-        seconds = time.perf_counter() - self._started
-        steps = max(1, self._steps)
-        flops = training_flops(self._model, self._concepts, self._pairs)
+    def read(self, overall: bool = False) -> dict[str, Any]:
+        """step_time and data_wait in seconds a step, concepts_per_second over all ranks, mfu (None: peak unknown).
+
+        overall: of all steps, not only of those since the last `reset`.
+        """
+        tally = self._all if overall else self._lately
+        seconds, steps = max(tally.seconds, 1e-9), max(1, tally.steps)
+        flops = training_flops(self._model, tally.concepts, tally.pairs)
         return {
-            "concepts_per_second": self._concepts / seconds,
+            "concepts_per_second": tally.concepts / seconds,
             "mfu": None if self._peak_flops is None else flops / seconds / self._peak_flops,
-            "data_wait": self._waited / steps,
+            "data_wait": tally.waited / steps,
             "step_time": seconds / steps,
         }

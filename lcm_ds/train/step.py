@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import deepspeed
@@ -38,8 +38,17 @@ class Stepper:
     def __init__(self, job: Job, place: Place, engine: deepspeed.DeepSpeedEngine, device: torch.device) -> None:
         self.job, self.place, self.engine, self.device = job, place, engine, device
 
-    def step(self, batches: Iterator[Batch], step: int, asks: Sequence[bool] = ()) -> StepOutcome:
-        """One optimizer step over the micro-batches of this rank. asks: what this rank wants the others to know."""
+    def step(
+        self,
+        batches: Iterator[Batch],
+        step: int,
+        asks: Sequence[bool] = (),
+        look: Callable[[], None] | None = None,
+    ) -> StepOutcome:
+        """One optimizer step over the micro-batches of this rank. asks: what this rank wants the others to know.
+
+        look: is called when all gradients are there and the weights are still those of before.
+        """
         config, engine = self.job.config, self.engine
         started = time.perf_counter()
         taken = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
@@ -58,6 +67,8 @@ class Stepper:
             # that are.
             finite = error.detach().isfinite()
             engine.backward(error * torch.where(finite, share, torch.nan), scale_wrt_gas=False)
+            if look is not None and engine.is_gradient_accumulation_boundary():
+                look()
             engine.step()
             loss += error.detach()
         dist.all_reduce(loss)

@@ -9,6 +9,8 @@ import tempfile
 import time
 from threading import Event, Thread
 
+from lcm_ds.train.console import console
+
 logger = logging.getLogger("lcm_ds.train")
 
 # Beyond the limit, after which the kernel's timer ends a process in which no Python runs any more.
@@ -36,7 +38,7 @@ class Watchdog:
         """The run has moved on, to `doing`."""
         self._doing, self._beaten = doing, time.monotonic()
         if self._limit is not None:
-            faulthandler.dump_traceback_later(self._limit + LAST_RESORT_SECONDS, exit=True)
+            faulthandler.dump_traceback_later(self._limit + LAST_RESORT_SECONDS, exit=True, file=console.err)
 
     def close(self) -> None:
         """End watching."""

@@ -1,7 +1,7 @@
 """One rank that takes ten steps of a tiny Base-LCM, by the real loop, under each of the variants it is given.
 
 python steps_worker.py VARIANTS.json RESULTS.json GRADIENTS.safetensors: the variants are name → changes of a train
-config; the results name → the losses of its steps and the gradients' norm at the first, or why it was refused. The
+config; the results name → the losses of its steps and the histograms at the first, or why it was refused. The
 gradients of the first step, "NAME/PARAMETER" each, are those of the whole batch.
 """
 
@@ -10,6 +10,7 @@ import io
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from lcm_ds.errors import InputError
 from lcm_ds.model.config import resolve_model
 from lcm_ds.train.check import Job
 from lcm_ds.train.engine import build_engine, build_model, connect
+from lcm_ds.train.histograms import histograms
 from lcm_ds.train.place import read_place
 from lcm_ds.train.step import Stepper
 
@@ -74,7 +76,7 @@ def batches(place, micro_batch_rows):
 
 
 def take_steps(changes, place, device, normalizer):
-    """(losses of the steps over all ranks, name → gradient at the first step)."""
+    """(losses of the steps over all ranks, name → gradient and group → histogram at the first step)."""
     blocks = {key: CONFIG.get(key, {}) | value for key, value in changes.items() if key != "deepspeed"}
     config = TrainConfig.model_validate(CONFIG | changes | blocks)
     model_config = resolve_model(config.model)
@@ -86,7 +88,10 @@ def take_steps(changes, place, device, normalizer):
     plan = Plan([Source([1_000_000])], config.seed, ROWS, LENGTH)
     job = Job(config, ds, model_config, [], None, plan, "")
     stepper = Stepper(job, place, engine, device)
-    gradients, step = {}, engine.step
+    gradients, found, step = {}, {}, engine.step
+
+    def look():
+        found.update(histograms(engine, counts=place.rank == 0))
 
     def keep_gradients_and_step():
         if engine.is_gradient_accumulation_boundary() and not gradients:
@@ -97,10 +102,10 @@ def take_steps(changes, place, device, normalizer):
     engine.step = keep_gradients_and_step
     coming, losses = batches(place, config.batch.micro_batch_rows), []
     for number in range(STEPS):
-        losses.append(stepper.step(coming, number).loss)
+        losses.append(stepper.step(coming, number, look=look if number == 0 else None).loss)
     engine.destroy()
     torch._dynamo.reset()
-    return losses, gradients
+    return losses, gradients, {group: asdict(histogram) for group, histogram in found.items()}
 
 
 def main():
@@ -116,11 +121,11 @@ def main():
     for name, changes in json.loads(Path(variants).read_text()).items():
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                losses, gradients = take_steps(changes, place, device, normalizer)
+                losses, gradients, found = take_steps(changes, place, device, normalizer)
         except InputError as error:
             results[name] = {"refused": error.mistakes}
             continue
-        results[name] = {"losses": losses}
+        results[name] = {"losses": losses, "histograms": found}
         all_gradients |= {f"{name}/{parameter}": gradient.cpu() for parameter, gradient in gradients.items()}
     if place.rank == 0:
         save_file(all_gradients, gradients_path)

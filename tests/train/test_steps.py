@@ -4,6 +4,7 @@ All variants share one launch of two ranks (steps_worker.py). Tolerances: 1e-5 o
 gradient's norm in fp32, where only the order of sums differs; 3 % and 5 % in bf16, whose numbers have 8 bits.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lcm_ds.data.loader import target_mask
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.config import resolve_model
 from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.train.histograms import group_of
 from lcm_ds.train.loss import dropout_keys, input_noise
 
 ROOT = Path(__file__).parent.parent.parent
@@ -106,6 +108,31 @@ def test_losses_and_gradients_agree(results, one_at_a_time, name):
     assert found[name]["losses"][0] == pytest.approx(loss, rel=1e-5)
     assert distance(gradients[name], expected) < 1e-4
     assert found[name]["losses"] == pytest.approx(found["zero 1"]["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", [*VARIANTS, "zero1_bf16", "zero2_bf16", "zero3_bf16", "zero2_offload", "zero3_offload"]
+)
+def test_histograms_count_each_weight_and_each_gradient_of_the_whole_batch_once(results, name):
+    found, gradients = results
+    rounded = found[name]["losses"] != pytest.approx(found["zero 1"]["losses"], rel=1e-5)
+    of_gradients = {group_of(parameter, 3): [] for parameter in gradients[name]}
+    for parameter, gradient in gradients[name].items():
+        of_gradients[group_of(parameter, 3)].append(gradient.flatten())
+    expected = {f"{what}/{group}" for what in ("weights", "gradients") for group in of_gradients}
+    histograms = found[name]["histograms"]
+    assert set(histograms) == expected
+    for group, parts in of_gradients.items():
+        values = torch.cat(parts)
+        histogram, weights = histograms[f"gradients/{group}"], histograms[f"weights/{group}"]
+        assert sum(histogram["counts"]) == sum(weights["counts"]) == len(values)
+        assert histogram["sum_of_squares"] == pytest.approx(float(values.square().sum()), rel=1e-4)
+        assert histogram["max"] == pytest.approx(float(values.max()), rel=1e-4)
+        below = [0, *(int((values <= limit).sum()) for limit in histogram["limits"][:-1]), len(values)]
+        told = [b - a for a, b in itertools.pairwise(below)]
+        assert sum(abs(a - b) for a, b in zip(told, histogram["counts"], strict=True)) <= 0.01 * len(values)
+        exact = found["zero 1"]["histograms"][f"weights/{group}"]
+        assert weights["sum_of_squares"] == pytest.approx(exact["sum_of_squares"], rel=1e-2 if rounded else 1e-6)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

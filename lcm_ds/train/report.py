@@ -1,0 +1,68 @@
+"""The words of a run's console lines: columns that stay where they are, a bar, and what is left to say at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+BAR = 30  # letters
+NAMES = {"val_loss_of_mean": "mean", "val_loss_of_copy": "copy"}  # of what needs no training
+
+
+def step_line(done: int, total: int, values: Mapping[str, Any]) -> str:
+    """The line of a logged step; values: its metrics."""
+    norm, mfu = values["grad_norm"], values["mfu"]
+    return (
+        f"{_step(done, total)}  loss {values['loss']:7.4f}  lr {values['lr']:.2e}"
+        f"  grad norm {math.nan if norm is None else norm:8.3f}  {values['concepts_per_second']:9,.0f} concepts/s"
+        f"{'' if mfu is None else f'  mfu {mfu:5.1%}'}  eta {clock((total - done) * values['step_time']):>8}"
+    )
+
+
+def validation_line(done: int, total: int, values: Mapping[str, Any]) -> str:
+    """The line of a validation after `done` steps."""
+    compared = "".join(f"  {name} {values[key]:.4f}" for key, name in NAMES.items() if values.get(key) is not None)
+    return (
+        f"{_step(done, total)}  validation loss {values['val_loss']:7.4f}{compared}  cosine {values['val_cosine']:.4f}"
+    )
+
+
+def bar_line(done: int, total: int, seconds: float | None, doing: str = "") -> str:
+    """The bar of a run that has done so many of its steps and needs so many seconds more (None: not known yet)."""
+    filled = round(BAR * done / total)
+    left = "" if seconds is None else f"  {clock(seconds)} left"
+    return f"{'━' * filled}{'╌' * (BAR - filled)} {done:,} of {total:,} steps ({done / total:.0%}){left}  {doing}"
+
+
+def summary(run_dir: Path, speed: Mapping[str, Any], seconds: float, losses: Mapping[int, float]) -> list[str]:
+    """What a finished run has come to. seconds: since its last start; losses: of all validations, by steps."""
+    mfu = "" if speed["mfu"] is None else f", mfu {speed['mfu']:.1%}"
+    lines = [
+        f"time        {clock(seconds)} since this start",
+        f"speed       {speed['concepts_per_second']:,.0f} concepts/s{mfu}, without validating and saving",
+    ]
+    if losses:
+        last, best = max(losses), min(losses, key=lambda step: losses[step])
+        lines.append(f"validation  loss {losses[last]:.4f} at step {last}; best {losses[best]:.4f} at step {best}")
+    return [
+        f"  {line}"
+        for line in (
+            *lines,
+            f"next        lcm-ds evaluate {run_dir}",
+            f"            lcm-ds generate {run_dir} --prompt TEXT",
+            f"            tensorboard --logdir {run_dir / 'tensorboard'}",
+        )
+    ]
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def _step(done: int, total: int) -> str:
+    return f"step {done:>{len(str(total))}}/{total}"
