@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def commands(block):
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words.pop(0)
         if words and words[0] == "lcm-ds":
-            yield [word for word in words[1:] if word != "&"]
+            yield list(takewhile(lambda word: not re.fullmatch(r"&&?|\||\d?[<>]+", word), words[1:]))
 
 
 @pytest.mark.parametrize("block", ALL, ids=named)
