@@ -19,7 +19,6 @@ from threading import Event, Lock
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +27,7 @@ from lcm_ds.data.format import Dataset
 from lcm_ds.data.plan import Piece, Plan, Source, document_order
 from lcm_ds.data.reader import Shard, look_ahead, open_shard
 from lcm_ds.data.remote import Stopped
-from lcm_ds.data.rows import Segment, ShardInOrder, blank, cut, fill
+from lcm_ds.data.rows import Row, Segment, ShardInOrder, blank, cut, fill
 from lcm_ds.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -45,13 +44,14 @@ VALIDATION_SEED = 0
 VALIDATION_AHEAD = 2  # batches
 
 
-def target_mask(segment_ids: Tensor) -> Tensor:
-    """Which concepts are targets: every concept of a segment but its first.
+def target_mask(segment_ids: Tensor, given: Tensor | None = None) -> Tensor:
+    """Which concepts are targets: every concept of a segment but its first, and none that is given.
 
-    segment_ids: [rows, row_length], -1 where there are no concepts. Returns bool [rows, row_length - 1]; entry t says
-    whether concept t + 1 has to be predicted from concept t.
+    segment_ids: [rows, row_length], -1 where there are no concepts; given: bool [rows, row_length]. Returns bool [rows,
+    row_length - 1]; entry t says whether concept t + 1 has to be predicted from concept t.
     """
-    return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] >= 0)
+    mask = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] >= 0)
+    return mask if given is None else mask & ~given[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,14 @@ class Batch:
     # of validation, int64 [rows, row_length, 2]: a concept's document, counted through the dataset in the order of its
     # shards, and its position in that; −1 where there are no concepts
     origins: Tensor | None = None
+    # of supervised datasets, bool [rows, row_length]: concepts that are no targets, for they are of a document's source
+    # or of a segment that does not begin with it
+    given: Tensor | None = None
 
     @property
     def target_mask(self) -> Tensor:
         """Which concepts the model has to predict: bool [rows, row_length - 1] (see `target_mask`)."""
-        return target_mask(self.segment_ids)
+        return target_mask(self.segment_ids, self.given)
 
     @property
     def targets(self) -> int:
@@ -292,6 +295,7 @@ class _Rows:
         self._lock = Lock()
         self._stopped = stopped
         self._tried, self._bad = set[tuple[int, int]](), set[tuple[int, int]]()
+        self._supervised = any(dataset.info.supervised is not None for dataset in datasets)
         # Documents before each shard of a dataset.
         self._before = [[*accumulate((s.documents for s in d.shards), initial=0)] for d in datasets]
 
@@ -300,32 +304,30 @@ class _Rows:
     ) -> Batch:
         """The rows at `places`, each a step and a lane, as one batch."""
         concepts = self._buffers.take()
-        segment_ids = torch.empty(concepts.shape[:2], dtype=torch.int32)
-        origin = torch.empty(*segment_ids.shape, 2, dtype=torch.int64) if origins else None
+        shape = concepts.shape[:2]
+        segment_ids = torch.empty(shape, dtype=torch.int32)
+        given = torch.empty(shape, dtype=torch.bool) if self._supervised else None
+        origin = torch.empty(*shape, 2, dtype=torch.int64) if origins else None
+        arrays = [None if tensor is None else tensor.numpy() for tensor in (concepts, segment_ids, given, origin)]
         missing = 0
-        for row, (at, lane) in enumerate(places):
-            its_origins = None if origin is None else origin[row].numpy()
-            missing += self._fill(
-                self.plan.pieces(at, lane), concepts[row].numpy(), segment_ids[row].numpy(), its_origins
-            )
-        return Batch(concepts, segment_ids, step, index, first_lane, missing, origin)
+        for number, (at, lane) in enumerate(places):
+            row = Row(*(None if array is None else array[number] for array in arrays))  # type: ignore[arg-type]
+            missing += self._fill(self.plan.pieces(at, lane), row)
+        return Batch(concepts, segment_ids, step, index, first_lane, missing, origin, given)
 
-    def _fill(
-        self, pieces: Sequence[Piece], concepts: np.ndarray, segment_ids: np.ndarray, origins: np.ndarray | None
-    ) -> int:
+    def _fill(self, pieces: Sequence[Piece], row: Row) -> int:
         """Copy pieces to their row; returns how many of its concepts could not be read."""
         filled = number = missing = 0
         for piece in pieces:
-            part = slice(filled, filled := filled + piece.stop - piece.start)
-            into = None if origins is None else origins[part]
+            part = row.part(slice(filled, filled := filled + piece.stop - piece.start))
             with self.leaving_out(piece) as left_out:
-                number = fill(self.segments(piece), concepts[part], segment_ids[part], number, into)
-                if into is not None:
-                    into[:, 0] += self._before[piece.source][piece.shard]
+                number = fill(self.segments(piece), part, number)
+                if part.origins is not None:
+                    part.origins[:, 0] += self._before[piece.source][piece.shard]
             if left_out:
-                blank(concepts[part], segment_ids[part], into)
+                blank(part)
                 missing += piece.stop - piece.start
-        blank(concepts[filled:], segment_ids[filled:], None if origins is None else origins[filled:])
+        blank(row.part(slice(filled, None)))
         return missing
 
     def segments(self, piece: Piece) -> Iterator[Segment]:
