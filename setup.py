@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 PREPARE = ["spacy>=3.8,<4", "datasets>=4,<6", "sentence-transformers>=5,<7", "sentencepiece>=0.2"]
 # What fsspec opens https:// and s3:// with.
 REMOTE = ["aiohttp>=3.9", "s3fs>=2024.6"]
+# Folders of the checkout that a wheel has inside the package; lcm_ds/resources.py finds them in both places.
+SHIPPED = {f"lcm_ds.shipped.{folder}": folder for folder in ("configs", "ds_configs", "launch")}
 
 setup(
     name="lcm-ds",
@@ -17,7 +19,9 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_packages(include=["lcm_ds", "lcm_ds.*"]),
+    packages=[*find_packages(include=["lcm_ds", "lcm_ds.*"]), *SHIPPED],
+    package_dir=SHIPPED,
+    package_data={package: ["**/*"] for package in SHIPPED},
     install_requires=[
         "torch>=2.11,<3",
         "deepspeed>=0.19.8,<0.20",
@@ -31,6 +35,7 @@ setup(
         "matplotlib>=3.8",
         "rich>=13",
         "fsspec>=2024.6",
+        "packaging",
         "ninja",
         # torch.distributed and DeepSpeed's op builder import setuptools at run time.
         "setuptools",
@@ -57,7 +62,9 @@ setup(
     },
     entry_points={"console_scripts": ["lcm-ds=lcm_ds.cli:main"]},
     classifiers=[
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

@@ -10,18 +10,33 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from lcm_ds import __version__
-from lcm_ds.errors import InputError
+from lcm_ds.errors import InputError, nearest
 
+EXAMPLES = """\
+examples:
+  lcm-ds prepare configs/prepare/quickstart.yaml
+  lcm-ds launch --local 2 configs/train/quickstart.yaml
+  lcm-ds evaluate runs/quickstart
+`lcm-ds VERB --help` says more; `lcm-ds configs` lists the files that come with lcm-ds.
+"""
 Verb = Callable[[argparse.Namespace], "int | None"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = build_parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    verbs = parser.get_default("verbs")
+    if arguments[0] not in verbs and not arguments[0].startswith("-"):
+        others = nearest(arguments[0], verbs, "; `lcm-ds --help` lists the verbs")
+        print(f"lcm-ds: {arguments[0]}: there is no such verb{others}", file=sys.stderr)
+        return 2
     parsed, rest = parser.parse_known_args(arguments)
     # argparse takes the overrides from one place alone; they may stand behind options, too.
     if any(text.startswith("-") for text in rest) or not hasattr(parsed, "overrides"):
@@ -47,11 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lcm-ds",
         description="Pretrain Base-LCM concept models on DeepSpeed: from text to a trained model.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"lcm-ds {__version__}")
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs = parser.add_subparsers(required=True, title="verbs", metavar="VERB")
+    parser.set_defaults(verbs=verbs.choices)
 
-    verb = _verb(verbs, "prepare", prepare, "text → dataset; run again after a kill, it goes on where it was",
+    verb = _verb(verbs, "prepare", prepare, "text → dataset; after a kill, goes on where it was",
                  "lcm-ds prepare configs/prepare/quickstart.yaml output=datasets/mine")  # fmt: skip
     _config(verb)
 
@@ -96,26 +114,29 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = _verb(verbs, "launch", launch, "start all workers of a run, here or on many hosts",
                  "lcm-ds launch --local 2 configs/train/quickstart.yaml")  # fmt: skip
-    where = verb.add_mutually_exclusive_group(required=True)
+    verb.usage = "lcm-ds launch (--local N | --hostfile F | --slurm | --openmpi N) [option ...] CONFIG [key=value ...]"
+    where = verb.add_argument_group("where, one of").add_mutually_exclusive_group(required=True)
     where.add_argument("--local", type=int, metavar="N", help="N processes on this host")
     where.add_argument("--hostfile", metavar="F", help="hosts in DeepSpeed's format, over pdsh and ssh")
     where.add_argument("--slurm", action="store_true", help="inside an allocation: srun, one task a device")
     where.add_argument("--openmpi", type=int, metavar="N", help="mpirun, N processes")
-    verb.add_argument("--include", default="", metavar="HOSTS", help="with --hostfile: these alone")
-    verb.add_argument("--exclude", default="", metavar="HOSTS", help="with --hostfile: all but these")
-    verb.add_argument("--master-addr", metavar="HOST", help="the host of rank 0, where it cannot be told")
-    verb.add_argument("--master-port", type=int, metavar="PORT")
-    watch = verb.add_argument_group("with --hostfile")
-    watch.add_argument("--ssh-port", type=int, metavar="PORT")
-    watch.add_argument("--max-restarts", type=int, metavar="K", help="after failures; with --local, too; default: 0")
-    watch.add_argument("--min-hosts", type=int, metavar="M", help="that a restart needs; default: all")
-    watch.add_argument("--back-off", type=float, metavar="SECONDS",
-                       help="before the first restart, then twice as long each time; default: 10")  # fmt: skip
-    watch.add_argument("--silence", type=float, metavar="SECONDS",
-                       help="without a sign of life, after which a host is lost; default: 15")  # fmt: skip
-    watch.add_argument(
-        "--grace", type=float, metavar="SECONDS", help="between SIGTERM and SIGKILL; with --local, too; default: 30"
+    meet = verb.add_argument_group("where the workers meet")
+    meet.add_argument("--master-addr", metavar="HOST", help="the host of rank 0, where it cannot be told")
+    meet.add_argument(
+        "--master-port", type=int, metavar="PORT", help="of rank 0; default: 29500, with --local a free one"
     )
+    again = verb.add_argument_group("with --hostfile and --local")
+    again.add_argument("--max-restarts", type=int, metavar="K", help="after failures; default: 0")
+    again.add_argument(
+        "--back-off", type=float, metavar="S", help="seconds before the first restart; default: 10, doubling"
+    )
+    again.add_argument("--grace", type=float, metavar="S", help="seconds from SIGTERM to SIGKILL; default: 30")
+    hosts = verb.add_argument_group("with --hostfile")
+    hosts.add_argument("--include", default="", metavar="HOSTS", help="these alone, as for DeepSpeed: a@b:0,2")
+    hosts.add_argument("--exclude", default="", metavar="HOSTS", help="all but these")
+    hosts.add_argument("--ssh-port", type=int, metavar="PORT", help="default: what ssh is configured for")
+    hosts.add_argument("--min-hosts", type=int, metavar="M", help="that a restart needs; default: all")
+    hosts.add_argument("--silence", type=float, metavar="S", help="seconds until a silent host is lost; default: 15")
     _config(verb)
 
     verb = _verb(verbs, "evaluate", evaluate, "the model against its baselines on the validation split",
@@ -126,11 +147,21 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = _verb(verbs, "generate", generate, "go on from a text, concept by concept",
                  "lcm-ds generate runs/quickstart --prompt 'Lists are mutable. They grow.'")  # fmt: skip
-    verb.add_argument("run", metavar="RUN")
-    prompt = verb.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT")
-    prompt.add_argument("--prompt-file", metavar="F")
-    verb.add_argument("--max-concepts", type=int, default=16, metavar="N")
+    verb.add_argument("run", metavar="RUN|FOLDER", help="a run, or an exported model")
+    verb.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="again for further prompts")
+    verb.add_argument("--prompt-file", action="append", default=[], metavar="F", help="all of it is one prompt")
+    verb.add_argument("--interactive", action="store_true", help="read prompts, a line each, until Ctrl-D")
+    verb.add_argument("--max-concepts", type=int, default=16, metavar="N", help="default: 16")
+    verb.add_argument("--stop-end", default="0.9", metavar="X", help="cosine to the end-of-text concept, or off")
+    verb.add_argument("--stop-repeat", default="0.9", metavar="X", help="cosine to the concept before, or off")
+    verb.add_argument("--language", metavar="CODE", help="of what comes out, by a decoder; such as fra_Latn")
+    verb.add_argument("--prompt-language", metavar="CODE", help="for SONAR; default: the dataset's")
+    verb.add_argument("--decoder", metavar="HUB|FOLDER", help="default: the encoder's own, where it has one")
+    verb.add_argument("--beams", type=int, default=5, metavar="N", help="of the decoder's search; default: 5")
+    verb.add_argument("--dataset", metavar="D", help="to retrieve sentences from; default: the run's own")
+    verb.add_argument("--step", type=int, metavar="N", help="of a run's checkpoint; default: the newest")
+    verb.add_argument("--device", metavar="D", help="default: cuda where there is one")
+    verb.add_argument("--json", metavar="FILE", help="write what is printed there, too")
 
     verb = _verb(
         verbs, "export", export, "a run's model as a Hugging Face folder", "lcm-ds export runs/quickstart model"
@@ -138,26 +169,47 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("run", metavar="RUN")
     verb.add_argument("output", metavar="OUT")
 
-    verb = _verb(verbs, "import-meta", import_meta, "a Base-LCM checkpoint of Meta's code as a Hugging Face folder",
+    verb = _verb(verbs, "import-meta", import_meta, "Meta's Base-LCM checkpoint as a Hugging Face folder",
                  "lcm-ds import-meta base_lcm.pt model")  # fmt: skip
     verb.add_argument("checkpoint", metavar="CKPT", help=".pt or .safetensors")
     verb.add_argument("output", metavar="OUT")
     verb.add_argument("--heads", type=int, metavar="N", help="attention heads, where the file does not say")
 
-    verb = _verb(verbs, "doctor", doctor, "what would stop a run, before it starts",
+    verb = _verb(verbs, "import-sonar", import_sonar, "SONAR's encoder and decoder from Meta's fairseq2 checkpoints",
+                 "lcm-ds import-sonar sonar_text_encoder.pt sonar_text_decoder.pt sonar "
+                 "--tokenizer sentencepiece.source.256000.model")  # fmt: skip
+    verb.add_argument("encoder", metavar="ENCODER", help=".pt or .safetensors")
+    verb.add_argument("decoder", metavar="DECODER", help="the same")
+    verb.add_argument("output", metavar="OUT", help="folder for encoder/ and decoder/, as Hugging Face has them")
+    verb.add_argument("--tokenizer", metavar="HUB|FOLDER|FILE", help="NLLB's, or its sentencepiece model")
+    verb.add_argument("--heads", type=int, metavar="N", help="attention heads; default: one for 64 dimensions")
+
+    verb = _verb(verbs, "configs", configs, "the files that come with lcm-ds: list them, copy them",
+                 "lcm-ds configs configs/train/150m.yaml mine.yaml")  # fmt: skip
+    verb.add_argument("name", metavar="NAME", nargs="?", help="the file to copy; default: list all")
+    verb.add_argument("destination", metavar="DEST", nargs="?", help="file or folder; default: NAME, from here")
+    verb.add_argument("--all", metavar="FOLDER", help="copy all of them there")
+
+    verb = _verb(verbs, "doctor", doctor, "what this machine lacks; what would stop a run",
                  "lcm-ds doctor configs/train/quickstart.yaml")  # fmt: skip
     verb.add_argument("--hostfile", metavar="F", help="ask its hosts what launch would ask them")
     verb.add_argument("--bandwidth", action="store_true", help="measure an all-reduce over all devices")
     verb.add_argument("--master-addr", metavar="HOST", help="the host of rank 0, where it cannot be told")
     verb.add_argument("--master-port", type=int, metavar="PORT")
     verb.add_argument("--ssh-port", type=int, metavar="PORT")
-    verb.add_argument("config", metavar="CONFIG", nargs="?")
+    verb.add_argument("config", metavar="CONFIG", nargs="?", help="a run; default: a table of what this machine has")
     _overrides(verb)
     return parser
 
 
 def _verb(verbs: Any, name: str, run: Verb, says: str, example: str) -> argparse.ArgumentParser:
-    verb: argparse.ArgumentParser = verbs.add_parser(name, help=says, description=says, epilog=f"example: {example}")
+    verb: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=says,
+        description=says,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # an example stays one line, however long
+    )
     verb.set_defaults(verb=run)
     return verb
 
@@ -259,15 +311,25 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    from lcm_ds.generate.text import run
+    from lcm_ds.generate.command import run
 
-    prompt = arguments.prompt
-    if arguments.prompt_file is not None:
-        try:
-            prompt = Path(arguments.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{arguments.prompt_file}: cannot be read as UTF-8 text: {error}") from None
-    run(arguments.run, prompt, arguments.max_concepts)
+    run(
+        arguments.run,
+        prompts=arguments.prompt,
+        prompt_files=arguments.prompt_file,
+        interactive=arguments.interactive,
+        max_concepts=arguments.max_concepts,
+        stop_end=arguments.stop_end,
+        stop_repeat=arguments.stop_repeat,
+        language=arguments.language,
+        beams=arguments.beams,
+        json_path=arguments.json,
+        step=arguments.step,
+        device=arguments.device,
+        decoder=arguments.decoder,
+        dataset=arguments.dataset,
+        prompt_language=arguments.prompt_language,
+    )
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -280,6 +342,30 @@ def import_meta(arguments: argparse.Namespace) -> None:
     from lcm_ds.model.meta import import_meta
 
     import_meta(arguments.checkpoint, arguments.output, arguments.heads)
+
+
+def import_sonar(arguments: argparse.Namespace) -> None:
+    from lcm_ds.encoders.import_sonar import import_sonar
+
+    import_sonar(arguments.encoder, arguments.decoder, arguments.output, arguments.tokenizer, arguments.heads)
+
+
+def configs(arguments: argparse.Namespace) -> None:
+    from lcm_ds import resources
+
+    if arguments.all is not None and arguments.name is not None:
+        raise InputError(f"configs: {arguments.name}: copies one file, --all copies all: give one of them")
+    if arguments.all is not None:
+        copied = resources.copy(resources.names(), arguments.all)
+    elif arguments.name is not None:
+        copied = resources.copy([arguments.name], arguments.destination)
+    else:
+        width = max(map(len, resources.names()))
+        for name in resources.names():
+            print(f"{name:{width}}  {resources.description(name)}")
+        return
+    for path in copied:
+        print(f"copied to {path}")
 
 
 def doctor(arguments: argparse.Namespace) -> int:

@@ -5,8 +5,7 @@ Every unknown key and every value out of range is reported, each on one line, in
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -15,7 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from lcm_ds.errors import InputError
+from lcm_ds import resources
+from lcm_ds.errors import InputError, nearest
 
 
 class Schema(BaseModel):
@@ -326,13 +326,16 @@ Config = TypeVar("Config", bound=Schema)
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The mapping in a YAML file with `key=value` overrides (dotted paths) laid over it.
 
+    Where there is no such file, the one of that name that came with lcm-ds is read.
     Raises InputError where the file is missing, is not YAML or is not a mapping, or an override is not key=value.
     """
     mistakes = [
         f"{text!r}: an override is key=value, a dotted path into the YAML" for text in overrides if "=" not in text
     ]
     try:
-        loaded = OmegaConf.load(Path(path))
+        loaded = OmegaConf.load(resources.find(path) or Path(path))
+    except FileNotFoundError:
+        raise InputError([resources.missing_file(path), *mistakes]) from None
     except OSError as error:
         raise InputError([f"{path}: cannot be read: {error.strerror}", *mistakes]) from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
@@ -369,13 +372,6 @@ def dump(config: Schema, **more: Any) -> str:
     """The config as YAML, with further top-level keys in front as comments."""
     head = "".join(f"# {key}: {value}\n" for key, value in more.items())
     return head + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' where a known name is near, else the known names in brackets."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f" (known here: {', '.join(known)})"
 
 
 def _mistake(schema: type[Schema], item: Any) -> str:

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from lcm_ds.config import TrainConfig, nearest
-from lcm_ds.errors import Collector, InputError
+from lcm_ds import resources
+from lcm_ds.config import TrainConfig
+from lcm_ds.errors import Collector, InputError, nearest
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -52,6 +53,8 @@ MUON_CLIPS = (
 def find(value: str, config_path: Path | None) -> Path:
     """The file that `deepspeed: value` means: seen from here, or from the config's folder, or from a folder above it.
 
+    Last comes the one of that name that came with lcm-ds.
+
     Raises InputError where there is none.
     """
     folders = [Path()]
@@ -60,6 +63,8 @@ def find(value: str, config_path: Path | None) -> Path:
     for folder in folders:
         if (folder / value).is_file():
             return folder / value
+    if (shipped := resources.find(value)) is not None:
+        return shipped
     seen = f" (nor from the folder of {config_path}, nor above it)" if len(folders) > 1 else ""
     raise InputError(f"{value}: no such DeepSpeed JSON, seen from {Path.cwd()}{seen}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -66,3 +67,12 @@ class Collector:
         if self.mistakes:
             kind = Unavailable if self._outages.issuperset(self.mistakes) else InputError
             raise kind(dict.fromkeys(self.mistakes))
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """'; did you mean X?' where a known name is near; else `otherwise`, or the known names in brackets."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f" (known here: {', '.join(known)})" if otherwise is None else otherwise

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+
+from lcm_ds.errors import InputError
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
@@ -18,6 +23,36 @@ def write_whole(path: Path, data: str | bytes) -> None:
         os.fsync(file.fileno())
     os.replace(partial, path)
     sync(path.parent)
+
+
+def check_new(output: str | Path) -> None:
+    """Raise InputError where `output` is a file, or a folder that is not empty."""
+    output = Path(output)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise InputError(f"{output}: is there already; choose a new folder")
+
+
+@contextmanager
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `output` when all that is in it is written: `output` is whole or not there.
+
+    Raises InputError where it is there already or cannot be written.
+    """
+    check_new(output)
+    output = Path(output)
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)
+        os.replace(partial, output)
+        sync(output.parent)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

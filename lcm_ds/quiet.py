@@ -23,6 +23,10 @@ def quiet(reports: bool = False) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+# They join letters or keep them apart, in Persian, Hindi and emoji: a terminal only draws them.
+_JOINERS = "\u200c\u200d"
+
+
 def printable(text: str) -> str:
     """The text without what a terminal would obey: texts of the web hold escape sequences, too."""
-    return "".join(letter if letter.isprintable() else "�" for letter in text)
+    return "".join(letter if letter.isprintable() or letter in _JOINERS else "�" for letter in text)

@@ -234,7 +234,7 @@ def test_a_path_is_found_from_the_current_folder_and_from_the_configs_folder_upw
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ('{\n  "steps_per_print": 1,\n}', "line 3, column 1: not JSON"),
+        ('{\n  "steps_per_print" 1\n}', "line 2, column 21: not JSON"),
         ('{"bf16": {"enabled": true, "enabled": false}}', "enabled: stands twice"),
         ("[1]", "has to be a JSON object"),
         ('{"gradient_clipping": NaN}', "NaN: is no JSON number"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lcm_ds.config import EncoderConfig
@@ -105,8 +106,8 @@ class SonarEncoder:
 class SonarDecoder:
     """SONAR's text decoder from any hub id or folder, such as raxtemur/SONAR_200_text_decoder.
 
-    `language` is the NLLB code of the language that the sentences come in, whatever language they were encoded from.
-    Raises InputError as `load_encoder` does.
+    `language` is the NLLB code of the language that the sentences come in, unless `decode` is told another, whatever
+    language they were encoded from. Raises InputError as `load_encoder` does.
     """
 
     def __init__(
@@ -127,21 +128,31 @@ class SonarDecoder:
         self._model = _load(M2M100ForConditionalGeneration, model, revision, self.dtype).to(self.device)
         self.embed_dim: int = self._model.config.d_model
         self._tokenizer = _load_tokenizer(model, revision, self._model.config.vocab_size)
-        self._language_id = check_language(self._tokenizer, language, "language")
+        self._language_id = self.language_id(language)
+
+    def language_id(self, language: str) -> int:
+        """The token that has sentences come in a language. Raises InputError for one that the model does not know."""
+        return check_language(self._tokenizer, language, "language")
 
     @torch.inference_mode()
-    def decode(self, concepts: np.ndarray, beams: int = 5, max_new_tokens: int = 128) -> list[str]:
-        """The sentences of concepts [n, embed_dim] in raw space, by beam search."""
+    def decode(
+        self, concepts: np.ndarray, beams: int = 5, max_new_tokens: int = 128, language: str | None = None
+    ) -> list[str]:
+        """The sentences of concepts [n, embed_dim] in raw space, by beam search.
+
+        Raises InputError for a language that the model does not know.
+        """
+        spoken = self._language_id if language is None else self.language_id(language)
         if concepts.ndim != 2 or concepts.shape[1] != self.embed_dim:
             raise ValueError(f"concepts have to be [n, {self.embed_dim}], not {list(concepts.shape)}")
         sentences: list[str] = []
         for start in range(0, len(concepts), self.batch_size):
             batch = np.ascontiguousarray(concepts[start : start + self.batch_size], np.float32)
-            tokens = self._generate(torch.from_numpy(batch), beams, max_new_tokens)
+            tokens = self._generate(torch.from_numpy(batch), beams, max_new_tokens, spoken)
             sentences += self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return sentences
 
-    def _generate(self, concepts: Tensor, beams: int, max_new_tokens: int) -> Tensor:
+    def _generate(self, concepts: Tensor, beams: int, max_new_tokens: int, language: int) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutput
 
         # Each concept stands where an encoder's output for one token would. Beam search repeats what is in the
@@ -151,7 +162,7 @@ class SonarDecoder:
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
             attention_mask=torch.ones(hidden.shape[:2], dtype=torch.long, device=self.device),
             decoder_start_token_id=2,  # </s>, as NLLB was trained
-            forced_bos_token_id=self._language_id,
+            forced_bos_token_id=language,
             num_beams=beams,
             do_sample=False,
             max_new_tokens=max_new_tokens,
@@ -187,7 +198,7 @@ def _load(kind: Any, model: str, revision: str | None, dtype: torch.dtype) -> An
             loaded, report = kind.from_pretrained(
                 model, revision=_hub(model, revision), dtype=dtype, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise unreachable(model, error) from None
     missing = [*report["missing_keys"], *report["mismatched_keys"]]
     if missing:

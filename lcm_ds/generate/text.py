@@ -1,121 +1,191 @@
-"""`lcm-ds generate`: a text's sentences become concepts, the model goes on from them, and its concepts become text.
+"""Text from text: a prompt's sentences become concepts, the model goes on from them, and its concepts become sentences.
 
-The concepts of SONAR go through its decoder. Where there is none, and for encoders that have none, each is shown by the
-nearest sentence of the training datasets, marked as retrieved: the model predicts a point, it did not write that
-sentence.
+Concepts go through the decoder of their encoder, SONAR's. Where there is none, and for encoders that have none, each is
+shown by the nearest sentence of a dataset, with its cosine: the model predicts a point, it did not write that sentence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
 
 from lcm_ds.config import EncoderConfig, SentencesConfig, validate
-from lcm_ds.data.format import DATASET, Dataset, open_for_run
+from lcm_ds.data.format import DATASET, Dataset
 from lcm_ds.encoders import Encoder, load_encoder
 from lcm_ds.encoders.base import resolve_device
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.generate.autoregressive import END_OF_TEXT, MAX_CONCEPTS, REPEATS, Generation, generate
+from lcm_ds.generate.autoregressive import END_OF_TEXT, generate
 from lcm_ds.generate.nearest import nearest
+from lcm_ds.generate.origin import Origin, find_origin
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.text.sentences import Splitter
+
+if TYPE_CHECKING:
+    from lcm_ds.encoders.sonar import SonarDecoder
 
 # Encoders whose decoder is known; another one is named by the key "decoder" of the encoder's block in dataset.json.
 DECODERS = {"cointegrated/SONAR_200_text_encoder": "raxtemur/SONAR_200_text_decoder"}
 
-REASONS = {
-    END_OF_TEXT: "the last concept is the end of the text (cosine above 0.9)",
-    REPEATS: "the last concept repeats the one before (cosine above 0.9)",
-    MAX_CONCEPTS: "max_concepts was reached",
-}
+
+@dataclass(frozen=True, eq=False)
+class GeneratedText:
+    """What followed one prompt."""
+
+    prompt: list[str]  # the sentences that were gone on from
+    left_out: int  # sentences of the prompt before them, which the model has no room for
+    concepts: np.ndarray  # fp32 [m, embed_dim], raw space; the one that a stop rule ended it with is its last
+    sentences: list[str]  # one for each concept
+    cosines: list[float] | None  # of concepts to those of the retrieved sentences; None: these are decoded
+    reason: str  # END_OF_TEXT, REPEATS or MAX_CONCEPTS of lcm_ds.generate.autoregressive
+
+    @property
+    def text(self) -> str:
+        """The sentences, without the one that stands for the end of the text."""
+        return " ".join(self.sentences[:-1] if self.reason == END_OF_TEXT else self.sentences)
 
 
-def run(run_dir: str, prompt: str, max_concepts: int) -> None:
-    """Print what the newest checkpoint of a run makes of a prompt, a line a concept, and why it ended.
+class TextGenerator:
+    """A model with all that it takes from text to text, loaded once.
 
-    Raises InputError for a prompt without a sentence, max_concepts below 1, a run without checkpoint, and for a
-    training dataset that is not there or whose encoder is not known here.
+    >>> generator = TextGenerator.from_pretrained("runs/quickstart")
+    >>> (made,) = generator.generate(["Lists are mutable. They grow."], max_concepts=4)
+    >>> print(made.text, made.reason)
     """
-    from lcm_ds.train.checkpoint import load_model
 
-    mistakes = Collector()
-    if not prompt.strip():
-        mistakes.mistakes.append("--prompt: is empty; generation goes on from at least one sentence")
-    if max_concepts < 1:
-        mistakes.mistakes.append(f"--max-concepts: has to be at least 1, not {max_concepts}")
-    with mistakes:
-        model, config, step = load_model(run_dir)
-    mistakes.raise_if_any()
-    data = config.data
-    datasets: list[Dataset] = []
-    for source in data.train:
+    def __init__(
+        self,
+        model: BaseLCM,
+        encoder: Encoder,
+        splitter: Splitter,
+        origin: Origin,
+        decoder: SonarDecoder | None,
+        datasets: Sequence[Dataset],
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.model, self.encoder, self.splitter, self.origin = model, encoder, splitter, origin
+        self.decoder = decoder  # None: sentences are retrieved from the datasets
+        self.datasets = list(datasets)
+        self.notes = list(notes)  # what a user should know of how it was loaded
+        end = origin.info.end_of_text
+        self._end = None if end is None else torch.tensor(end.vector)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        step: int | None = None,
+        device: str | None = None,
+        decoder: str | None = None,
+        dataset: str | None = None,
+        prompt_language: str | None = None,
+    ) -> TextGenerator:
+        """Load a run (its checkpoint of `step`; default: the newest) or an exported folder.
+
+        device: default: cuda where there is one. decoder: a hub id or folder; default: what the encoder's block in
+        dataset.json or concepts.json names, or the one that is known. dataset: to retrieve sentences from where there
+        is no decoder; default: a run's training datasets. prompt_language: an NLLB code, for SONAR; default: the
+        language that the model's dataset was encoded in.
+
+        Raises InputError with every mistake that can be told before anything is loaded, and then for an encoder or
+        decoder that cannot be loaded, and where there is neither a decoder nor a dataset to retrieve from.
+        """
+        mistakes, origin = Collector(), None
         with mistakes:
-            datasets.append(open_for_run(source.path, data))
-    mistakes.raise_if_any()
-    encoder = encoder_of(datasets[0])
-    model.to(resolve_device(None))  # type: ignore[arg-type]
-    print(f"{run_dir}: step {step}")
-    go_on(model, datasets, encoder, prompt, max_concepts, data.max_segment)
+            resolve_device(device)
+        with mistakes:
+            origin = find_origin(path, step, dataset)
+            _encoder_config(origin.info.encoder, origin.says_so, device, prompt_language)
+        mistakes.raise_if_any()
+        assert origin is not None
+        with mistakes:
+            speaks, notes = _decoder_of(origin, decoder, device, prompt_language)
+            datasets = [] if speaks else _to_retrieve_from(origin, notes)
+        with mistakes:
+            splitter = _splitter(origin.info.splitter, origin.info.language, origin.says_so)
+            encoder = _load(origin.info.encoder, origin.embed_dim, origin.says_so, device, prompt_language)
+        mistakes.raise_if_any()
+        model = origin.load().to(resolve_device(device))  # type: ignore[arg-type]
+        return cls(model, encoder, splitter, origin, speaks, datasets, notes)
 
+    def generate(
+        self,
+        prompts: Sequence[str],
+        max_concepts: int = 16,
+        *,
+        stop_end: float | None = 0.9,
+        stop_repeat: float | None = 0.9,
+        language: str | None = None,
+        beams: int = 5,
+    ) -> list[GeneratedText]:
+        """Go on from each prompt, for at most `max_concepts` concepts; all are computed together.
 
-def go_on(
-    model: BaseLCM, datasets: Sequence[Dataset], encoder: Encoder, prompt: str, max_concepts: int, max_segment: int
-) -> Generation:
-    """Print the prompt's sentences, what follows them and why it ended; returns what followed.
+        stop_end, stop_repeat: cosines to the end-of-text concept, and to the concept before, above which a text ends;
+        None: never for that. language: of what comes out, an NLLB code; default: that of the prompts. beams: of the
+        decoder's search. Raises InputError for a prompt without a sentence, and for a language without a decoder or
+        that the decoder does not know.
+        """
+        self.check_language(language)
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        split = [self.splitter.split(prompt) for prompt in prompts]
+        if empty := [number for number, sentences in enumerate(split) if not sentences]:
+            raise InputError(f"prompt {number + 1}, {prompts[number][:40]!r}: no sentence is found" for number in empty)
+        if not split:
+            return []
+        after = self.after
+        room = max(1, self.origin.info.max_segment - 1 - len(after))
+        kept = [sentences[-room:] for sentences in split]
+        concepts = torch.from_numpy(self.encoder.encode([one for sentences in kept for one in sentences + after]))
+        encoded = concepts.split([len(sentences) + len(after) for sentences in kept])
+        made = generate(self.model, encoded, max_concepts, self._end, stop_end, stop_repeat)
+        concepts = torch.cat([one.concepts for one in made]).cpu()
+        sentences, cosines = self._sentences(concepts.numpy(), language, beams)
+        ends = np.cumsum([0, *(len(one.concepts) for one in made)]).tolist()
+        return [
+            GeneratedText(
+                kept[number],
+                len(split[number]) - len(kept[number]),
+                concepts[first:end].numpy(),
+                sentences[first:end],
+                None if cosines is None else cosines[first:end],
+                made[number].reason,
+            )
+            for number, (first, end) in enumerate(pairwise(ends))
+        ]
 
-    datasets: the run's training datasets, whose splitter, end-of-text and sentences are used. The model was trained on
-    segments of at most `max_segment` concepts. Raises InputError for a prompt without a sentence.
-    """
-    sentences = splitter_of(datasets[0]).split(prompt)
-    if not sentences:
-        raise InputError("--prompt: no sentence is found in it")
-    if len(sentences) < max_segment:
-        print(f"prompt: {len(sentences)} sentences")
-    else:
-        print(f"prompt: the last {max_segment - 1} of {len(sentences)} sentences (data.max_segment is {max_segment})")
-        sentences = sentences[1 - max_segment :]
-    for sentence in sentences:
-        print(f"      {sentence}")
-    concepts = torch.from_numpy(encoder.encode(sentences))
-    end = datasets[0].info.end_of_text
-    (made,) = generate(model, [concepts], max_concepts, None if end is None else torch.tensor(end.vector))
-    for number, line in enumerate(told(made.concepts.cpu().numpy(), datasets), start=1):
-        if len(sentences) + number == max_segment + 1:
-            print(f"from here on the text is longer than the {max_segment} concepts that the model was trained on")
-        print(f"{number:4}  {line}")
-    print(f"stopped: {REASONS[made.reason]}")
-    return made
+    @property
+    def after(self) -> list[str]:
+        """What is put behind each prompt's sentences, as behind those that a fine-tuned model was trained on."""
+        suffix = self.origin.info.source_suffix
+        return [] if suffix is None else [suffix]
 
+    def check_language(self, language: str | None) -> None:
+        """Raise InputError for a language that no sentence can come out in; None: the prompts' own."""
+        if language is None:
+            return
+        if self.decoder is None:
+            raise InputError(f"--language {language}: needs a decoder; sentences that are retrieved are what they are")
+        self.decoder.language_id(language)
 
-def told(concepts: np.ndarray, datasets: Sequence[Dataset]) -> list[str]:
-    """A line for each of `concepts` [m, embed_dim], raw space: decoded where there is a decoder, else retrieved."""
-    encoder = datasets[0].info.encoder
-    named = encoder.get("decoder", DECODERS.get(str(encoder.get("model"))))
-    if encoder.get("name") == "sonar" and named is not None:
-        from lcm_ds.encoders.sonar import SonarDecoder
-
-        try:
-            decoder = SonarDecoder(named, encoder.get("language", "eng_Latn"))
-        except InputError as error:
-            print(f"no decoder, so the nearest sentences instead: {error}")
-        else:
-            return [f"decoded          {sentence}" for sentence in decoder.decode(concepts)]
-    return [f"retrieved {found.cosine:6.3f} {found.text}" for found in nearest(concepts, datasets)]
+    def _sentences(
+        self, concepts: np.ndarray, language: str | None, beams: int
+    ) -> tuple[list[str], list[float] | None]:
+        """A sentence for each of `concepts` [m, embed_dim], raw space, and their cosines where they are retrieved."""
+        if self.decoder is not None:
+            return self.decoder.decode(concepts, beams, language=language), None
+        found = nearest(concepts, self.datasets)
+        return [one.text for one in found], [one.cosine for one in found]
 
 
 def splitter_of(dataset: Dataset) -> Splitter:
     """The splitter that cut the dataset's texts; the default one where the dataset does not say."""
-    settings = dataset.info.splitter
-    chosen: dict[str, Any] = {"language": settings.get("language") or dataset.info.language or "en"}
-    pipeline = settings.get("pipeline", "sentencizer")
-    if pipeline != "sentencizer":
-        chosen["pipeline"] = pipeline.split(" ")[0]  # its version follows
-    if "max_characters" in settings:
-        chosen["max_characters"] = settings["max_characters"]
-    return Splitter(validate(SentencesConfig, chosen, f"{dataset.path}/{DATASET}: splitter"))
+    return _splitter(dataset.info.splitter, dataset.info.language, f"{dataset.path}/{DATASET}")
 
 
 def encoder_of(dataset: Dataset) -> Encoder:
@@ -123,16 +193,71 @@ def encoder_of(dataset: Dataset) -> Encoder:
 
     Raises InputError where it is none of ours, cannot be loaded, or makes concepts of another size.
     """
-    described, origin = dataset.info.encoder, f"{dataset.path}/{DATASET}"
-    kinds = get_args(EncoderConfig.model_fields["name"].annotation)
-    if described.get("name") not in kinds:
-        raise InputError(
-            f"{origin}: encoder.name: {described.get('name')!r} cannot encode a prompt (known here: {', '.join(kinds)})"
-        )
-    keys = {key: value for key, value in described.items() if key in EncoderConfig.model_fields and value is not None}
-    encoder = load_encoder(validate(EncoderConfig, keys, f"{origin}: encoder"))
-    if encoder.embed_dim != dataset.embed_dim:
-        raise InputError(
-            f"{origin}: embed_dim is {dataset.embed_dim}, encoder {described['model']} makes {encoder.embed_dim}"
-        )
+    return _load(dataset.info.encoder, dataset.embed_dim, f"{dataset.path}/{DATASET}")
+
+
+def _splitter(settings: dict[str, Any], language: str | None, origin: str) -> Splitter:
+    chosen: dict[str, Any] = {"language": settings.get("language") or language or "en"}
+    pipeline = settings.get("pipeline", "sentencizer")
+    if pipeline != "sentencizer":
+        chosen["pipeline"] = pipeline.split(" ")[0]  # its version follows
+    if "max_characters" in settings:
+        chosen["max_characters"] = settings["max_characters"]
+    return Splitter(validate(SentencesConfig, chosen, f"{origin}: splitter"))
+
+
+def _load(
+    described: dict[str, Any], embed_dim: int, origin: str, device: str | None = None, language: str | None = None
+) -> Encoder:
+    encoder = load_encoder(_encoder_config(described, origin, device, language))
+    if encoder.embed_dim != embed_dim:
+        raise InputError(f"{origin}: embed_dim is {embed_dim}, encoder {described['model']} makes {encoder.embed_dim}")
     return encoder
+
+
+def _encoder_config(described: dict[str, Any], origin: str, device: str | None, language: str | None) -> EncoderConfig:
+    """The encoder that an encoder's block describes, for prompts in `language`, where that is not the block's own."""
+    kinds = get_args(EncoderConfig.model_fields["name"].annotation)
+    name = described.get("name")
+    if name not in kinds:
+        raise InputError(f"{origin}: encoder.name: {name!r} cannot encode a prompt (known here: {', '.join(kinds)})")
+    if language is not None and name != "sonar":
+        raise InputError(f"--prompt-language {language}: is for SONAR; encoder {name} is told no language")
+    keys = {key: value for key, value in described.items() if key in EncoderConfig.model_fields and value is not None}
+    changes = {"device": device, "language": language}
+    keys.update({key: value for key, value in changes.items() if value is not None})
+    return validate(EncoderConfig, keys, f"{origin}: encoder")
+
+
+def _decoder_of(
+    origin: Origin, named: str | None, device: str | None, language: str | None
+) -> tuple[SonarDecoder | None, list[str]]:
+    """The decoder, and why there is none where there should be. Raises InputError where the user named it."""
+    encoder = origin.info.encoder
+    model = named or encoder.get("decoder")
+    if model is None and encoder.get("name") == "sonar":
+        model = DECODERS.get(str(encoder.get("model")))
+    if model is None:
+        return None, []
+    from lcm_ds.encoders.sonar import SonarDecoder
+
+    try:
+        decoder = SonarDecoder(model, language or encoder.get("language") or "eng_Latn", device=device)
+        if decoder.embed_dim != origin.embed_dim:
+            raise InputError(
+                f"decoder {model} takes {decoder.embed_dim} numbers, a concept here has {origin.embed_dim}"
+            )
+    except InputError as error:
+        if named is not None:
+            raise InputError(f"--decoder: {mistake}" for mistake in error.mistakes) from None
+        return None, [f"no decoder, so the nearest sentences instead: {error}"]
+    return decoder, []
+
+
+def _to_retrieve_from(origin: Origin, notes: list[str]) -> list[Dataset]:
+    """The datasets whose sentences stand for concepts. Raises InputError where there is none."""
+    if not origin.places:
+        said = notes or [f"{origin.says_so}: encoder {origin.info.encoder.get('model')!r} has no decoder that is known"]
+        remedy = "--decoder has to name one, or --dataset a dataset of this encoder to retrieve sentences from"
+        raise InputError([*said, f"{origin.path}: {remedy}"])
+    return origin.open_datasets()

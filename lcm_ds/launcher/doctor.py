@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,10 +12,11 @@ from typing import TYPE_CHECKING
 from lcm_ds import ds_config
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.launcher.hosts import read_hostfile, select
+from lcm_ds.launcher.kernels import accelerator
 from lcm_ds.launcher.local import run_local
+from lcm_ds.launcher.machine import examine, programs, software
 from lcm_ds.launcher.pdsh import mistakes_of_call
 from lcm_ds.launcher.preflight import Expected, ask, checkpoint_bytes
-from lcm_ds.launcher.probe import PACKAGES
 from lcm_ds.launcher.remote import environment_of_workers, resolve_config
 from lcm_ds.launcher.restarts import DEFAULTS, Settings, Work, run_on_hosts
 from lcm_ds.train.place import DEFAULT_PORT
@@ -26,15 +25,6 @@ if TYPE_CHECKING:
     from lcm_ds.train.check import Job
 
 MEASUREMENT = "lcm_ds.launcher.bandwidth"
-# What a program is for; none of them is needed for a run on one host with torch_adam.
-PROGRAMS = {
-    "g++": "compiles DeepSpeed's operators: fused Adam on the CPU, offload",
-    "ninja": "compiles DeepSpeed's operators: fused Adam on the CPU, offload",
-    "ssh": "launch --hostfile",
-    "pdsh": "launch --hostfile",
-    "srun": "launch --slurm",
-    "mpirun": "launch --openmpi",
-}
 
 
 def doctor(
@@ -44,14 +34,17 @@ def doctor(
     bandwidth: bool = False,
     settings: Settings = DEFAULTS,
 ) -> int:
-    """Print what this machine has and, with a config, everything that is wrong with it and the memory it needs.
+    """Without arguments, print a table of what this machine has and lacks (see machine.py).
 
+    Else a few lines about it and, with a config, everything that is wrong with it and the memory it needs.
     The ranks counted on are the hostfile's slots, else this machine's devices. The hosts of a hostfile are asked as
     before a launch. bandwidth: measure an all-reduce over all devices at the end. Returns 0 where nothing would stop
     the run, else 2 (or what the measurement ends with); the mistakes are on stderr, one a line.
     """
-    for line in _machine():
-        print(line)
+    if config_path is None and hostfile is None and not bandwidth:
+        return examine()
+    for row in (*software(), *accelerator(), *programs()):
+        print(f"{row.name:13} {row.found}")
     mistakes = Collector()
     hosts: dict[str, list[int]] = {}
     job: Job | None = None
@@ -97,26 +90,6 @@ def _measure(work: Work | None, hosts: dict[str, list[int]], hostfile: str | Pat
     if _devices() == 1:
         raise InputError("--bandwidth: this host has one device; give a hostfile")
     return run_local([sys.executable, "-u", "-m", MEASUREMENT], _devices())
-
-
-def _machine() -> Iterator[str]:
-    from deepspeed.accelerator import get_accelerator
-
-    device = get_accelerator()
-    yield f"python        {platform.python_version()} ({sys.executable})"
-    for name in ("lcm-ds", *PACKAGES):
-        try:
-            yield f"{name:13} {importlib.metadata.version(name)}"
-        except importlib.metadata.PackageNotFoundError:
-            yield f"{name:13} not installed"
-    yield f"processors    {len(os.sched_getaffinity(0))}"
-    yield f"accelerator   {device.device_name()} ({device.communication_backend_name()}), {_devices()} device(s)"
-    supported = [
-        name for name, has in (("bf16", device.is_bf16_supported), ("fp16", device.is_fp16_supported)) if has()
-    ]
-    yield f"precisions    {', '.join(['fp32', *supported])}"
-    for name, purpose in PROGRAMS.items():
-        yield f"{name:13} {shutil.which(name) or f'not found ({purpose})'}"
 
 
 def _devices() -> int:

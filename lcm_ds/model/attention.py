@@ -17,6 +17,7 @@ if torch.cuda.is_available():  # for the import takes a second
     with contextlib.suppress(ImportError):
         from torch.nn.attention.varlen import varlen_attn
 
+SMALLEST_ROOM = 64  # concepts that a cache has room for at first
 MEAN_SEGMENT = 32  # concepts; cu_seqlens has room for so many segments, and for twice as many where they are shorter
 
 
@@ -60,11 +61,12 @@ class SegmentLayout(NamedTuple):
         return cls(starts, positions, _padded(ends, rows, length), max_seqlen, len(ends) == rows)
 
     @classmethod
-    def one_segment(cls, rows: int, length: int, device: torch.device, offset: int = 0) -> SegmentLayout:
-        """Every row is one segment, whose first position is `offset` (what a cache already holds)."""
+    def one_segment(cls, rows: int, length: int, device: torch.device, offsets: Tensor | None = None) -> SegmentLayout:
+        """Every row is one segment; its first position is 0, or its own of `offsets` [rows] (what a cache holds)."""
         index = torch.arange(length, device=device).expand(rows, length)
+        positions = index if offsets is None else index + offsets.to(device)[:, None]
         ends = torch.arange(0, rows * length, length, device=device)
-        return cls(torch.zeros_like(index), index + offset, _padded(ends, rows, length), length, True)
+        return cls(torch.zeros_like(index), positions, _padded(ends, rows, length), length, True)
 
     def prepared(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> SegmentLayout:
         """The same on `device`, with all that attention of this dtype and width of a head asks for."""
@@ -107,23 +109,88 @@ def _padded(ends: Tensor, rows: int, length: int) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the concepts seen so far, layer by layer: [rows, heads, concepts, head_dim] each."""
+    """Keys and values of the concepts that rows have seen, layer by layer; rows may have seen unequally many.
+
+    Each layer's lie in memory of its own, [rows, heads, room, head_dim], which doubles when it is full, so that a new
+    concept costs no copy of those before it. What lies behind a row's length is nothing: no query looks there.
+    """
 
     def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.lengths = torch.zeros(0, dtype=torch.int64)  # [rows], on the CPU: concepts of each row seen so far
+        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._positions = torch.zeros(0)  # int64 [rows, new], on the device
+        self._mask: Tensor | None = None
+        self._first: int | None = None  # where in every row the new concepts go; None: where the positions say
+        self._end = 0  # of the longest row, the new concepts included
 
-    def __len__(self) -> int:
-        """Concepts seen so far."""
-        return self.layers[0][0].shape[2] if self.layers else 0
+    def layout(self, rows: int, new: int, device: torch.device) -> SegmentLayout:
+        """Makes ready for `new` more concepts in each row, whose positions the layout holds; they count from now on."""
+        if not self._layers:
+            self.lengths = torch.zeros(rows, dtype=torch.int64)
+        shortest, longest = int(self.lengths.min()), int(self.lengths.max())
+        self._first = shortest if shortest == longest else None
+        layout = SegmentLayout.one_segment(rows, new, device, self.lengths)
+        self._positions = layout.positions
+        self._end = longest + new
+        self.lengths = self.lengths + new
+        # One new concept sees all there is where rows are equally long; many see their own past alone, where that
+        # begins with them. The rest needs a mask.
+        self._mask = None
+        if self._first is None or (new > 1 and longest > 0):
+            self._mask = (torch.arange(self._end, device=device) <= self._positions[:, :, None]).unsqueeze(1)
+        return layout
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add new concepts' keys and values; returns all of them."""
-        if layer == len(self.layers):
-            self.layers.append((key, value))
-        else:
-            old_key, old_value = self.layers[layer]
-            self.layers[layer] = torch.cat([old_key, key], dim=2), torch.cat([old_value, value], dim=2)
-        return self.layers[layer]
+        """Put the new concepts' keys and values, [rows, new, heads, head_dim], where `layout` made ready for them.
+
+        Returns all of the layer's, [rows, heads, concepts, head_dim].
+        """
+        if layer == len(self._layers):
+            self._layers.append((self._room(key), self._room(value)))
+        elif self._layers[layer][0].shape[2] < self._end:
+            self._layers[layer] = (self._room(key, self._layers[layer][0]), self._room(value, self._layers[layer][1]))
+        for kept, new in zip(self._layers[layer], (key, value), strict=True):
+            if self._first is not None:
+                kept[:, :, self._first : self._end] = new.transpose(1, 2)
+            else:
+                rows = torch.arange(len(new), device=new.device).unsqueeze(1)
+                kept.transpose(1, 2)[rows, self._positions] = new
+        keys, values = self._layers[layer]
+        return keys[:, :, : self._end], values[:, :, : self._end]
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
+        """Attention of the new concepts on all before them in their row and on themselves.
+
+        query, key, value: of the new concepts alone, [rows, new, heads, head_dim], as what is returned.
+        """
+        keys, values = self.extend(layer, key, value)
+        causal = self._mask is None and query.shape[1] > 1
+        out = F.scaled_dot_product_attention(
+            query.transpose(1, 2), keys, values, attn_mask=self._mask, is_causal=causal
+        )
+        return out.transpose(1, 2)
+
+    def truncate(self, lengths: Tensor) -> None:
+        """Forget what lies behind `lengths` [rows] concepts of each row, such as the padding of unequal prompts."""
+        self.lengths = torch.minimum(self.lengths, lengths.to("cpu", torch.int64))
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all rows but these, which are from then on the rows, in this order."""
+        index = torch.tensor(rows)
+        self.lengths = self.lengths[index]
+        # Layer by layer, so that only one layer is there twice.
+        for number, kept in enumerate(self._layers):
+            keys, values = (tensor.index_select(0, index.to(tensor.device)) for tensor in kept)
+            self._layers[number] = keys, values
+
+    def _room(self, new: Tensor, old: Tensor | None = None) -> Tensor:
+        """Memory for the keys or values of a layer, with the old ones in it."""
+        rows, _, heads, width = new.shape
+        room = max(self._end, SMALLEST_ROOM if old is None else 2 * old.shape[2])
+        made = new.new_zeros(rows, heads, room, width)  # also where nobody looks: attention multiplies that by 0
+        if old is not None:
+            made[:, :, : old.shape[2]] = old
+        return made
 
 
 def uses_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
@@ -154,15 +221,6 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout) -> 
     causal = layout.mask is None
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.mask, is_causal=causal)
     return out.transpose(1, 2).reshape(rows, length, heads, width)
-
-
-def attend_cached(query: Tensor, key: Tensor, value: Tensor, layer: int, cache: Cache) -> Tensor:
-    """Attention of new concepts on all that the cache holds and on themselves; all [rows, new, heads, head_dim]."""
-    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    key, value = cache.extend(layer, key, value)
-    new, total = query.shape[2], key.shape[2]
-    mask = torch.ones(new, total, dtype=torch.bool, device=query.device).tril(total - new)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
 def rotate(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

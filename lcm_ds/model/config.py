@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from lcm_ds.config import ModelConfig, nearest
-from lcm_ds.errors import InputError
+from lcm_ds.config import ModelConfig
+from lcm_ds.errors import InputError, nearest
 
 
 class BaseLCMConfig(PretrainedConfig):

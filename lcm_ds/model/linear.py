@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FEW = 256  # inputs, below which products that need no gradient go alone
 # A plain product of oneDNN's on tensors as they are; not in every build of PyTorch.
 _onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
@@ -21,8 +22,11 @@ _onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     """What each of the layers, all with a bias, makes of x [..., in_features]: [..., out_features] each.
 
-    One product for all of them; under ZeRO-3, which gathers a layer's parameters when the layer is called, one each.
+    One product for all of them. One each in generation, whose few inputs are not worth putting weights together for,
+    and under ZeRO-3, which gathers a layer's parameters when the layer is called.
     """
+    if len(layers) > 1 and x.numel() < FEW * x.shape[-1] and not torch.is_grad_enabled():
+        return tuple(project(x, layer)[0] for layer in layers)
     plain = len(layers) == 1 and not _by_onednn(x)
     if plain or any(hasattr(layer.weight, "ds_id") for layer in layers):
         return tuple(layer(x) for layer in layers)

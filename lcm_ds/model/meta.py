@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lcm_ds.errors import InputError
+from lcm_ds.fairseq2 import check_names, number_in, read_checkpoint
+from lcm_ds.files import check_new
 from lcm_ds.model.config import BaseLCMConfig
-from lcm_ds.model.folder import check_new, write_folder
+from lcm_ds.model.folder import write_folder
 from lcm_ds.model.modeling import BaseLCM
 
 # Meta's names → ours, prefixes first. In fairseq2's GLU the gate goes through SiLU and inner_proj is what it gates.
@@ -52,37 +52,10 @@ def import_meta(checkpoint: str | Path, output: str | Path, heads: int | None = 
     if not any(name.startswith("normalizer.") for name in renamed):
         renamed["normalizer.center"] = torch.zeros(config.embed_dim)
         renamed["normalizer.scale"] = torch.ones(config.embed_dim)
-    expected = model.state_dict()
-    mistakes = [f"{checkpoint}: {name} is missing" for name in expected.keys() - renamed.keys()]
-    mistakes += [f"{checkpoint}: {name}: unknown to Base-LCM" for name in renamed.keys() - expected.keys()]
-    mistakes += [
-        f"{checkpoint}: {name} has shape {list(tensor.shape)}, {list(expected[name].shape)} fits the others"
-        for name, tensor in renamed.items()
-        if name in expected and tensor.shape != expected[name].shape
-    ]
-    if mistakes:
-        raise InputError(sorted(mistakes))
+    check_names(model.state_dict(), renamed, checkpoint, "Base-LCM")
     model.load_state_dict(renamed)
     write_folder(model, output)
     return model.eval()
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights under Meta's names, and what a safetensors header says about them."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                names = file.keys()
-                # a file may hold more than the weights, which then stand under "model."
-                chosen = [name for name in names if name.startswith("model.")] or list(names)
-                return {name: file.get_tensor(name) for name in chosen}, file.metadata() or {}
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
-    weights: Any = loaded.get("model") if isinstance(loaded, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise InputError(f'{path}: has to be {{"model": state_dict}}, as Meta\'s trainer writes it')
-    return weights, {}
 
 
 def rename(name: str) -> str:
@@ -98,7 +71,7 @@ def _config_of(weights: dict[str, Tensor], header: dict[str, str], heads: int | 
         if name not in weights or weights[name].ndim != 2:
             raise InputError(f"{origin}: no Base-LCM in here: {name} is missing (Meta's name may differ)")
     hidden_size, embed_dim = weights["pre_net.weight"].shape
-    heads = _number(header, "num_heads", int, heads, origin) if heads is None else heads
+    heads = number_in(header, "num_heads", int, heads, origin) if heads is None else heads
     if heads is None and hidden_size % HEAD_DIM == 0:
         heads = hidden_size // HEAD_DIM
     if heads is None:
@@ -112,14 +85,6 @@ def _config_of(weights: dict[str, Tensor], header: dict[str, str], heads: int | 
         num_hidden_layers=max(layers) + 1,
         num_attention_heads=heads,
         intermediate_size=weights["layers.0.mlp.gate_proj.weight"].shape[0],
-        rms_norm_eps=_number(header, "norm_eps", float, 1e-5, origin),
-        rope_theta=_number(header, "rope_theta", float, 10_000.0, origin),
+        rms_norm_eps=number_in(header, "norm_eps", float, 1e-5, origin),
+        rope_theta=number_in(header, "rope_theta", float, 10_000.0, origin),
     )
-
-
-def _number(header: dict[str, str], key: str, kind: type, default: Any, origin: Any) -> Any:
-    """What the header says under `key`, as a number; `default` where it says nothing."""
-    try:
-        return kind(header[key]) if key in header else default
-    except ValueError:
-        raise InputError(f"{origin}: {key}: {header[key]!r} in the header is not a number") from None

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lcm_ds.model.attention import Cache, SegmentLayout, attend, attend_cached, rope_tables, rotate
+from lcm_ds.model.attention import Cache, SegmentLayout, attend, rope_tables, rotate
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.dropout import Draw, drop
 from lcm_ds.model.linear import project
@@ -52,10 +52,7 @@ class Attention(nn.Module):
         query, key, value = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
         # A copy of the values, where all three are one tensor: attention keeps them, and with them it would keep all.
         query, key, value = rotate(query, *rope), rotate(key, *rope), value.contiguous()
-        if cache is None:
-            out = attend(query, key, value, layout)
-        else:
-            out = attend_cached(query, key, value, self.layer, cache)
+        out = attend(query, key, value, layout) if cache is None else cache.attend(query, key, value, self.layer)
         return project(out.flatten(-2), self.o_proj)[0]
 
 
@@ -145,9 +142,10 @@ class BaseLCM(PreTrainedModel):
         if noise is not None:
             inputs = inputs + noise
         (hidden,) = project(inputs.to(self.pre_net.weight.dtype), self.pre_net)
-        if layout is None:
-            seen = 0 if cache is None else len(cache)
-            layout = SegmentLayout.one_segment(concepts.shape[0], concepts.shape[1], concepts.device, seen)
+        if cache is not None:
+            layout = cache.layout(concepts.shape[0], concepts.shape[1], concepts.device)
+        elif layout is None:
+            layout = SegmentLayout.one_segment(concepts.shape[0], concepts.shape[1], concepts.device)
         layout = layout.prepared(hidden.device, hidden.dtype, self.config.head_dim)
         rope = rope_tables(layout.positions, self.config.head_dim, self.config.rope_theta)
         draw = None

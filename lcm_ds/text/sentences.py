@@ -20,6 +20,9 @@ _UNSPACED_MARKS = "。！？｡．︒﹒﹖﹗、，；：､"
 # What a sentence can end in, closing quotes and brackets aside.
 _END_MARKS = frozenset(".!?…‥।॥؟۔" + "。！？｡．︒﹒﹖﹗")
 
+# Their end marks, and what closes a quote behind one: tokens of their own.
+_UNSPACED_END = re.compile("[。！？｡]|(?<=[。！？｡”’」』）])[”’」』）]")
+
 # Control characters, halves of surrogate pairs, and spaces of no width (which str.split does not know).
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\u200b\u2060\ufeff]")
 _BLANK_LINE = re.compile(r"\n\s*\n")
@@ -195,7 +198,7 @@ def _pipeline(config: SentencesConfig) -> Any:
             reason = " ".join(str(error).split())
             raise InputError(f"sentences.language: spaCy has no pipeline for {config.language!r}: {reason}") from None
         nlp.add_pipe("sentencizer")
-        return nlp
+        return _with_unspaced_ends(nlp)
     try:
         nlp = spacy.load(config.pipeline, exclude=["ner", "tagger", "attribute_ruler", "lemmatizer", "morphologizer"])
     except OSError:
@@ -205,4 +208,17 @@ def _pipeline(config: SentencesConfig) -> Any:
         ) from None
     if not {"parser", "senter", "sentencizer"} & set(nlp.pipe_names):
         nlp.add_pipe("sentencizer")
+    return _with_unspaced_ends(nlp)
+
+
+def _with_unspaced_ends(nlp: Any) -> Any:
+    """A pipeline of any language that cuts tokens behind the end marks of scripts without spaces.
+
+    The tokenizers of most languages take a whole Chinese or Japanese paragraph for one word, in which no sentence ends.
+    """
+    finds = getattr(nlp.tokenizer, "infix_finditer", None)
+    if finds is not None:  # those of Chinese and Japanese know words of their own
+        nlp.tokenizer.infix_finditer = lambda word: sorted(
+            [*finds(word), *_UNSPACED_END.finditer(word)], key=lambda match: match.start()
+        )
     return nlp

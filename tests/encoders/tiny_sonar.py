@@ -17,11 +17,16 @@ My name is SONAR. End of text. Who knows what 1,234 sentences sound like? She sa
 """
 
 
-def save_tiny_sonar(folder: Path, embed_dim: int = 32, seed: int = 0) -> tuple[Path, Path]:
-    """Write ENCODER and DECODER below `folder` through save_pretrained; return their paths."""
+def save_tiny_sonar(
+    folder: Path, embed_dim: int = 32, seed: int = 0, vocab_size: int | None = None
+) -> tuple[Path, Path]:
+    """Write ENCODER and DECODER below `folder` through save_pretrained; return their paths.
+
+    vocab_size: of the models; default: as many tokens as their tokenizer has.
+    """
     tokenizer = _tokenizer()
     config = M2M100Config(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size or len(tokenizer),
         d_model=embed_dim,
         encoder_layers=2,
         decoder_layers=2,

@@ -55,18 +55,18 @@ def dataset(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def sonar_dataset(tmp_path_factory):
-    """TEXTS by a tiny SONAR with random weights whose decoder dataset.json names."""
+def tiny_sonar(tmp_path_factory):
+    """Folders of an encoder and a decoder with random weights and a real tokenizer."""
     from tiny_sonar import save_tiny_sonar
 
-    folder = tmp_path_factory.mktemp("sonar")
-    encoder, decoder = save_tiny_sonar(folder)
-    made = prepared(folder, {"name": "sonar", "model": str(encoder), "dtype": "float32", "device": "cpu"})
-    path = Path(made.path) / "dataset.json"
-    info = json.loads(path.read_text())
-    info["encoder"]["decoder"] = str(decoder)
-    path.write_text(json.dumps(info))
-    return open_dataset(made.path)
+    return save_tiny_sonar(tmp_path_factory.mktemp("sonar"))
+
+
+@pytest.fixture(scope="session")
+def sonar_dataset(tiny_sonar, tmp_path_factory):
+    """TEXTS by a tiny SONAR with random weights."""
+    encoder = {"name": "sonar", "model": str(tiny_sonar[0]), "dtype": "float32", "device": "cpu"}
+    return prepared(tmp_path_factory.mktemp("sonar-dataset"), encoder)
 
 
 @pytest.fixture(scope="session")
@@ -112,3 +112,30 @@ def run_folder(dataset, make_model, tmp_path_factory):
     }
     (run / "config.yaml").write_text(dump(validate(TrainConfig, config, "test")))
     return run
+
+
+@pytest.fixture(scope="session")
+def exported(dataset, sonar_dataset, tiny_sonar, make_model, tmp_path_factory):
+    """Makes exported folders of untrained models: exported("minilm" | "sonar", …) -> the folder.
+
+    constant: the model always predicts the same. decoder, model: of the encoder's block, None leaves one out. The rest
+    are entries of concepts.json. exported.datasets: what the models' concepts are from.
+    """
+
+    def make(of, constant=False, decoder="its own", model=None, **entries):
+        made = make_model(make.datasets[of])
+        if constant:
+            torch.nn.init.zeros_(made.post_net.weight)
+        folder = tmp_path_factory.mktemp("exported")
+        made.save_pretrained(folder)
+        info = make.datasets[of].info.model_dump()
+        encoder = dict(info["encoder"], **({} if model is None else {"model": model}))
+        if of == "sonar" and decoder is not None:
+            encoder["decoder"] = str(tiny_sonar[1]) if decoder == "its own" else decoder
+        concepts = {key: info[key] for key in ("splitter", "language", "end_of_text")}
+        concepts.update({"encoder": encoder, "source_suffix": None, "max_segment": 8, **entries})
+        (folder / "concepts.json").write_text(json.dumps(concepts))
+        return folder
+
+    make.datasets = {"minilm": dataset, "sonar": sonar_dataset}
+    return make

@@ -1,10 +1,9 @@
-"""From a text to a text: cut and encoded as its dataset was; what is shown says where it is from."""
+"""From a text to a text, in Python: cut and encoded as the model's dataset was; what is retrieved is not passed off."""
 
-import os
+import json
 import re
 import shutil
-import subprocess
-import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,11 +12,13 @@ import torch
 
 from lcm_ds.encoders.sonar import SonarDecoder
 from lcm_ds.errors import InputError
-from lcm_ds.generate.autoregressive import REPEATS, generate
+from lcm_ds.generate.autoregressive import END_OF_TEXT, MAX_CONCEPTS, REPEATS, generate
 from lcm_ds.generate.nearest import nearest
-from lcm_ds.generate.text import DECODERS, encoder_of, go_on, run, splitter_of, told
+from lcm_ds.generate.text import DECODERS, TextGenerator, encoder_of, splitter_of
 
 PROMPT = "Rain falls on the hills.  The river rises in the night."
+SENTENCES = ["Rain falls on the hills.", "The river rises in the night."]
+FREE = {"stop_end": None, "stop_repeat": None}
 
 
 @pytest.fixture(scope="module")
@@ -25,22 +26,25 @@ def encoder(dataset):
     return encoder_of(dataset)
 
 
+@pytest.fixture(scope="module")
+def generator(run_folder):
+    return TextGenerator.from_pretrained(run_folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def sonar(exported):
+    return TextGenerator.from_pretrained(exported("sonar"), device="cpu")
+
+
 def with_encoder(dataset, **changes):
-    """The dataset with other entries in its encoder's block; None removes one."""
-    block = {key: value for key, value in {**dataset.info.encoder, **changes}.items() if value is not None}
+    """The dataset with other entries in its encoder's block."""
+    block = {**dataset.info.encoder, **changes}
     return replace(dataset, info=dataset.info.model_copy(update={"encoder": block}))
 
 
-def lcm_ds_generate(*arguments):
-    command = [sys.executable, "-m", "lcm_ds.cli", "generate", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
 def test_a_prompt_is_encoded_as_its_dataset_was(dataset, encoder):
-    sentences = splitter_of(dataset).split(PROMPT)
-    assert sentences == ["Rain falls on the hills.", "The river rises in the night."]
-    for sentence, found in zip(sentences, nearest(encoder.encode(sentences), [dataset]), strict=True):
+    assert splitter_of(dataset).split(PROMPT) == SENTENCES
+    for sentence, found in zip(SENTENCES, nearest(encoder.encode(SENTENCES), [dataset]), strict=True):
         assert found.text == sentence
         assert found.cosine == pytest.approx(1, abs=1e-3)
     assert encoder.describe() == dataset.info.encoder
@@ -57,62 +61,200 @@ def test_the_defaults_serve_where_a_dataset_says_nothing(dataset):
     assert splitter_of(silent).settings()["max_characters"] == 250
 
 
-def test_what_is_printed_is_what_the_model_generates(dataset, encoder, make_model, capsys):
-    model = make_model(dataset)
-    made = go_on(model, [dataset], encoder, PROMPT, 4, max_segment=128)
-    prompt = torch.from_numpy(encoder.encode(splitter_of(dataset).split(PROMPT)))
-    assert dataset.info.end_of_text is not None
-    (expected,) = generate(model, [prompt], 4, torch.tensor(dataset.info.end_of_text.vector))
-    assert torch.equal(made.concepts, expected.concepts)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[:3] == ["prompt: 2 sentences", "      Rain falls on the hills.", "      The river rises in the night."]
-    found = nearest(made.concepts.numpy(), [dataset])
-    assert lines[3:-1] == [f"{n:4}  retrieved {f.cosine:6.3f} {f.text}" for n, f in enumerate(found, start=1)]
-    assert lines[-1].startswith("stopped: ")
+def test_prompts_go_on_together_as_the_model_goes_on_from_their_concepts(generator, dataset, encoder):
+    prompts = [PROMPT, "Bread needs flour."]
+    made = generator.generate(prompts, max_concepts=4, **FREE)
+    for prompt, one in zip(prompts, made, strict=True):
+        assert one.prompt == splitter_of(dataset).split(prompt)
+        assert (one.left_out, one.reason, len(one.sentences)) == (0, MAX_CONCEPTS, 4)
+        (expected,) = generate(generator.model, [torch.from_numpy(encoder.encode(one.prompt))], 4, **FREE)
+        np.testing.assert_allclose(one.concepts, expected.concepts, atol=1e-4)
+        found = nearest(one.concepts, [dataset])
+        assert one.sentences == [f.text for f in found]
+        assert one.cosines == pytest.approx([f.cosine for f in found], abs=1e-5)
+        assert one.text == " ".join(one.sentences)
+    (alone,) = generator.generate(prompts[1], max_concepts=4, **FREE)  # a string is one prompt
+    np.testing.assert_allclose(alone.concepts, made[1].concepts, atol=1e-4)
+    assert generator.generate([]) == []
 
 
-def test_a_model_that_repeats_the_prompt_is_stopped_and_said_to(dataset, encoder, make_model, capsys):
-    model = make_model(dataset)
-    with torch.no_grad():
-        model.post_net.weight.zero_()  # always the same concept
-    made = go_on(model, [dataset], encoder, PROMPT, 9, max_segment=128)
-    assert (made.reason, len(made.concepts)) == (REPEATS, 2)
-    assert capsys.readouterr().out.splitlines()[-1].startswith("stopped: the last concept repeats the one before")
+def test_the_end_of_the_text_is_told_and_is_no_part_of_the_text(generator, dataset, monkeypatch):
+    (free,) = generator.generate(PROMPT, max_concepts=4, **FREE)
+    monkeypatch.setattr(generator, "_end", torch.from_numpy(free.concepts[2]))
+    (made,) = generator.generate(PROMPT, max_concepts=4, stop_end=0.999, stop_repeat=None)
+    assert (made.reason, len(made.sentences)) == (END_OF_TEXT, 3)
+    assert made.text == " ".join(made.sentences[:2])
 
 
-def test_a_long_prompt_keeps_its_end_and_says_so(dataset, encoder, make_model, capsys):
-    model = make_model(dataset)
-    sentences = [f"This is sentence number {n}." for n in range(12)]
-    made = go_on(model, [dataset], encoder, " ".join(sentences), 3, max_segment=8)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "prompt: the last 7 of 12 sentences (data.max_segment is 8)"
-    assert [line.strip() for line in lines[1:8]] == sentences[-7:]
-    (expected,) = generate(model, [torch.from_numpy(encoder.encode(sentences[-7:]))], 1)
-    assert torch.allclose(made.concepts[0], expected.concepts[0], atol=1e-5)
-    # the first concept fills the segment; what follows lies beyond what was trained
-    beyond = [number for number, line in enumerate(lines) if "longer than the 8 concepts" in line]
-    assert beyond == ([9] if len(made.concepts) > 1 else [])
+def test_a_model_that_repeats_the_prompt_is_stopped_unless_that_is_off(exported):
+    folder = exported("minilm", constant=True)  # always the same concept
+    generator = TextGenerator.from_pretrained(folder, device="cpu", dataset=exported.datasets["minilm"].path)
+    made = {stop: generator.generate(PROMPT, max_concepts=5, stop_repeat=stop)[0] for stop in (0.9, None)}
+    assert [(one.reason, len(one.concepts)) for one in made.values()] == [(REPEATS, 2), (MAX_CONCEPTS, 5)]
 
 
-def test_concepts_of_sonar_are_decoded_where_a_decoder_is_named(sonar_dataset, make_model, capsys):
-    model, encoder = make_model(sonar_dataset), encoder_of(sonar_dataset)
-    made = go_on(model, [sonar_dataset], encoder, "It rains in the mountains.", 2, max_segment=128)
-    sentences = SonarDecoder(sonar_dataset.info.encoder["decoder"]).decode(made.concepts.numpy())
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2:-1] == [f"{n:4}  decoded          {sentence}" for n, sentence in enumerate(sentences, start=1)]
+def test_of_ten_thousand_sentences_those_that_fit_the_model_are_encoded(generator, monkeypatch):
+    encoded = []
+    encode = generator.encoder.encode
+    monkeypatch.setattr(generator.encoder, "encode", lambda texts: encoded.extend(texts) or encode(texts))
+    sentences = [f"This is sentence number {n}." for n in range(10_000)]
+    start = time.monotonic()
+    (made,) = generator.generate(" ".join(sentences), max_concepts=2)
+    assert time.monotonic() - start < 30
+    assert encoded == made.prompt == sentences[-7:]  # the run's max_segment is 8
+    assert made.left_out == 9_993
 
 
-def test_without_its_decoder_sonar_is_shown_by_sentences_and_the_reason_is_told(sonar_dataset, capsys):
-    queries = np.random.default_rng(0).normal(size=(2, sonar_dataset.embed_dim)).astype(np.float32)
-    lines = told(queries, [with_encoder(sonar_dataset, decoder="no/such-decoder")])
-    assert all(line.startswith("retrieved ") for line in lines)
-    assert "no decoder, so the nearest sentences instead: model 'no/such-decoder'" in capsys.readouterr().out
-    assert told(queries, [with_encoder(sonar_dataset, decoder=None)]) == lines
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize(
+    ("prompt", "sentences"),
+    [
+        ("word", ["word"]),
+        ("今天下雨了。河水上涨了！", ["今天下雨了。", "河水上涨了！"]),
+        ("هل تمطر اليوم؟ نعم، تمطر.", ["هل تمطر اليوم؟", "نعم، تمطر."]),
+        ("आज बारिश हो रही है। नदी बढ़ रही है।", ["आज बारिश हो रही है।", "नदी बढ़ रही है।"]),
+        ("It\x00rains\x1b[31m.", ["It rains [31m."]),
+    ],
+)
+def test_prompts_of_a_word_of_other_scripts_and_with_control_characters_are_taken(generator, prompt, sentences):
+    (made,) = generator.generate([prompt], max_concepts=1)
+    assert made.prompt == sentences
+    assert len(made.sentences) == 1
+
+
+def test_prompts_without_a_sentence_are_told_all_at_once(generator):
+    with pytest.raises(InputError) as refused:
+        generator.generate(["", PROMPT, "\u200b"])
+    assert refused.value.mistakes == [
+        "prompt 1, '': no sentence is found",
+        "prompt 3, '\\u200b': no sentence is found",
+    ]
+
+
+# --- concepts to sentences ----------------------------------------------------------------------------------------
+
+
+def test_concepts_of_sonar_are_decoded_in_the_language_that_is_asked_for(sonar, tiny_sonar):
+    (made,) = sonar.generate("It rains in the mountains.", max_concepts=2, **FREE)
+    decoder = SonarDecoder(str(tiny_sonar[1]), device="cpu")
+    assert made.cosines is None
+    assert made.sentences == decoder.decode(made.concepts)
+    other = {"language": "fra_Latn", "beams": 2}
+    (french,) = sonar.generate("It rains in the mountains.", max_concepts=2, **FREE, **other)
+    np.testing.assert_array_equal(french.concepts, made.concepts)
+    assert french.sentences == decoder.decode(made.concepts, **other) != made.sentences
+
+
+def test_a_prompt_in_another_language_is_encoded_as_such_and_answered_in_it(exported, sonar, tiny_sonar):
+    german = TextGenerator.from_pretrained(exported("sonar"), device="cpu", prompt_language="deu_Latn")
+    texts = ["It rains in the mountains."]
+    assert np.abs(german.encoder.encode(texts) - sonar.encoder.encode(texts)).max() > 1e-2
+    (made,) = german.generate(texts, max_concepts=1)
+    assert made.sentences == SonarDecoder(str(tiny_sonar[1]), "deu_Latn", device="cpu").decode(made.concepts)
+
+
+def test_languages_are_refused_before_any_work_where_nothing_speaks_them(generator, sonar, run_folder, monkeypatch):
+    for some in (generator, sonar):
+        monkeypatch.setattr(some.encoder, "encode", None)
+    with pytest.raises(InputError, match="--language fra_Latn: needs a decoder"):
+        generator.generate(PROMPT, language="fra_Latn")
+    with pytest.raises(InputError, match="language: 'fr' is no language code"):
+        sonar.generate(PROMPT, language="fr")
+    with pytest.raises(InputError, match="--prompt-language fra_Latn: is for SONAR"):
+        TextGenerator.from_pretrained(run_folder, prompt_language="fra_Latn")
+
+
+def test_without_its_decoder_sonar_is_shown_by_sentences_and_the_reason_is_told(exported):
+    folder, dataset = exported("sonar", decoder="no/such-decoder"), exported.datasets["sonar"]
+    generator = TextGenerator.from_pretrained(folder, device="cpu", dataset=dataset.path)
+    (note,) = generator.notes
+    assert "no decoder, so the nearest sentences instead: model 'no/such-decoder'" in note
+    (made,) = generator.generate("It rains in the mountains.", max_concepts=2)
+    assert made.sentences == [found.text for found in nearest(made.concepts, [dataset])]
+    with pytest.raises(InputError) as refused:
+        TextGenerator.from_pretrained(folder, device="cpu")
+    assert "no/such-decoder" in refused.value.mistakes[0]
+    assert "--dataset a dataset of this encoder" in refused.value.mistakes[1]
+
+
+def test_a_decoder_that_is_named_has_to_be_there_and_to_fit(exported, tiny_sonar):
+    silent = exported("sonar", decoder=None)
+    generator = TextGenerator.from_pretrained(silent, device="cpu", decoder=str(tiny_sonar[1]))
+    assert generator.generate(PROMPT, max_concepts=1)[0].cosines is None
+    with pytest.raises(InputError, match="--decoder: model 'no/such-decoder'"):
+        TextGenerator.from_pretrained(silent, device="cpu", decoder="no/such-decoder")
+    with pytest.raises(InputError, match=r"--decoder: decoder .* takes 32 numbers, a concept here has 384"):
+        TextGenerator.from_pretrained(exported("minilm"), device="cpu", decoder=str(tiny_sonar[1]))
 
 
 def test_the_decoder_of_metas_encoder_is_known():
     assert DECODERS["cointegrated/SONAR_200_text_encoder"] == "raxtemur/SONAR_200_text_decoder"
+
+
+# --- where a model is loaded from ---------------------------------------------------------------------------------
+
+
+def test_an_exported_folder_generates_as_its_run_does(exported, generator):
+    folder = exported("minilm")
+    loaded = TextGenerator.from_pretrained(folder, device="cpu", dataset=exported.datasets["minilm"].path)
+    assert loaded.origin.step is None
+    (one,), (other,) = (some.generate(PROMPT, max_concepts=3, **FREE) for some in (loaded, generator))
+    np.testing.assert_array_equal(one.concepts, other.concepts)
+    assert one.sentences == other.sentences
+
+
+def test_a_fine_tuned_model_gets_its_suffix_behind_every_prompt(exported):
+    folder = exported("sonar", source_suffix="[MODEL]:", max_segment=4)
+    generator = TextGenerator.from_pretrained(folder, device="cpu")
+    (made,) = generator.generate("One. Two. Three. Four.", max_concepts=1)
+    assert (made.prompt, made.left_out) == (["Three.", "Four."], 2)
+    concepts = torch.from_numpy(generator.encoder.encode([*made.prompt, "[MODEL]:"]))
+    np.testing.assert_allclose(made.concepts, generate(generator.model, [concepts], 1)[0].concepts, atol=1e-5)
+
+
+def test_an_export_that_says_nothing_of_its_concepts_needs_a_dataset_that_does(exported):
+    folder = exported("minilm")
+    (folder / "concepts.json").unlink()
+    with pytest.raises(InputError, match=r"concepts.json is missing, .* --dataset has to name"):
+        TextGenerator.from_pretrained(folder, device="cpu")
+    generator = TextGenerator.from_pretrained(folder, device="cpu", dataset=exported.datasets["minilm"].path)
+    assert generator.generate(PROMPT, max_concepts=1)[0].prompt == SENTENCES
+
+
+def test_a_dataset_of_another_encoder_is_not_retrieved_from(exported, synthetic_dataset):
+    with pytest.raises(InputError, match=r"--dataset: .* has concepts of 16 numbers, the model of 384"):
+        TextGenerator.from_pretrained(exported("minilm"), device="cpu", dataset=str(synthetic_dataset()))
+    sonar = exported.datasets["sonar"].path
+    folder = exported("sonar", decoder=None, model="another")
+    with pytest.raises(InputError) as refused:
+        TextGenerator.from_pretrained(folder, device="cpu", dataset=sonar)
+    assert re.search(r"is of the encoder sonar .*, the model of sonar another", refused.value.mistakes[0])
+
+
+def test_a_training_dataset_that_is_gone_is_named_and_another_may_stand_for_it(run_folder, tmp_path, dataset):
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    config = run / "config.yaml"
+    config.write_text(re.sub(r"path: .*", "path: gone/dataset", config.read_text()))
+    with pytest.raises(InputError, match="gone/dataset: no such dataset folder: --dataset has to name one"):
+        TextGenerator.from_pretrained(run, device="cpu")
+    generator = TextGenerator.from_pretrained(run, device="cpu", dataset=dataset.path)
+    assert generator.generate(PROMPT, max_concepts=1)[0].prompt == SENTENCES
+
+
+def test_what_is_no_model_is_told_with_every_mistake(exported, tmp_path, run_folder):
+    with pytest.raises(InputError, match=r"no run here .* and no exported model"):
+        TextGenerator.from_pretrained(tmp_path)
+    with pytest.raises(InputError) as refused:
+        TextGenerator.from_pretrained(run_folder, step=7, device="cuda:99")
+    assert len(refused.value.mistakes) == 2
+    folder = exported("sonar")
+    (folder / "concepts.json").write_text(json.dumps({"encoder": {}, "max_segment": "many"}))
+    with pytest.raises(InputError) as refused:
+        TextGenerator.from_pretrained(folder, step=7)
+    assert [re.search("--step 7|max_segment", line) is not None for line in refused.value.mistakes] == [True, True]
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    shutil.copy(exported("sonar") / "concepts.json", folder)
+    with pytest.raises(InputError, match="cannot be loaded as a Base-LCM"):
+        TextGenerator.from_pretrained(folder, device="cpu")
 
 
 def test_an_encoder_of_another_kind_cannot_encode_a_prompt(dataset):
@@ -126,40 +268,3 @@ def test_an_encoder_of_another_kind_cannot_encode_a_prompt(dataset):
 def test_other_weights_than_the_datasets_are_refused(dataset):
     with pytest.raises(InputError, match="sha256:0123456789abcdef"):
         encoder_of(with_encoder(dataset, revision="sha256:0123456789abcdef"))
-
-
-def test_the_command_prints_the_whole_way_and_nothing_else(run_folder):
-    done = lcm_ds_generate(run_folder, "--prompt", PROMPT, "--max-concepts", 3)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    lines = done.stdout.splitlines()
-    assert lines[0] == f"{run_folder}: step 5"
-    assert lines[1] == "prompt: 2 sentences"
-    for line in lines[4:-1]:
-        assert re.fullmatch(r" +\d  retrieved +-?\d\.\d{3} .+", line)
-    assert 1 <= len(lines[4:-1]) <= 3
-    assert lines[-1].startswith("stopped: ")
-
-
-def test_mistakes_of_the_call_come_together_without_a_traceback(tmp_path):
-    done = lcm_ds_generate(tmp_path / "none", "--prompt", " \n", "--max-concepts", 0)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    told_lines = done.stderr.splitlines()
-    assert len(told_lines) == 3
-    for line, part in zip(told_lines, ("--prompt: is empty", "--max-concepts: ", "none: no run here"), strict=True):
-        assert part in line
-
-
-def test_a_training_dataset_that_is_gone_is_named(run_folder, tmp_path):
-    copy = tmp_path / "run"
-    shutil.copytree(run_folder, copy)
-    config = copy / "config.yaml"
-    config.write_text(re.sub(r"path: .*", "path: gone/dataset", config.read_text()))
-    with pytest.raises(InputError, match="gone/dataset: no such dataset folder"):
-        run(str(copy), PROMPT, 3)
-
-
-def test_a_prompt_of_marks_alone_has_no_sentence_to_go_on_from(dataset, encoder, make_model):
-    with pytest.raises(InputError, match="--prompt: no sentence"):
-        go_on(make_model(dataset), [dataset], encoder, "\u200b", 3, max_segment=8)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import lcm_ds.model.linear as module
 from lcm_ds.model.linear import joined, project
 
 
@@ -51,3 +52,15 @@ def test_an_input_that_needs_no_gradient_gets_none():
     y.sum().backward()
     assert torch.allclose(layer.weight.grad, torch.full((6, 8), 3.0))
     assert torch.allclose(layer.bias.grad, torch.full((6,), 3.0))
+
+
+def test_no_weights_are_put_together_for_few_inputs_that_need_no_gradient(monkeypatch):
+    made, together = layers(torch.float32, side_by_side=False), []
+    monkeypatch.setattr(module, "joined", lambda tensors: together.append(len(tensors)) or joined(tensors))
+    for rows in (3, module.FEW):
+        x = torch.randn(rows, 8)
+        with torch.no_grad():
+            outputs = project(x, *made)
+        for output, layer in zip(outputs, made, strict=True):
+            assert torch.allclose(output, layer(x), atol=1e-6)
+        assert max(together, default=1) == (1 if rows < module.FEW else 3)

@@ -53,10 +53,28 @@ def test_golden_prompts_go_on_as_in_metas_code(golden_path, golden, tmp_path):
     model = import_meta(golden_path, tmp_path / "model")
     prompts, generated = golden["prompt"], golden["generated"]
     length = generated.shape[1] - prompts.shape[1]
-    made = generate(model, list(prompts), length, stop_repeat=2.0)
-    for prompt, whole, generation in zip(prompts, generated, made, strict=True):
+    free = {"stop_end": None, "stop_repeat": None}
+    together = generate(model, list(prompts), length, **free)
+    for number, (prompt, whole) in enumerate(zip(prompts, generated, strict=True)):
         assert torch.equal(whole[: len(prompt)], prompt)
-        assert torch.allclose(generation.concepts, whole[len(prompt) :], atol=1e-4, rtol=0)
+        expected = whole[len(prompt) :]
+        (alone,) = generate(model, [prompt], length, **free)
+        seen = prompt
+        with torch.inference_mode():
+            for _ in range(length):
+                seen = torch.cat([seen, model(seen.unsqueeze(0))[0, -1:]])
+        for found in (together[number].concepts, alone.concepts, seen[len(prompt) :]):
+            assert torch.allclose(found, expected, atol=1e-5, rtol=0)
+
+
+def test_golden_prompts_of_unequal_length_go_on_together_as_in_metas_code(golden_path, golden, tmp_path):
+    model = import_meta(golden_path, tmp_path / "model")
+    generated = golden["generated"]
+    cuts = (6, 9)  # what Meta's code generated is part of the longer prompt
+    prompts = [whole[:cut] for whole, cut in zip(generated, cuts, strict=True)]
+    made = generate(model, prompts, 5, stop_end=None, stop_repeat=None)
+    for whole, cut, generation in zip(generated, cuts, made, strict=True):
+        assert torch.allclose(generation.concepts, whole[cut : cut + 5], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])

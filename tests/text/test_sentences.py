@@ -114,6 +114,24 @@ def test_scripts_without_spaces_end_sentences_and_clauses_at_their_own_marks() -
     assert splitter(language="xx").split("مرحبا بالعالم؟ نعم.") == ["مرحبا بالعالم؟", "نعم."]
 
 
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        ["今天下雨了。", "河水上涨了！", "人们走了吗？", "是的。"],
+        ["他说：“下雨了。”", "然后走了。"],
+        ["雨が降る。", "「本当か？」", "はい。"],
+    ],
+)
+@pytest.mark.parametrize("language", ["en", "fr", "xx"])
+def test_they_do_so_in_a_pipeline_of_another_language(language: str, sentences: list[str]) -> None:
+    assert splitter(language=language).split("".join(sentences)) == sentences
+
+
+def test_sentences_of_scripts_with_spaces_end_in_any_pipeline() -> None:
+    for sentences in (["هل تمطر اليوم؟", "نعم، تمطر."], ["आज बारिश हो रही है।", "नदी बढ़ रही है।"]):
+        assert ENGLISH.split(" ".join(sentences)) == sentences
+
+
 def test_five_megabytes_in_one_line_take_seconds() -> None:
     text = "Hello world, this is a test. And (so it seems) one more! " * 90_000
     start = time.monotonic()

@@ -1,0 +1,176 @@
+"""What a model to generate with is loaded from: a run, or an exported Hugging Face folder; and what made its concepts.
+
+A run's training datasets say the latter; an exported folder's concepts.json, or a dataset that the user names.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from safetensors import SafetensorError
+
+from lcm_ds.config import DataConfig, Schema, TrainConfig, load, validate
+from lcm_ds.data.format import DATASET, Dataset, DatasetInfo, EndOfText, open_dataset, open_for_run, read_info
+from lcm_ds.errors import Collector, InputError
+from lcm_ds.model.config import BaseLCMConfig
+from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.quiet import quiet
+
+CONCEPTS = "concepts.json"
+
+
+class ConceptInfo(Schema):
+    """What made the concepts that a model was trained on: concepts.json of an exported folder."""
+
+    encoder: dict[str, Any]  # as in dataset.json
+    splitter: dict[str, Any] = Field(default_factory=dict)
+    language: str | None = None
+    end_of_text: EndOfText | None = None
+    source_suffix: str | None = None  # the sentence that a fine-tuned model was shown between prompt and target
+    max_segment: int = DataConfig.model_fields["max_segment"].default  # no segment that it was trained on is longer
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model's place, read as far as that costs nothing: it is there, and so is what says how to talk to it."""
+
+    path: str
+    step: int | None  # of a run's checkpoint; None: an exported folder
+    embed_dim: int
+    info: ConceptInfo
+    says_so: str  # the file that `info` is from
+    places: list[str]  # of the datasets to retrieve sentences from
+    data: DataConfig | None = None  # of a run: how it reads datasets
+
+    def load(self) -> BaseLCM:
+        """The model, in evaluation mode on the CPU, fp32. Raises InputError where the weights cannot be read."""
+        if self.step is not None:
+            from lcm_ds.train.checkpoint import load_model
+
+            return load_model(self.path, self.step)[0]
+        try:
+            with quiet():
+                loading: Any = BaseLCM.from_pretrained(self.path, output_loading_info=True)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(f"{self.path}: cannot be loaded as a Base-LCM: {str(error).splitlines()[0]}") from None
+        model: BaseLCM = loading[0].eval()
+        if missing := [*loading[1]["missing_keys"], *loading[1]["mismatched_keys"]]:
+            raise InputError(
+                f"{self.path}: lacks {len(missing)} of the model's weights, such as {min(map(str, missing))}"
+            )
+        return model
+
+    def open_datasets(self) -> list[Dataset]:
+        """The datasets to retrieve sentences from. Raises InputError where one is not there or has other concepts."""
+        mistakes, opened = Collector(), []
+        for place in self.places:
+            with mistakes:
+                opened.append(open_dataset(place) if self.data is None else open_for_run(place, self.data))
+        for dataset in opened:
+            with mistakes:
+                self._check(dataset)
+        mistakes.raise_if_any()
+        return opened
+
+    def _check(self, dataset: Dataset) -> None:
+        if dataset.embed_dim != self.embed_dim:
+            raise InputError(
+                f"--dataset: {dataset.path} has concepts of {dataset.embed_dim} numbers, the model of {self.embed_dim}"
+            )
+        its, ours = (f"{of.get('name')} {of.get('model')}" for of in (dataset.info.encoder, self.info.encoder))
+        if its != ours:
+            raise InputError(f"--dataset: {dataset.path} is of the encoder {its}, the model of {ours} ({self.says_so})")
+
+
+def find_origin(path: str | Path, step: int | None = None, dataset: str | None = None) -> Origin:
+    """The run or exported folder at `path`.
+
+    step: of a run's checkpoint; default: the newest. dataset: to retrieve from, instead of a run's training datasets;
+    it also says how to talk to a model where nothing else does. Raises InputError with every mistake.
+    """
+    folder = Path(path)
+    if (folder / "config.yaml").is_file():
+        return _of_run(folder, step, dataset)
+    if (folder / "config.json").is_file():
+        return _of_folder(folder, step, dataset)
+    raise InputError(f"{path}: no run here (config.yaml is missing) and no exported model (config.json is missing)")
+
+
+def _of_run(run: Path, step: int | None, named: str | None) -> Origin:
+    from lcm_ds.train.checkpoint import find
+
+    mistakes = Collector()
+    config = load(TrainConfig, run / "config.yaml")
+    path = config.data.train[0].path
+    with mistakes:
+        checkpoint = find(run, step)
+    with mistakes:
+        try:
+            info = read_info(path)
+        except InputError as error:
+            if named is None:
+                hint = ": --dataset has to name one that the model's encoder made"
+                raise InputError(f"{mistake}{hint}" for mistake in error.mistakes) from None
+            path, info = named, read_info(named)
+    mistakes.raise_if_any()
+    return Origin(
+        str(run),
+        checkpoint.step,
+        checkpoint.state()["model"]["embed_dim"],
+        _from_dataset(info, config.data.max_segment),
+        f"{path}/{DATASET}",
+        [named] if named else [source.path for source in config.data.train],
+        config.data,
+    )
+
+
+def _of_folder(folder: Path, step: int | None, named: str | None) -> Origin:
+    mistakes = Collector()
+    if step is not None:
+        mistakes.mistakes.append(f"--step {step}: {folder} is an exported model, which has one step only")
+    info, says_so = None, folder / CONCEPTS
+    with mistakes:
+        sizes = _read_json(folder / "config.json")
+    with mistakes:
+        if says_so.is_file():
+            told = _read_json(says_so)
+            info = validate(ConceptInfo, {key: told[key] for key in ConceptInfo.model_fields if key in told}, says_so)
+        elif named is not None:
+            info, says_so = _from_dataset(read_info(named)), Path(named, DATASET)
+        else:
+            raise InputError(
+                f"{folder}: {CONCEPTS} is missing, which says what encoder made the model's concepts: "
+                "--dataset has to name a dataset of that encoder"
+            )
+    mistakes.raise_if_any()
+    assert info is not None
+    embed_dim = sizes.get("embed_dim", BaseLCMConfig.embed_dim)
+    return Origin(str(folder), None, embed_dim, info, str(says_so), [] if named is None else [named])
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: has to be a JSON object")
+    return found
+
+
+def _from_dataset(info: DatasetInfo, max_segment: int | None = None) -> ConceptInfo:
+    """What a dataset says of its concepts; one of supervised documents knows what stands behind their prompts."""
+    supervised = getattr(info, "supervised", None)
+    more = {} if max_segment is None else {"max_segment": max_segment}
+    return ConceptInfo(
+        encoder=info.encoder,
+        splitter=info.splitter,
+        language=info.language,
+        end_of_text=info.end_of_text,
+        source_suffix=None if supervised is None else supervised.source_suffix,
+        **more,
+    )

@@ -1,0 +1,115 @@
+"""The files that come with lcm-ds are found from any folder, and those of one's own win."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lcm_ds import ds_config, resources
+from lcm_ds.cli import main
+from lcm_ds.config import TrainConfig, load
+from lcm_ds.errors import InputError
+from lcm_ds.launcher.remote import resolve_config
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = "configs/train/quickstart.yaml"
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def mistakes_of(function, *arguments):
+    with pytest.raises(InputError) as caught:
+        function(*arguments)
+    return caught.value.mistakes
+
+
+def test_a_config_that_is_not_here_is_the_one_that_came_along_and_its_json_too(elsewhere):
+    config = load(TrainConfig, QUICKSTART, ["steps=3"])
+    assert config.steps == 3
+    assert config.deepspeed == "ds_configs/zero2_bf16.json"
+    assert ds_config.zero_stage(ds_config.read(config.deepspeed, Path(QUICKSTART))) == 2
+    copy = resolve_config(config, Path(QUICKSTART), elsewhere / "run")
+    assert ds_config.read(load(TrainConfig, copy).deepspeed, copy)["zero_optimization"]["stage"] == 2
+
+
+def test_files_of_ones_own_win(elsewhere):
+    main(["configs", QUICKSTART])
+    main(["configs", "ds_configs/zero2_bf16.json"])
+    own = elsewhere / QUICKSTART
+    own.write_text(own.read_text().replace("seed: 1", "seed: 77"))
+    json = elsewhere / "ds_configs/zero2_bf16.json"
+    json.write_text(json.read_text().replace('"stage": 2', '"stage": 1'))
+    config = load(TrainConfig, QUICKSTART)
+    assert config.seed == 77
+    assert ds_config.zero_stage(ds_config.read(config.deepspeed, own)) == 1
+
+
+def test_a_config_that_is_nowhere_is_told_with_the_nearest(elsewhere):
+    assert mistakes_of(load, TrainConfig, "configs/train/150.yaml") == [
+        "configs/train/150.yaml: there is no such file; did you mean 'configs/train/150m.yaml'?"
+    ]
+    (line,) = mistakes_of(load, TrainConfig, "/xyz")
+    assert line == "/xyz: there is no such file; `lcm-ds configs` lists those that come with lcm-ds"
+    (line,) = mistakes_of(load, TrainConfig, elsewhere)
+    assert "Is a directory" in line
+
+
+def test_a_path_that_leaves_the_shipped_folders_finds_nothing(elsewhere):
+    assert resources.find("configs/../setup.py") is None
+    assert resources.find("setup.py") is None
+
+
+def test_the_list_has_every_file_with_what_it_is_for(capsys):
+    assert main(["configs"]) == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    shipped = [path for folder in resources.FOLDERS for path in (ROOT / folder).rglob("*.*")]
+    assert set(told) == {str(path.relative_to(ROOT)) for path in shipped if path.is_file()}
+    assert all(10 <= len(text) < 2 * resources.LONGEST for text in told.values())
+    assert told["ds_configs/zero3_nvme.json"] == "ZeRO 3, bf16, optimizer on nvme, parameters on nvme"
+    assert told["ds_configs/zero1_muon.json"] == "ZeRO 1, bf16, Muon"
+    assert told["configs/train/150m.yaml"].startswith("A 150M-class Base-LCM")
+
+
+@pytest.mark.parametrize(
+    ("call", "becomes"),
+    [
+        (["launch/slurm.sbatch"], "launch/slurm.sbatch"),
+        (["launch/slurm.sbatch", "mine.sbatch"], "mine.sbatch"),
+        (["launch/slurm.sbatch", "new/"], "new/slurm.sbatch"),
+        (["launch/slurm.sbatch", "there"], "there/slurm.sbatch"),
+        (["--all", "new"], "new/launch/slurm.sbatch"),
+    ],
+)
+def test_a_copy_goes_where_it_is_asked_for_and_can_be_run(elsewhere, call, becomes, capsys):
+    (elsewhere / "there").mkdir()
+    assert main(["configs", *call]) == 0
+    assert f"copied to {becomes}\n" in capsys.readouterr().out
+    assert (elsewhere / becomes).read_bytes() == (ROOT / "launch/slurm.sbatch").read_bytes()
+    assert os.access(becomes, os.X_OK)
+
+
+def test_nothing_is_overwritten_and_nothing_copied_where_something_would_be(elsewhere, capsys):
+    names = (QUICKSTART, "launch/local.sh")
+    own = [elsewhere / "new" / name for name in names]
+    for path in own:
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+    assert main(["configs", "--all", "new"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        f"new/{name}: is there already, and is not overwritten" for name in (QUICKSTART, "launch/local.sh")
+    ]
+    assert sorted(path for path in elsewhere.rglob("*") if path.is_file()) == own
+    assert all(path.read_text() == "mine" for path in own)
+
+
+def test_a_name_that_does_not_come_along_is_told_with_the_nearest(elsewhere):
+    assert mistakes_of(resources.copy, ["launch/slrum.sbatch"]) == [
+        "launch/slrum.sbatch: there is no such file; did you mean 'launch/slurm.sbatch'?"
+    ]
+    assert main(["configs", QUICKSTART, "--all", "new"]) == 2
+    assert list(elsewhere.iterdir()) == []
