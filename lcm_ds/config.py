@@ -152,6 +152,8 @@ class ModelConfig(Schema):
     """A preset and what differs from it; names as in Hugging Face configs."""
 
     preset: str | None = None
+    # weights to start from, and their sizes: an exported folder, a run, or a checkpoint of Meta's code
+    init_from: str | None = None
     embed_dim: int | None = Field(None, gt=0)
     hidden_size: int | None = Field(None, gt=0)
     num_hidden_layers: int | None = Field(None, gt=0)

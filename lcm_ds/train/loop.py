@@ -27,6 +27,7 @@ from lcm_ds.train.check import Job
 from lcm_ds.train.checkpoint import Checkpoint
 from lcm_ds.train.engine import build_engine, build_model, connect
 from lcm_ds.train.guard import GoBack, Guard, LeftOut, tell
+from lcm_ds.train.initial import take_over
 from lcm_ds.train.memory import count_parameters
 from lcm_ds.train.owner import RunOwner
 from lcm_ds.train.place import Place
@@ -117,12 +118,16 @@ def _attempt(
         ds = {**ds, "checkpoint": {**ds.get("checkpoint", {}), "load_universal": True}}
     watchdog.beat("building the model")
     with prints_to_log(run_dir):
-        model = build_model(job.model, read_normalizer(job.datasets[0].path), config.seed, ds)
+        initial = job.initial if newest is None else None
+        model = build_model(
+            job.model, read_normalizer(job.datasets[0].path), config.seed if initial is None else None, ds
+        )
+        begun = None if initial is None else take_over(model, initial, ds_config.zero_stage(ds) == 3)
         engine = build_engine(model, config, ds)
         if newest is not None:
             resume.restore(engine, newest, convert)
     if place.rank == 0:
-        announce(job, place, engine, start)
+        announce(job, place, engine, start, begun)
     with contextlib.ExitStack() as stack:
         run_log = RunLog(run_dir, start, job.total_steps) if place.rank == 0 else None
         if run_log is not None:
