@@ -70,17 +70,31 @@ def test_a_checkpoint_of_metas_takes_the_normaliser_of_the_data(make_config, syn
     assert not torch.equal(model.normalizer.center, imported.normalizer.center)
 
 
-def test_a_run_goes_on_where_what_it_started_from_is_gone(exported, make_config, tmp_path):
+def test_a_run_goes_on_where_what_it_started_from_is_gone(exported, make_config, synthetic_dataset, tmp_path):
+    """Also on more ranks, for which its checkpoint is converted: with the normaliser that it began with."""
     gone = shutil.copytree(exported, tmp_path / "gone")
-    config = make_config(**STILL | {"steps": 2, "checkpoint": {"every": 1}}, model={"init_from": str(gone)})
+    other = str(synthetic_dataset(documents=40, embed_dim=16, documents_per_shard=10, seed=5))
+    changes = {"model": {"init_from": str(gone)}, "data": {"train": other, "row_length": 32, "max_segment": 16}}
+    config = make_config(**STILL | {"steps": 3, "checkpoint": {"every": 1}, **changes})
     code, out, err = finish(start("train", config, "steps=1"))
     assert code == 0, out + err
     shutil.rmtree(gone)
+    for arguments, steps in ((("train",), 2), (("launch", "--local", 2), 3)):
+        code, out, err = finish(start(*arguments, config, f"steps={steps}"))
+        assert code == 0, out + err
+        assert "resumed" in out
+        assert "weights from" not in out
+        model, _, step = load_model(run_dir(config))
+        assert step == steps
+        assert same(model, BaseLCM.from_pretrained(exported))
+
+
+def test_a_run_does_not_go_on_under_the_name_of_another_origin(trained, make_config):
+    began = run_dir(trained(2))
+    config = make_config(run_dir=str(began), model={"init_from": str(began), "dropout": 0.1})
     code, out, err = finish(start("train", config))
-    assert code == 0, out + err
-    assert "resumed" in out
-    assert "weights from" not in out
-    assert find(run_dir(config)).step == 2
+    assert code == 2, out + err
+    assert f"model.init_from was None and is now '{began}'" in err
 
 
 def test_sizes_that_are_not_those_of_the_weights_are_told_all_at_once(exported, make_config):
