@@ -83,6 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--texts", default="json:sentences", metavar="EXT[:FIELD]",
                       help="where sentences are: in JSON, or lines of a text; default: json:sentences")  # fmt: skip
     verb.add_argument("--bf16", action="store_true", help="the concepts are bf16, kept as uint16")
+    verb.add_argument("--supervised", nargs="?", const="", metavar="SUFFIX",
+                      help="JSON has source_sentences (that end with SUFFIX) and target_sentences")  # fmt: skip
     verb.add_argument("--threads", type=int, default=4, metavar="N", help="tars read at a time; default: 4")
 
     verb = _verb(verbs, "inspect", inspect, "what a dataset holds", "lcm-ds inspect datasets/quickstart --verify")
@@ -167,7 +169,10 @@ def build_parser() -> argparse.ArgumentParser:
         verbs, "export", export, "a run's model as a Hugging Face folder", "lcm-ds export runs/quickstart model"
     )
     verb.add_argument("run", metavar="RUN")
-    verb.add_argument("output", metavar="OUT")
+    verb.add_argument("output", metavar="OUT", help="a new folder")
+    verb.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the newest")
+    verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights; default: 5GB")
 
     verb = _verb(verbs, "import-meta", import_meta, "Meta's Base-LCM checkpoint as a Hugging Face folder",
                  "lcm-ds import-meta base_lcm.pt model")  # fmt: skip
@@ -235,6 +240,7 @@ def _tidy_when_ended() -> None:
 
 
 def index(arguments: argparse.Namespace) -> None:
+    from lcm_ds.data.format import Supervised
     from lcm_ds.data.index import index
 
     _tidy_when_ended()
@@ -254,6 +260,7 @@ def index(arguments: argparse.Namespace) -> None:
         arguments.texts,
         arguments.bf16,
         threads=arguments.threads,
+        supervised=None if arguments.supervised is None else Supervised(source_suffix=arguments.supervised or None),
     )
 
 
@@ -335,7 +342,7 @@ def generate(arguments: argparse.Namespace) -> None:
 def export(arguments: argparse.Namespace) -> None:
     from lcm_ds.train.export import export
 
-    export(arguments.run, arguments.output)
+    export(arguments.run, arguments.output, arguments.step, arguments.dtype, arguments.max_shard_size)
 
 
 def import_meta(arguments: argparse.Namespace) -> None:

@@ -53,6 +53,10 @@ class SourceConfig(Schema):
     revision: str | None = None
     streaming: bool = True
     text_column: str = "text"
+    # supervised documents: the columns of the part that is given and of the part that is learned, instead of
+    # text_column; texts, or lists of sentences
+    source_column: str | None = None
+    target_column: str | None = None
     id_column: str | None = "id"
     # rows whose language differs from sentences.language are refused; null: no column says it
     language_column: str | None = None
@@ -72,11 +76,26 @@ class SourceConfig(Schema):
             raise ValueError("source huggingface takes either dataset (a hub id) or paths (local parquet or JSONL)")
         if self.name == "files" and not self.paths:
             raise ValueError("source files needs paths: a list of text files or globs")
-        if self.name != "huggingface" and (self.filter or self.language_column):
-            raise ValueError(f"filter and language_column are for the source huggingface; {self.name} has no columns")
+        columns = {"filter": self.filter, "language_column": self.language_column, "source_column": self.source_column}
+        if self.name != "huggingface" and (named := [name for name, value in columns.items() if value]):
+            raise ValueError(f"{', '.join(named)}: for the source huggingface; {self.name} has no columns")
+        if (self.source_column is None) != (self.target_column is None):
+            raise ValueError("source_column and target_column go together: what is given, and what is learned")
         if self.name != "sample" and self.take_sentences is not None:
             raise ValueError(f"take_sentences is for the source sample; source {self.name} has take")
         return self
+
+    @property
+    def supervised(self) -> bool:
+        """Whether its documents have a part that is given and a part that is learned."""
+        return self.source_column is not None
+
+    @property
+    def text_columns(self) -> list[str]:
+        """The columns that hold texts: one, or source and target."""
+        if self.source_column is None or self.target_column is None:
+            return [self.text_column]
+        return [self.source_column, self.target_column]
 
 
 class SentencesConfig(Schema):
@@ -119,6 +138,7 @@ class PrepareConfig(Schema):
     min_sentences: int = Field(2, ge=1)
     max_sentences: int | None = Field(None, ge=1)
     end_of_text: str = "End of text."
+    source_suffix: str | None = "[MODEL]:"  # of supervised documents: the sentence behind the part that is given
     validation: float = Field(0.01, ge=0, lt=1)  # share of documents, by a hash of their id
     normalizer_samples: int = Field(1_000_000, gt=1)
     max_refused: float = Field(0.01, ge=0, le=1)  # share of documents that may turn out impossible to encode; one may
@@ -132,6 +152,8 @@ class ModelConfig(Schema):
     """A preset and what differs from it; names as in Hugging Face configs."""
 
     preset: str | None = None
+    # weights to start from, and their sizes: an exported folder, a run, or a checkpoint of Meta's code
+    init_from: str | None = None
     embed_dim: int | None = Field(None, gt=0)
     hidden_size: int | None = Field(None, gt=0)
     num_hidden_layers: int | None = Field(None, gt=0)

@@ -77,6 +77,12 @@ class EndOfText(Schema):
     vector: list[float]  # [embed_dim], raw space
 
 
+class Supervised(Schema):
+    """Documents have a source, which is given, and a target, which is learned."""
+
+    source_suffix: str | None = None  # the sentence that ends every source
+
+
 class Steps(Schema):
     """How concepts are stored in 8 bits: see lcm_ds.data.quantization."""
 
@@ -98,6 +104,8 @@ class DatasetInfo(Schema):
     language: str | None = None
     splitter: dict[str, Any] = Field(default_factory=dict)
     end_of_text: EndOfText | None = None  # none for tars made elsewhere that do not say
+    # JSON members have source_sentences and target_sentences instead of sentences
+    supervised: Supervised | None = None
     totals: Totals = Totals(documents=0, concepts=0, shards=0, bytes=0)
     # its config, how many documents it gave, were kept, and were refused for what reason
     source: dict[str, Any] = Field(default_factory=dict)
@@ -131,8 +139,9 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the lines of shards.jsonl in order of the shards' names."""
-        return hashlib.sha256("\n".join(shard.line() for shard in self.shards).encode()).hexdigest()
+        """sha256 over the lines of shards.jsonl in order of the shards' names; a supervised dataset has another."""
+        lines = [shard.line() for shard in self.shards] + ["supervised"] * (self.info.supervised is not None)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def place(self, index: int) -> str:
         """Where shard `index` is: a path or a URL."""

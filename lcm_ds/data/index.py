@@ -16,7 +16,7 @@ from webdataset.shardlists import expand_urls
 
 from lcm_ds.config import validate
 from lcm_ds.data import remote
-from lcm_ds.data.format import DATASET, SHARDS, DatasetInfo, ShardInfo, finish, read_info, write_normalizer
+from lcm_ds.data.format import DATASET, SHARDS, DatasetInfo, ShardInfo, Supervised, finish, read_info, write_normalizer
 from lcm_ds.data.normalizer import UniformSample, fit
 from lcm_ds.data.quantization import BFloat16
 from lcm_ds.data.reader import Shard
@@ -33,11 +33,13 @@ class Reading:
     extension: str = "npy"
     texts: str = "json:sentences"
     bf16: bool = False
+    supervised: Supervised | None = None
 
     def shard(self, file: Path, name: str, embed_dim: int | None, dtype: str | None) -> Shard:
         """The tar in `file`, known as `name`. Raises InputError."""
         storage = BFloat16() if self.bf16 else None
-        return Shard(file, None, embed_dim, dtype, storage, self.extension, self.texts, name)
+        supervised = self.supervised is not None
+        return Shard(file, None, embed_dim, dtype, storage, self.extension, self.texts, name, supervised)
 
 
 def index(
@@ -50,6 +52,7 @@ def index(
     bf16: bool = False,
     samples: int = 1_000_000,
     threads: int = THREADS,
+    supervised: Supervised | None = None,
 ) -> None:
     """Write dataset.json, shards.jsonl and the normaliser for existing tars into the folder `output`.
 
@@ -58,7 +61,8 @@ def index(
     members are left alone. texts: where the sentences are, if anywhere: EXTENSION:FIELD of a JSON object, or EXTENSION
     of a text with one a line. encoder: what made the concepts; like: a dataset that the same encoder made, whose
     encoder, splitter, language and end of text are taken. samples: how many concepts the normaliser is fitted to.
-    threads: tars read at a time. Every tar is read once, whole: for its checksum, counts and values.
+    threads: tars read at a time. supervised: the JSON of each document has source_sentences and target_sentences. Every
+    tar is read once, whole: for its checksum, counts and values.
     Raises InputError with every mistake: tars that cannot be read or are not whole, that disagree about embed_dim or
     dtype, or hold concepts that are not finite; an output that is a dataset already or no folder; `pipe:`, which would
     run a shell.
@@ -71,7 +75,7 @@ def index(
         if (output / name).exists():
             raise InputError(f"{output}: is a dataset already; name another folder, or remove its {name} first")
     sample = UniformSample(samples)
-    reading = Reading(extension.lower(), _checked(texts), bf16)
+    reading = Reading(extension.lower(), _checked(texts), bf16, supervised)
     with _folder(output):
         infos, embed_dim, dtype = _read(places, output, reading, sample, threads)
         if embed_dim is None or dtype is None:
@@ -85,6 +89,7 @@ def index(
             "dtype": "bfloat16" if bf16 else dtype,
             "extension": reading.extension,
             "texts": reading.texts,
+            "supervised": supervised,
             "source": {"name": "index", "shards": shards},
         }
         info = validate(DatasetInfo, mapping, output / DATASET)
@@ -232,3 +237,4 @@ def _scan(shard: Shard, place: str, sample: UniformSample, lock: Lock) -> None:
         shard.meta(document)
         with lock:
             sample.add(f"{place}/{key}", concepts)
+    shard.given  # noqa: B018 (raises where a supervised document lacks one of its parts)

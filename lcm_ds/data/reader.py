@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Event, Lock
@@ -29,6 +29,8 @@ from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import OpenFile
 
 _STORED = {"bfloat16": "uint16"}
+# What the JSON of a supervised document has instead of its sentences; together they are them.
+SOURCE_SENTENCES, TARGET_SENTENCES = "source_sentences", "target_sentences"
 
 
 class Shard:
@@ -37,7 +39,8 @@ class Shard:
     keys: of each document; lengths: int64, concepts of each document. `info`, `embed_dim` and `dtype` are what the tar
     has to agree with; left out, embed_dim and dtype are those of its first document (None where it has none).
     storage: what its numbers stand for. extension, texts: as in DatasetInfo. name: where it is from, for messages; by
-    default that of `info` or of the file. Raises InputError naming shard and key.
+    default that of `info` or of the file. supervised: whether its documents have a source and a target. Raises
+    InputError naming shard and key.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Shard:
         extension: str = "npy",
         texts: str = "json:sentences",
         name: str | None = None,
+        supervised: bool = False,
     ) -> None:
         self.file = file if isinstance(file, OpenFile) else _open(Path(file))
         path = self.file.path
@@ -57,7 +61,7 @@ class Shard:
         # For messages: a shard of the cache has its checksum for a name, which tells nobody where it is from.
         self.where = str(path) if path.name == Path(self.name).name else f"{self.name} (kept as {path})"
         self.embed_dim = embed_dim
-        self.storage = storage
+        self.storage, self.supervised = storage, supervised
         self.dtype = None if dtype is None else np.dtype(_STORED.get(dtype, dtype)).newbyteorder("<")
         self.extension = extension
         text_extension, _, self._field = texts.partition(":")
@@ -156,8 +160,37 @@ class Shard:
             raise InputError(f"{self.where}: {key}: has {count} sentences and {length} concepts")
         return meta | {"sentences": sentences or []}
 
+    @cached_property
+    def given(self) -> np.ndarray:
+        """int64: how many concepts of each document are its source, in a supervised dataset; else 0.
+
+        Read from the documents' JSON when it is first asked for. Raises InputError where one has none of it, or as
+        `meta` does.
+        """
+        if not self.supervised:
+            return np.zeros(len(self), np.int64)
+        return np.array([self._given(document) for document in range(len(self))], np.int64)
+
+    def _given(self, document: int) -> int:
+        meta = self.meta(document)
+        lengths = [len(meta.get(part) or ()) for part in (SOURCE_SENTENCES, TARGET_SENTENCES)]
+        if 0 in lengths:
+            key = self.keys[document]
+            raise InputError(
+                f"{self.where}: {key}: has {lengths[0]} {SOURCE_SENTENCES} and {lengths[1]} {TARGET_SENTENCES}; a "
+                "supervised document has both"
+            )
+        return lengths[0]
+
     def _sentences(self, key: str, meta: dict[str, Any]) -> list[Any] | None:
         """The document's sentences, from where the dataset has them; None where it has none."""
+        if self.supervised:
+            parts = [meta.get(part, []) for part in (SOURCE_SENTENCES, TARGET_SENTENCES)]
+            if not all(isinstance(part, list) for part in parts):
+                raise InputError(
+                    f"{self.where}: {key}.json: {SOURCE_SENTENCES} and {TARGET_SENTENCES} have to be lists of sentences"
+                )
+            return [*parts[0], *parts[1]]
         extension = self._text_extension
         if self._field:
             if extension != "json":
@@ -246,7 +279,10 @@ def open_shard(dataset: Dataset, index: int, stopped: Event | None = None) -> Sh
         dataset.cache.forget(file)
         file = dataset.open_file(index, stopped)
         sha256 = _checksum(file)
-    shard = Shard(file, listed, info.embed_dim, info.dtype, dataset.storage, info.extension, info.texts)
+    supervised = info.supervised is not None
+    shard = Shard(
+        file, listed, info.embed_dim, info.dtype, dataset.storage, info.extension, info.texts, supervised=supervised
+    )
     _compare(shard, sha256, listed)
     return shard
 

@@ -55,21 +55,46 @@ def cut(read: ShardInOrder, start: int, stop: int, max_segment: int) -> Iterator
         at += 1
 
 
-def fill(segments: Iterable[Segment], concepts: np.ndarray, segment_ids: np.ndarray, number: int) -> int:
+class Row(NamedTuple):
+    """A row, or a part of one, of a batch that is being filled; what is not wanted is None."""
+
+    concepts: np.ndarray  # [n, embed_dim]
+    segment_ids: np.ndarray  # int32 [n]
+    given: np.ndarray | None  # bool [n]: concepts that are no targets although others precede them in their segment
+    origins: np.ndarray | None  # int64 [n, 2]: the concept's document, and its position in that
+
+    def part(self, part: slice) -> Row:
+        """Some of its concepts."""
+        return Row(*(None if array is None else array[part] for array in self))  # type: ignore[arg-type]
+
+
+def fill(segments: Iterable[Segment], row: Row, number: int) -> int:
     """Copy segments one after another into a part of a row, which they fill; returns the number of the next segment.
 
-    concepts: [n, embed_dim]; segment_ids: int32 [n], `number`, `number` + 1 … for the segments.
+    The segments get the numbers `number`, `number` + 1 …; documents are counted in their shard. Of a supervised
+    document the source is given, and so is all of a segment that does not begin at the document's first concept: what
+    its targets follow from lies elsewhere.
     """
     filled = 0
     for shard, document, start, stop in segments:
         until = filled + stop - start
-        shard.read_into(concepts[filled:until], document, start)
-        segment_ids[filled:until] = number
+        shard.read_into(row.concepts[filled:until], document, start)
+        row.segment_ids[filled:until] = number
+        if row.given is not None:
+            source = int(shard.given[document]) if start == 0 or not shard.supervised else stop
+            row.given[filled:until] = np.arange(start, stop) < source
+        if row.origins is not None:
+            row.origins[filled:until, 0] = document
+            row.origins[filled:until, 1] = np.arange(start, stop)
         filled, number = until, number + 1
     return number
 
 
-def blank(concepts: np.ndarray, segment_ids: np.ndarray) -> None:
-    """Make a part of a row one without concepts: zeros, and −1 for segment."""
-    concepts[:] = 0
-    segment_ids[:] = -1
+def blank(row: Row) -> None:
+    """Make a part of a row one without concepts: zeros, and −1 for segment and origin."""
+    row.concepts[:] = 0
+    row.segment_ids[:] = -1
+    if row.given is not None:
+        row.given[:] = False
+    if row.origins is not None:
+        row.origins[:] = -1

@@ -13,13 +13,14 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from webdataset.writer import TarWriter
 
 from lcm_ds.data.format import ShardInfo
 from lcm_ds.data.quantization import Quantization
-from lcm_ds.data.reader import Shard
+from lcm_ds.data.reader import SOURCE_SENTENCES, TARGET_SENTENCES, Shard
 from lcm_ds.errors import InputError
 from lcm_ds.files import sha256_of, sync
 
@@ -36,6 +37,7 @@ class Document:
     source: str
     sentences: list[str]
     concepts: np.ndarray  # [n, embed_dim], raw space, any float dtype
+    given: int | None = None  # of a supervised document: how many concepts are its source, the rest being its target
 
 
 def write_shard(
@@ -137,5 +139,10 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _meta(document: Document) -> bytes:
-    meta = {"id": document.id, "source": document.source, "sentences": document.sentences}
+    meta: dict[str, Any] = {"id": document.id, "source": document.source}
+    if document.given is None:
+        meta["sentences"] = document.sentences
+    else:
+        meta[SOURCE_SENTENCES] = document.sentences[: document.given]
+        meta[TARGET_SENTENCES] = document.sentences[document.given :]
     return json.dumps(meta, ensure_ascii=False).encode("utf-8", errors="replace")

@@ -10,28 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-from safetensors import SafetensorError
-
-from lcm_ds.config import DataConfig, Schema, TrainConfig, load, validate
-from lcm_ds.data.format import DATASET, Dataset, DatasetInfo, EndOfText, open_dataset, open_for_run, read_info
+from lcm_ds.config import DataConfig, TrainConfig, load, validate
+from lcm_ds.data.concepts import CONCEPTS, ConceptInfo
+from lcm_ds.data.format import DATASET, Dataset, open_dataset, open_for_run, read_info
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.model.config import BaseLCMConfig
+from lcm_ds.model.folder import read_folder
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.quiet import quiet
-
-CONCEPTS = "concepts.json"
-
-
-class ConceptInfo(Schema):
-    """What made the concepts that a model was trained on: concepts.json of an exported folder."""
-
-    encoder: dict[str, Any]  # as in dataset.json
-    splitter: dict[str, Any] = Field(default_factory=dict)
-    language: str | None = None
-    end_of_text: EndOfText | None = None
-    source_suffix: str | None = None  # the sentence that a fine-tuned model was shown between prompt and target
-    max_segment: int = DataConfig.model_fields["max_segment"].default  # no segment that it was trained on is longer
 
 
 @dataclass(frozen=True)
@@ -52,17 +37,7 @@ class Origin:
             from lcm_ds.train.checkpoint import load_model
 
             return load_model(self.path, self.step)[0]
-        try:
-            with quiet():
-                loading: Any = BaseLCM.from_pretrained(self.path, output_loading_info=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"{self.path}: cannot be loaded as a Base-LCM: {str(error).splitlines()[0]}") from None
-        model: BaseLCM = loading[0].eval()
-        if missing := [*loading[1]["missing_keys"], *loading[1]["mismatched_keys"]]:
-            raise InputError(
-                f"{self.path}: lacks {len(missing)} of the model's weights, such as {min(map(str, missing))}"
-            )
-        return model
+        return read_folder(self.path)
 
     def open_datasets(self) -> list[Dataset]:
         """The datasets to retrieve sentences from. Raises InputError where one is not there or has other concepts."""
@@ -121,7 +96,7 @@ def _of_run(run: Path, step: int | None, named: str | None) -> Origin:
         str(run),
         checkpoint.step,
         checkpoint.state()["model"]["embed_dim"],
-        _from_dataset(info, config.data.max_segment),
+        ConceptInfo.of(info, config.data.max_segment),
         f"{path}/{DATASET}",
         [named] if named else [source.path for source in config.data.train],
         config.data,
@@ -140,7 +115,7 @@ def _of_folder(folder: Path, step: int | None, named: str | None) -> Origin:
             told = _read_json(says_so)
             info = validate(ConceptInfo, {key: told[key] for key in ConceptInfo.model_fields if key in told}, says_so)
         elif named is not None:
-            info, says_so = _from_dataset(read_info(named)), Path(named, DATASET)
+            info, says_so = ConceptInfo.of(read_info(named)), Path(named, DATASET)
         else:
             raise InputError(
                 f"{folder}: {CONCEPTS} is missing, which says what encoder made the model's concepts: "
@@ -160,17 +135,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{path}: has to be a JSON object")
     return found
-
-
-def _from_dataset(info: DatasetInfo, max_segment: int | None = None) -> ConceptInfo:
-    """What a dataset says of its concepts; one of supervised documents knows what stands behind their prompts."""
-    supervised = getattr(info, "supervised", None)
-    more = {} if max_segment is None else {"max_segment": max_segment}
-    return ConceptInfo(
-        encoder=info.encoder,
-        splitter=info.splitter,
-        language=info.language,
-        end_of_text=info.end_of_text,
-        source_suffix=None if supervised is None else supervised.source_suffix,
-        **more,
-    )

@@ -108,17 +108,32 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def resolve_model(model: ModelConfig, origin: str = "model") -> BaseLCMConfig:
-    """The preset with the config's own keys laid over it.
+# What a model that starts from another one's weights may have otherwise.
+FREE = ("dropout", "initializer_range", "attention")
 
-    Raises InputError, with `origin` in front, for an unknown preset and for sizes that do not fit together.
+
+def resolve_model(model: ModelConfig, origin: str = "model", pretrained: BaseLCMConfig | None = None) -> BaseLCMConfig:
+    """The preset with the config's own keys laid over it, or over the sizes of the model that it starts from.
+
+    Raises InputError, with `origin` in front, for an unknown preset, for sizes that do not fit together, and for each
+    that is not the pretrained model's.
     """
     sizes: dict[str, Any] = {}
     if model.preset is not None:
         if model.preset not in PRESETS:
             raise InputError(f"{origin}: model.preset: no preset {model.preset!r}{nearest(model.preset, PRESETS)}")
         sizes.update(PRESETS[model.preset])
-    sizes.update(model.model_dump(exclude={"preset"}, exclude_none=True))
+    sizes.update(model.model_dump(exclude={"preset", "init_from"}, exclude_none=True))
+    if pretrained is not None:
+        its = pretrained.sizes()
+        wrong = [name for name, value in sizes.items() if name not in FREE and value != its[name]]
+        if wrong:
+            raise InputError(
+                f"{origin}: model.{name}: is {sizes[name]}, and {its[name]} in {model.init_from}, whose weights are "
+                "taken; leave it out"
+                for name in wrong
+            )
+        sizes = {**its, **sizes}
     missing = [name for name in SIZES[:5] if name not in sizes]
     if missing:
         raise InputError(f"{origin}: model: without a preset it needs {', '.join(missing)}")

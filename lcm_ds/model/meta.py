@@ -38,24 +38,38 @@ HEAD_DIM = 128  # of Meta's models: 2048 wide with 16 heads
 def import_meta(checkpoint: str | Path, output: str | Path, heads: int | None = None) -> BaseLCM:
     """Write Meta's checkpoint (a .pt `{"model": state_dict}`, or .safetensors) as a Hugging Face folder.
 
-    heads: attention heads, which the weights do not tell; by default what the file's header says, else 128 dimensions
-    a head. Without a normaliser in the file the model's is the identity. Raises InputError for a file that is not such
-    a checkpoint, and for one of a model that computes something else (a normaliser that clips, weight normalisation).
+    Without a normaliser in the file the model's is the identity. Raises InputError as `read_meta`, and where the folder
+    is there already.
     """
     check_new(output)
+    config, weights = read_meta(checkpoint, heads)
+    with torch.device("meta"):
+        model = BaseLCM(config)
+    model = model.to_empty(device="cpu")
+    if "normalizer.center" not in weights:
+        weights["normalizer.center"] = torch.zeros(config.embed_dim)
+        weights["normalizer.scale"] = torch.ones(config.embed_dim)
+    model.load_state_dict(weights)
+    write_folder(model, output)
+    return model.eval()
+
+
+def read_meta(checkpoint: str | Path, heads: int | None = None) -> tuple[BaseLCMConfig, dict[str, Tensor]]:
+    """The sizes of the model in Meta's checkpoint, and its weights under our names, fp32.
+
+    heads: attention heads, which the weights do not tell; by default what the file's header says, else 128 dimensions
+    a head. The normaliser is among the weights where the file has one. Raises InputError for a file that is not such a
+    checkpoint, and for one of a model that computes something else (a normaliser that clips, weight normalisation).
+    """
     weights, header = read_checkpoint(Path(checkpoint))
     renamed = {rename(name): tensor.float() for name, tensor in weights.items()}
     config = _config_of(renamed, header, heads, checkpoint)
     with torch.device("meta"):
-        model = BaseLCM(config)
-    model = model.to_empty(device="cpu")
+        expected = BaseLCM(config).state_dict()
     if not any(name.startswith("normalizer.") for name in renamed):
-        renamed["normalizer.center"] = torch.zeros(config.embed_dim)
-        renamed["normalizer.scale"] = torch.ones(config.embed_dim)
-    check_names(model.state_dict(), renamed, checkpoint, "Base-LCM")
-    model.load_state_dict(renamed)
-    write_folder(model, output)
-    return model.eval()
+        expected = {name: value for name, value in expected.items() if not name.startswith("normalizer.")}
+    check_names(expected, renamed, checkpoint, "Base-LCM")
+    return config, renamed
 
 
 def rename(name: str) -> str:

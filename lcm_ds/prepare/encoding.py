@@ -226,7 +226,8 @@ def _documents(
             continue
         split = split_of(text.id, config.validation)
         key = f"{text.number:012d}"
-        documents[split].append(Document(key, text.id, text.source, [*text.sentences, config.end_of_text], own))
+        sentences = [*text.sentences, config.end_of_text]
+        documents[split].append(Document(key, text.id, text.source, sentences, own, text.given))
         unit.sentences += len(text.sentences)
     unit.kept = {split: len(kept) for split, kept in documents.items()}
     unit.refused = dict(sorted(refused.items()))

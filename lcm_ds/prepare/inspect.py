@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
+from lcm_ds.config import DataConfig
 from lcm_ds.data import remote
 from lcm_ds.data.cache import Cache
 from lcm_ds.data.format import DATASET, NORMALIZER, Dataset, open_dataset, read_normalizer
@@ -112,6 +113,8 @@ def _rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
     yield "sentences a document", _spread(lengths) + of
     if len(characters):
         yield "characters a sentence", _spread(characters) + of
+    if info.supervised is not None:
+        yield "supervised", _supervised(dataset, range(0, len(dataset.shards), step)) + of
     yield "encoder", _told(info.encoder)
     yield "splitter", _told(info.splitter) or "not known"
     if info.end_of_text is not None:
@@ -151,6 +154,27 @@ def _lengths(dataset: Dataset, shards: range) -> tuple[np.ndarray, np.ndarray]:
             lengths.append(concepts - ended)
             characters.extend(len(str(text)) for text in sentences[: len(sentences) - ended])
     return np.asarray(lengths), np.asarray(characters)
+
+
+def _supervised(dataset: Dataset, shards: range) -> str:
+    """Concepts of sources and targets in these shards, and documents that are longer than a segment is by default."""
+    lengths, given = [], []
+    for index in shards:
+        shard = open_shard_once(dataset, index)
+        lengths.append(shard.lengths)
+        given.append(shard.given)
+    total, sources, longest = (
+        np.concatenate(lengths),
+        np.concatenate(given),
+        DataConfig.model_fields["max_segment"].default,
+    )
+    assert dataset.info.supervised is not None
+    suffix = dataset.info.supervised.source_suffix
+    return (
+        f"{sources.sum():,} concepts are given, {(total - sources).sum():,} are learned; "
+        f"{'no suffix' if suffix is None else f'sources end with {suffix!r}'}; {int((total > longest).sum()):,} "
+        f"documents are longer than {longest}"
+    )
 
 
 def _spread(values: np.ndarray) -> str:

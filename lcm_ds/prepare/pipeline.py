@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from lcm_ds.config import PrepareConfig, dump
-from lcm_ds.data.format import DatasetInfo, EndOfText, Steps, finish, read_shards, write_normalizer
+from lcm_ds.data.format import DatasetInfo, EndOfText, Steps, Supervised, finish, read_shards, write_normalizer
 from lcm_ds.data.normalizer import constant, draw, fit
 from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.reader import Shard
@@ -232,6 +232,7 @@ class _Leader:
                 language=config.sentences.language,
                 splitter=splitter.settings(),
                 end_of_text=EndOfText(text=config.end_of_text, vector=[float(value) for value in end]),
+                supervised=Supervised(source_suffix=config.source_suffix) if config.source.supervised else None,
                 source={
                     **source.describe(),
                     "split": split,

@@ -19,7 +19,7 @@ from lcm_ds.config import PrepareConfig
 from lcm_ds.prepare.output import SOURCE
 from lcm_ds.processes import die_with_parent
 from lcm_ds.text.sentences import Splitter
-from lcm_ds.text.sources import Source, open_source
+from lcm_ds.text.sources import Source, TextDocument, open_source
 
 
 class Range(NamedTuple):
@@ -38,6 +38,7 @@ class Text(NamedTuple):
     source: str
     sentences: list[str]
     refused: str | None  # why it is left out
+    given: int | None = None  # of a supervised document: how many of the sentences are its source, the suffix included
 
 
 class Reader:
@@ -57,26 +58,42 @@ class Reader:
         ids: set[str] = set()
         for number, document in enumerate(self.source.documents(unit.start, unit.stop), start=unit.start):
             sentences: list[str] = []
-            refused = document.refused
+            given, refused = None, document.refused
             if refused is None and document.id in ids:
                 refused = "duplicate_id"
             if refused is None:
-                sentences, refused = self._split(document.text)
+                sentences, given, refused = self._split(document)
             if refused is None:
                 ids.add(document.id)
-            texts.append(Text(number, document.id, document.source, sentences if refused is None else [], refused))
+            sentences = sentences if refused is None else []
+            texts.append(Text(number, document.id, document.source, sentences, refused, given))
         return texts
 
-    def _split(self, text: str) -> tuple[list[str], str | None]:
-        """The sentences of a text, and why it is refused."""
-        if not text.strip():
-            return [], "empty"
-        sentences = self.splitter.split(text)
+    def _split(self, document: TextDocument) -> tuple[list[str], int | None, str | None]:
+        """The sentences of a document, how many are its source where it is supervised, and why it is refused."""
+        sentences, refused = self._sentences(document.text), None
+        if document.target is None:
+            return sentences, None, self._refused(sentences)
+        target = self._sentences(document.target)
+        suffix = [] if self.config.source_suffix is None else [self.config.source_suffix]
+        refused = "empty" if not (sentences and target) else self._refused([*sentences, *target])
+        return [*sentences, *suffix, *target], len(sentences) + len(suffix), refused
+
+    def _sentences(self, text: str | list[str]) -> list[str]:
+        """The sentences of a text; those of a list as they are."""
+        if isinstance(text, list):
+            return text
+        return self.splitter.split(text) if text.strip() else []
+
+    def _refused(self, sentences: list[str]) -> str | None:
+        """Why a document of these sentences is left out."""
+        if not sentences:
+            return "empty"
         if len(sentences) < self.config.min_sentences:
-            return sentences, "too_few_sentences"
+            return "too_few_sentences"
         if self.config.max_sentences is not None and len(sentences) > self.config.max_sentences:
-            return sentences, "too_many_sentences"
-        return sentences, None
+            return "too_many_sentences"
+        return None
 
 
 class Readers:

@@ -16,21 +16,32 @@ class Columns:
 
     def __init__(self, config: SourceConfig, language: str) -> None:
         self.config, self.language = config, language.lower()
-        named = [config.text_column, config.id_column, config.language_column, *config.filter]
+        named = [*config.text_columns, config.id_column, config.language_column, *config.filter]
         self.names = list(dict.fromkeys(name for name in named if name is not None))
 
     def document(self, part: str, row: int, values: dict[str, Any]) -> TextDocument:
-        """The document that a row of a part (a file, a dataset) is. Raises InputError where its text is no string."""
+        """The document that a row of a part (a file, a dataset) is. Raises InputError where a text of it is none."""
         config = self.config
         id = values.get(config.id_column) if config.id_column is not None else None
         id = f"{part}#{row}" if id is None else str(id)
         refused = self._refused(values)
         if refused is not None:
             return TextDocument(id, part, "", refused)
-        text = values.get(config.text_column)
-        if text is not None and not isinstance(text, str):
-            raise InputError(f"{part}, row {row}: {config.text_column!r} is {text!r:.60}, not a string")
-        return TextDocument(id, part, text or "")
+        text, *target = (self._text(f"{part}, row {row}", name, values.get(name)) for name in config.text_columns)
+        return TextDocument(id, part, text, target=target[0] if target else None)
+
+    def _text(self, where: str, name: str, value: Any) -> str | list[str]:
+        """What a row has in a column of texts."""
+        if value is None or isinstance(value, str):
+            return value or ""
+        if self.config.supervised and isinstance(value, list) and all(isinstance(one, str) for one in value):
+            return [sentence for one in value if (sentence := " ".join(one.split()))]
+        raise InputError(f"{where}: {name!r} is {value!r:.60}, not {self._meant}")
+
+    @property
+    def _meant(self) -> str:
+        """What a column of texts has to hold."""
+        return "strings or lists of them" if self.config.supervised else "strings"
 
     def _refused(self, values: dict[str, Any]) -> str | None:
         """Why the source itself leaves a row out."""
@@ -51,10 +62,13 @@ class Columns:
 
         mistakes = self._missing(part, schema.names)
         config, types = self.config, pyarrow.types
-        if config.text_column in schema.names:
-            kind = schema.field(config.text_column).type
-            if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
-                mistakes.append(f"source.text_column: {config.text_column!r} of {part} holds {kind}, not strings")
+        for key, name in self._text_keys():
+            if name in schema.names:
+                kind = whole = schema.field(name).type
+                if config.supervised and (types.is_list(kind) or types.is_large_list(kind)):
+                    kind = kind.value_type
+                if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
+                    mistakes.append(f"source.{key}: {name!r} of {part} holds {whole}, not {self._meant}")
         for name in config.filter:
             if name in schema.names:
                 kind = schema.field(name).type
@@ -66,8 +80,9 @@ class Columns:
     def check_rows(self, part: str, rows: Sequence[dict[str, Any]]) -> None:
         """The same for rows that have no schema: a column is there where any of them has it."""
         mistakes = self._missing(part, {name: None for row in rows for name in row})
+        texts = (str, list) if self.config.supervised else (str,)
         wanted: list[tuple[str, str, tuple[type, ...], str]] = [
-            ("text_column", self.config.text_column, (str,), "strings")
+            (key, name, texts, self._meant) for key, name in self._text_keys()
         ]
         wanted += [("filter", name, (int, float), "numbers") for name in self.config.filter]
         for key, name, kinds, meant in wanted:
@@ -77,11 +92,15 @@ class Columns:
         if mistakes:
             raise InputError(mistakes)
 
+    def _text_keys(self) -> list[tuple[str, str]]:
+        """The columns of texts with the keys that name them."""
+        keys = ("source_column", "target_column") if self.config.supervised else ("text_column",)
+        return [*zip(keys, self.config.text_columns, strict=True)]
+
     def _missing(self, part: str, names: Collection[str]) -> list[str]:
         """A line for each column that a part has not got."""
         listed, config = ", ".join(names), self.config
-        keys = {"text_column": config.text_column, "id_column": config.id_column}
-        keys["language_column"] = config.language_column
+        keys = {**dict(self._text_keys()), "id_column": config.id_column, "language_column": config.language_column}
         wanted: Sequence[tuple[str, str | None]] = [*keys.items(), *(("filter", name) for name in config.filter)]
         mistakes = []
         for key, name in wanted:

@@ -113,8 +113,9 @@ class HuggingFaceSource:
 
     def describe(self) -> dict[str, Any]:
         """What the documents were taken from, for dataset.json."""
-        keys = {"dataset", "config", "split", "revision", "paths", "text_column", "id_column", "language_column",
-                "filter", "skip", "take"}  # fmt: skip
+        texts = {"source_column", "target_column"} if self.config.supervised else {"text_column"}
+        keys = {"dataset", "config", "split", "revision", "paths", "id_column", "language_column", "filter", "skip",
+                "take", *texts}  # fmt: skip
         chosen = self.config.model_dump(include=keys, exclude_none=True)
         found = {"files": len(self._files), "bytes": sum(file.size for file in self._files)} if self._files else {}
         commit = {"revision": self._commit} if self._commit else {}

@@ -32,9 +32,12 @@ class ParquetFile:
         columns.check_schema(name, file.schema_arrow)
         meta = file.metadata
         groups = [meta.row_group(index) for index in range(meta.num_row_groups)]
-        column = file.schema_arrow.names.index(columns.config.text_column)
+        texts = [file.schema_arrow.names.index(name) for name in columns.config.text_columns]
         flat = meta.num_columns == len(file.schema_arrow.names)  # else columns of the footer are leaves of nested ones
-        characters = sum(g.column(column).total_uncompressed_size if flat else g.total_byte_size for g in groups)
+        characters = sum(
+            sum(g.column(column).total_uncompressed_size for column in texts) if flat else g.total_byte_size
+            for g in groups
+        )
         filesystem, path = fsspec.core.url_to_fs(place)
         size = filesystem.size(path)
         return cls(columns, place, name, size, characters, [group.num_rows for group in groups])

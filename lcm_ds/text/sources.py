@@ -11,12 +11,13 @@ from lcm_ds.config import SentencesConfig, SourceConfig
 
 @dataclass(frozen=True)
 class TextDocument:
-    """One document as its source gives it; the text may be empty, and nothing checks that an id occurs once."""
+    """One document as its source gives it; a text may be empty, and nothing checks that an id occurs once."""
 
     id: str
     source: str
-    text: str
+    text: str | list[str]  # a list: of sentences, which are taken as they are
     refused: str | None = None  # why the source itself leaves it out; its text is not given then
+    target: str | list[str] | None = None  # of a supervised document: what follows `text` and is to be learned
 
 
 class Source(Protocol):

@@ -14,6 +14,7 @@ from lcm_ds.data.format import Dataset, open_dataset
 from lcm_ds.data.plan import Plan, Source, fingerprint
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.model.config import BaseLCMConfig, resolve_model
+from lcm_ds.train.initial import Initial, find_initial, sizes_of_run
 from lcm_ds.train.trackers import missing_packages
 
 
@@ -28,6 +29,7 @@ class Job:
     validation: Dataset | None
     plan: Plan
     fingerprint: str
+    initial: Initial | None = None  # where its first weights are from; None: they are fresh, or its own checkpoint's
 
     @property
     def run_dir(self) -> Path:
@@ -64,8 +66,9 @@ def check(path: str | Path, overrides: Sequence[str], world_size: int) -> Job:
     assert config is not None
     assert ds is not None
     model: BaseLCMConfig | None = None
+    initial: Initial | None = None
     with mistakes:
-        model = resolve_model(config.model, str(path))
+        model, initial = _model(config, path)
     resolved: dict[str, Any] = {}
     with mistakes:
         width = None if model is None else model.hidden_size
@@ -75,10 +78,24 @@ def check(path: str | Path, overrides: Sequence[str], world_size: int) -> Job:
     mistakes.raise_if_any()
     assert model is not None
     plan, mark = plan_of(config, [dataset for dataset in datasets if dataset is not None])
-    job = Job(config, resolved, model, [d for d in datasets if d is not None], validation, plan, mark)
+    job = Job(config, resolved, model, [d for d in datasets if d is not None], validation, plan, mark, initial)
     if wrong := _step_mistakes(job, path):
         raise InputError(wrong)
     return job
+
+
+def _model(config: TrainConfig, path: str | Path) -> tuple[BaseLCMConfig, Initial | None]:
+    """The model, and what its first weights are from. A run that has begun no longer needs that."""
+    if config.model.init_from is None:
+        return resolve_model(config.model, str(path)), None
+    own = sizes_of_run(Path(config.run_dir))
+    if own is not None:
+        return resolve_model(config.model, str(path), own), None
+    try:
+        initial = find_initial(config.model)
+    except InputError as error:
+        raise type(error)(f"{path}: model.init_from: {line}" for line in error.mistakes) from None
+    return resolve_model(config.model, str(path), initial.config), initial
 
 
 def plan_of(config: TrainConfig, datasets: Sequence[Dataset]) -> tuple[Plan, str]:

@@ -148,13 +148,16 @@ def load_model(run_dir: str | Path, step: int | None = None) -> tuple[BaseLCM, T
 
     Works for any ZeRO stage and world size. Raises InputError where there is no such run or checkpoint.
     """
+    import torch
+
     from lcm_ds.model.config import BaseLCMConfig
     from lcm_ds.model.modeling import BaseLCM
 
     checkpoint = find(run_dir, step)
     config = load(TrainConfig, Path(run_dir) / "config.yaml")
-    model = BaseLCM(BaseLCMConfig(**checkpoint.state()["model"]))
-    model.load_state_dict(fp32_weights(checkpoint))
+    with torch.device("meta"):  # what is read becomes the model's: no second copy of it
+        model = BaseLCM(BaseLCMConfig(**checkpoint.state()["model"]))
+    model.load_state_dict(fp32_weights(checkpoint), assign=True)
     return model.eval(), config, checkpoint.step
 
 

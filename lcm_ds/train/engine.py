@@ -58,16 +58,17 @@ def patience(stall_minutes: float | None) -> timedelta:
 
 
 def build_model(
-    config: BaseLCMConfig, normalizer: tuple[np.ndarray, np.ndarray], seed: int, ds: dict[str, Any]
+    config: BaseLCMConfig, normalizer: tuple[np.ndarray, np.ndarray], seed: int | None, ds: dict[str, Any]
 ) -> BaseLCM:
     """A Base-LCM with fresh weights and the dataset's normaliser; partitioned as it is made under ZeRO-3.
 
-    The weights are a function of (config, seed) alone: the same for any world size and ZeRO stage.
+    The weights are a function of (config, seed) alone: the same for any world size and ZeRO stage. seed None: whoever
+    calls this fills them.
     """
     partitioned = ds_config.zero_stage(ds) == 3
     with deepspeed.zero.Init(config_dict_or_path=ds, enabled=partitioned):
         model = BaseLCM(config)
-    for parameters, fill in model.initialization(seed):
+    for parameters, fill in model.initialization(seed) if seed is not None else ():
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=partitioned):
             fill()
     model.normalizer.set(*normalizer)

@@ -29,6 +29,7 @@ from lcm_ds.train.console import console, set_up_logging
 from lcm_ds.train.engine import build_engine, build_model, connect
 from lcm_ds.train.guard import GoBack, Guard, LeftOut, tell
 from lcm_ds.train.histograms import histograms
+from lcm_ds.train.initial import take_over
 from lcm_ds.train.memory import count_parameters
 from lcm_ds.train.owner import RunOwner
 from lcm_ds.train.place import Place
@@ -119,12 +120,14 @@ def _attempt(
         resume.convert(newest, count_parameters(job.model), config.checkpoint, watchdog.beat)
         ds = {**ds, "checkpoint": {**ds.get("checkpoint", {}), "load_universal": True}}
     watchdog.beat("building the model")
-    model = build_model(job.model, read_normalizer(job.datasets[0].path), config.seed, ds)
+    initial = job.initial if newest is None else None
+    model = build_model(job.model, read_normalizer(job.datasets[0].path), config.seed if initial is None else None, ds)
+    begun = None if initial is None else take_over(model, initial, ds_config.zero_stage(ds) == 3)
     engine = build_engine(model, config, ds)
     if newest is not None:
         resume.restore(engine, newest, convert)
     if place.rank == 0:
-        announce(job, place, engine, start)
+        announce(job, place, engine, start, begun)
     with contextlib.ExitStack() as stack:
         run_log = RunLog(job, place.world_size, start) if place.rank == 0 else None
         if run_log is not None:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from lcm_ds.config import CheckpointConfig
 from lcm_ds.errors import CannotGoOn
 from lcm_ds.files import sha256_of, sync, write_whole
+from lcm_ds.model.normalizer import Normalizer
 from lcm_ds.processes import die_with_parent
 from lcm_ds.train.checkpoint import BAD, PARTIAL, Checkpoint, candidates
 from lcm_ds.train.console import console
@@ -112,6 +113,7 @@ def mistakes(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
     what = {
         "fingerprint": "the data plan's fingerprint (shards, seed, rows_per_step, row_length, max_segment)",
         "model": "the model",
+        "init_from": "model.init_from",
         "precision": "the precision",
         "optimizer": "the optimizer",
     }
@@ -265,5 +267,16 @@ def restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, universal
         for parameter, state in engine.basic_optimizer.state.items():
             if isinstance(state.get("step"), torch.Tensor):  # one for all of them, on the CPU
                 state["step"] = state["step"].to(parameter.device if on_device else "cpu", copy=True)
+        _restore_normalizer(engine.module.normalizer, path)
     else:
         restore_random_states(checkpoint.path, dist.get_rank())
+
+
+def _restore_normalizer(normalizer: Normalizer, universal: Path) -> None:
+    """Take it from the checkpoint: of the universal format DeepSpeed loads parameters alone, and no buffers.
+
+    It need not be that of the training data: a run that started from another model has that model's.
+    """
+    states = universal / min(MODEL_STATES)  # the same under either name
+    saved = torch.load(states, map_location="cpu", mmap=True, weights_only=False)["module"]
+    normalizer.set(*(saved[f"normalizer.{name}"].float().numpy() for name in ("center", "scale")))

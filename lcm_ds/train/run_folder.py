@@ -29,6 +29,7 @@ def identity(job: Job, place: Place) -> dict[str, Any]:
     return {
         "fingerprint": job.fingerprint,
         "model": job.model.sizes(),
+        "init_from": job.config.model.init_from,
         "precision": ds_config.precision(job.ds),
         "optimizer": job.ds["optimizer"]["type"],
         "zero_stage": ds_config.zero_stage(job.ds),
@@ -62,8 +63,8 @@ def prepare_run_folder(job: Job, place: Place) -> None:
     write_whole(job.run_dir / "ds_config.json", json.dumps(job.ds, indent=2) + "\n")
 
 
-def announce(job: Job, place: Place, engine: deepspeed.DeepSpeedEngine, start: int) -> None:
-    """The few lines a run begins with."""
+def announce(job: Job, place: Place, engine: deepspeed.DeepSpeedEngine, start: int, begun: str | None = None) -> None:
+    """The few lines a run begins with; `begun`: what its first weights are, where they are not fresh."""
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     lanes = job.plan.lanes_per_source
     reads = ", ".join(
@@ -77,5 +78,5 @@ def announce(job: Job, place: Place, engine: deepspeed.DeepSpeedEngine, start: i
         f"step {start} of {job.total_steps}, {job.config.batch.rows_per_step} rows of "
         f"{job.config.data.row_length} concepts a step" + (", resumed" if start else ""),
     ]
-    for line in lines:
+    for line in lines if begun is None else [lines[0], begun, *lines[1:]]:
         console.line(line)

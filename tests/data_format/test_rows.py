@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lcm_ds.data.format import open_dataset
 from lcm_ds.data.plan import document_order
 from lcm_ds.data.reader import Shard, open_shard
-from lcm_ds.data.rows import Segment, ShardInOrder, blank, cut, fill
+from lcm_ds.data.rows import Row, Segment, ShardInOrder, blank, cut, fill
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +57,12 @@ def test_the_end_of_a_row_does_not_move_where_a_document_is_wrapped(
 def test_a_part_of_a_row_holds_its_segments_one_after_another_and_zeros_where_there_are_none(shard: Shard) -> None:
     segments = [Segment(shard, 2, 0, 2), Segment(shard, 0, 1, 2), Segment(shard, 2, 1, 2)]
     concepts, ids = np.full((6, shard.embed_dim or 0), 7, np.float16), np.full(6, 7, np.int32)
-    assert fill(segments, concepts[:4], ids[:4], 5) == 8
+    row = Row(concepts, ids, given=None, origins=None)
+    assert fill(segments, row.part(slice(0, 4)), 5) == 8
     assert ids.tolist() == [5, 5, 6, 7, 7, 7]
     assert (concepts[4:] == 7).all()
     expected = [shard.concepts(2)[0], shard.concepts(2)[1], shard.concepts(0)[1], shard.concepts(2)[1]]
     np.testing.assert_array_equal(concepts[:4], expected)
-    blank(concepts, ids)
+    blank(row)
     assert not concepts.any()
     assert ids.tolist() == [-1] * 6

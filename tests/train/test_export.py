@@ -1,6 +1,9 @@
 """An exported model is the trained one to the last bit, in a folder that needs no DeepSpeed."""
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +12,7 @@ import torch
 from runs import finish, metrics, run_dir, start
 
 from lcm_ds.errors import InputError
+from lcm_ds.files import sha256_of
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.train.checkpoint import load_model
 from lcm_ds.train.export import export
@@ -39,21 +43,22 @@ def test_every_weight_is_the_trained_one(exported):
     assert not torch.equal(loaded.normalizer.scale, torch.ones_like(loaded.normalizer.scale))
 
 
-def test_the_folder_loads_where_deepspeed_cannot_be_imported(exported):
+def test_what_the_card_says_runs_where_deepspeed_and_all_of_preparation_cannot_be_imported(exported):
     _, output = exported
-    code = (
-        "import sys; sys.modules['deepspeed'] = None\n"
-        "import torch; from lcm_ds.model.modeling import BaseLCM\n"
-        f"print(BaseLCM.from_pretrained({str(output)!r}).eval()(torch.zeros(1, 3, 16)).isfinite().all().item())"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == "True", done.stderr
+    (snippet,) = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), re.DOTALL)
+    assert len(snippet.splitlines()) <= 10
+    missing = ("deepspeed", "spacy", "datasets", "sentence_transformers")
+    block = f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", f"{block}{snippet}\nprint(following.shape, following.isfinite().all().item())"]
+    done = subprocess.run(command, cwd=output.parent, capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "torch.Size([1, 16]) True", done.stderr
 
 
 def test_the_card_says_how_the_model_was_made(exported, concepts):
     config, output = exported
-    assert sorted(path.name for path in output.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    files = ["README.md", "concepts.json", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in output.iterdir()) == files
     card = (output / "README.md").read_text()
     assert "| steps | 40 |" in card
     assert f"| concepts seen | {metrics(config, 'concepts')[40]:,} |" in card
@@ -62,6 +67,21 @@ def test_the_card_says_how_the_model_was_made(exported, concepts):
     assert str(concepts["train"]) in card
     assert "synthetic, rotation-16" in card
     assert "SONAR" not in card
+
+
+def test_an_evaluation_of_this_checkpoint_is_in_the_card_and_no_other(trained, tmp_path):
+    run, copy = run_dir(trained(2)), tmp_path / "run"
+    shutil.copytree(run, copy)
+    scores = {"Base-LCM": {"normalised": {"mse": 0.123456, "variance_ratio": 0.5}, "raw": {"l2": 1.5, "ca": None}}}
+    found = {"dataset": "texts", "documents": 3, "targets": 1234, "scores": scores}
+    complete = sha256_of(copy / "checkpoints" / "step_00000040" / "COMPLETE")
+    for name, checkpoint in (("its", complete), ("another", "0" * 64)):
+        (copy / "evaluation.json").write_text(json.dumps({**found, "checkpoint": checkpoint}))
+        export(copy, tmp_path / name)
+    card = (tmp_path / "its" / "README.md").read_text()
+    assert "on texts, 3 documents, 1,234 targets:" in card
+    assert "| Base-LCM | 0.1235 | 1.5 | – | – | 0.5 |" in card
+    assert "1,234" not in (tmp_path / "another" / "README.md").read_text()
 
 
 def test_sonars_licence_is_named_where_the_concepts_are_sonars(trained, concepts, tmp_path):

@@ -1,0 +1,36 @@
+"""What made the concepts that a model was trained on: it goes with an exported model as concepts.json."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from lcm_ds.config import DataConfig, Schema
+from lcm_ds.data.format import DatasetInfo, EndOfText
+
+CONCEPTS = "concepts.json"
+
+
+class ConceptInfo(Schema):
+    """concepts.json of an exported folder."""
+
+    encoder: dict[str, Any]  # as in dataset.json
+    splitter: dict[str, Any] = Field(default_factory=dict)
+    language: str | None = None
+    end_of_text: EndOfText | None = None
+    source_suffix: str | None = None  # the sentence that a fine-tuned model was shown between source and target
+    max_segment: int = DataConfig.model_fields["max_segment"].default  # no segment that it was trained on is longer
+
+    @classmethod
+    def of(cls, info: DatasetInfo, max_segment: int | None = None) -> ConceptInfo:
+        """What a dataset says of its concepts."""
+        more = {} if max_segment is None else {"max_segment": max_segment}
+        return cls(
+            encoder=info.encoder,
+            splitter=info.splitter,
+            language=info.language,
+            end_of_text=info.end_of_text,
+            source_suffix=None if info.supervised is None else info.supervised.source_suffix,
+            **more,
+        )
