@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import resource
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import count
+from functools import partial
+from itertools import accumulate, count
 from threading import Event, Lock
 from typing import NamedTuple
 from weakref import WeakValueDictionary
@@ -41,6 +42,7 @@ AHEAD, FETCHED_AT_A_TIME = 2, 8
 # With bad shards left out: the share of the shards opened so far from which on something else must be wrong.
 MOST_BAD = 0.05
 VALIDATION_SEED = 0
+VALIDATION_AHEAD = 2  # batches
 
 
 def target_mask(segment_ids: Tensor) -> Tensor:
@@ -62,6 +64,9 @@ class Batch:
     index: int  # of the micro-batch in its step
     first_lane: int  # of its first row, counted over all ranks; validation: the number of its first row
     missing: int = 0  # concepts of shards that could not be read; rows without targets are in their place
+    # of validation, int64 [rows, row_length, 2]: a concept's document, counted through the dataset in the order of its
+    # shards, and its position in that; −1 where there are no concepts
+    origins: Tensor | None = None
 
     @property
     def target_mask(self) -> Tensor:
@@ -138,16 +143,7 @@ class Loader:
         if self._pool is None:
             yield from (self.read(step, index) for step, index in self._order())
             return
-        order = self._order()
-        coming: deque[Future[Batch]] = deque()
-        while True:
-            for step, index in order:
-                coming.append(self._pool.submit(self.read, step, index))
-                if len(coming) > self._ahead:
-                    break
-            if not coming:
-                return
-            yield coming.popleft().result()
+        yield from _read_ahead(self._pool, self._ahead, (partial(self.read, *place) for place in self._order()))
 
     def read(self, step: int, index: int) -> Batch:
         """Micro-batch `index` of `step`."""
@@ -173,6 +169,19 @@ class Loader:
             yield from ((step, index) for index in range(self.micro_batches))
 
 
+def _read_ahead(pool: ThreadPoolExecutor, ahead: int, reads: Iterator[Callable[[], Batch]]) -> Iterator[Batch]:
+    """What `reads` give, in their order; threads of the pool are `ahead` batches ahead."""
+    coming: deque[Future[Batch]] = deque()
+    while True:
+        for read in reads:
+            coming.append(pool.submit(read))
+            if len(coming) > ahead:
+                break
+        if not coming:
+            return
+        yield coming.popleft().result()
+
+
 def validation_batches(
     dataset: Dataset,
     row_length: int,
@@ -181,21 +190,31 @@ def validation_batches(
     rank: int,
     world_size: int,
     rows: int | None = None,
+    origins: bool = False,
 ) -> Iterator[Batch]:
     """This rank's part of the whole dataset, or of its first `rows` rows, in an order that is always the same.
 
-    Every rank has the same number of batches. No row comes twice: the last ones are filled up with rows without
-    concepts. Bad shards: as of `Loader`.
+    Batch b of all, in the order of the rows, is rank b mod world_size's: what is in a batch does not depend on who
+    reads it. Every rank has the same number of batches. No row comes twice: the last ones are filled up with rows
+    without concepts. A thread reads ahead. Bad shards: as of `Loader`.
     """
     plan = Plan([Source([shard.concepts for shard in dataset.shards])], VALIDATION_SEED, 1, row_length, epochs=1)
     assert plan.steps is not None
     rows = plan.steps if rows is None else min(rows, plan.steps)
     reader = _Rows([dataset], plan, max_segment, micro_batch_rows, FEWEST_KEPT, FEWEST_OPEN)
-    for index in range(-(-rows // (world_size * micro_batch_rows))):
+
+    def read(index: int) -> Batch:
         first = (index * world_size + rank) * micro_batch_rows
         # One lane, so that a step is a row; after the last step there are no concepts.
         places = [(row if row < rows else plan.steps, 0) for row in range(first, first + micro_batch_rows)]
-        yield reader.batch(places, 0, index, first)
+        return reader.batch(places, 0, index, first, origins)
+
+    batches = range(-(-rows // (world_size * micro_batch_rows)))
+    pool = ThreadPoolExecutor(1, "lcm-ds-validation")
+    try:
+        yield from _read_ahead(pool, VALIDATION_AHEAD, (partial(read, index) for index in batches))
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 class TraceLine(NamedTuple):
@@ -273,27 +292,40 @@ class _Rows:
         self._lock = Lock()
         self._stopped = stopped
         self._tried, self._bad = set[tuple[int, int]](), set[tuple[int, int]]()
+        # Documents before each shard of a dataset.
+        self._before = [[*accumulate((s.documents for s in d.shards), initial=0)] for d in datasets]
 
-    def batch(self, places: Sequence[tuple[int, int]], step: int, index: int, first_lane: int) -> Batch:
+    def batch(
+        self, places: Sequence[tuple[int, int]], step: int, index: int, first_lane: int, origins: bool = False
+    ) -> Batch:
         """The rows at `places`, each a step and a lane, as one batch."""
         concepts = self._buffers.take()
         segment_ids = torch.empty(concepts.shape[:2], dtype=torch.int32)
+        origin = torch.empty(*segment_ids.shape, 2, dtype=torch.int64) if origins else None
         missing = 0
-        for (at, lane), row, ids in zip(places, concepts.numpy(), segment_ids.numpy(), strict=True):
-            missing += self._fill(self.plan.pieces(at, lane), row, ids)
-        return Batch(concepts, segment_ids, step, index, first_lane, missing)
+        for row, (at, lane) in enumerate(places):
+            its_origins = None if origin is None else origin[row].numpy()
+            missing += self._fill(
+                self.plan.pieces(at, lane), concepts[row].numpy(), segment_ids[row].numpy(), its_origins
+            )
+        return Batch(concepts, segment_ids, step, index, first_lane, missing, origin)
 
-    def _fill(self, pieces: Sequence[Piece], concepts: np.ndarray, segment_ids: np.ndarray) -> int:
+    def _fill(
+        self, pieces: Sequence[Piece], concepts: np.ndarray, segment_ids: np.ndarray, origins: np.ndarray | None
+    ) -> int:
         """Copy pieces to their row; returns how many of its concepts could not be read."""
         filled = number = missing = 0
         for piece in pieces:
             part = slice(filled, filled := filled + piece.stop - piece.start)
+            into = None if origins is None else origins[part]
             with self.leaving_out(piece) as left_out:
-                number = fill(self.segments(piece), concepts[part], segment_ids[part], number)
+                number = fill(self.segments(piece), concepts[part], segment_ids[part], number, into)
+                if into is not None:
+                    into[:, 0] += self._before[piece.source][piece.shard]
             if left_out:
-                blank(concepts[part], segment_ids[part])
+                blank(concepts[part], segment_ids[part], into)
                 missing += piece.stop - piece.start
-        blank(concepts[filled:], segment_ids[filled:])
+        blank(concepts[filled:], segment_ids[filled:], None if origins is None else origins[filled:])
         return missing
 
     def segments(self, piece: Piece) -> Iterator[Segment]:

@@ -55,21 +55,33 @@ def cut(read: ShardInOrder, start: int, stop: int, max_segment: int) -> Iterator
         at += 1
 
 
-def fill(segments: Iterable[Segment], concepts: np.ndarray, segment_ids: np.ndarray, number: int) -> int:
+def fill(
+    segments: Iterable[Segment],
+    concepts: np.ndarray,
+    segment_ids: np.ndarray,
+    number: int,
+    origins: np.ndarray | None = None,
+) -> int:
     """Copy segments one after another into a part of a row, which they fill; returns the number of the next segment.
 
-    concepts: [n, embed_dim]; segment_ids: int32 [n], `number`, `number` + 1 … for the segments.
+    concepts: [n, embed_dim]; segment_ids: int32 [n], `number`, `number` + 1 … for the segments. origins: int64 [n, 2],
+    where they are wanted: of each concept its document in the shard, and its position in that.
     """
     filled = 0
     for shard, document, start, stop in segments:
         until = filled + stop - start
         shard.read_into(concepts[filled:until], document, start)
         segment_ids[filled:until] = number
+        if origins is not None:
+            origins[filled:until, 0] = document
+            origins[filled:until, 1] = np.arange(start, stop)
         filled, number = until, number + 1
     return number
 
 
-def blank(concepts: np.ndarray, segment_ids: np.ndarray) -> None:
-    """Make a part of a row one without concepts: zeros, and −1 for segment."""
+def blank(concepts: np.ndarray, segment_ids: np.ndarray, origins: np.ndarray | None = None) -> None:
+    """Make a part of a row one without concepts: zeros, and −1 for segment and origin."""
     concepts[:] = 0
     segment_ids[:] = -1
+    if origins is not None:
+        origins[:] = -1

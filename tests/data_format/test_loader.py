@@ -550,6 +550,21 @@ def test_validation_is_the_same_rows_for_any_world_size(
     assert len(found) < wanted + world_size * micro
 
 
+def test_validation_knows_the_origin_of_each_concept(dataset: Dataset) -> None:
+    shards = [open_shard(dataset, index) for index in range(len(dataset.shards))]
+    documents = [shard.concepts(document) for shard in shards for document in range(len(shard))]
+    seen = 0
+    for batch in validation_batches(dataset, LENGTH, MAX_SEGMENT, 4, 0, 1, origins=True):
+        assert batch.origins is not None
+        assert torch.equal((batch.origins >= 0).all(-1), batch.segment_ids >= 0)
+        held = batch.segment_ids >= 0
+        for concept, (document, position) in zip(batch.concepts[held], batch.origins[held].tolist(), strict=True):
+            assert np.array_equal(concept.numpy(), documents[document][position])
+        seen += int(held.sum())
+    assert seen == dataset.info.totals.concepts
+    assert next(validation_batches(dataset, LENGTH, MAX_SEGMENT, 4, 0, 1)).origins is None
+
+
 def test_validation_reads_each_concept_once(dataset: Dataset) -> None:
     batches = validation_rows(dataset, 4, 2, None)
     assert sum(b.real_concepts for rank in batches for b in rank) == dataset.info.totals.concepts
