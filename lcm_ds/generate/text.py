@@ -8,23 +8,20 @@ sentence.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 
-from lcm_ds.config import EncoderConfig, SentencesConfig, validate
+from lcm_ds.config import SentencesConfig, validate
 from lcm_ds.data.format import DATASET, Dataset, open_for_run
-from lcm_ds.encoders import Encoder, load_encoder
+from lcm_ds.encoders import Encoder, of_dataset
 from lcm_ds.encoders.base import resolve_device
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.generate.autoregressive import END_OF_TEXT, MAX_CONCEPTS, REPEATS, Generation, generate
 from lcm_ds.generate.nearest import nearest
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.text.sentences import Splitter
-
-# Encoders whose decoder is known; another one is named by the key "decoder" of the encoder's block in dataset.json.
-DECODERS = {"cointegrated/SONAR_200_text_encoder": "raxtemur/SONAR_200_text_decoder"}
 
 REASONS = {
     END_OF_TEXT: "the last concept is the end of the text (cosine above 0.9)",
@@ -93,12 +90,10 @@ def go_on(
 def told(concepts: np.ndarray, datasets: Sequence[Dataset]) -> list[str]:
     """A line for each of `concepts` [m, embed_dim], raw space: decoded where there is a decoder, else retrieved."""
     encoder = datasets[0].info.encoder
-    named = encoder.get("decoder", DECODERS.get(str(encoder.get("model"))))
-    if encoder.get("name") == "sonar" and named is not None:
-        from lcm_ds.encoders.sonar import SonarDecoder
-
+    named = of_dataset.decoder_name(encoder)
+    if named is not None:
         try:
-            decoder = SonarDecoder(named, encoder.get("language", "eng_Latn"))
+            decoder = of_dataset.decoder_of(named, encoder, datasets[0].embed_dim)
         except InputError as error:
             print(f"no decoder, so the nearest sentences instead: {error}")
         else:
@@ -119,20 +114,5 @@ def splitter_of(dataset: Dataset) -> Splitter:
 
 
 def encoder_of(dataset: Dataset) -> Encoder:
-    """The encoder that made the dataset's concepts, with the same weights and arithmetic.
-
-    Raises InputError where it is none of ours, cannot be loaded, or makes concepts of another size.
-    """
-    described, origin = dataset.info.encoder, f"{dataset.path}/{DATASET}"
-    kinds = get_args(EncoderConfig.model_fields["name"].annotation)
-    if described.get("name") not in kinds:
-        raise InputError(
-            f"{origin}: encoder.name: {described.get('name')!r} cannot encode a prompt (known here: {', '.join(kinds)})"
-        )
-    keys = {key: value for key, value in described.items() if key in EncoderConfig.model_fields and value is not None}
-    encoder = load_encoder(validate(EncoderConfig, keys, f"{origin}: encoder"))
-    if encoder.embed_dim != dataset.embed_dim:
-        raise InputError(
-            f"{origin}: embed_dim is {dataset.embed_dim}, encoder {described['model']} makes {encoder.embed_dim}"
-        )
-    return encoder
+    """The encoder that made the dataset's concepts. Raises InputError as lcm_ds.encoders.of_dataset.encoder_of."""
+    return of_dataset.encoder_of(dataset.info.encoder, dataset.embed_dim, f"{dataset.path}/{DATASET}")

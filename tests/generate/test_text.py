@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from lcm_ds.encoders.of_dataset import DECODERS
 from lcm_ds.encoders.sonar import SonarDecoder
 from lcm_ds.errors import InputError
 from lcm_ds.generate.autoregressive import REPEATS, generate
 from lcm_ds.generate.nearest import nearest
-from lcm_ds.generate.text import DECODERS, encoder_of, go_on, run, splitter_of, told
+from lcm_ds.generate.text import encoder_of, go_on, run, splitter_of, told
 
 PROMPT = "Rain falls on the hills.  The river rises in the night."
 
