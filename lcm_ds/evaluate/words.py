@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import numpy as np
 import torch
@@ -102,33 +102,45 @@ class Words:
         "truth" is among the predictors: what a round trip of the true concepts loses, and what the true sentences have
         of mutual information. All ranks call this.
         """
-        names = ["truth", *held.predicted]
         mine = slice(ranks.rank, None, ranks.size)
-        kinds = [ROUND_TRIP] * (self.decoder is not None) + [MI] * (self.causal_lm is not None)
-        found = {name: {kind: torch.zeros(len(held), dtype=torch.float64) for kind in kinds} for name in names}
-        before: list[list[str]] = []
-        true: list[str] = []
+        concepts = {"truth": held.truth[mine], **{name: values[mine] for name, values in held.predicted.items()}}
+        told = self._decode(concepts)
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in concepts}
+        if told is not None:
+            again = self._encode(told)
+            for name, vectors in again.items():
+                found[name][ROUND_TRIP] = _spread(l2(vectors, held.truth[mine]), mine, len(held))
         if self.causal_lm is not None:
             before, true = sentences_of(validation, held.document[mine].tolist(), held.position[mine].tolist())
-        for name in names:
-            concepts = (held.truth if name == "truth" else held.predicted[name])[mine]
-            told = None if self.decoder is None else self._decode(concepts)
-            if told is not None:
-                assert self.encoder is not None
-                again = torch.from_numpy(self.encoder.encode(told))
-                found[name][ROUND_TRIP][mine] = l2(again, held.truth[mine]).double()
-            if self.causal_lm is not None:
-                said = true if name == "truth" else told
-                found[name][MI][mine] = torch.nan if said is None else self.causal_lm.mutual_information(before, said)
-        ranks.add_up(values for by_kind in found.values() for values in by_kind.values())
+            for name, sentences in {**(told or {}), "truth": true}.items():
+                found[name][MI] = _spread(self.causal_lm.mutual_information(before, sentences), mine, len(held))
+        ranks.add_up(values for figures in found.values() for values in figures.values())
         return found
 
-    def _decode(self, concepts: Tensor) -> list[str]:
+    def _decode(self, concepts: dict[str, Tensor]) -> dict[str, list[str]] | None:
         """A sentence for each concept; equal ones, such as those of a mean, are decoded once."""
-        assert self.decoder is not None
-        different, places = np.unique(concepts.numpy(), axis=0, return_inverse=True)
+        if self.decoder is None:
+            return None
+        whole = torch.cat(list(concepts.values())).numpy()
+        different, places = np.unique(whole, axis=0, return_inverse=True)
         told = self.decoder.decode(different)
-        return [told[place] for place in places.reshape(-1)]
+        sentences = iter([told[place] for place in places.reshape(-1)])
+        return {name: list(islice(sentences, len(vectors))) for name, vectors in concepts.items()}
+
+    def _encode(self, told: dict[str, list[str]]) -> dict[str, Tensor]:
+        """The concepts of sentences; equal ones are encoded once."""
+        assert self.encoder is not None
+        different = sorted({sentence for sentences in told.values() for sentence in sentences})
+        places = {sentence: place for place, sentence in enumerate(different)}
+        concepts = torch.from_numpy(self.encoder.encode(different))
+        return {name: concepts[[places[sentence] for sentence in sentences]] for name, sentences in told.items()}
+
+
+def _spread(values: Tensor, mine: slice, count: int) -> Tensor:
+    """This rank's values in their places among those of all, fp64 [count], zeros elsewhere."""
+    found = torch.zeros(count, dtype=torch.float64)
+    found[mine] = values.double()
+    return found
 
 
 def load_words(validation: Dataset, decoder: str | None, causal_lm: str | None, device: torch.device) -> Words:
