@@ -146,6 +146,10 @@ def effective_rank(matrix: Tensor) -> float | None:
     """
     if not matrix.trace() > CONSTANT:
         return None
-    spectrum = torch.linalg.eigvalsh(matrix.double()).clamp(min=0)
-    shares = spectrum / spectrum.sum()
-    return float(torch.special.entr(shares).sum().exp())
+    return float(rank_of(torch.linalg.eigvalsh(matrix.double())))
+
+
+def rank_of(spectrum: Tensor) -> Tensor:
+    """The effective rank of spectra [..., embed_dim] of covariances: [...]."""
+    known = spectrum.clamp(min=0)
+    return torch.special.entr(known / known.sum(-1, keepdim=True)).sum(-1).exp()

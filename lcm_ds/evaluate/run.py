@@ -74,7 +74,7 @@ def evaluate(
         if ranks.rank == 0:
             files = _write(subject.path if own else None, title, found, json_path, figure)
             print_tables(title, found)
-            print(f"all figures: {files}" if files else "--json FILE keeps these figures")
+            print(f"All figures: {files}" if files else "--json FILE keeps these figures")
             if subject.step is not None:
                 print(f"curves: tensorboard --logdir {subject.path / 'tensorboard'}")
     return found

@@ -156,7 +156,7 @@ def load_words(validation: Dataset, decoder: str | None, causal_lm: str | None, 
     reads: CausalLM | None = None
     notes = []
     if named is None:
-        notes.append(f"ℓ2 round trip, MI: no decoder is known for {described.get('model')}; --decoder names one")
+        notes.append(f"ℓ2-r, MI: no decoder is known for the encoder {described.get('model')}; --decoder names one")
     else:
         try:
             speaks = decoder_of(named, described, validation.embed_dim, str(device))
@@ -165,7 +165,7 @@ def load_words(validation: Dataset, decoder: str | None, causal_lm: str | None, 
             speaks = None
             if decoder is not None:
                 mistakes.mistakes.extend(f"--decoder: {mistake}" for mistake in error.mistakes)
-            notes.append(f"ℓ2 round trip, MI: {error}")
+            notes.append(f"ℓ2-r, MI: no decoder: {error}")
     if causal_lm is None:
         notes.append("MI: no language model is named; --causal-lm openai-community/gpt2 is the paper's")
     else:

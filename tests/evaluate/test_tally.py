@@ -97,7 +97,19 @@ def test_the_effective_rank_has_an_interval_around_it():
     tally.add_spectrum(drawn(6, 4000, 6), documents)
     rank, (low, high) = tally.effective_rank()
     assert 5.9 < rank <= 6.0
-    assert 5.8 < low < rank < high
+    assert 5.9 < low < rank < high
     constant.add_spectrum(torch.full((4000, 6), 0.3), documents)
     assert constant.effective_rank() == (None, None)
     assert Tally(CPU).effective_rank() == (None, None)
+
+
+def test_the_interval_of_the_effective_rank_is_as_wide_as_the_rank_is_uncertain():
+    spread = torch.linspace(1, 0.05, 30, dtype=torch.float64)
+    ranks, widths = [], []
+    for seed in range(40):
+        tally = Tally(CPU)
+        tally.add_spectrum(drawn(seed, 1000, 30) * spread, torch.arange(1000))
+        rank, (low, high) = tally.effective_rank()
+        ranks.append(rank)
+        widths.append((high - low) / (2 * 1.96))
+    assert sum(widths) / len(widths) == pytest.approx(torch.tensor(ranks).std().item(), rel=0.25)
