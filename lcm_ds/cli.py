@@ -7,6 +7,7 @@ a checkpoint saved; 1 anything else.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from lcm_ds import __version__
 from lcm_ds.errors import InputError, nearest
+from lcm_ds.evaluate import add_arguments as add_evaluation
 
 EXAMPLES = """\
 examples:
@@ -143,9 +145,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     verb = _verb(verbs, "evaluate", evaluate, "the model against its baselines on the validation split",
                  "lcm-ds evaluate runs/quickstart --json metrics.json")  # fmt: skip
-    verb.add_argument("run", metavar="RUN")
-    verb.add_argument("--dataset", metavar="DATASET", help="default: the run's validation dataset")
-    verb.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    add_evaluation(verb)
+    verb.add_argument("--processes", type=int, metavar="N", help="that share the work; default: one a GPU")
 
     verb = _verb(verbs, "generate", generate, "go on from a text, concept by concept",
                  "lcm-ds generate runs/quickstart --prompt 'Lists are mutable. They grow.'")  # fmt: skip
@@ -311,10 +312,24 @@ def launch(arguments: argparse.Namespace) -> int:
     )
 
 
-def evaluate(arguments: argparse.Namespace) -> None:
-    from lcm_ds.evaluate.run import evaluate
+def evaluate(arguments: argparse.Namespace) -> int:
+    from lcm_ds.evaluate import main, worker
+    from lcm_ds.train.place import read_place
 
-    evaluate(arguments.run, arguments.dataset, arguments.json)
+    if arguments.processes is not None and arguments.processes < 1:
+        raise InputError(f"--processes: {arguments.processes} is below 1")
+    if read_place(os.environ).world_size > 1:
+        return main(arguments)  # a launcher has started this process and others
+    processes = arguments.processes
+    if processes is None:
+        import torch
+
+        processes = max(1, torch.cuda.device_count())
+    if processes == 1:
+        return main(arguments)
+    from lcm_ds.launcher.local import run_local
+
+    return run_local(worker(arguments), processes)
 
 
 def generate(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import pytest
 import lcm_ds
 
 PACKAGE = Path(lcm_ds.__file__).parent
-BELOW = ("config", "errors", "files", "processes", "quiet", "ds_config", "fairseq2", "resources")
+BELOW = ("config", "errors", "files", "metrics", "processes", "quiet", "ds_config", "fairseq2", "resources")
 PARTS = ("data", "model", "encoders", "text")
 MAY_IMPORT = {
     **{part: (*BELOW, part) for part in PARTS},

@@ -203,13 +203,14 @@ def validation_batches(
     """
     plan = Plan([Source([shard.concepts for shard in dataset.shards])], VALIDATION_SEED, 1, row_length, epochs=1)
     assert plan.steps is not None
-    rows = plan.steps if rows is None else min(rows, plan.steps)
+    beyond = plan.steps
+    rows = beyond if rows is None else min(rows, beyond)
     reader = _Rows([dataset], plan, max_segment, micro_batch_rows, FEWEST_KEPT, FEWEST_OPEN)
 
     def read(index: int) -> Batch:
         first = (index * world_size + rank) * micro_batch_rows
         # One lane, so that a step is a row; after the last step there are no concepts.
-        places = [(row if row < rows else plan.steps, 0) for row in range(first, first + micro_batch_rows)]
+        places = [(row if row < rows else beyond, 0) for row in range(first, first + micro_batch_rows)]
         return reader.batch(places, 0, index, first, origins)
 
     batches = range(-(-rows // (world_size * micro_batch_rows)))

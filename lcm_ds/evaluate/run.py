@@ -1,226 +1,131 @@
-"""`lcm-ds evaluate`: a run's model against its baselines, on the same validation targets."""
+"""`lcm-ds evaluate`: a model against its baselines, on the same targets; by one process or by many together."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from lcm_ds.data.format import Dataset
+from lcm_ds.errors import InputError
+from lcm_ds.evaluate.measure import measure
+from lcm_ds.evaluate.ranks import Ranks
+from lcm_ds.evaluate.report import draw_figure, print_tables
+from lcm_ds.evaluate.subject import Subject, find_subject
+from lcm_ds.evaluate.words import load_words
+from lcm_ds.files import write_whole
+from lcm_ds.train.place import Place
 
-from lcm_ds.config import DataConfig, TrainConfig, load
-from lcm_ds.data.format import Dataset, open_for_run
-from lcm_ds.data.loader import Batch, validation_batches
-from lcm_ds.errors import Collector, InputError
-from lcm_ds.evaluate.baselines import fit_baselines
-from lcm_ds.evaluate.metrics import BLOCK, SPACES, Score, Targets
-from lcm_ds.files import sha256_of, write_whole
-from lcm_ds.model.attention import SegmentLayout
-from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.train.checkpoint import find, load_model
-
-MODEL = "Base-LCM"
-ROWS = 16  # of a batch
-FIT_ON = 500_000  # concepts of the training data that baselines are fitted on, at most
-FILE = "evaluation.json"
+FORMAT_VERSION = 2  # of what is written
+FILE, FIGURE = "evaluation.json", "evaluation.png"
+SAMPLES = 256  # targets that are decoded
 
 
-def evaluate(run_dir: str | Path, dataset: str | None = None, json_path: str | None = None) -> dict[str, Any]:
-    """Measure the run's newest checkpoint on its validation dataset, or on `dataset`, and print the table.
+def evaluate(
+    run_dir: str | Path,
+    dataset: str | None = None,
+    json_path: str | None = None,
+    *,
+    step: int | None = None,
+    figure: str | None = None,
+    causal_lm: str | None = None,
+    decoder: str | None = None,
+    samples: int = SAMPLES,
+    place: Place | None = None,
+) -> dict[str, Any]:
+    """Measure a run's newest checkpoint, or that of `step`, on its validation data or on `dataset`; print the tables.
 
-    Returns what RUN/evaluation.json holds (written for the run's own validation dataset; where it is there already for
-    this checkpoint and dataset, it is printed again). Raises InputError for a run without a checkpoint, for a dataset
-    that is missing, of another encoder or without targets, and where json_path cannot be written.
+    run_dir: may be an exported Hugging Face folder, which needs a dataset. causal_lm, decoder: hub ids or folders, for
+    the figures that need text, told of `samples` targets. place: this process among others that do the same, each its
+    share; rank 0 alone writes and prints.
+
+    Returns what RUN/evaluation.json holds (written, with evaluation.png, for the run's own validation dataset; where it
+    is there already for this very question, it is printed again). Raises InputError for a run without a checkpoint, a
+    dataset that is missing, of another encoder or without targets, a decoder or language model that cannot be loaded,
+    and where json_path or figure cannot be written.
     """
-    run_dir = Path(run_dir)
-    mistakes = Collector()
-    # Before the work, not after it.
-    if json_path is not None and (Path(json_path).is_dir() or not Path(json_path).absolute().parent.is_dir()):
-        mistakes.mistakes.append(f"--json: {json_path}: has to be a file in a folder that is there")
-    with mistakes:
-        checkpoint = find(run_dir)
-        config = load(TrainConfig, run_dir / "config.yaml")
-        path = dataset or config.data.validation
-        if path is None:
-            raise InputError(f"{run_dir}: the run has no data.validation; name a dataset with --dataset")
-        training, validation = _open(config.data, path, checkpoint.state()["model"]["embed_dim"])
-    mistakes.raise_if_any()
-    question = {
-        "step": checkpoint.step,
-        "checkpoint": sha256_of(checkpoint.path / "COMPLETE"),
-        "validation": validation.fingerprint,
-    }
-    written: Path | str | None = run_dir / FILE
-    found = _there_already(run_dir / FILE, question)
-    if found is not None:
-        print(f"{run_dir / FILE}: already evaluated at step {checkpoint.step}")
-    else:
-        model, _, _ = load_model(run_dir, checkpoint.step)
-        found = {**question, "dataset": path, **measure(model, training, validation, config.data)}
-        if dataset is None:
-            write_whole(run_dir / FILE, json.dumps(found, indent=1) + "\n")
-        else:
-            written = json_path
-    if json_path is not None:
-        Path(json_path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    _print_table(run_dir, found, written)
+    mistakes = [
+        f"{option}: {path}: has to be a file in a folder that is there"
+        for option, path in (("--json", json_path), ("--figure", figure))
+        if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir())
+    ]
+    if samples < 1:
+        mistakes.append(f"--samples: {samples} is below 1")
+    # All that can be wrong before the work, not after it.
+    subject: Subject | None = None
+    try:
+        subject = find_subject(run_dir, dataset, step)
+        training, validation = subject.open()
+    except InputError as error:
+        mistakes += error.mistakes
+    if mistakes or subject is None:
+        raise InputError(mistakes)
+    question = _question(subject, training, validation, causal_lm, decoder, samples)
+    own = dataset is None and step is None
+    with Ranks(place) as ranks:
+        found = ranks.from_first(_there_already(subject.path / FILE, question))
+        title = str(subject.path) if subject.step is None else f"{subject.path} at step {subject.step}"
+        if found is not None and ranks.rank == 0:
+            print(f"{subject.path / FILE}: already evaluated at step {subject.step}")
+        if found is None:
+            words = load_words(validation, decoder, causal_lm, ranks.device)
+            figures = measure(subject.load(), subject, training, validation, ranks, words, samples)
+            found = {**question, "dataset": subject.validation, **figures}
+        if ranks.rank == 0:
+            files = _write(subject.path if own else None, title, found, json_path, figure)
+            print_tables(title, found)
+            print(f"All figures: {files}" if files else "--json FILE keeps these figures")
+            if subject.step is not None:
+                print(f"curves: tensorboard --logdir {subject.path / 'tensorboard'}")
     return found
 
 
-def _open(data: DataConfig, path: str, embed_dim: int) -> tuple[list[Dataset], Dataset]:
-    """The training datasets and the one to measure on, all of the model's embed_dim and of one encoder."""
-    mistakes = Collector()
-    opened: list[Dataset] = []
-    for place in (*(source.path for source in data.train), path):
-        with mistakes:
-            opened.append(open_for_run(place, data))
-    mistakes.raise_if_any()
-    *training, validation = opened
-    for each in opened:
-        if each.embed_dim != embed_dim:
-            mistakes.mistakes.append(f"{each.path}: embed_dim {each.embed_dim}, the model has {embed_dim}")
-    if validation.info.encoder != training[0].info.encoder:
-        mistakes.mistakes.append(
-            f"{validation.path}: encoded with {validation.info.encoder}, "
-            f"the model is trained on {training[0].info.encoder}"
-        )
-    mistakes.raise_if_any()
-    return training, validation
-
-
-def measure(model: BaseLCM, training: Sequence[Dataset], validation: Dataset, data: DataConfig) -> dict[str, Any]:
-    """Figures of the model and its baselines; under "scores": {predictor: {space: {metric: value}}}.
-
-    training: the datasets of data.train, in its order. Raises InputError where validation has no targets.
-    """
-    started = time.perf_counter()
-    baselines, fitted_on = fit_baselines(_training_targets(model, training, data), model.config.embed_dim)
-    scores = {name: {space: Score() for space in SPACES} for name in (MODEL, *baselines)}
-    for targets, predicted in _blocks(model, validation, data, predict=True):
-        truth = {"normalised": targets.truth, "raw": model.normalizer.denormalize(targets.truth)}
-        predictions = {MODEL: predicted, **{name: predict(targets) for name, predict in baselines.items()}}
-        for name, values in predictions.items():
-            in_space = {"normalised": values, "raw": model.normalizer.denormalize(values)}
-            for space in SPACES:
-                scores[name][space].add(in_space[space], truth[space], targets)
-    if not scores[MODEL]["raw"].count:
-        raise InputError(f"{validation.path}: holds nothing to predict: each of its documents is a single concept")
+def _question(
+    subject: Subject,
+    training: list[Dataset],
+    validation: Dataset,
+    causal_lm: str | None,
+    decoder: str | None,
+    samples: int,
+) -> dict[str, Any]:
+    """What the figures depend on."""
     return {
-        "documents": validation.info.totals.documents,
-        "targets": scores[MODEL]["raw"].count,
-        "baselines_fitted_on": fitted_on,
-        "scores": {name: {space: score.read() for space, score in by.items()} for name, by in scores.items()},
-        "seconds": round(time.perf_counter() - started, 1),
+        "format_version": FORMAT_VERSION,
+        "step": subject.step,
+        "checkpoint": subject.weights,
+        "validation": validation.fingerprint,
+        "training": [
+            [each.fingerprint, source.weight] for each, source in zip(training, subject.training, strict=True)
+        ],
+        "rows": [subject.data.row_length, subject.data.max_segment],
+        "causal_lm": causal_lm,
+        "decoder": decoder,
+        "samples": samples,
     }
-
-
-def _training_targets(model: BaseLCM, training: Sequence[Dataset], data: DataConfig) -> Iterator[Targets]:
-    """At most FIT_ON concepts' targets, each dataset's share that of its weight, as in the run."""
-    weights = [source.weight for source in data.train]
-    for dataset, weight in zip(training, weights, strict=True):
-        rows = max(1, round(FIT_ON * weight / sum(weights) / data.row_length))
-        yield from (targets for targets, _ in _blocks(model, dataset, data, predict=False, rows=rows))
-
-
-@torch.no_grad()
-def _blocks(
-    model: BaseLCM, dataset: Dataset, data: DataConfig, predict: bool, rows: int | None = None
-) -> Iterator[tuple[Targets, Tensor]]:
-    """All targets of a dataset in order, BLOCK at a time, with the model's predictions (fp32, normalised space)."""
-    held: list[tuple[Targets, Tensor]] = []
-    count = 0
-    for batch in validation_batches(dataset, data.row_length, data.max_segment, ROWS, 0, 1, rows):
-        targets, predicted = _targets(model, batch, data.max_segment, predict)
-        held.append((targets, predicted))
-        count += len(targets)
-        if count >= BLOCK:
-            whole = _joined(held)
-            for first in range(0, count - BLOCK + 1, BLOCK):
-                part = slice(first, first + BLOCK)
-                yield whole[0][part], whole[1][part]
-            rest = slice(count - count % BLOCK, count)
-            held, count = [(whole[0][rest], whole[1][rest])], count % BLOCK
-    if count:
-        yield _joined(held)
-
-
-def _joined(parts: list[tuple[Targets, Tensor]]) -> tuple[Targets, Tensor]:
-    fields = ("truth", "last", "context", "segment", "position")
-    targets = Targets(**{name: torch.cat([getattr(part, name) for part, _ in parts]) for name in fields})
-    return targets, torch.cat([predicted for _, predicted in parts])
-
-
-def _targets(model: BaseLCM, batch: Batch, max_segment: int, predict: bool) -> tuple[Targets, Tensor]:
-    """The targets of one batch in order, and what the model predicts for them (zeros where it is not asked)."""
-    ids = batch.segment_ids.long()
-    concepts = model.normalizer.normalize(batch.concepts)
-    layout = SegmentLayout.from_ids(batch.segment_ids, max_segment)
-    # Running mean inside segments: the running sum, less what it was where the segment begins.
-    sums = concepts.double().cumsum(1)
-    before = torch.nn.functional.pad(sums, (0, 0, 1, 0))[:, :-1]
-    at_start = before.gather(1, layout.starts.unsqueeze(-1).expand_as(before))
-    context = ((sums - at_start) / (layout.positions + 1).unsqueeze(-1)).float()
-    mask = batch.target_mask
-    # Rows are numbered through the dataset, and no row has more segments than concepts.
-    rows = torch.arange(batch.first_lane, batch.first_lane + len(ids)).unsqueeze(1)
-    targets = Targets(
-        truth=concepts[:, 1:][mask],
-        last=concepts[:, :-1][mask],
-        context=context[:, :-1][mask],
-        segment=(rows * ids.shape[1] + ids)[:, 1:][mask],
-        position=layout.positions[:, 1:][mask],
-    )
-    if predict:
-        seen = SegmentLayout.from_ids(batch.segment_ids, max_segment, model.config.attention)
-        return targets, model(batch.concepts, seen)[:, :-1][mask].float()
-    return targets, torch.zeros(len(targets), 0)
 
 
 def _there_already(path: Path, question: dict[str, Any]) -> dict[str, Any] | None:
     """The evaluation on disk, where it answers this question."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if all(found.get(key) == value for key, value in question.items()) else None
 
 
-def _print_table(run_dir: Path, found: dict[str, Any], written: Path | str | None) -> None:
-    """The figures as a table that anyone can read, the best of each column marked; `written`: where all of them are."""
-    from rich.console import Console
-    from rich.table import Table
+def _write(run_dir: Path | None, title: str, found: dict[str, Any], json_path: str | None, figure: str | None) -> str:
+    """Write the files, each whole: those of the run, where it is given, and those that the user names.
 
-    columns = [
-        ("MSE ↓", "normalised", "mse", min, "{:.4f}"),
-        ("MSE raw ↓", "raw", "mse", min, "{:.3g}"),
-        ("ℓ2 raw ↓", "raw", "l2", min, "{:.4f}"),
-        ("cosine ↑", "raw", "cosine", max, "{:.4f}"),
-        ("CA % ↑", "raw", "ca", max, "{:.2%}"),
-        ("variance ratio", "normalised", "variance_ratio", None, "{:.3f}"),
-    ]
-    table = Table(
-        title=f"{run_dir} at step {found['step']}: next-concept prediction on {found['dataset']}\n"
-        f"{found['documents']:,} documents, {found['targets']:,} targets; * best of its column"
-    )
-    table.add_column("predictor")
-    for name, *_ in columns:
-        table.add_column(name, justify="right")
-    scores = found["scores"]
-    for predictor, values in scores.items():
-        cells = []
-        for _, space, metric, best, form in columns:
-            value = values[space][metric]
-            if value is None:
-                cells.append("–  ")
-                continue
-            wins = best is not None and value == best(by[space][metric] for by in scores.values())
-            cells.append(form.format(value).replace("%", "") + (" *" if wins else "  "))
-        table.add_row(predictor, *cells, style="bold" if predictor == MODEL else None)
-    console = Console(width=None if Console().is_terminal else 110)
-    console.print(table)
-    print("MSE in normalised space is the training loss; raw space is the encoder's.", end=" ")
-    print("--json FILE keeps these figures." if written is None else f"All figures: {written}")
-    print(f"curves: tensorboard --logdir {run_dir / 'tensorboard'}")
+    Returns where all figures are; nothing where they were not written.
+    """
+    text = json.dumps(found, indent=1) + "\n"
+    jsons = [*([run_dir / FILE] if run_dir else []), *([Path(json_path)] if json_path else [])]
+    pictures = [*([run_dir / FIGURE] if run_dir else []), *([Path(figure)] if figure else [])]
+    for path in jsons:
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            write_whole(path, text)
+    if pictures:
+        drawn = draw_figure(title, found)
+        for path in pictures:
+            write_whole(path, drawn)
+    return ", ".join(map(str, [*jsons, *pictures]))

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from lcm_ds.config import EncoderConfig, SentencesConfig, validate
+from lcm_ds.config import SentencesConfig, validate
 from lcm_ds.data.format import DATASET, Dataset
-from lcm_ds.encoders import Encoder, load_encoder
+from lcm_ds.encoders import Encoder, of_dataset
 from lcm_ds.encoders.base import resolve_device
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.generate.autoregressive import END_OF_TEXT, generate
@@ -28,9 +28,6 @@ from lcm_ds.text.sentences import Splitter
 
 if TYPE_CHECKING:
     from lcm_ds.encoders.sonar import SonarDecoder
-
-# Encoders whose decoder is known; another one is named by the key "decoder" of the encoder's block in dataset.json.
-DECODERS = {"cointegrated/SONAR_200_text_encoder": "raxtemur/SONAR_200_text_decoder"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +98,10 @@ class TextGenerator:
             resolve_device(device)
         with mistakes:
             origin = find_origin(path, step, dataset)
-            _encoder_config(origin.info.encoder, origin.says_so, device, prompt_language)
+            of_dataset.encoder_config(origin.info.encoder, origin.says_so, device, prompt_language)
+        if origin is not None:
+            with mistakes:
+                _check_language(origin.info.encoder, prompt_language)
         mistakes.raise_if_any()
         assert origin is not None
         with mistakes:
@@ -109,7 +109,9 @@ class TextGenerator:
             datasets = [] if speaks else _to_retrieve_from(origin, notes)
         with mistakes:
             splitter = _splitter(origin.info.splitter, origin.info.language, origin.says_so)
-            encoder = _load(origin.info.encoder, origin.embed_dim, origin.says_so, device, prompt_language)
+            encoder = of_dataset.encoder_of(
+                origin.info.encoder, origin.embed_dim, origin.says_so, device, prompt_language
+            )
         mistakes.raise_if_any()
         model = origin.load().to(resolve_device(device))  # type: ignore[arg-type]
         return cls(model, encoder, splitter, origin, speaks, datasets, notes)
@@ -193,7 +195,7 @@ def encoder_of(dataset: Dataset) -> Encoder:
 
     Raises InputError where it is none of ours, cannot be loaded, or makes concepts of another size.
     """
-    return _load(dataset.info.encoder, dataset.embed_dim, f"{dataset.path}/{DATASET}")
+    return of_dataset.encoder_of(dataset.info.encoder, dataset.embed_dim, f"{dataset.path}/{DATASET}")
 
 
 def _splitter(settings: dict[str, Any], language: str | None, origin: str) -> Splitter:
@@ -206,52 +208,27 @@ def _splitter(settings: dict[str, Any], language: str | None, origin: str) -> Sp
     return Splitter(validate(SentencesConfig, chosen, f"{origin}: splitter"))
 
 
-def _load(
-    described: dict[str, Any], embed_dim: int, origin: str, device: str | None = None, language: str | None = None
-) -> Encoder:
-    encoder = load_encoder(_encoder_config(described, origin, device, language))
-    if encoder.embed_dim != embed_dim:
-        raise InputError(f"{origin}: embed_dim is {embed_dim}, encoder {described['model']} makes {encoder.embed_dim}")
-    return encoder
-
-
-def _encoder_config(described: dict[str, Any], origin: str, device: str | None, language: str | None) -> EncoderConfig:
-    """The encoder that an encoder's block describes, for prompts in `language`, where that is not the block's own."""
-    kinds = get_args(EncoderConfig.model_fields["name"].annotation)
-    name = described.get("name")
-    if name not in kinds:
-        raise InputError(f"{origin}: encoder.name: {name!r} cannot encode a prompt (known here: {', '.join(kinds)})")
-    if language is not None and name != "sonar":
-        raise InputError(f"--prompt-language {language}: is for SONAR; encoder {name} is told no language")
-    keys = {key: value for key, value in described.items() if key in EncoderConfig.model_fields and value is not None}
-    changes = {"device": device, "language": language}
-    keys.update({key: value for key, value in changes.items() if value is not None})
-    return validate(EncoderConfig, keys, f"{origin}: encoder")
+def _check_language(described: dict[str, Any], language: str | None) -> None:
+    if language is not None and described.get("name") != "sonar":
+        raise InputError(
+            f"--prompt-language {language}: is for SONAR; encoder {described.get('name')} is told no language"
+        )
 
 
 def _decoder_of(
     origin: Origin, named: str | None, device: str | None, language: str | None
 ) -> tuple[SonarDecoder | None, list[str]]:
     """The decoder, and why there is none where there should be. Raises InputError where the user named it."""
-    encoder = origin.info.encoder
-    model = named or encoder.get("decoder")
-    if model is None and encoder.get("name") == "sonar":
-        model = DECODERS.get(str(encoder.get("model")))
+    described = origin.info.encoder
+    model = named or of_dataset.decoder_name(described)
     if model is None:
         return None, []
-    from lcm_ds.encoders.sonar import SonarDecoder
-
     try:
-        decoder = SonarDecoder(model, language or encoder.get("language") or "eng_Latn", device=device)
-        if decoder.embed_dim != origin.embed_dim:
-            raise InputError(
-                f"decoder {model} takes {decoder.embed_dim} numbers, a concept here has {origin.embed_dim}"
-            )
+        return of_dataset.decoder_of(model, described, origin.embed_dim, device, language), []
     except InputError as error:
         if named is not None:
             raise InputError(f"--decoder: {mistake}" for mistake in error.mistakes) from None
         return None, [f"no decoder, so the nearest sentences instead: {error}"]
-    return decoder, []
 
 
 def _to_retrieve_from(origin: Origin, notes: list[str]) -> list[Dataset]:

@@ -1,29 +1,42 @@
-"""Validation during training: loss, cosine and spread of the predictions, in normalised space."""
+"""Validation during training: the figures of lcm_ds.metrics, the same for any number of ranks.
+
+Sums go over all that is validated on; what compares targets with one another takes those of the first rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from lcm_ds import metrics
 from lcm_ds.data.format import Dataset
-from lcm_ds.data.loader import validation_batches
+from lcm_ds.data.loader import Batch, validation_batches
+from lcm_ds.model.attention import SegmentLayout
+from lcm_ds.model.normalizer import Normalizer
 from lcm_ds.train.step import Stepper
+
+COMPARED = 2048  # concepts, in whole rows, whose targets are compared with one another
 
 
 @torch.no_grad()
-def validate(stepper: Stepper, dataset: Dataset, moved: Callable[[], None]) -> dict[str, float]:
+def validate(stepper: Stepper, dataset: Dataset, moved: Callable[[], None]) -> dict[str, Any]:
     """The val_* metrics over a dataset, or over its first `evaluate.rows` rows; all ranks call this.
 
-    moved: is called after each batch.
+    moved: is called after each batch. Losses are in normalised space, val_l2, CA, PAR and retrieval in raw space. Of
+    the first rows, about COMPARED concepts, come: val_ca, val_par, val_recall_at_1, val_recall_at_10 and val_mrr (their
+    targets are the candidates), val_effective_rank and val_effective_rank_of_targets. val_loss_of_copy and
+    val_loss_of_mean are the losses of who predicts the last concept, and the mean of these very targets.
+    val_error_by_position: entry i is the loss of targets with i + 1 concepts before them in their segment, None where
+    there are none.
     """
     config, place = stepper.job.config, stepper.place
     stepper.engine.eval()
-    dims = stepper.job.model.embed_dim
-    # per dimension: sum and sum of squares of predictions, the same of targets
-    moments = torch.zeros(4, dims, dtype=torch.float64, device=stepper.device)
-    totals = torch.zeros(3, dtype=torch.float64, device=stepper.device)  # squared error, cosine, targets
+    sums, first_rows = _Sums(stepper), _FirstRows(stepper)
     for batch in validation_batches(
         dataset,
         config.data.row_length,
@@ -34,23 +47,120 @@ def validate(stepper: Stepper, dataset: Dataset, moved: Callable[[], None]) -> d
         config.evaluate.rows,
     ):
         predictions, targets, mask = stepper.predict(batch, stepper.layout(batch))
-        predicted, truth = predictions[:, :-1][mask].float(), targets[mask]
-        totals[0] += (predicted - truth).square().mean(dim=-1).sum()
-        totals[1] += torch.nn.functional.cosine_similarity(predicted, truth, dim=-1).sum()
-        totals[2] += len(truth)
-        for index, values in enumerate((predicted, truth)):
-            moments[2 * index] += values.sum(0)
-            moments[2 * index + 1] += values.double().square().sum(0)
+        last = stepper.engine.module.normalizer.normalize(batch.concepts[:, :-1].to(stepper.device))
+        positions = SegmentLayout.from_ids(batch.segment_ids, config.data.max_segment).positions[:, 1:]
+        sums.add(predictions[:, :-1][mask].float(), targets[mask], last[mask], positions.to(stepper.device)[mask])
+        first_rows.add(batch, predictions, mask)
         moved()
-    dist.all_reduce(totals)
-    dist.all_reduce(moments)
-    count = totals[2].clamp(min=1)
-    loss = (totals[0] / count).item()
-    variances = moments[1::2] / count - (moments[0::2] / count).square()  # predictions, targets
-    return {
-        "val_loss": loss,
-        "val_loss_sum": loss * dims,
-        "val_cosine": (totals[1] / count).item(),
-        "val_variance_ratio": (variances[0].sum() / variances[1].sum()).item(),
-        "val_targets": int(totals[2].item()),
-    }
+    return {**sums.read(), **first_rows.read()}
+
+
+class _Sums:
+    """Sums over all targets of this rank, and what they say of those of all ranks."""
+
+    def __init__(self, stepper: Stepper) -> None:
+        config, self.dims = stepper.job.config, stepper.job.model.embed_dim
+        self.normalizer: Normalizer = stepper.engine.module.normalizer
+        zeros = partial(torch.zeros, dtype=torch.float64, device=stepper.device)
+        self.totals = zeros(5)  # squared error, cosine, ℓ2, squared error of the copy, targets
+        self.moments = zeros(4, self.dims)  # of predictions and of targets: sums, and sums of squares
+        longest = min(config.data.max_segment, config.data.row_length)
+        self.by_position = zeros(2, longest)  # squared error, targets
+
+    def add(self, predicted: Tensor, truth: Tensor, last: Tensor, positions: Tensor) -> None:
+        """[n, embed_dim] three times, normalised space; int64 [n], in the segment."""
+        errors = metrics.squared_error(predicted, truth).double()
+        self.totals[0] += errors.sum()
+        self.totals[1] += metrics.cosine(predicted, truth).sum()
+        self.totals[2] += metrics.l2(*map(self.normalizer.denormalize, (predicted, truth))).sum()
+        self.totals[3] += metrics.squared_error(last, truth).sum()
+        self.totals[4] += len(truth)
+        self.by_position[0].index_add_(0, positions, errors)
+        self.by_position[1].index_add_(0, positions, torch.ones_like(errors))
+        for index, values in enumerate((predicted, truth)):
+            self.moments[2 * index] += values.sum(0)
+            self.moments[2 * index + 1] += values.double().square().sum(0)
+
+    def read(self) -> dict[str, Any]:
+        """The figures over all ranks; all of them call this."""
+        for sums in (self.totals, self.moments, self.by_position):
+            dist.all_reduce(sums)
+        count = self.totals[4].clamp(min=1)
+        loss, cosine, l2, of_copy, _ = (self.totals / count).tolist()
+        of_predictions, of_targets = metrics.variance(count.repeat(2), self.moments[::2], self.moments[1::2].sum(1))
+        errors, counts = self.by_position[:, 1:].tolist()  # the first of a segment is no target
+        return {
+            "val_loss": loss,
+            "val_loss_sum": loss * self.dims,
+            "val_cosine": cosine,
+            "val_l2": l2,
+            "val_loss_of_copy": of_copy,
+            "val_loss_of_mean": of_targets.item() / self.dims,
+            "val_variance_ratio": (of_predictions / of_targets).item(),
+            "val_targets": int(self.totals[4].item()),
+            "val_error_by_position": [
+                error / count if count else None for error, count in zip(errors, counts, strict=True)
+            ],
+        }
+
+
+class _FirstRows:
+    """The first rows of what is validated on, in its order, put together from all ranks."""
+
+    def __init__(self, stepper: Stepper) -> None:
+        config, dims = stepper.job.config.data, stepper.job.model.embed_dim
+        self.max_segment = config.max_segment
+        self.normalizer: Normalizer = stepper.engine.module.normalizer
+        rows = -(-COMPARED // config.row_length)
+        # Each row is one rank's, and zeros on all others: their sum is the row.
+        self.concepts = torch.zeros(rows, config.row_length, dims, device=stepper.device)  # raw space
+        self.predictions = torch.zeros_like(self.concepts)  # normalised space
+        self.segment_ids = torch.zeros(rows, config.row_length, dtype=torch.int32, device=stepper.device)
+        self.targets = torch.zeros_like(self.segment_ids)[:, 1:].contiguous()
+
+    def add(self, batch: Batch, predictions: Tensor, mask: Tensor) -> None:
+        """Keep those of a batch: predictions [rows, row_length, embed_dim], mask bool [rows, row_length - 1]."""
+        count = min(len(mask), len(self.concepts) - batch.first_lane)
+        if count > 0:
+            part = slice(batch.first_lane, batch.first_lane + count)
+            self.concepts[part] = batch.concepts[:count].to(self.concepts.device, torch.float32)
+            self.segment_ids[part] = batch.segment_ids[:count].to(self.segment_ids.device)
+            self.predictions[part], self.targets[part] = predictions[:count].float(), mask[:count].int()
+
+    def read(self) -> dict[str, float | None]:
+        """The figures, none where there are no targets; all ranks call this."""
+        for rows in (self.concepts, self.predictions, self.segment_ids, self.targets):
+            dist.all_reduce(rows)
+        mask, ids = self.targets.bool(), self.segment_ids
+        predicted, truth = self.predictions[:, :-1][mask], self.concepts[:, 1:][mask]
+        if not len(truth):
+            return {}
+        ranks_of = {
+            "val_effective_rank": predicted,
+            "val_effective_rank_of_targets": self.normalizer.normalize(truth),
+        }
+        predictions = self.normalizer.denormalize(self.predictions[:, :-1])
+        predicted = predictions[mask]
+        numbers = torch.arange(len(ids), device=ids.device).unsqueeze(1) * ids.shape[1] + ids
+        positions = SegmentLayout.from_ids(ids.cpu(), self.max_segment).positions.to(ids.device)
+        shares = metrics.contrastive_accuracy(predicted, truth, numbers[:, 1:][mask], positions[:, 1:][mask])
+        of_prediction, of_truth = (
+            metrics.context_cosine(vectors, self.concepts, ids)[mask] for vectors in (predictions, self.concepts[:, 1:])
+        )
+        nearer = (metrics.compare(predicted, truth, truth) < 0).sum(1)
+        return {
+            "val_ca": _mean(shares),
+            "val_par": _mean(metrics.paraphrasing(of_prediction, of_truth)),
+            "val_recall_at_1": metrics.recall_at(1, nearer).mean().item(),
+            "val_recall_at_10": metrics.recall_at(10, nearer).mean().item(),
+            "val_mrr": metrics.reciprocal_rank(nearer).mean().item(),
+            **{
+                key: metrics.effective_rank(torch.cov(vectors.double().T, correction=0))
+                for key, vectors in ranks_of.items()
+            },
+        }
+
+
+def _mean(values: Tensor) -> float | None:
+    mean = values.nanmean()
+    return None if mean.isnan() else mean.item()

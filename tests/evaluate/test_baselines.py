@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from lcm_ds.evaluate.baselines import Sums, fit_baselines, ridge
-from lcm_ds.evaluate.metrics import Targets
+from lcm_ds.data.loader import Batch
+from lcm_ds.evaluate.baselines import Nearest, Sums, fit_baselines, ridge
+from lcm_ds.evaluate.ranks import Ranks
+from lcm_ds.evaluate.targets import Targets
+from lcm_ds.model.normalizer import Normalizer
 
 
 def made(n, seed, noise=0.1, dims=6):
@@ -26,7 +29,8 @@ def mse(predicted, truth):
 def test_baselines_do_what_their_names_say():
     training = [made(256, seed)[0] for seed in range(20)]
     held_out, _ = made(1000, 500)
-    fitted, count = fit_baselines(training, 6)
+    # Of consecutive targets, each a document.
+    fitted, count = fit_baselines(training, Normalizer(6), Ranks())
     assert count == 20 * 256
     assert list(fitted) == ["mean concept", "copy of the last", "ridge from the last", "ridge from the context's mean"]
     mean = torch.cat([targets.truth for targets in training]).mean(0)
@@ -55,3 +59,29 @@ def test_a_small_penalty_recovers_the_map():
     weights = ridge(*parts)
     assert torch.allclose(weights[:-1].float(), matrix, atol=1e-2)
     assert torch.allclose(weights[-1].float(), torch.full((6,), 2.0), atol=1e-2)
+
+
+def batch(rows):
+    """Rows of (segment, concept): a batch as the loader gives it."""
+    ids = torch.tensor([[segment for segment, _ in row] for row in rows], dtype=torch.int32)
+    return Batch(torch.tensor([[concept for _, concept in row] for row in rows]).half(), ids, 0, 0, 0)
+
+
+def test_the_nearest_in_the_training_data_says_what_followed_it_there():
+    east, north, west, south = [1.0, 0.0], [0.0, 2.0], [-3.0, 0.0], [0.0, -0.5]
+    normalizer = Normalizer(2)
+    normalizer.set([0.5, 0.0], [2.0, 1.0])
+    # Of three rows the first has two segments. West ends one twice: nothing followed it.
+    nothing = (-1, [0.0, 0.0])
+    training = [
+        batch([[(0, east), (0, north), (0, west), (1, south)], [(0, south), (0, west), nothing, nothing]]),
+        batch([[(0, east), (0, south), (0, south), (0, south)]]),
+    ]
+    nearest = Nearest(training, normalizer)
+    assert len(nearest) == 6
+    last = torch.tensor([[0.9, 0.1], [0.3, 5.0], [-1.0, -1.1]])
+    zeros = torch.zeros(3, dtype=torch.long)
+    targets = Targets(last, normalizer.normalize(last), last, zeros, zeros)
+    # by direction: east, which north followed first; north; south, which west followed first
+    expected = torch.tensor([north, west, west])
+    assert torch.allclose(normalizer.denormalize(nearest(targets)), expected)

@@ -1,21 +1,31 @@
-"""The evaluation of a run: baselines of what it was trained on, figures only where there are some, every mistake."""
+"""The evaluation of a run or an exported folder: baselines of what it was trained on, figures where there are some,
+every mistake.
+"""
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from lcm_ds.config import DataConfig
 from lcm_ds.data.format import DatasetInfo, commit, finish, open_dataset, write_normalizer
+from lcm_ds.data.reader import open_shard
 from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.errors import InputError
-from lcm_ds.evaluate import run as evaluation
-from lcm_ds.evaluate.run import evaluate, measure
+from lcm_ds.evaluate import baselines, subject
+from lcm_ds.evaluate.measure import measure
+from lcm_ds.evaluate.ranks import Ranks
+from lcm_ds.evaluate.run import evaluate
+from lcm_ds.evaluate.subject import Subject
+from lcm_ds.evaluate.words import Words
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.train.export import export
 
 EMBED_DIM = 8
 ENCODER = {"name": "synthetic", "model": "islands", "revision": None}
@@ -68,7 +78,8 @@ def measured(train, validation, row_length=16):
     config = BaseLCMConfig(embed_dim=EMBED_DIM, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                            num_attention_heads=2)  # fmt: skip
     model = BaseLCM(config).eval()
-    return measure(model, [open_dataset(source.path) for source in data.train], open_dataset(validation), data)
+    what = Subject(Path("unused"), 1, "", EMBED_DIM, None, data, data.train, str(validation), lambda: model)
+    return measure(model, what, *what.open(), Ranks(), Words(None, None, None, ()), 8)
 
 
 def squared_distance_of_the_mean_concept(figures):
@@ -82,15 +93,16 @@ def test_baselines_are_fitted_on_all_datasets_of_a_mixture(make_dataset):
     # A target's variance is 1 in each dimension; the mean concept lies 6 away from the validation's, then 3.
     assert squared_distance_of_the_mean_concept(alone) == pytest.approx(1 + 6**2, rel=0.05)
     assert squared_distance_of_the_mean_concept(both) == pytest.approx(1 + 3**2, rel=0.05)
-    assert both["baselines_fitted_on"] == pytest.approx(2 * alone["baselines_fitted_on"], rel=0.1)
+    assert both["baselines"]["fitted_on"] == pytest.approx(2 * alone["baselines"]["fitted_on"], rel=0.1)
 
 
 def test_each_dataset_of_a_mixture_gets_the_share_of_its_weight(make_dataset, monkeypatch):
     low, high, validation = make_dataset(-3.0), make_dataset(3.0), make_dataset(3.0, documents=30)
-    monkeypatch.setattr(evaluation, "FIT_ON", 8 * 12)  # 8 rows: 2 of one dataset, 6 of the other
+    monkeypatch.setattr(baselines, "FIT_ON", 8 * 12)  # 8 rows: 2 of one dataset, 6 of the other
+    monkeypatch.setattr(baselines, "REMEMBERED", 4 * 12)
     figures = measured([{"path": str(low), "weight": 1}, {"path": str(high), "weight": 3}], validation, row_length=12)
     # Rows of 12 hold two whole documents of 6: 10 targets each.
-    assert figures["baselines_fitted_on"] == 8 * 10
+    assert figures["baselines"] == {"fitted_on": 8 * 10, "neighbours_among": 4 * 10}
     assert squared_distance_of_the_mean_concept(figures) == pytest.approx(1 + 1.5**2, rel=0.15)
 
 
@@ -102,6 +114,11 @@ def test_one_target_has_an_error_and_no_figure_that_needs_others(run, make_datas
             assert by[space]["ca"] is None
             assert by[space]["variance_ratio"] is None
             assert by[space]["mse"] > 0
+        assert by["normalised"]["effective_rank"] is None
+        assert by["raw"]["mrr"] > 0  # the candidates are the document's two concepts
+    # One document cannot be drawn again and again.
+    assert all(ends is None for by in figures["intervals"].values() for space in by.values() for ends in space.values())
+    assert figures["difference"]["interval"] is None
     assert "–" in capsys.readouterr().out
 
 
@@ -113,25 +130,32 @@ def test_a_dataset_without_targets_is_refused(run, make_dataset):
 
 
 def test_all_mistakes_are_told_before_the_model_is_loaded(run, make_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(subject, "load_model", lambda *_: pytest.fail("the model was loaded"))
     other = make_dataset(0.5, encoder={**ENCODER, "revision": "b"}, embed_dim=4)
     with pytest.raises(InputError) as caught:
-        evaluate(run, str(other), str(tmp_path / "nowhere/figures.json"))
-    first, second, third = caught.value.mistakes
-    assert "--json" in first
-    assert "embed_dim 4, the model has 8" in second
-    assert "'revision': 'b'" in third
+        evaluate(run, str(other), str(tmp_path / "nowhere/figures.json"), figure=str(tmp_path), samples=0)
+    json_file, figure, samples, dims, encoder = caught.value.mistakes
+    assert "--json" in json_file
+    assert "--figure" in figure
+    assert "--samples: 0" in samples
+    assert "embed_dim 4, the model has 8" in dims
+    assert "'revision': 'b'" in encoder
 
 
 def test_what_is_evaluated_already_is_told_from_the_file(run, capsys, monkeypatch):
     first = evaluate(run)
     assert json.loads((run / "evaluation.json").read_text()) == first
     assert f"All figures: {run / 'evaluation.json'}" in capsys.readouterr().out
-    monkeypatch.setattr(evaluation, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(subject, "load_model", lambda *_: pytest.fail("the model was loaded"))
     assert evaluate(run) == first
     # The same dataset by its name is the same question.
     assert evaluate(run, first["dataset"]) == first
     assert capsys.readouterr().out.count("already evaluated at step 2") == 2
+    monkeypatch.undo()
+    # What the figures depend on is another: so are they.
+    other = evaluate(run, samples=7)
+    assert (first["samples"], other["samples"]) == (256, 7)
+    assert json.loads((run / "evaluation.json").read_text()) == other
 
 
 def test_another_dataset_leaves_the_run_s_own_figures_alone(run, make_dataset, tmp_path, capsys):
@@ -145,3 +169,31 @@ def test_another_dataset_leaves_the_run_s_own_figures_alone(run, make_dataset, t
     assert json.loads((run / "evaluation.json").read_text()) == own
     assert f"All figures: {file}" in told
     assert "evaluation.json" not in told
+
+
+def test_an_exported_folder_is_evaluated_against_the_copy(run, make_dataset, tmp_path, capsys):
+    validation = make_dataset(0.5)
+    export(run, tmp_path / "model")
+    with pytest.raises(InputError, match="name a dataset with --dataset"):
+        evaluate(tmp_path / "model")
+    with pytest.raises(InputError, match="--step 2"):
+        evaluate(tmp_path / "model", str(validation), step=2)
+    figures = evaluate(tmp_path / "model", str(validation), figure=str(tmp_path / "figure.png"))
+    assert list(figures["scores"]) == ["Base-LCM", "copy of the last"]
+    assert "the copy is the only baseline" in capsys.readouterr().out
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    # Rows are so long that all documents but those at their ends are whole: here all of them.
+    shard = open_shard(open_dataset(validation), 0)
+    documents = torch.stack([torch.from_numpy(shard.concepts(number)) for number in range(len(shard))])
+    model = BaseLCM.from_pretrained(tmp_path / "model").eval()
+    with torch.no_grad():
+        error = (model(documents)[:, :-1] - documents[:, 1:]).square().mean().item()
+    assert figures["targets"] == 20 * 5
+    assert figures["scores"]["Base-LCM"]["normalised"]["mse"] == pytest.approx(error, rel=1e-5)
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+
+
+def test_an_earlier_checkpoint_is_named_by_its_step(run):
+    assert evaluate(run, step=2)["step"] == 2
+    with pytest.raises(InputError, match="no checkpoint of step 7"):
+        evaluate(run, step=7)

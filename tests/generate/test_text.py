@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from lcm_ds.encoders.of_dataset import DECODERS
 from lcm_ds.encoders.sonar import SonarDecoder
 from lcm_ds.errors import InputError
 from lcm_ds.generate.autoregressive import END_OF_TEXT, MAX_CONCEPTS, REPEATS, generate
 from lcm_ds.generate.nearest import nearest
-from lcm_ds.generate.text import DECODERS, TextGenerator, encoder_of, splitter_of
+from lcm_ds.generate.text import TextGenerator, encoder_of, splitter_of
 
 PROMPT = "Rain falls on the hills.  The river rises in the night."
 SENTENCES = ["Rain falls on the hills.", "The river rises in the night."]

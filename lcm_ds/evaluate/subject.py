@@ -1,0 +1,123 @@
+"""What is evaluated: a run's checkpoint, or an exported Hugging Face folder; and on which data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lcm_ds.config import DataConfig, TrainConfig, WeightedPath, load
+from lcm_ds.data.format import Dataset, open_for_run
+from lcm_ds.errors import Collector, InputError
+from lcm_ds.files import sha256_of
+from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.quiet import quiet
+from lcm_ds.train.checkpoint import find, load_model
+
+SEGMENTS = 8  # longest segments in a row, where no run says how long one is
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate, and what it was trained on."""
+
+    path: Path
+    step: int | None  # of a run's checkpoint
+    weights: str  # a checksum
+    embed_dim: int
+    encoder: dict[str, Any] | None  # that made the concepts, where the folder says it
+    data: DataConfig  # how datasets are opened and rows are cut
+    training: list[WeightedPath]  # none where it is not known
+    validation: str  # the dataset to evaluate on
+    load: Callable[[], BaseLCM]  # fp32, on the CPU
+
+    def open(self) -> tuple[list[Dataset], Dataset]:
+        """The training datasets and the one to evaluate on.
+
+        Raises InputError with every mistake: one that cannot be opened, has concepts of another size than the model's,
+        or of another encoder.
+        """
+        mistakes = Collector()
+        opened: list[Dataset] = []
+        for place in (*(source.path for source in self.training), self.validation):
+            with mistakes:
+                opened.append(open_for_run(place, self.data))
+        mistakes.raise_if_any()
+        *training, validation = opened
+        for each in opened:
+            if each.embed_dim != self.embed_dim:
+                mistakes.mistakes.append(f"{each.path}: embed_dim {each.embed_dim}, the model has {self.embed_dim}")
+        encoder = training[0].info.encoder if training else self.encoder
+        if encoder is not None and validation.info.encoder != encoder:
+            mistakes.mistakes.append(
+                f"{validation.path}: encoded with {validation.info.encoder}, the model is trained on {encoder}"
+            )
+        mistakes.raise_if_any()
+        return training, validation
+
+
+def find_subject(path: str | Path, dataset: str | None = None, step: int | None = None) -> Subject:
+    """The run at `path`, its checkpoint of `step` or its newest, or the exported folder there.
+
+    dataset: instead of the run's validation dataset. Raises InputError with every mistake.
+    """
+    folder = Path(path)
+    if not (folder / "config.yaml").is_file() and (folder / "config.json").is_file():
+        return _exported(folder, dataset, step)
+    checkpoint = find(folder, step)
+    config = load(TrainConfig, folder / "config.yaml")
+    validation = dataset or config.data.validation
+    if validation is None:
+        raise InputError(f"{folder}: the run has no data.validation; name a dataset with --dataset")
+    return Subject(
+        folder,
+        checkpoint.step,
+        sha256_of(checkpoint.path / "COMPLETE"),
+        checkpoint.state()["model"]["embed_dim"],
+        None,
+        config.data,
+        config.data.train,
+        validation,
+        lambda: load_model(folder, checkpoint.step)[0],
+    )
+
+
+def _exported(folder: Path, dataset: str | None, step: int | None) -> Subject:
+    """An exported folder; concepts.json, where it has one, says what it was trained on."""
+    mistakes = Collector()
+    if step is not None:
+        mistakes.mistakes.append(f"--step {step}: {folder} is an exported model, which has one step only")
+    if dataset is None:
+        mistakes.mistakes.append(f"{folder}: an exported model has no data; name a dataset with --dataset")
+    mistakes.raise_if_any()
+    assert dataset is not None
+    sizes = _read(folder / "config.json")
+    concepts = _read(folder / "concepts.json") if (folder / "concepts.json").is_file() else {}
+    longest = concepts.get("max_segment", DataConfig.model_fields["max_segment"].default)
+
+    def load_folder() -> BaseLCM:
+        with quiet():
+            model: BaseLCM = BaseLCM.from_pretrained(folder).float().eval()
+        return model
+
+    return Subject(
+        folder,
+        None,
+        " ".join(sha256_of(weights) for weights in sorted(folder.glob("*.safetensors"))),
+        sizes["embed_dim"],
+        concepts.get("encoder"),
+        DataConfig.model_validate({"train": dataset, "row_length": SEGMENTS * longest, "max_segment": longest}),
+        [],
+        dataset,
+        load_folder,
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
+    return found
