@@ -97,9 +97,10 @@ class Console:
         """Show `text` below the lines, on a terminal; no more often than eyes can follow, unless it has to be `now`."""
         if not _is_terminal(self.out) or not (now or time.monotonic() - self._drawn >= SECONDS_A_BAR):
             return
-        width = os.get_terminal_size(self.out.fileno()).columns
-        self._bar, self._drawn = text[: max(0, width - 1)], time.monotonic()
-        self._draw()
+        with contextlib.suppress(OSError):  # it was closed just now
+            width = os.get_terminal_size(self.out.fileno()).columns
+            self._bar, self._drawn = text[: max(0, width - 1)], time.monotonic()
+            self._draw()
 
     def end_bar(self) -> None:
         """Take the bar away."""
