@@ -16,6 +16,7 @@ from typing import Any
 from lcm_ds import __version__
 from lcm_ds.errors import InputError, nearest
 from lcm_ds.evaluate import add_arguments as add_evaluation
+from lcm_ds.quiet import without_warnings
 
 EXAMPLES = """\
 examples:
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.parse_args(arguments)  # says what is wrong
     else:
         parsed.overrides = [*parsed.overrides, *rest]
+    if parsed.verb is not train:  # a worker keeps warnings in RUN/log.txt
+        without_warnings()
     try:
         return parsed.verb(parsed) or 0
     except InputError as error:

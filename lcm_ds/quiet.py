@@ -1,9 +1,17 @@
-"""What reaches the terminal: no chatter of transformers, and nothing in a text that it would obey."""
+"""What reaches the terminal: no words of libraries to programmers, and nothing in a text that it would obey."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def without_warnings() -> None:
+    """What libraries warn programmers of stays away from users, unless Python was asked for it (-W, PYTHONWARNINGS)."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 @contextmanager

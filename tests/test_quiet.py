@@ -1,4 +1,7 @@
-"""What is printed of texts from elsewhere."""
+"""What is printed of texts from elsewhere, and of what libraries warn of."""
+
+import subprocess
+import sys
 
 import pytest
 
@@ -13,3 +16,10 @@ def test_a_text_is_printed_as_it_is_where_letters_are_joined_or_kept_apart(text)
 @pytest.mark.parametrize("character", ["\x1b", "\x00", "\x07", "\x9b", "\n", "\r", "\u202e"])
 def test_what_a_terminal_would_obey_is_replaced(character):
     assert printable(f"a{character}b") == "a�b"
+
+
+@pytest.mark.parametrize(("options", "said"), [([], False), (["-W", "default"], True)])
+def test_warnings_of_libraries_are_said_to_those_alone_who_asked_python_for_them(options, said):
+    code = "import warnings, lcm_ds.quiet as q; q.without_warnings(); warnings.warn('gone soon', FutureWarning)"
+    done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=True)
+    assert ("gone soon" in done.stderr) == said

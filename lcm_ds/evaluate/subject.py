@@ -12,8 +12,8 @@ from lcm_ds.config import DataConfig, TrainConfig, WeightedPath, load
 from lcm_ds.data.format import Dataset, open_for_run
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import sha256_of
+from lcm_ds.model.folder import read_folder
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.quiet import quiet
 from lcm_ds.train.checkpoint import find, load_model
 
 SEGMENTS = 8  # longest segments in a row, where no run says how long one is
@@ -97,11 +97,6 @@ def _exported(folder: Path, dataset: str | None, step: int | None) -> Subject:
     concepts = _read(folder / "concepts.json") if (folder / "concepts.json").is_file() else {}
     longest = concepts.get("max_segment", DataConfig.model_fields["max_segment"].default)
 
-    def load_folder() -> BaseLCM:
-        with quiet():
-            model: BaseLCM = BaseLCM.from_pretrained(folder).float().eval()
-        return model
-
     return Subject(
         folder,
         None,
@@ -111,7 +106,7 @@ def _exported(folder: Path, dataset: str | None, step: int | None) -> Subject:
         DataConfig.model_validate({"train": dataset, "row_length": SEGMENTS * longest, "max_segment": longest}),
         [],
         dataset,
-        load_folder,
+        lambda: read_folder(folder),
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from lcm_ds.errors import InputError
+from lcm_ds.quiet import without_warnings
 
 STOPPED = 75
 
@@ -21,6 +22,7 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> int:
     """
     # A rank that ends closes its connections, about which the others' libraries print whole stacks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    without_warnings()
     from lcm_ds.config import PrepareConfig, load
     from lcm_ds.prepare.peers import PeerFailed
     from lcm_ds.prepare.pipeline import prepare

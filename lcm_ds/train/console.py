@@ -6,6 +6,7 @@ writes; a terminal that is gone, and a log on a full disk, end no run.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import io
 import logging
@@ -94,12 +95,12 @@ class Console:
 
     def bar(self, text: str, now: bool = False) -> None:
         """Show `text` below the lines, on a terminal; no more often than eyes can follow, unless it has to be `now`."""
-        if not self.has_bar or not (now or time.monotonic() - self._drawn >= SECONDS_A_BAR):
+        if not _is_terminal(self.out) or not (now or time.monotonic() - self._drawn >= SECONDS_A_BAR):
             return
-        width = os.get_terminal_size(self.out.fileno()).columns
-        self._bar, self._drawn = text[: max(0, width - 1)], time.monotonic()
-        self.out.write(self._bar + CLEAR + "\r")
-        self.out.flush()
+        with contextlib.suppress(OSError):  # it was closed just now
+            width = os.get_terminal_size(self.out.fileno()).columns
+            self._bar, self._drawn = text[: max(0, width - 1)], time.monotonic()
+            self._draw()
 
     def end_bar(self) -> None:
         """Take the bar away."""
@@ -108,19 +109,16 @@ class Console:
             self.out.write(CLEAR)
             self.out.flush()
 
-    @property
-    def has_bar(self) -> bool:
-        """Whether stdout is a terminal that can move its cursor."""
-        return self.out.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-
     def _show(self, stream: TextIO, text: str) -> None:
         # Another rank's bar may be where this line goes.
-        clear = CLEAR if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb" else ""
-        bar = self._bar + CLEAR + "\r" if self._bar else ""
+        clear = CLEAR if _is_terminal(stream) else ""
         stream.write("".join(f"{clear}{line}\n" for line in text.splitlines()))
         stream.flush()
-        if bar:
-            self.out.write(bar)
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._bar:
+            self.out.write(self._bar + CLEAR + "\r")
             self.out.flush()
 
     def _point_at(self, descriptor: int) -> None:
@@ -147,10 +145,15 @@ class _Forgiving(io.FileIO):
     """A file that takes what it cannot write: neither a full disk nor a closed terminal is the speaker's trouble."""
 
     def write(self, data: Any) -> int:
-        try:
-            return super().write(data) or 0
-        except OSError:
-            return len(data)
+        with contextlib.suppress(OSError):
+            if (written := super().write(data)) is not None:  # None: it would have to wait
+                return written
+        return len(data)
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    """Whether it is a terminal that can move its cursor."""
+    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def _writer(descriptor: int) -> TextIO:

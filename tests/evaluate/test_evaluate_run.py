@@ -174,6 +174,7 @@ def test_another_dataset_leaves_the_run_s_own_figures_alone(run, make_dataset, t
 def test_an_exported_folder_is_evaluated_against_the_copy(run, make_dataset, tmp_path, capsys):
     validation = make_dataset(0.5)
     export(run, tmp_path / "model")
+    (tmp_path / "model" / "concepts.json").unlink()  # segments of the default length: rows that hold all documents
     with pytest.raises(InputError, match="name a dataset with --dataset"):
         evaluate(tmp_path / "model")
     with pytest.raises(InputError, match="--step 2"):

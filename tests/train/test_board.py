@@ -2,14 +2,17 @@
 
 import io
 import json
+import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tensorboard.util.tensor_util as tensors
 import torch
 from PIL import Image
-from runs import finish, metrics, run_dir, start
+from runs import ROOT, finish, metrics, run_dir, start
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
@@ -149,6 +152,26 @@ def test_numbers_of_a_validation_go_to_the_board_and_other_keys_do_not():
     assert tag_of("val_loss_of_mean") == "loss/validation_of_mean"
     assert tag_of("val_anything") == "val/anything"
     assert tag_of("losses") is None
+
+
+def test_the_guide_explains_every_key_of_the_metrics(resumed):
+    table = (ROOT / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    explained = {
+        key for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for key in re.findall(r"`(\w+)`", row)
+    }
+    lines = (run_dir(resumed) / "metrics.jsonl").read_text().splitlines()
+    keys = {key for line in lines for key in json.loads(line)}
+    assert {"loss", "val_loss", "checkpoint_time"} <= keys
+    assert {key for key in keys - explained if not key.startswith("val_")} == set()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_shows_the_curves(resumed, tmp_path):
+    command = [sys.executable, ROOT / "docs" / "tensorboard_screenshot.py", run_dir(resumed), tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"tensorboard.png", "tensorboard_scalars.png"}
 
 
 # --- trackers ---------------------------------------------------------------------------------------------------------

@@ -169,6 +169,15 @@ def test_a_terminal_has_a_bar_below_the_lines_and_at_the_end_the_lines_alone(mak
 
 
 @pytest.mark.slow
+def test_not_a_line_of_a_library_reaches_the_console_of_a_preparation(tmp_path):
+    settings = ("source.take_sentences=300", f"output={tmp_path / 'dataset'}")
+    code, out, err = finish(start("prepare", "configs/prepare/quickstart.yaml", *settings, HF_HUB_OFFLINE="1"))
+    assert (code, err) == (0, "")
+    ours = r"[\d,]+ documents of .*|encoded [\d,]+ sentences in .*|\S+: [\d,]+ documents: .*"
+    assert [line for line in out.splitlines() if not re.fullmatch(ours, line)] == []
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("deepspeed", ["zero2_bf16", "zero3_fp32", "zero2_offload"])
 def test_not_a_line_of_a_library_reaches_the_console_of_a_first_run(make_config, tmp_path, deepspeed):
     """With nothing compiled yet: ninja and g++ speak, too."""
