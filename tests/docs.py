@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -79,8 +80,7 @@ def _add(block: Block, kind: str, line: str, number: int) -> None:
 
 def differs(shown: list[str], printed: str) -> str | None:
     """What a reader would not find in the output, or None. Blank lines and the width of tables are not compared."""
-    expected = [_alike(line) for line in shown if line.strip()]
-    lines = [line for line in map(_alike, printed.splitlines()) if line]
+    expected, lines = _lines(shown), _lines(printed.splitlines())
     at, free = 0, False
     for line in expected:
         if line == "…":
@@ -98,10 +98,19 @@ def differs(shown: list[str], printed: str) -> str | None:
 
 
 def _alike(line: str) -> str:
-    """A line in which all numbers are one, and so are spaces, rules of tables and progress of nothing else."""
+    """A line in which all numbers are one, and so are spaces and the rules of tables.
+
+    What is retrieved, and where a generated text ends, depends on the documentation of the Python that is used.
+    """
     line = re.sub(r"[─━┈┏┓┡┩┳╇│┃└┘┴├┤┼╭╮╰╯*]+", " ", line)
     line = re.sub(r"\d[\d,.:]*(e[+-]?\d+)?", "#", line)
-    return " ".join(re.sub(r"-#|[+−]#", "#", line).split())
+    line = " ".join(re.sub(r"-#|[+−]#", "#", line).split())
+    return re.sub(r"^(# retrieved #|stopped: ).*", r"\1", line)
+
+
+def _lines(text: Iterable[str]) -> list[str]:
+    """Lines that say something, those that are alike and follow one another as one."""
+    return [line for line, _ in groupby(line for line in map(_alike, text) if line)]
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
