@@ -61,8 +61,9 @@ def test_links_lead_somewhere(page):
 
 
 def test_what_is_shown_and_not_printed_is_found():
-    printed = "step  10/200  loss 0.98\nstep 20/200  loss 0.91\n\ndone: 200 steps\n"
+    printed = "step  10/200  loss 0.98\nstep 20/200  loss 0.91\nvalidation 0.9\n\ndone: 200 steps\n"
     assert differs(["step 10/20  loss 1.2", "…", "done: 9 steps"], printed) is None
+    assert differs(["step 10/20  loss 1.2", "validation 1", "done: 9 steps"], printed) is None
     assert differs(["step 10/20  loss 1.2", "done: 9 steps"], printed) is not None
     assert differs(["…", "finished"], printed) is not None
     assert differs(["…", "step 1/2  loss 1"], printed) is not None

@@ -198,3 +198,33 @@ def test_an_earlier_checkpoint_is_named_by_its_step(run):
     assert evaluate(run, step=2)["step"] == 2
     with pytest.raises(InputError, match="no checkpoint of step 7"):
         evaluate(run, step=7)
+
+
+def test_two_processes_find_what_one_finds(run, make_dataset, tmp_path):
+    other = make_dataset(1.0, documents=40, length=7)
+    alone = evaluate(run, str(other))
+    file = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "lcm_ds.cli", "evaluate", str(run), "--dataset", str(other), "--json", str(file)]
+    done = subprocess.run([*command, "--processes", "2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    together = json.loads(file.read_text())
+    assert (alone["processes"], together["processes"]) == (1, 2)
+    for part in ("targets", "baselines", "retrieval", "scores", "truth", "intervals", "difference", "by_position"):
+        assert_near(together[part], json.loads(json.dumps(alone[part])))
+
+
+def assert_near(one, other):
+    """The same structure, and the same numbers to rounding."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert_near(value, other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for value, expected in zip(one, other, strict=True):
+            assert_near(value, expected)
+    elif isinstance(one, float):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+    else:
+        assert one == other
