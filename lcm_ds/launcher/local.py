@@ -91,16 +91,16 @@ def run_again(
             return code
         before, seconds = now, min(back_off * 2**number, LONGEST_BACK_OFF_SECONDS)
         said = f"lcm-ds launch: restart {number + 1} of {restarts} in {seconds:g} s"
-        print(said, file=sys.stderr, flush=True)
-        if _signalled_within(seconds):
+        if _signalled_within(seconds, said):
             return STOPPED
     raise AssertionError("the last run returns")
 
 
-def _signalled_within(seconds: float) -> bool:
-    """Wait, and whether one of the signals that stop a run came in the meantime."""
+def _signalled_within(seconds: float, said: str) -> bool:
+    """Say so and wait, and whether one of the signals that stop a run came in the meantime."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     try:
+        print(said, file=sys.stderr, flush=True)
         return signal.sigtimedwait(FORWARDED, seconds) is not None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

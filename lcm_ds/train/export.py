@@ -142,8 +142,14 @@ def _card(
         dtype=str(model.post_net.weight.dtype).removeprefix("torch."),
         lcm_ds=state["versions"]["lcm_ds"],
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
-        validation=_evaluation(run_dir / "evaluation.json", checkpoint)
-        or _validation(run_dir / "metrics.jsonl", step, config),
+        validation="\n\n".join(
+            told
+            for told in (
+                _validation(run_dir / "metrics.jsonl", step, config),
+                _evaluation(run_dir / "evaluation.json", checkpoint),
+            )
+            if told is not None
+        ),
         licence=licence,
     )
 

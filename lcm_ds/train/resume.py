@@ -118,9 +118,9 @@ def mistakes(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
         "optimizer": "the optimizer",
     }
     lines = [
-        f"{checkpoint.path}: {name} was {then.get(key)!r} and is now {now[key]!r}; start a new run_dir or go back"
+        f"{checkpoint.path}: {name} was {then.get(key)!r} and is now {now.get(key)!r}; start a new run_dir or go back"
         for key, name in what.items()
-        if then.get(key) != now[key]
+        if then.get(key) != now.get(key)
     ]
     if not lines and needs_conversion(then, now):
         reasons = {
