@@ -24,10 +24,10 @@ quickstart: $(INSTALLED)
 	$(BIN)/lcm-ds evaluate runs/quickstart
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slow and not hub'
+	$(BIN)/python -m pytest -m 'not slow and not hub' --ignore=tests/multinode
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'slow and not hub'
+	$(BIN)/python -m pytest -m 'slow and not hub' --ignore=tests/multinode
 
 # Hosts in network namespaces, a Slurm cluster and mpirun on this machine: as root, with packages that are installed here
 # where apt-get is.

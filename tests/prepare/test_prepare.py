@@ -119,6 +119,7 @@ def prepare_and_be_killed(config, event):
     return os.WIFSIGNALED(status)
 
 
+@pytest.mark.slow
 def test_killed_before_any_of_its_writes_and_started_again_it_ends_with_the_same_bytes(
     make_config, texts, tmp_path, monkeypatch
 ):

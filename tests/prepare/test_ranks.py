@@ -74,7 +74,7 @@ def hashing(config, seconds=0.0):
     return [sys.executable, str(SCRIPT), str(config), str(seconds)]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("int8", marks=pytest.mark.slow)])
 def test_three_ranks_make_what_one_makes_and_each_makes_some(write_config, tmp_path, dtype):
     one = write_config("one", dtype=dtype)
     prepare(config_at(one), HashEncoder())

@@ -70,6 +70,7 @@ def test_a_checkpoint_of_metas_takes_the_normaliser_of_the_data(make_config, syn
     assert not torch.equal(model.normalizer.center, imported.normalizer.center)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_what_it_started_from_is_gone(exported, make_config, synthetic_dataset, tmp_path):
     """Also on more ranks, for which its checkpoint is converted: with the normaliser that it began with."""
     gone = shutil.copytree(exported, tmp_path / "gone")

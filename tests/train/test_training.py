@@ -19,14 +19,10 @@ def losses(config):
     return metrics(config, "loss")
 
 
-def test_losses_do_not_depend_on_ranks_or_accumulation(trained):
-    one = losses(trained(1))
-    two = losses(trained(2))
-    accumulated = losses(trained(2, batch={"rows_per_step": 8, "micro_batch_rows": 2}))
-    assert list(one) == list(two) == list(accumulated) == list(range(1, 41))
-    for step in one:
-        assert two[step] == pytest.approx(one[step], rel=1e-4)
-        assert accumulated[step] == pytest.approx(one[step], rel=1e-4)
+def test_losses_do_not_depend_on_the_ranks(trained):
+    one, two = losses(trained(1)), losses(trained(2))
+    assert list(one) == list(two) == list(range(1, 41))
+    assert two == pytest.approx(one, rel=1e-4)
     # The curve is that of a model that learns, so the agreement means something.
     assert min(one.values()) < 0.9 * one[1]
 
@@ -82,12 +78,6 @@ def test_losses_do_not_depend_on_the_zero_stage(trained, json_name):
     other = losses(trained(2, deepspeed=f"ds_configs/{json_name}.json", steps=40))
     for step in two:
         assert other[step] == pytest.approx(two[step], rel=1e-4)
-
-
-def test_losses_do_not_depend_on_activation_checkpointing(trained):
-    two = losses(trained(2))
-    block = {"activation_checkpointing": {"partition_activations": False}, "zero_optimization": {"stage": 2}}
-    assert losses(trained(2, deepspeed=block)) == pytest.approx(two, rel=1e-6)
 
 
 @pytest.mark.slow
