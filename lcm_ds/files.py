@@ -1,13 +1,15 @@
-"""Writing files so that they are whole or not there, their checksums, and reading parts of them."""
+"""Writing files so that they are whole or not there, their checksums, and reading them, also in parts."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +25,30 @@ def write_whole(path: Path, data: str | bytes) -> None:
         os.fsync(file.fileno())
     os.replace(partial, path)
     sync(path.parent)
+
+
+def json_object(text: str | bytes, path: str | Path) -> dict[str, Any]:
+    """The JSON object that is the text of the file at `path`. Raises InputError where it is none."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: has to be a JSON object")
+    return found
+
+
+def read_object(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object in a file. Where there is none: `default`, or without one InputError."""
+    try:
+        return json_object(path.read_bytes(), path)
+    except OSError as error:
+        mistake = InputError(f"{path}: cannot be read: {error.strerror}")
+    except InputError as error:
+        mistake = error
+    if default is None:
+        raise mistake
+    return default
 
 
 def check_new(output: str | Path) -> None:

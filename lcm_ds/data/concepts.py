@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
-from lcm_ds.config import DataConfig, Schema
+from lcm_ds.config import DataConfig, Schema, validate
 from lcm_ds.data.format import DatasetInfo, EndOfText
+from lcm_ds.files import read_object
 
 CONCEPTS = "concepts.json"
 
@@ -21,6 +23,15 @@ class ConceptInfo(Schema):
     end_of_text: EndOfText | None = None
     source_suffix: str | None = None  # the sentence that a fine-tuned model was shown between source and target
     max_segment: int = DataConfig.model_fields["max_segment"].default  # no segment that it was trained on is longer
+
+    @classmethod
+    def read(cls, folder: Path) -> ConceptInfo | None:
+        """What the model in a folder says of its concepts, None where it does not. Raises InputError."""
+        path = folder / CONCEPTS
+        if not path.is_file():
+            return None
+        told = read_object(path)  # keys of a later version are left alone
+        return validate(cls, {key: told[key] for key in cls.model_fields if key in told}, path)
 
     @classmethod
     def of(cls, info: DatasetInfo, max_segment: int | None = None) -> ConceptInfo:

@@ -26,7 +26,7 @@ from lcm_ds.data import remote
 from lcm_ds.data.cache import Cache
 from lcm_ds.data.quantization import BFloat16, Quantization
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.files import OpenFile, sync, write_whole
+from lcm_ds.files import OpenFile, json_object, sync, write_whole
 
 FORMAT_VERSION = 1
 DATASET = "dataset.json"
@@ -334,12 +334,7 @@ def _read_info(folder: str) -> bytes:
 
 
 def _parse_info(text: bytes, path: str) -> DatasetInfo:
-    try:
-        mapping = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(mapping, dict):
-        raise InputError(f"{path}: has to be a JSON object")
+    mapping = json_object(text, path)
     version = mapping.get("format_version")
     if version != FORMAT_VERSION:
         raise InputError(f"{path}: format_version is {version!r}, this version of lcm-ds reads {FORMAT_VERSION}")

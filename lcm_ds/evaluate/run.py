@@ -13,7 +13,7 @@ from lcm_ds.evaluate.ranks import Ranks
 from lcm_ds.evaluate.report import draw_figure, print_tables
 from lcm_ds.evaluate.subject import Subject, find_subject
 from lcm_ds.evaluate.words import load_words
-from lcm_ds.files import write_whole
+from lcm_ds.files import read_object, write_whole
 from lcm_ds.train.place import Place
 
 FORMAT_VERSION = 2  # of what is written
@@ -106,10 +106,7 @@ def _question(
 
 def _there_already(path: Path, question: dict[str, Any]) -> dict[str, Any] | None:
     """The evaluation on disk, where it answers this question."""
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    found = read_object(path, default={})
     return found if all(found.get(key) == value for key, value in question.items()) else None
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lcm_ds.config import DataConfig, TrainConfig, WeightedPath, load
+from lcm_ds.data.concepts import ConceptInfo
 from lcm_ds.data.format import Dataset, open_for_run
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.files import sha256_of
+from lcm_ds.files import read_object, sha256_of
+from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.folder import read_folder
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.train.checkpoint import find, load_model
@@ -91,28 +92,23 @@ def _exported(folder: Path, dataset: str | None, step: int | None) -> Subject:
         mistakes.mistakes.append(f"--step {step}: {folder} is an exported model, which has one step only")
     if dataset is None:
         mistakes.mistakes.append(f"{folder}: an exported model has no data; name a dataset with --dataset")
+    sizes: dict[str, Any] = {}
+    info: ConceptInfo | None = None
+    with mistakes:
+        sizes = read_object(folder / "config.json")
+    with mistakes:
+        info = ConceptInfo.read(folder)
     mistakes.raise_if_any()
     assert dataset is not None
-    sizes = _read(folder / "config.json")
-    concepts = _read(folder / "concepts.json") if (folder / "concepts.json").is_file() else {}
-    longest = concepts.get("max_segment", DataConfig.model_fields["max_segment"].default)
-
+    longest = DataConfig.model_fields["max_segment"].default if info is None else info.max_segment
     return Subject(
         folder,
         None,
         " ".join(sha256_of(weights) for weights in sorted(folder.glob("*.safetensors"))),
-        sizes["embed_dim"],
-        concepts.get("encoder"),
+        sizes.get("embed_dim", BaseLCMConfig.embed_dim),
+        None if info is None else info.encoder,
         DataConfig.model_validate({"train": dataset, "row_length": SEGMENTS * longest, "max_segment": longest}),
         [],
         dataset,
         lambda: read_folder(folder),
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
-    return found

@@ -5,15 +5,14 @@ A run's training datasets say the latter; an exported folder's concepts.json, or
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lcm_ds.config import DataConfig, TrainConfig, load, validate
+from lcm_ds.config import DataConfig, TrainConfig, load
 from lcm_ds.data.concepts import CONCEPTS, ConceptInfo
 from lcm_ds.data.format import DATASET, Dataset, open_dataset, open_for_run, read_info
 from lcm_ds.errors import Collector, InputError
+from lcm_ds.files import read_object
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.folder import read_folder
 from lcm_ds.model.modeling import BaseLCM
@@ -109,14 +108,12 @@ def _of_folder(folder: Path, step: int | None, named: str | None) -> Origin:
         mistakes.mistakes.append(f"--step {step}: {folder} is an exported model, which has one step only")
     info, says_so = None, folder / CONCEPTS
     with mistakes:
-        sizes = _read_json(folder / "config.json")
+        sizes = read_object(folder / "config.json")
     with mistakes:
-        if says_so.is_file():
-            told = _read_json(says_so)
-            info = validate(ConceptInfo, {key: told[key] for key in ConceptInfo.model_fields if key in told}, says_so)
-        elif named is not None:
+        info = ConceptInfo.read(folder)
+        if info is None and named is not None:
             info, says_so = ConceptInfo.of(read_info(named)), Path(named, DATASET)
-        else:
+        elif info is None:
             raise InputError(
                 f"{folder}: {CONCEPTS} is missing, which says what encoder made the model's concepts: "
                 "--dataset has to name a dataset of that encoder"
@@ -125,13 +122,3 @@ def _of_folder(folder: Path, step: int | None, named: str | None) -> Origin:
     assert info is not None
     embed_dim = sizes.get("embed_dim", BaseLCMConfig.embed_dim)
     return Origin(str(folder), None, embed_dim, info, str(says_so), [] if named is None else [named])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: has to be a JSON object")
-    return found

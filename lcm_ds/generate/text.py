@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lcm_ds.config import SentencesConfig, validate
-from lcm_ds.data.format import DATASET, Dataset
+from lcm_ds.data.format import Dataset
 from lcm_ds.encoders import Encoder, of_dataset
 from lcm_ds.encoders.base import resolve_device
 from lcm_ds.errors import Collector, InputError
@@ -108,7 +107,7 @@ class TextGenerator:
             speaks, notes = _decoder_of(origin, decoder, device, prompt_language)
             datasets = [] if speaks else _to_retrieve_from(origin, notes)
         with mistakes:
-            splitter = _splitter(origin.info.splitter, origin.info.language, origin.says_so)
+            splitter = Splitter.from_settings(origin.info.splitter, origin.info.language, origin.says_so)
             encoder = of_dataset.encoder_of(
                 origin.info.encoder, origin.embed_dim, origin.says_so, device, prompt_language
             )
@@ -183,29 +182,6 @@ class TextGenerator:
             return self.decoder.decode(concepts, beams, language=language), None
         found = nearest(concepts, self.datasets)
         return [one.text for one in found], [one.cosine for one in found]
-
-
-def splitter_of(dataset: Dataset) -> Splitter:
-    """The splitter that cut the dataset's texts; the default one where the dataset does not say."""
-    return _splitter(dataset.info.splitter, dataset.info.language, f"{dataset.path}/{DATASET}")
-
-
-def encoder_of(dataset: Dataset) -> Encoder:
-    """The encoder that made the dataset's concepts, with the same weights and arithmetic.
-
-    Raises InputError where it is none of ours, cannot be loaded, or makes concepts of another size.
-    """
-    return of_dataset.encoder_of(dataset.info.encoder, dataset.embed_dim, f"{dataset.path}/{DATASET}")
-
-
-def _splitter(settings: dict[str, Any], language: str | None, origin: str) -> Splitter:
-    chosen: dict[str, Any] = {"language": settings.get("language") or language or "en"}
-    pipeline = settings.get("pipeline", "sentencizer")
-    if pipeline != "sentencizer":
-        chosen["pipeline"] = pipeline.split(" ")[0]  # its version follows
-    if "max_characters" in settings:
-        chosen["max_characters"] = settings["max_characters"]
-    return Splitter(validate(SentencesConfig, chosen, f"{origin}: splitter"))
 
 
 def _check_language(described: dict[str, Any], language: str | None) -> None:

@@ -10,11 +10,9 @@ import torch
 from safetensors import SafetensorError
 
 from lcm_ds.errors import InputError
-from lcm_ds.files import check_new, new_folder
+from lcm_ds.files import new_folder
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.quiet import quiet
-
-__all__ = ["check_new", "read_folder", "write_folder"]
 
 MAX_SHARD_SIZE = "5GB"
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from lcm_ds.config import SentencesConfig
+from lcm_ds.config import SentencesConfig, validate
 from lcm_ds.errors import InputError
 
 # Marks of scripts that put no space after a sentence or a clause: there, and only there, a sentence may end inside a
@@ -50,6 +50,20 @@ class Splitter:
         self._nlp = _pipeline(config)
         # A word longer than a sentence may be: a link, a table or binary data, seldom language.
         self._endless_word = re.compile(rf"[^\s{_UNSPACED_MARKS}]{{{config.max_characters + 1},}}")
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any], language: str | None, origin: str) -> Splitter:
+        """The splitter that has these `settings()`; what they do not say is the default.
+
+        language: that of the texts, for settings without one. origin: the file that they are from, for messages.
+        """
+        chosen: dict[str, Any] = {"language": settings.get("language") or language or "en"}
+        pipeline = settings.get("pipeline", "sentencizer")
+        if pipeline != "sentencizer":
+            chosen["pipeline"] = pipeline.split(" ")[0]  # its version follows
+        if "max_characters" in settings:
+            chosen["max_characters"] = settings["max_characters"]
+        return cls(validate(SentencesConfig, chosen, f"{origin}: splitter"))
 
     def split(self, text: str) -> list[str]:
         """The sentences of a text, in order, none empty, each at most `max_characters` long.

@@ -14,8 +14,8 @@ from lcm_ds.data.cache import Cache
 from lcm_ds.data.concepts import CONCEPTS, ConceptInfo
 from lcm_ds.data.format import Dataset, open_dataset
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.files import sha256_of
-from lcm_ds.model.folder import MAX_SHARD_SIZE, check_new, write_folder
+from lcm_ds.files import check_new, read_object, sha256_of
+from lcm_ds.model.folder import MAX_SHARD_SIZE, write_folder
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.train.checkpoint import Checkpoint, find, load_model
 
@@ -176,15 +176,15 @@ def _encoder(encoder: dict[str, Any]) -> str:
 
 def _evaluation(path: Path, checkpoint: Checkpoint) -> str | None:
     """What `lcm-ds evaluate` has found of this very checkpoint, beside its baselines, as a table; None if nothing."""
+    found = read_object(path, default={})
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
         if found["checkpoint"] != sha256_of(checkpoint.path / "COMPLETE"):
             return None
         rows = [
             [name, *(_figure(of[space].get(metric)) for space, metric in EVALUATED)]
             for name, of in found["scores"].items()
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or that of another version
+    except (KeyError, TypeError, AttributeError):  # none, or that of another version
         return None
     head = ["predictor", *(f"{metric} ({space})" for space, metric in EVALUATED)]
     table = [head, ["---"] * len(head), *rows]

@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from lcm_ds.errors import InputError
+from lcm_ds.files import read_object
 
 logger = logging.getLogger("lcm_ds.train")
 
@@ -47,7 +48,7 @@ class RunOwner:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             locked = True
         except BlockingIOError:
-            owner = _read(self.path)
+            owner = read_object(self.path, default={})
             if owner.get("machine", self._me["machine"]) == self._me["machine"]:
                 self._refuse(owner)
             locked = False  # a file server holds the lock of a machine that has died for a while, or for ever
@@ -70,7 +71,7 @@ class RunOwner:
 
     def _wait_for_the_former_owner(self, locked: bool) -> None:
         """Return once whoever the file names is gone; raise InputError where it writes on."""
-        former = _read(self.path)
+        former = read_object(self.path, default={})
         if not former:
             return
         if former.get("machine") == self._me["machine"]:
@@ -81,7 +82,7 @@ class RunOwner:
         until = time.monotonic() + self._watch
         while time.monotonic() < until:
             time.sleep(min(1.0, self._beat))
-            now = _read(self.path)
+            now = read_object(self.path, default={})
             if now != former:
                 self._refuse(now or former)
         logger.warning("%s: is not written any more, this run goes on in its place", self.path)
@@ -103,7 +104,7 @@ class RunOwner:
         while not self._ended.wait(self._beat):
             beat += 1
             with contextlib.suppress(OSError):  # a full disk, a file server that is away for a while
-                now = _read(self.path)
+                now = read_object(self.path, default={})
                 if now and {**now, "beat": 0} != {**self._me, "beat": 0}:
                     logger.error("%s: %s has taken this run over: this process ends", self.path, _named(now))
                     os._exit(1)
@@ -114,14 +115,6 @@ def machine() -> str:
     """What two processes have in common that can see one another's end: the kernel's boot and its set of processes."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _named(owner: dict[str, Any]) -> str:

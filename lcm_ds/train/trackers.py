@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lcm_ds.config import LogConfig, MlflowConfig, WandbConfig
-from lcm_ds.files import write_whole
+from lcm_ds.files import read_object, write_whole
 from lcm_ds.train.board import Setting
 
 logger = logging.getLogger("lcm_ds")
@@ -130,7 +130,7 @@ class Trackers:
             logger.error("log.%s: no answer: some of the last values are not there", ", log.".join(self._there))
 
     def _work(self, config: LogConfig, run_dir: Path, settings: Mapping[str, Setting]) -> None:
-        known = _read_ids(run_dir / IDS)
+        known = read_object(run_dir / IDS, default={})
         for name, kind in KINDS.items():
             if (block := getattr(config, name)) is not None:
                 with self._left_out_if_it_fails(name):
@@ -158,11 +158,3 @@ def missing_packages(config: LogConfig) -> list[str]:
         for name in KINDS
         if getattr(config, name) is not None and importlib.util.find_spec(name) is None
     ]
-
-
-def _read_ids(path: Path) -> dict[str, str]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -4,18 +4,18 @@ import json
 import re
 import shutil
 import time
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from lcm_ds.encoders.of_dataset import DECODERS
+from lcm_ds.encoders.of_dataset import DECODERS, encoder_of
 from lcm_ds.encoders.sonar import SonarDecoder
 from lcm_ds.errors import InputError
 from lcm_ds.generate.autoregressive import END_OF_TEXT, MAX_CONCEPTS, REPEATS, generate
 from lcm_ds.generate.nearest import nearest
-from lcm_ds.generate.text import TextGenerator, encoder_of, splitter_of
+from lcm_ds.generate.text import TextGenerator
+from lcm_ds.text.sentences import Splitter
 
 PROMPT = "Rain falls on the hills.  The river rises in the night."
 SENTENCES = ["Rain falls on the hills.", "The river rises in the night."]
@@ -24,7 +24,7 @@ FREE = {"stop_end": None, "stop_repeat": None}
 
 @pytest.fixture(scope="module")
 def encoder(dataset):
-    return encoder_of(dataset)
+    return encoder_like(dataset)
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +37,17 @@ def sonar(exported):
     return TextGenerator.from_pretrained(exported("sonar"), device="cpu")
 
 
-def with_encoder(dataset, **changes):
-    """The dataset with other entries in its encoder's block."""
-    block = {**dataset.info.encoder, **changes}
-    return replace(dataset, info=dataset.info.model_copy(update={"encoder": block}))
+def encoder_like(dataset, **changes):
+    """The encoder of a dataset, with other entries in its block."""
+    return encoder_of({**dataset.info.encoder, **changes}, dataset.embed_dim, f"{dataset.path}/dataset.json")
+
+
+def splitter_of(info):
+    return Splitter.from_settings(info.splitter, info.language, "dataset.json")
 
 
 def test_a_prompt_is_encoded_as_its_dataset_was(dataset, encoder):
-    assert splitter_of(dataset).split(PROMPT) == SENTENCES
+    assert splitter_of(dataset.info).split(PROMPT) == SENTENCES
     for sentence, found in zip(SENTENCES, nearest(encoder.encode(SENTENCES), [dataset]), strict=True):
         assert found.text == sentence
         assert found.cosine == pytest.approx(1, abs=1e-3)
@@ -52,13 +55,13 @@ def test_a_prompt_is_encoded_as_its_dataset_was(dataset, encoder):
 
 
 def test_sentences_are_cut_as_those_of_the_dataset(dataset):
-    assert splitter_of(dataset).settings() == dataset.info.splitter
+    assert splitter_of(dataset.info).settings() == dataset.info.splitter
     long = "word " * 50
-    assert max(map(len, splitter_of(dataset).split(long))) <= 120
+    assert max(map(len, splitter_of(dataset.info).split(long))) <= 120
 
 
 def test_the_defaults_serve_where_a_dataset_says_nothing(dataset):
-    silent = replace(dataset, info=dataset.info.model_copy(update={"splitter": {}, "language": None}))
+    silent = dataset.info.model_copy(update={"splitter": {}, "language": None})
     assert splitter_of(silent).settings()["max_characters"] == 250
 
 
@@ -66,7 +69,7 @@ def test_prompts_go_on_together_as_the_model_goes_on_from_their_concepts(generat
     prompts = [PROMPT, "Bread needs flour."]
     made = generator.generate(prompts, max_concepts=4, **FREE)
     for prompt, one in zip(prompts, made, strict=True):
-        assert one.prompt == splitter_of(dataset).split(prompt)
+        assert one.prompt == splitter_of(dataset.info).split(prompt)
         assert (one.left_out, one.reason, len(one.sentences)) == (0, MAX_CONCEPTS, 4)
         (expected,) = generate(generator.model, [torch.from_numpy(encoder.encode(one.prompt))], 4, **FREE)
         np.testing.assert_allclose(one.concepts, expected.concepts, atol=1e-4)
@@ -260,7 +263,7 @@ def test_what_is_no_model_is_told_with_every_mistake(exported, tmp_path, run_fol
 
 def test_an_encoder_of_another_kind_cannot_encode_a_prompt(dataset):
     with pytest.raises(InputError) as refused:
-        encoder_of(with_encoder(dataset, name="unknown"))
+        encoder_like(dataset, name="unknown")
     (line,) = refused.value.mistakes
     assert f"{dataset.path}/dataset.json: encoder.name: 'unknown'" in line
     assert "sonar, sentence-transformers" in line
@@ -268,4 +271,4 @@ def test_an_encoder_of_another_kind_cannot_encode_a_prompt(dataset):
 
 def test_other_weights_than_the_datasets_are_refused(dataset):
     with pytest.raises(InputError, match="sha256:0123456789abcdef"):
-        encoder_of(with_encoder(dataset, revision="sha256:0123456789abcdef"))
+        encoder_like(dataset, revision="sha256:0123456789abcdef")
