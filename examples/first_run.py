@@ -39,5 +39,5 @@ for line in run.metrics():
     if "val_loss" in line:
         print(f"step {line['step']:3}: validation loss {line['val_loss']:.3f}")
 
-# %% What the model is worth, beside predictors that learn nothing.
+# %% What the model is worth, beside simple baselines.
 figures = evaluate(run)

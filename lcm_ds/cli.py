@@ -394,6 +394,10 @@ def configs(arguments: argparse.Namespace) -> None:
 
 
 def doctor(arguments: argparse.Namespace) -> int:
+    if not (arguments.config or arguments.hostfile or arguments.bandwidth):
+        from lcm_ds.launcher.machine import examine  # which needs nothing that may be broken here
+
+        return examine()
     from lcm_ds.launcher.doctor import doctor
     from lcm_ds.launcher.restarts import Settings
 

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lcm_ds import resources
-from lcm_ds.errors import InputError, nearest
+from lcm_ds.errors import InputError, first_line, nearest
 
 
 class Schema(BaseModel):
@@ -361,6 +361,11 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
         raise InputError([f"{path}: cannot be read: {error.strerror}", *mistakes]) from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise InputError([f"{path}: not YAML: {' '.join(str(error).split())}", *mistakes]) from None
+    for text in overrides if not mistakes else ():
+        try:
+            OmegaConf.from_dotlist([text])
+        except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+            mistakes.append(f"{text!r}: not a value in YAML: {first_line(error)}")
     if mistakes:
         raise InputError(mistakes)
     try:

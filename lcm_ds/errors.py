@@ -76,3 +76,9 @@ def nearest(word: str, known: Iterable[str], otherwise: str | None = None) -> st
     if close:
         return f"; did you mean {close[0]!r}?"
     return f" (known here: {', '.join(known)})" if otherwise is None else otherwise
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

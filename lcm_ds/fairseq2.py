@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from lcm_ds.errors import InputError
+from lcm_ds.errors import InputError, first_line
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -27,8 +26,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 chosen = [name for name in names if name.startswith("model.")] or list(names)
                 return {name: file.get_tensor(name) for name in chosen}, file.metadata() or {}
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(f"{path}: cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # a file that is none makes the unpickler raise anything
+        raise InputError(f"{path}: cannot be read as a checkpoint: {first_line(error)}") from None
     weights: Any = loaded.get("model") if isinstance(loaded, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise InputError(f'{path}: has to be {{"model": state_dict}}, as Meta\'s trainer writes it')

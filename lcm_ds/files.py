@@ -27,6 +27,21 @@ def write_whole(path: Path, data: str | bytes) -> None:
     sync(path.parent)
 
 
+def no_file_mistake(option: str, path: str) -> str | None:
+    """What keeps the file that an option names from being written; None where nothing that can be told before does."""
+    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+        return f"{option}: {path}: has to be a file in a folder that is there"
+    return None
+
+
+def write_named(option: str, path: str, data: str | bytes) -> None:
+    """Write the file that an option names, whole. Raises InputError where it cannot be written."""
+    try:
+        write_whole(Path(path), data)
+    except OSError as error:
+        raise InputError(f"{option}: {path}: cannot be written: {error.strerror}") from None
+
+
 def json_object(text: str | bytes, path: str | Path) -> dict[str, Any]:
     """The JSON object that is the text of the file at `path`. Raises InputError where it is none."""
     try:
@@ -49,6 +64,16 @@ def read_object(path: Path, default: dict[str, Any] | None = None) -> dict[str, 
     if default is None:
         raise mistake
     return default
+
+
+def why_not_writable(folder: str | Path) -> str | None:
+    """What keeps a folder from being made, or written into where it is there; None where nothing does."""
+    there = Path(folder).absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        return f"{folder}: {there} is a file, not a folder"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"{folder}: {there} cannot be written to"
 
 
 def check_new(output: str | Path) -> None:

@@ -91,6 +91,12 @@ def test_a_missing_file_and_a_bad_override_are_told_together(tmp_path):
     assert len(caught.value.mistakes) == 2
 
 
+def test_an_override_that_is_no_yaml_is_named_itself(tmp_path):
+    with pytest.raises(InputError) as caught:
+        load(TrainConfig, CONFIGS / "train/quickstart.yaml", ["steps=[1", "seed={"])
+    assert [line.split(": ")[0] for line in caught.value.mistakes] == ["'steps=[1'", "'seed={'"]
+
+
 def test_a_dumped_config_loads_again(tmp_path):
     config = load(TrainConfig, CONFIGS / "train/quickstart.yaml")
     path = written(tmp_path, dump(config, world_size=2))

@@ -13,7 +13,7 @@ from lcm_ds.evaluate.ranks import Ranks
 from lcm_ds.evaluate.report import draw_figure, print_tables
 from lcm_ds.evaluate.subject import Subject, find_subject
 from lcm_ds.evaluate.words import load_words
-from lcm_ds.files import read_object, write_whole
+from lcm_ds.files import no_file_mistake, read_object, write_named
 from lcm_ds.train.place import Place
 
 FORMAT_VERSION = 2  # of what is written
@@ -45,9 +45,9 @@ def evaluate(
     and where json_path or figure cannot be written.
     """
     mistakes = [
-        f"{option}: {path}: has to be a file in a folder that is there"
+        wrong
         for option, path in (("--json", json_path), ("--figure", figure))
-        if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir())
+        if path is not None and (wrong := no_file_mistake(option, path)) is not None
     ]
     if samples < 1:
         mistakes.append(f"--samples: {samples} is below 1")
@@ -115,14 +115,13 @@ def _write(run_dir: Path | None, title: str, found: dict[str, Any], json_path: s
 
     Returns where all figures are; nothing where they were not written.
     """
+    jsons = [*([("RUN", str(run_dir / FILE))] if run_dir else []), *([("--json", json_path)] if json_path else [])]
+    pictures = [*([("RUN", str(run_dir / FIGURE))] if run_dir else []), *([("--figure", figure)] if figure else [])]
     text = json.dumps(found, indent=1) + "\n"
-    jsons = [*([run_dir / FILE] if run_dir else []), *([Path(json_path)] if json_path else [])]
-    pictures = [*([run_dir / FIGURE] if run_dir else []), *([Path(figure)] if figure else [])]
-    for path in jsons:
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            write_whole(path, text)
-    if pictures:
-        drawn = draw_figure(title, found)
-        for path in pictures:
-            write_whole(path, drawn)
-    return ", ".join(map(str, [*jsons, *pictures]))
+    for option, path in jsons:
+        if not Path(path).exists() or Path(path).read_text(encoding="utf-8") != text:
+            write_named(option, path, text)
+    drawn = draw_figure(title, found) if pictures else b""
+    for option, path in pictures:
+        write_named(option, path, drawn)
+    return ", ".join(path for _, path in [*jsons, *pictures])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.files import write_whole
+from lcm_ds.files import no_file_mistake, write_named
 from lcm_ds.generate.autoregressive import END_OF_TEXT, MAX_CONCEPTS, REPEATS
 from lcm_ds.generate.origin import find_origin
 from lcm_ds.generate.text import GeneratedText, TextGenerator
@@ -60,9 +60,8 @@ def run(
     for number, one in enumerate(made, start=1):
         _print(one, generator, settings, f"prompt {number}" if len(made) > 1 else "prompt")
     if json_path is not None:
-        write_whole(
-            Path(json_path), json.dumps(_as_json(made, generator, settings), indent=1, ensure_ascii=False) + "\n"
-        )
+        text = json.dumps(_as_json(made, generator, settings), indent=1, ensure_ascii=False) + "\n"
+        write_named("--json", json_path, text)
     for prompt in _lines() if interactive else ():
         try:
             for one in generator.generate([prompt], **settings):
@@ -101,8 +100,8 @@ def _threshold(option: str, said: str) -> float | None:
 def _check_json(path: str, interactive: bool) -> None:
     if interactive:
         raise InputError("--json: goes with prompts that are given, not with --interactive")
-    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-        raise InputError(f"--json: {path}: has to be a file in a folder that is there")
+    if wrong := no_file_mistake("--json", path):
+        raise InputError(wrong)
 
 
 def _introduce(generator: TextGenerator, settings: dict[str, Any]) -> None:

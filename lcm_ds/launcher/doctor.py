@@ -14,7 +14,7 @@ from lcm_ds.errors import Collector, InputError
 from lcm_ds.launcher.hosts import read_hostfile, select
 from lcm_ds.launcher.kernels import accelerator
 from lcm_ds.launcher.local import run_local
-from lcm_ds.launcher.machine import examine, programs, software
+from lcm_ds.launcher.machine import programs, software
 from lcm_ds.launcher.pdsh import mistakes_of_call
 from lcm_ds.launcher.preflight import Expected, ask, checkpoint_bytes
 from lcm_ds.launcher.remote import environment_of_workers, resolve_config
@@ -34,15 +34,12 @@ def doctor(
     bandwidth: bool = False,
     settings: Settings = DEFAULTS,
 ) -> int:
-    """Without arguments, print a table of what this machine has and lacks (see machine.py).
+    """Print a few lines about this machine and, with a config, everything that is wrong with it and its memory.
 
-    Else a few lines about it and, with a config, everything that is wrong with it and the memory it needs.
     The ranks counted on are the hostfile's slots, else this machine's devices. The hosts of a hostfile are asked as
     before a launch. bandwidth: measure an all-reduce over all devices at the end. Returns 0 where nothing would stop
     the run, else 2 (or what the measurement ends with); the mistakes are on stderr, one a line.
     """
-    if config_path is None and hostfile is None and not bandwidth:
-        return examine()
     for row in (*software(), *accelerator(), *programs()):
         print(f"{row.name:13} {row.found}")
     mistakes = Collector()

@@ -29,6 +29,7 @@ OPERATORS = {
 
 def findings() -> Iterator[Finding]:
     """Of the device, the kernels of attention, torch.compile and DeepSpeed's operators, one at a time."""
+    yield from _attempt("imports", _imports, MISSING, "install that package again: no run can start")
     yield from _attempt("accelerator", accelerator, MISSING, "install torch and deepspeed again: no run can start")
     yield from _attempt("flash, packed rows", _varlen, WARN, "attention takes SDPA with a mask, which is slower")
     yield from _attempt("flash, SDPA", _sdpa, WARN, "attention takes another of SDPA's kernels, which is slower")
@@ -44,6 +45,13 @@ def _attempt(name: str, find: Callable[[], Iterator[Finding]], status: str, advi
     except Exception as error:
         lines = str(error).strip().splitlines()
         yield Finding(name, status, f"{type(error).__name__}: {lines[0] if lines else ''}", advice)
+
+
+def _imports() -> Iterator[Finding]:
+    """Whether all that a worker imports can be imported."""
+    import lcm_ds.train.loop
+
+    yield Finding("imports", OK, lcm_ds.train.loop.__name__)
 
 
 def accelerator() -> Iterator[Finding]:

@@ -73,7 +73,10 @@ def launch(
                 raise InputError(wrong)
         elif wrong := settings.mistakes(1):
             raise InputError(wrong)
-        elif wrong := settings.of_hosts_alone(local is not None):
+        elif wrong := [
+            *(option for option, said in (("--include", include), ("--exclude", exclude)) if said),
+            *settings.of_hosts_alone(local is not None),
+        ]:
             raise InputError(f"{option}: goes with --hostfile" for option in wrong)
         elif slurm:
             world_size = remote.slurm_tasks(os.environ)

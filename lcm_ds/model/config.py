@@ -64,7 +64,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "intermediate_size": 1024,
         "dropout": 0.2,
     },
-    # The sizes of the seed's example (github.com/dame-cell/BaseLCM, README): 12 layers, 8 heads; the rest its defaults.
+    # The sizes of BaseLCM's example (github.com/dame-cell/BaseLCM, README): 12 layers, 8 heads; the rest its defaults.
     "mini": {
         "embed_dim": 1024,
         "hidden_size": 512,

@@ -24,6 +24,8 @@ def fit_normalizer(mixture: Sequence[str], samples: int = 1_000_000, output: str
     file `output` alone. Raises InputError with every mistake: a folder that is no finished dataset, a weight that is no
     number above 0, datasets of different encoders, dimensions without spread.
     """
+    if samples < 2:
+        raise InputError(f"--samples: {samples} is below 2")
     with TemporaryDirectory(prefix="lcm-ds-") as cache:
         datasets, weights = _open(mixture, output, cache)
         shares = [weight / sum(weights) for weight in weights]

@@ -108,9 +108,3 @@ class Columns:
                 hint = " (null: documents are named by file and row)" if key == "id_column" else ""
                 mistakes.append(f"source.{key}: {part} has no column {name!r}; its columns: {listed}{hint}")
         return mistakes
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -8,8 +8,8 @@ from typing import Any
 
 import fsspec
 
-from lcm_ds.errors import InputError
-from lcm_ds.text.columns import Columns, first_line
+from lcm_ds.errors import InputError, first_line
+from lcm_ds.text.columns import Columns
 from lcm_ds.text.files import check_size
 from lcm_ds.text.sources import TextDocument
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lcm_ds.errors import InputError
-from lcm_ds.text.columns import Columns, first_line
+from lcm_ds.errors import InputError, first_line
+from lcm_ds.text.columns import Columns
 from lcm_ds.text.sources import TextDocument
 
 _ROWS = 256

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +31,7 @@ FLUSH_SECONDS = 30
 # Each chart's tags are regular expressions from the beginning of a tag on.
 LAYOUT = {
     "the run": {
-        "loss, and that of what needs no training": ["Multiline", ["loss/train$", "loss/validation.*"]],
+        "loss, and that of mean and copy": ["Multiline", ["loss/train$", "loss/validation.*"]],
         "model FLOPs utilisation": ["Multiline", ["speed/mfu$"]],
         "validation": ["Multiline", ["val/cosine$", "val/variance_ratio$"]],
         "concepts a second": ["Multiline", ["speed/concepts_per_second$"]],
@@ -103,8 +105,11 @@ class Board:
 
         if self._about is None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for old in self._folder.glob(f"*{ABOUT}"):
-                old.unlink()
+            for old in self._folder.glob("*tfevents*"):
+                if old.name.endswith(ABOUT):
+                    old.unlink()
+                else:
+                    drop_later(old, self._purge_step - 1)
             about = SummaryWriter(self._folder, filename_suffix=ABOUT)
             about.add_custom_scalars(LAYOUT)
             for summary in _hparams(self._settings)[:2]:
@@ -114,6 +119,37 @@ class Board:
         if self._writer is None:
             self._writer = SummaryWriter(self._folder, purge_step=self._purge_step, flush_secs=FLUSH_SECONDS)
         return self._writer
+
+
+def drop_later(path: Path, last_step: int) -> None:
+    """Take what is of steps after `last_step` out of an event file.
+
+    TensorBoard's loader, the fast one, keeps such points even where a later file says that they are to be purged.
+    """
+    with path.open("rb") as file:
+        if all(step <= last_step for _, step in _records(file)):
+            return
+    partial = path.with_name("purged.partial")  # a name that TensorBoard does not read
+    with path.open("rb") as file, partial.open("wb") as kept:
+        kept.writelines(record for record, step in _records(file) if step <= last_step)
+        kept.flush()
+        os.fsync(kept.fileno())
+    os.replace(partial, path)
+
+
+def _records(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    """The records of an event file, whole, and the step of each; one that a crash cut short ends them.
+
+    A record is TFRecord's: its length (uint64), a checksum of that (4 bytes), an Event, a checksum (4 bytes).
+    """
+    from tensorboard.compat.proto.event_pb2 import Event
+
+    while len(head := file.read(12)) == 12:
+        (size,) = struct.unpack("<Q", head[:8])
+        body = file.read(size + 4)
+        if len(body) < size + 4:
+            return
+        yield head + body, Event.FromString(body[:-4]).step
 
 
 def _add(writer: SummaryWriter, summary: Any) -> None:

@@ -13,6 +13,7 @@ from lcm_ds.data.cache import Cache
 from lcm_ds.data.format import Dataset, open_dataset
 from lcm_ds.data.plan import Plan, Source, fingerprint
 from lcm_ds.errors import Collector, InputError
+from lcm_ds.files import why_not_writable
 from lcm_ds.model.config import BaseLCMConfig, resolve_model
 from lcm_ds.train.initial import Initial, find_initial, sizes_of_run
 from lcm_ds.train.trackers import missing_packages
@@ -73,14 +74,16 @@ def check(path: str | Path, overrides: Sequence[str], world_size: int) -> Job:
     with mistakes:
         width = None if model is None else model.hidden_size
         resolved = ds_config.resolve(ds, config, world_size, _ds_origin(config, path), path, width)
+    if wrong := why_not_writable(config.run_dir):
+        mistakes.mistakes.append(f"{path}: run_dir: {wrong}")
     opened = [dataset for dataset in [*datasets, validation] if dataset is not None]
     mistakes.mistakes.extend(_disagreements(opened, model, path))
     mistakes.raise_if_any()
     assert model is not None
     plan, mark = plan_of(config, [dataset for dataset in datasets if dataset is not None])
     job = Job(config, resolved, model, [d for d in datasets if d is not None], validation, plan, mark, initial)
-    if wrong := _step_mistakes(job, path):
-        raise InputError(wrong)
+    if lines := _step_mistakes(job, path):
+        raise InputError(lines)
     return job
 
 

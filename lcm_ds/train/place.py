@@ -6,14 +6,17 @@ Known are RANK … (torchrun, DeepSpeed's launcher, Kubernetes' PyTorchJob, `lcm
 
 from __future__ import annotations
 
+import contextlib
+import random
 import re
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from lcm_ds.errors import InputError
+from lcm_ds.errors import CannotGoOn, InputError
 
 DEFAULT_PORT = 29500  # torch.distributed's and DeepSpeed's
+QUIET_PORTS = (20_000, 29_000)  # below Linux's net.ipv4.ip_local_port_range, and DEFAULT_PORT
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,15 @@ def read_place(environ: Mapping[str, str]) -> Place:
 
 
 def free_port() -> int:
-    """A TCP port of this host that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
+    """A TCP port of this host that nobody listens on now.
+
+    From below those that the kernel gives to outgoing connections, any of which could take it before it is used.
+    """
+    for port in random.SystemRandom().sample(range(*QUIET_PORTS), 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
+    raise CannotGoOn(f"no free port of this host among 100 from {QUIET_PORTS[0]} to {QUIET_PORTS[1]}")
 
 
 def first_host(nodelist: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 BAR = 30  # letters
-NAMES = {"val_loss_of_mean": "mean", "val_loss_of_copy": "copy"}  # of what needs no training
+NAMES = {"val_loss_of_mean": "mean", "val_loss_of_copy": "copy"}  # of simple baselines
 
 
 def step_line(done: int, total: int, values: Mapping[str, Any]) -> str:

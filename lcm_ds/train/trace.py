@@ -30,6 +30,8 @@ def trace(
     Raises InputError where there is neither, or the run has no such step.
     """
     is_run = Path(run).is_dir()  # wherever it is now: a run may have been moved
+    if is_run and not (Path(run) / "config.yaml").is_file():
+        raise InputError(f"{run}: no run here (config.yaml is missing)")
     config = load(TrainConfig, Path(run) / "config.yaml" if is_run else Path(run), overrides)
     mistakes = Collector()
     datasets = []

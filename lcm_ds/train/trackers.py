@@ -25,7 +25,8 @@ logger = logging.getLogger("lcm_ds")
 
 IDS = "trackers.json"  # in the run's folder: under which names the run is known elsewhere
 MOST_WAITING = 10_000  # lines of metrics
-PATIENCE_SECONDS = 60.0
+# That the end of a run waits for what is still to be sent, and where nobody has answered yet or the run was stopped.
+PATIENCE_SECONDS, SHORT_PATIENCE_SECONDS = 30.0, 5.0
 PARAMS_AT_A_TIME, LONGEST_PARAM = 100, 500  # MLflow's limits
 
 
@@ -104,10 +105,12 @@ class Trackers:
     """Those that the config names, in a thread of their own. One that fails is left out from then on."""
 
     def __init__(self, config: LogConfig, run_dir: Path, settings: Mapping[str, Setting]) -> None:
+        self._names = [name for name in KINDS if getattr(config, name) is not None]
         self._there: dict[str, Tracker] = {}
+        self._ready = threading.Event()  # all have answered, or are left out
         self._waiting: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(MOST_WAITING)
         self._thread: threading.Thread | None = None
-        if any(getattr(config, name) for name in KINDS):
+        if self._names:
             work = (config, run_dir, dict(settings))
             self._thread = threading.Thread(target=self._work, args=work, name="lcm-ds-trackers", daemon=True)
             self._thread.start()
@@ -119,15 +122,16 @@ class Trackers:
                 self._waiting.put_nowait(lambda tracker: tracker.scalars(step, values))
 
     def close(self, done: bool) -> None:
-        """Send what waits, for a minute at most; done: whether the run came to its end."""
+        """Send what waits, for PATIENCE_SECONDS at most; done: whether the run came to its end."""
         if self._thread is None:
             return
+        until = time.monotonic() + (PATIENCE_SECONDS if done and self._ready.is_set() else SHORT_PATIENCE_SECONDS)
         with contextlib.suppress(queue.Full):
-            self._waiting.put(lambda tracker: tracker.close(done), timeout=PATIENCE_SECONDS)
-            self._waiting.put(None, timeout=PATIENCE_SECONDS)
-        self._thread.join(PATIENCE_SECONDS)
+            self._waiting.put(lambda tracker: tracker.close(done), timeout=until - time.monotonic())
+            self._waiting.put(None, timeout=max(0.0, until - time.monotonic()))
+        self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            logger.error("log.%s: no answer: some of the last values are not there", ", log.".join(self._there))
+            logger.error("log.%s: no answer: some of the last values are not there", ", log.".join(self._names))
 
     def _work(self, config: LogConfig, run_dir: Path, settings: Mapping[str, Setting]) -> None:
         known = read_object(run_dir / IDS, default={})
@@ -135,6 +139,7 @@ class Trackers:
             if (block := getattr(config, name)) is not None:
                 with self._left_out_if_it_fails(name):
                     self._there[name] = kind(block, run_dir, settings, known.get(name))
+        self._ready.set()
         with contextlib.suppress(OSError):  # a full disk
             write_whole(run_dir / IDS, json.dumps(known | {name: each.id for name, each in self._there.items()}) + "\n")
         while (call := self._waiting.get()) is not None:

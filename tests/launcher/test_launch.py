@@ -53,6 +53,11 @@ def test_exactly_one_way_to_launch_is_asked_for(config):
     assert len(mistakes_of(config, local=2, slurm=True)) == 1
 
 
+def test_hosts_are_chosen_of_a_hostfile_alone(config):
+    lines = mistakes_of(config, local=1, include="a", exclude="b")
+    assert lines == ["--include: goes with --hostfile", "--exclude: goes with --hostfile"]
+
+
 def test_mistakes_of_the_hostfile_and_the_config_come_together_and_nothing_starts(config, tmp_path):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("a slots=2\nb\n")

@@ -68,7 +68,7 @@ def test_where_torch_or_deepspeed_is_broken_the_table_comes_all_the_same_and_end
         (line,) = [line for line in done.stdout.splitlines() if line.startswith(f"  {program} ")]
         assert line.split()[1] == WARN
         assert line.rstrip().endswith(advice)
-    assert done.stdout.splitlines()[-1] == "no run can start here: see accelerator"
+    assert done.stdout.splitlines()[-1] == "no run can start here: see imports, accelerator"
 
 
 def test_without_a_compiler_what_has_to_be_compiled_says_what_to_install(tmp_path):

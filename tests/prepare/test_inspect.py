@@ -203,3 +203,8 @@ def test_mistakes_in_a_mixture_are_told_at_once_and_nothing_is_written(dataset, 
     assert "no such dataset folder" in absent
     assert "'revision': 'b'" in encoder
     assert (other / "normalizer.safetensors").read_bytes() == before
+
+
+def test_a_sample_without_spread_is_refused(dataset):
+    with pytest.raises(InputError, match="--samples: 1 is below 2"):
+        fit_normalizer([str(dataset / "train")], samples=1)

@@ -77,7 +77,15 @@ def test_a_shard_whose_bytes_changed_is_refused_by_name(make_config, concepts, t
     assert any(victim.name in line and "bytes" in line for line in lines)
 
 
-def test_a_step_that_the_run_does_not_have_cannot_be_traced(make_config):
+def test_a_run_dir_that_cannot_be_a_folder_is_refused_before_anything_starts(make_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = make_config(run_dir=str(tmp_path / "file" / "run"))
+    for call in (("train", config), ("train", config, "--dry-run"), ("launch", "--local", 2, config)):
+        assert refused(*call) == [f"{config}: run_dir: {tmp_path}/file/run: {tmp_path}/file is a file, not a folder"]
+
+
+def test_a_step_that_the_run_does_not_have_cannot_be_traced(make_config, tmp_path):
+    assert refused("trace", tmp_path, "--step", 1) == [f"{tmp_path}: no run here (config.yaml is missing)"]
     config = make_config()
     assert refused("trace", config, "--step", 40) == ["step 40: this run has steps 0 to 39"]
     assert len(refused("trace", config, "--range", -1, 40)) == 2

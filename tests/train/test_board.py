@@ -4,8 +4,10 @@ import io
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -32,8 +34,8 @@ GROUPS = {"loss", "optim", "data", "speed", "memory", "val", "checkpoint"}
 
 
 def read(folder):
-    """Everything in the event files of a folder, as TensorBoard reads them."""
-    return EventAccumulator(str(folder), size_guidance={"tensors": 0}).Reload()
+    """Everything in the event files of a folder, as TensorBoard's fast loader reads them, which purges nothing."""
+    return EventAccumulator(str(folder), size_guidance={"tensors": 0}, purge_orphaned_data=False).Reload()
 
 
 def tags(board, plugin):
@@ -81,6 +83,23 @@ def test_tensorboard_holds_each_step_of_a_resumed_run_once(resumed):
     for tag in ("_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"):
         assert len(board.Tensors(tag)) == 1
     assert len(board.Tensors("custom_scalars__config__")) == 1
+
+
+def test_a_resume_with_another_grid_leaves_no_point_of_a_later_step(tmp_path):
+    for first, on in ((0, range(1, 11)), (4, (6, 12))):
+        board = Board(tmp_path, {}, first)
+        for step in on:
+            board.scalars(step, {"loss/train": 1.0})
+            if (first, step) == (0, 7):
+                board.scalars(step, {"checkpoint/stall_seconds": 1.0})
+        board.close(done=False)
+        if first == 0:  # what a crash cuts short
+            (written,) = (path for path in tmp_path.iterdir() if not path.name.endswith(".about"))
+            written.write_bytes(written.read_bytes()[:-3])
+    found = read(tmp_path)
+    assert steps(found, "loss/train") == [1, 2, 3, 4, 6, 12]
+    assert "checkpoint/stall_seconds" not in tags(found, "scalars")
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_hparams_are_the_numbers_of_the_config(resumed):
@@ -202,7 +221,8 @@ def track(log, folder, steps):
 
 
 def test_mlflow_has_the_scalars_of_a_resumed_run_under_one_id(make_config, tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
+    import mlflow
+
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # mlflow-skinny has no database
     uri = (tmp_path / "store").as_uri()
     log = log_of(make_config, mlflow={"tracking_uri": uri, "experiment": "lcm"})
@@ -214,6 +234,19 @@ def test_mlflow_has_the_scalars_of_a_resumed_run_under_one_id(make_config, tmp_p
     assert run.info.status == "FINISHED"
     history = client.get_metric_history(run.info.run_id, "loss/train")
     assert {metric.step: metric.value for metric in history} == {1: 9.0, 2: 8.0, 3: 7.0}
+
+
+def test_a_server_that_does_not_answer_is_named_and_holds_up_the_end_for_seconds(make_config, tmp_path, caplog):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()  # takes connections, and never says a word
+        log = log_of(make_config, mlflow={"tracking_uri": f"http://127.0.0.1:{silent.getsockname()[1]}"})
+        found = Trackers(log, tmp_path, {})
+        found.scalars(1, {"loss/train": 1.0})
+        started = time.monotonic()
+        found.close(done=True)
+        assert time.monotonic() - started < trackers.SHORT_PATIENCE_SECONDS + 1
+    assert "log.mlflow: no answer" in caplog.text
 
 
 def wandb_records(data):
@@ -232,7 +265,6 @@ def wandb_records(data):
 
 
 def test_wandb_has_the_scalars_of_a_resumed_run_under_one_id(make_config, tmp_path):
-    pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
     log = log_of(make_config, wandb={"project": "lcm", "mode": "offline"})
