@@ -42,7 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     parsed, rest = parser.parse_known_args(arguments)
     # argparse takes the overrides from one place alone; they may stand behind options, too.
-    if any(text.startswith("-") for text in rest) or not hasattr(parsed, "overrides"):
+    if unknown := [text for text in rest if text.startswith("-")]:
+        known = verbs[arguments[0]]._option_string_actions
+        for option in unknown:
+            others = nearest(option.partition("=")[0], known, f"; `lcm-ds {arguments[0]} --help` lists them")
+            print(f"lcm-ds {arguments[0]}: {option}: there is no such option{others}", file=sys.stderr)
+        return 2
+    if not hasattr(parsed, "overrides"):
         parser.parse_args(arguments)  # says what is wrong
     else:
         parsed.overrides = [*parsed.overrides, *rest]

@@ -39,8 +39,8 @@ def run(*command, cwd, timeout=200, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
-def succeeds(*command, cwd):
-    code, out, err = run(*command, cwd=cwd)
+def succeeds(*command, cwd, **options):
+    code, out, err = run(*command, cwd=cwd, **options)
     assert code == 0, out + err
     return out
 
@@ -124,6 +124,24 @@ def test_an_installed_wheel_works_from_an_empty_folder(built, make_venv, synthet
     code, out, err = run(*local, cwd=tmp_path, PATH=f"{lcm_ds}:{os.environ['PATH']}", DEVICES="2")
     assert code == 0, out + err
     assert (tmp_path / "runs/quickstart/checkpoints/step_00000002/COMPLETE").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_wheel_brings_all_that_it_needs_into_an_empty_environment(built, tmp_path):
+    """From the index, in the tested versions: nothing of the environment that runs the tests is seen."""
+    succeeds(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
+    lcm_ds = tmp_path / "venv/bin"
+    asked = ("--constraint", ROOT / "constraints.txt", f"{built[1]}[quickstart]")
+    succeeds(lcm_ds / "python", "-m", "pip", "install", "--quiet", *asked, cwd=tmp_path, timeout=800)
+    assert "a run can start here" in succeeds(lcm_ds / "lcm-ds", "doctor", cwd=tmp_path)
+    small = ("source.take_sentences=200", "validation=0.2", "min_sentences=2", "output=data")
+    prepared = succeeds(lcm_ds / "lcm-ds", "prepare", "configs/prepare/quickstart.yaml", *small, cwd=tmp_path)
+    assert re.search(r"^data: \d+ documents", prepared, re.MULTILINE)
+    paths = ("data.train=data/train", "data.validation=null")
+    assert "ZeRO 2" in succeeds(
+        lcm_ds / "lcm-ds", "train", "configs/train/quickstart.yaml", *paths, "--dry-run", cwd=tmp_path
+    )
 
 
 @pytest.mark.slow
