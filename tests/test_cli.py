@@ -58,7 +58,7 @@ def test_no_verb_gives_the_help_and_2(capsys):
     [
         (["trian", "configs/train/quickstart.yaml"], "lcm-ds: trian: there is no such verb; did you mean 'train'?\n"),
         (["xyzzy"], "lcm-ds: xyzzy: there is no such verb; `lcm-ds --help` lists the verbs\n"),
-        (["export", "a", "b", "--stpe=3"], "lcm-ds export: --stpe=3: there is no such option; did you mean '--step'?\n"),
+        (["export", "a", "b", "--stpe"], "lcm-ds export: --stpe: there is no such option; did you mean '--step'?\n"),
         (
             ["launch", "--local", "2", "--dry-run", "c.yaml"],
             "lcm-ds launch: --dry-run: there is no such option; `lcm-ds launch --help` lists them\n",
