@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Thread
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # File systems whose files processes of other machines may hold, and when a lock on one of them is taken for left over.
@@ -31,6 +32,22 @@ def die_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> 
             os.kill(os.getpid(), number)
 
     return set_death_signal
+
+
+def end_with_parent(every: float = 1.0) -> None:
+    """Have this process kill itself when the one that started it has ended; looked for every so many seconds.
+
+    For children of programs that cannot be told to call `die_with_parent`, nor trusted to start them from a thread that
+    lasts.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(every)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    Thread(target=watch, name="lcm-ds-parent", daemon=True).start()
 
 
 def keep_freed_memory() -> None:

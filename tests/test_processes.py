@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from lcm_ds import processes
 from lcm_ds.processes import remove_left_over_locks
+from lcm_ds.train.place import LEAVE_BEHIND
 
 
 @pytest.fixture
@@ -40,3 +42,29 @@ def test_on_a_shared_file_system_a_lock_has_to_be_old(lock, tmp_path, monkeypatc
 
 def test_the_file_system_of_a_path_is_that_of_its_nearest_mount():
     assert processes._file_system(processes.Path("/proc/self/status")) == "proc"
+
+
+@pytest.mark.parametrize("variable", LEAVE_BEHIND)
+def test_a_worker_ends_with_the_launcher_that_would_leave_it_behind(variable):
+    worker = (
+        "import os, time; from lcm_ds.train.place import *; end_with_launcher(os.environ)\n"
+        "print(os.getpid(), flush=True); time.sleep(100)"
+    )
+    launcher = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {worker!r}]); time.sleep(100)"
+    environ = {**os.environ, variable: "0"}
+    started = subprocess.Popen([sys.executable, "-c", launcher], stdout=subprocess.PIPE, text=True, env=environ)
+    pid = int(started.stdout.readline())
+    started.kill()
+    started.wait()
+    deadline = time.monotonic() + 20
+    while _runs(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _runs(pid):
+    """Whether the process is there and no zombie: the init of a container may reap none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

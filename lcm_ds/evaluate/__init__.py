@@ -31,8 +31,9 @@ def worker(arguments: argparse.Namespace) -> list[str]:
 
 def main(arguments: argparse.Namespace) -> int:
     """A rank of an evaluation, from the environment its launcher set, or all of it; returns the exit code."""
-    from lcm_ds.train.place import read_place
+    from lcm_ds.train.place import end_with_launcher, read_place
 
+    end_with_launcher(os.environ)
     speaks = True
     try:
         place = read_place(os.environ)

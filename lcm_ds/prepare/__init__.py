@@ -26,7 +26,9 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> int:
     from lcm_ds.config import PrepareConfig, load
     from lcm_ds.prepare.peers import PeerFailed
     from lcm_ds.prepare.pipeline import prepare
+    from lcm_ds.train.place import end_with_launcher
 
+    end_with_launcher(os.environ)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _interrupt)
     try:

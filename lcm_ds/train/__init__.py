@@ -15,9 +15,11 @@ def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False,
     dry_run: only say what the run would be, on as many `ranks` (default: those of the environment).
     """
     from lcm_ds.train.console import console
-    from lcm_ds.train.place import read_place
+    from lcm_ds.train.place import end_with_launcher, read_place
     from lcm_ds.train.stop import StopRequest
 
+    if not dry_run:
+        end_with_launcher(os.environ)
     console.lead_away()  # imports have much to say, too
     speaks, code = True, 1
     stop = None if dry_run else StopRequest()  # from now on: the imports below take seconds

@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lcm_ds.errors import CannotGoOn, InputError
+from lcm_ds.processes import end_with_parent
 
 DEFAULT_PORT = 29500  # torch.distributed's and DeepSpeed's
 QUIET_PORTS = (20_000, 29_000)  # below Linux's net.ipv4.ip_local_port_range, and DEFAULT_PORT
+LEAVE_BEHIND = ("OMPI_COMM_WORLD_RANK", "TORCHELASTIC_RUN_ID")  # what mpirun and torchrun set
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,15 @@ def read_place(environ: Mapping[str, str]) -> Place:
     if numbers.mistakes:
         raise InputError(numbers.mistakes)
     return place
+
+
+def end_with_launcher(environ: Mapping[str, str]) -> None:
+    """Where mpirun or torchrun started this process: end it with them, however they end.
+
+    torchrun that is killed leaves its workers at work; so does Open MPI 4.1's mpirun at a SIGTERM on a busy host.
+    """
+    if any(name in environ for name in LEAVE_BEHIND):
+        end_with_parent()
 
 
 def free_port() -> int:

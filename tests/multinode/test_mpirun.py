@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from small_run import (
@@ -45,7 +46,11 @@ def processes(mark):
 
 
 def nothing_left(mark):
-    wait_for(lambda: not processes(mark), 15)
+    wait_for(lambda: not processes(mark), 15, lambda: f"still there: {processes(mark)}")
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 @needs_mpirun
@@ -111,12 +116,15 @@ def test_the_death_of_one_rank_ends_the_others_under_mpirun(dataset, tmp_path, m
 
 @needs_mpirun
 @pytest.mark.slow
-def test_nothing_outlives_a_launcher_of_mpirun_that_is_killed(dataset, tmp_path, mark):
+@pytest.mark.parametrize("killed", ["the launcher", "mpirun"])
+def test_nothing_outlives_a_launcher_of_mpirun_or_an_mpirun_that_is_killed(dataset, tmp_path, mark, killed):
     config = write_config(dataset, tmp_path, steps=100_000)
     launcher = start("lcm-ds", "launch", "--openmpi", 2, config, **MPIRUN, **mark)
     wait_for_step(config, 5)
-    launcher.kill()
-    finish(launcher)
+    (mpirun,) = children(launcher.pid)
+    os.kill(launcher.pid if killed == "the launcher" else mpirun, signal.SIGKILL)
+    code, out = finish(launcher)
+    assert code == (-signal.SIGKILL if killed == "the launcher" else 1), out
     nothing_left(mark)
 
 
