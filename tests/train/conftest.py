@@ -4,7 +4,9 @@ import json
 
 import pytest
 import yaml
-from runs import finish, start
+from runs import ROOT, finish, start
+
+from lcm_ds.cli import main
 
 EMBED_DIM = 16
 
@@ -74,3 +76,19 @@ def trained(make_config):
         return runs[key]
 
     return train
+
+
+@pytest.fixture
+def call(capfd, monkeypatch):
+    """`lcm-ds …` in this process, which has imported torch: for calls that end before anything is trained.
+
+    call(*arguments) -> (exit code, stdout, stderr)
+    """
+    monkeypatch.chdir(ROOT)
+
+    def call(*arguments):
+        capfd.readouterr()
+        code = main(list(map(str, arguments)))
+        return code, *capfd.readouterr()
+
+    return call

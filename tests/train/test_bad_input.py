@@ -7,14 +7,19 @@ import pytest
 from runs import finish, run_dir, start
 
 
-def refused(*arguments):
+def mistakes(code, out, err):
     """The lines on stderr of a command that has to end with exit code 2."""
-    code, out, err = finish(start(*arguments))
     assert code == 2, out + err
     assert "Traceback" not in err
     lines = err.splitlines()
     assert len(lines) == len(set(lines)), "a mistake is told once"
     return lines
+
+
+@pytest.fixture
+def refused(call):
+    """refused(*arguments) -> the lines on stderr of a call that has to end with exit code 2."""
+    return lambda *arguments: mistakes(*call(*arguments))
 
 
 @pytest.mark.parametrize("verb", [["train"], ["launch", "--local", "2"]], ids=["train", "launch"])
@@ -26,7 +31,7 @@ def test_mistakes_of_all_files_come_together(make_config, tmp_path, verb):
         deepspeed=str(bad_json),
         sped=3,
     )
-    lines = refused(*verb, config, "noise_std=-1")
+    lines = mistakes(*finish(start(*verb, config, "noise_std=-1")))
     text = "\n".join(lines)
     for told in (
         "no/such/dataset",
@@ -42,7 +47,7 @@ def test_mistakes_of_all_files_come_together(make_config, tmp_path, verb):
     assert not run_dir(config).exists()
 
 
-def test_a_dataset_of_other_dimensions_is_refused_with_both_named(make_config, synthetic_dataset):
+def test_a_dataset_of_other_dimensions_is_refused_with_both_named(refused, make_config, synthetic_dataset):
     other = synthetic_dataset(documents=10, embed_dim=24)
     config = make_config(data={"train": str(other)})
     lines = refused("train", config)
@@ -52,7 +57,7 @@ def test_a_dataset_of_other_dimensions_is_refused_with_both_named(make_config, s
     assert str(other) in lines[0]
 
 
-def test_rows_that_the_ranks_do_not_divide_are_refused_with_what_would(make_config):
+def test_rows_that_the_ranks_do_not_divide_are_refused_with_what_would(refused, make_config):
     config = make_config(batch={"rows_per_step": 8, "micro_batch_rows": 4})
     lines = refused("launch", "--local", 3, config)
     assert len(lines) == 1
@@ -70,21 +75,21 @@ def test_a_shard_whose_bytes_changed_is_refused_by_name(make_config, concepts, t
         content[700] ^= 1
         path.write_bytes(content)
     config = make_config(data={"train": str(copy), "row_length": 32, "max_segment": 16})
-    lines = refused("launch", "--local", 2, config)
+    lines = mistakes(*finish(start("launch", "--local", 2, config)))
     assert any("sha256" in line and str(copy) in line for line in lines)
     victim.write_bytes(victim.read_bytes()[:-512])
-    lines = refused("train", config)
+    lines = mistakes(*finish(start("train", config)))
     assert any(victim.name in line and "bytes" in line for line in lines)
 
 
-def test_a_run_dir_that_cannot_be_a_folder_is_refused_before_anything_starts(make_config, tmp_path):
+def test_a_run_dir_that_cannot_be_a_folder_is_refused_before_anything_starts(refused, make_config, tmp_path):
     (tmp_path / "file").write_text("")
     config = make_config(run_dir=str(tmp_path / "file" / "run"))
     for call in (("train", config), ("train", config, "--dry-run"), ("launch", "--local", 2, config)):
         assert refused(*call) == [f"{config}: run_dir: {tmp_path}/file/run: {tmp_path}/file is a file, not a folder"]
 
 
-def test_a_step_that_the_run_does_not_have_cannot_be_traced(make_config, tmp_path):
+def test_a_step_that_the_run_does_not_have_cannot_be_traced(refused, make_config, tmp_path):
     assert refused("trace", tmp_path, "--step", 1) == [f"{tmp_path}: no run here (config.yaml is missing)"]
     config = make_config()
     assert refused("trace", config, "--step", 40) == ["step 40: this run has steps 0 to 39"]
@@ -92,7 +97,7 @@ def test_a_step_that_the_run_does_not_have_cannot_be_traced(make_config, tmp_pat
     assert "comes before the first" in refused("trace", config, "--range", 5, 4)[0]
 
 
-def test_settings_of_steps_that_would_do_nothing_are_refused(make_config):
+def test_settings_of_steps_that_would_do_nothing_are_refused(refused, make_config):
     config = make_config(train={"recompute_every": 2, "profile_steps": [50, 60]})
     lines = refused("train", config)
     assert len(lines) == 2

@@ -3,16 +3,20 @@
 import json
 
 import pytest
-from runs import finish, run_dir, start
+from runs import run_dir
 
 
-def dry_run(*arguments):
-    code, out, err = finish(start("train", *arguments, "--dry-run"))
-    assert code == 0, err
-    return out
+@pytest.fixture
+def dry_run(call):
+    def dry_run(*arguments):
+        code, out, err = call("train", *arguments, "--dry-run")
+        assert code == 0, err
+        return out
+
+    return dry_run
 
 
-def test_a_dry_run_tells_sizes_memory_and_steps_and_starts_nothing(make_config, concepts):
+def test_a_dry_run_tells_sizes_memory_and_steps_and_starts_nothing(dry_run, make_config, concepts):
     config = make_config()
     out = dry_run(config, "--ranks", 2, "steps=30")
     told = dict(line.split(maxsplit=1) for line in out.splitlines())
@@ -30,7 +34,7 @@ def test_a_dry_run_tells_sizes_memory_and_steps_and_starts_nothing(make_config, 
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("mini", 1), ("150m", 8), ("400m", 8), ("1.6b", 32), ("7b", 64)])
-def test_every_shipped_config_can_be_built(name, ranks, synthetic_dataset, tmp_path):
+def test_every_shipped_config_can_be_built(dry_run, name, ranks, synthetic_dataset, tmp_path):
     data = synthetic_dataset(documents=10, embed_dim=1024, lengths=(2, 8))
     places = [f"data.train={data}", f"data.validation={data}", f"run_dir={tmp_path / 'run'}"]
     out = dry_run(f"configs/train/{name}.yaml", *places, "--ranks", ranks)

@@ -5,7 +5,7 @@ import json
 from runs import finish, run_dir, start
 
 
-def test_the_table_has_the_model_and_its_baselines(trained, concepts, tmp_path):
+def test_the_table_has_the_model_and_its_baselines(trained, concepts, call, tmp_path):
     run = run_dir(trained(2))
     code, out, err = finish(start("evaluate", run, "--json", tmp_path / "figures.json"))
     assert code == 0, err
@@ -31,21 +31,21 @@ def test_the_table_has_the_model_and_its_baselines(trained, concepts, tmp_path):
 
     # Asked again, it says so and does not do it again.
     before = (run / "evaluation.json").stat().st_mtime_ns
-    code, out, err = finish(start("evaluate", run))
+    code, out, err = call("evaluate", run)
     assert code == 0, err
     assert "already evaluated at step 40" in out
     assert all(name in out for name in scores)
     assert (run / "evaluation.json").stat().st_mtime_ns == before
 
 
-def test_mistakes_end_with_2(trained, make_config, synthetic_dataset, tmp_path):
+def test_mistakes_end_with_2(trained, synthetic_dataset, call, tmp_path):
     run = run_dir(trained(2))
     for arguments, told in (
         ((tmp_path / "no_run",), ["no run here"]),
         ((run, "--dataset", synthetic_dataset(documents=10, embed_dim=24)), ["embed_dim 24", "rotation-24"]),
         ((run, "--dataset", tmp_path), ["not a finished dataset"]),
     ):
-        code, _, err = finish(start("evaluate", *arguments))
+        code, _, err = call("evaluate", *arguments)
         assert code == 2
         lines = err.splitlines()
         assert len(lines) == len(told)

@@ -1,13 +1,13 @@
 """The documents of a step are known without training to it."""
 
-from runs import finish, metrics, run_dir, start
+from runs import metrics, run_dir
 
 from lcm_ds.train.trace import trace
 
 
-def test_trace_names_each_segment_of_a_step(make_config):
+def test_trace_names_each_segment_of_a_step(call, make_config):
     config = make_config()
-    code, out, err = finish(start("trace", config, "--step", 25))
+    code, out, err = call("trace", config, "--step", 25)
     assert code == 0, err
     (lines,) = trace(config, [], 25)
     head, *printed = out.splitlines()
@@ -21,10 +21,10 @@ def test_trace_names_each_segment_of_a_step(make_config):
         assert text.endswith("  " + " ".join(" ".join(line.sentences).split()[:8]))
 
 
-def test_a_range_has_the_loss_of_every_step_beside_its_documents(trained):
+def test_a_range_has_the_loss_of_every_step_beside_its_documents(call, trained):
     config = trained(2, log={"every": 7})
     folder = run_dir(config)
-    code, out, err = finish(start("trace", folder, "--range", 11, 14, "--text"))
+    code, out, err = call("trace", folder, "--range", 11, 14, "--text")
     assert code == 0, err
     # Every step's, though every seventh alone has a line in metrics.jsonl; the same run that logs them all knows them.
     each = metrics(trained(2), "loss")
