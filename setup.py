@@ -65,7 +65,7 @@ setup(
             "types-PyYAML",
         ],
     },
-    entry_points={"console_scripts": ["lcm-ds=lcm_ds.cli:main"]},
+    entry_points={"console_scripts": ["lcm-ds=lcm_ds.cli:entry"]},
     classifiers=[
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",

@@ -11,11 +11,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from lcm_ds import __version__
 from lcm_ds.errors import InputError, nearest
 from lcm_ds.evaluate import add_arguments as add_evaluation
+from lcm_ds.processes import end_with
 from lcm_ds.quiet import without_warnings
 
 EXAMPLES = """\
@@ -413,5 +414,10 @@ def doctor(arguments: argparse.Namespace) -> int:
     return doctor(arguments.config, arguments.overrides, arguments.hostfile, arguments.bandwidth, settings)
 
 
+def entry() -> NoReturn:
+    """What the command `lcm-ds` is."""
+    end_with(main)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

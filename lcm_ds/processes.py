@@ -1,15 +1,19 @@
-"""What Linux is asked for: children that do not outlive their parent, memory that a process keeps, who holds a file."""
+"""How processes end, children with their parents; and what else Linux is asked for: freed memory, who holds a file."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Thread
+from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # File systems whose files processes of other machines may hold, and when a lock on one of them is taken for left over.
@@ -48,6 +52,31 @@ def end_with_parent(every: float = 1.0) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     Thread(target=watch, name="lcm-ds-parent", daemon=True).start()
+
+
+def end_with(main: Callable[[], int | None]) -> NoReturn:
+    """Run a program's main and end the process with the code it returns, without taking the interpreter apart.
+
+    While Python does that, a thread of C++ that asks for the interpreter is ended where it stands: gloo's may hold a
+    tensor of the last collective. Then it says "terminate called without an active exception", and SIGABRT is what a
+    worker ends with that did its work well. What is registered with `atexit` meanwhile is called as ever.
+    """
+    code: int | None = 1  # where main ends with an error
+
+    def leave() -> None:
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                stream.flush()
+        os._exit(code or 0)
+
+    atexit.register(leave)  # the first one is called last, when the threads of Python have ended
+    try:
+        code = main()
+    except SystemExit as ended:  # argparse's
+        code = ended.code if isinstance(ended.code, int) else 1 if ended.code else 0
+        raise
+    sys.exit(code)
 
 
 def keep_freed_memory() -> None:

@@ -62,6 +62,47 @@ def test_a_worker_ends_with_the_launcher_that_would_leave_it_behind(variable):
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize(
+    ("ends", "code", "last"),
+    [
+        ("return 75", 75, None),
+        ("return None", 0, None),
+        ("sys.exit(2)", 2, None),
+        ("sys.exit('no')", 1, "no"),
+        ("raise ValueError('wrong')", 1, "ValueError: wrong"),
+    ],
+)
+def test_a_program_ends_with_its_code_and_its_last_words_and_the_interpreter_is_not_taken_apart(ends, code, last):
+    program = f"""
+import atexit, sys
+from threading import Thread
+from time import sleep
+from lcm_ds.processes import end_with
+
+class Part:
+    def __del__(self, write=sys.stderr.write):
+        write("taken apart")
+
+part = Part()
+
+def work():
+    sleep(0.3)
+    print("a thread")
+
+def main():
+    Thread(target=work).start()
+    atexit.register(print, "registered")
+    print("main")
+    {ends}
+
+end_with(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stdout.split("\n") == ["main", "a thread", "registered", ""]
+    assert (done.stderr.splitlines() or [None])[-1] == last
+
+
 def _runs(pid):
     """Whether the process is there and no zombie: the init of a container may reap none."""
     try:

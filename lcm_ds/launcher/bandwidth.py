@@ -8,6 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from lcm_ds.processes import end_with
 from lcm_ds.train.engine import connect
 from lcm_ds.train.place import read_place
 
@@ -53,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

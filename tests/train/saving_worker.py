@@ -23,6 +23,7 @@ from lcm_ds import ds_config
 from lcm_ds.config import CheckpointConfig, TrainConfig
 from lcm_ds.data.plan import Plan, Source
 from lcm_ds.model.config import resolve_model
+from lcm_ds.processes import end_with
 from lcm_ds.train import resume
 from lcm_ds.train.check import Job
 from lcm_ds.train.checkpoint import Checkpoint, folder_name
@@ -143,4 +144,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)

@@ -24,6 +24,7 @@ from lcm_ds.data.loader import Batch
 from lcm_ds.data.plan import Plan, Source
 from lcm_ds.errors import InputError
 from lcm_ds.model.config import resolve_model
+from lcm_ds.processes import end_with
 from lcm_ds.train.check import Job
 from lcm_ds.train.engine import build_engine, build_model, connect
 from lcm_ds.train.histograms import histograms
@@ -134,4 +135,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)
