@@ -102,14 +102,13 @@ class Plan:
             return None
         return max(-(-stream.longest_lane() // self.row_length) for stream in self._streams)
 
+    def concepts(self, step: int) -> int:
+        """Concepts in the rows before `step`: a lane that has ended adds none."""
+        return sum(stream.concepts_up_to(step * self.row_length) for stream in self._streams)
+
     def epoch(self, step: int) -> float:
-        """Concepts seen before `step`, over the concepts there are."""
-        seen = total = 0
-        for stream in self._streams:
-            most = step * self.row_length * stream.lanes
-            seen += most if self.epochs is None else min(most, self.epochs * stream.total)
-            total += stream.total
-        return seen / total
+        """Concepts in the rows before `step`, over the concepts there are."""
+        return self.concepts(step) / sum(stream.total for stream in self._streams)
 
 
 def share_lanes(weights: Sequence[float], lanes: int) -> list[int]:
@@ -207,6 +206,13 @@ class _Stream:
         """Concepts of the longest lane over all epochs, of which there have to be a limited number."""
         self._extend(0, None)
         return max(self._lane_ends[-1])
+
+    def concepts_up_to(self, stop: int) -> int:
+        """Concepts of all lanes together, each up to its concept `stop`."""
+        if self.limit is None:  # no lane ends
+            return stop * self.lanes
+        self._extend(0, None)
+        return int(np.minimum(self._lane_ends[-1], stop).sum())
 
     def _extend(self, lane: int, stop: int | None) -> None:
         """Lay out epochs until the lane reaches `stop` (None: all of them)."""

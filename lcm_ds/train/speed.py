@@ -12,13 +12,18 @@ import torch
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.flops import training_flops
 
-# Dense bf16 peak of one device in TFLOP/s, from the vendors' datasheets (without sparsity). First match wins.
+# Dense bf16 peak of one device in TFLOP/s, by what its name holds; the first match wins, so that longer names come
+# first. From the vendors' datasheets, which give NVIDIA's figures with sparsity since Hopper: half of those. Of one GPU:
+# a GB200 superchip has two.
 PEAK_TFLOPS = {
-    "B200": 2250.0,
+    "GB200": 2500.0,  # GB200 NVL72: 360 PFLOPS, 72 GPUs
+    "B200": 2250.0,  # HGX B200: 36 PFLOPS, 8 GPUs
+    "GH200": 989.0,
+    "H200 NVL": 835.5,
     "H200": 989.0,
+    "H100 NVL": 835.5,
     "H100 PCIe": 756.0,
     "H100": 989.0,
-    "GH200": 989.0,
     "A100": 312.0,
     "L40S": 362.0,
     "MI300X": 1307.0,
@@ -29,7 +34,13 @@ def peak_tflops(device: torch.device, stated: float | None) -> float | None:
     """The device's peak as stated in the config or found in the table; None where it is unknown."""
     if stated is not None or device.type != "cuda":
         return stated
-    name = torch.cuda.get_device_name(device)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """The peak of a device that torch calls `name`; None where it is unknown, as that of a part of one (MIG) is."""
+    if " MIG " in name:
+        return None
     return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
 
 

@@ -194,6 +194,28 @@ def test_epoch_is_concepts_seen_over_concepts_there_are() -> None:
     assert Plan([Source([50, 50])], 0, 2, 10, epochs=1).epoch(100) == 1.0
 
 
+@given(arguments(epochs=st.none() | st.integers(1, 3)), st.integers(0, 60))
+def test_rows_of_lanes_that_have_ended_count_nothing(args: tuple, steps: int) -> None:
+    plan = Plan(*args)
+    rows = [plan.pieces(step, lane) for step in range(steps) for lane in range(plan.rows_per_step)]
+    assert plan.concepts(steps) == sum(piece.stop - piece.start for row in rows for piece in row)
+    assert plan.epoch(steps) == plan.concepts(steps) / sum(sum(source.concepts) for source in args[0])
+
+
+def test_an_epoch_of_fewer_shards_than_lanes_is_not_over_before_its_last_concept() -> None:
+    """The one lane with a shard reads for 2,125 steps; fifteen empty rows a step are no progress."""
+    plan = Plan([Source([34_000])], 1, 16, 16, epochs=1)
+    assert [plan.epoch(step) for step in (0, 425, 2125)] == [0.0, 0.2, 1.0]
+
+
+def test_the_epoch_of_150_000_shards_is_told_without_going_through_them() -> None:
+    plan = Plan([Source([400_000] * 150_000)], 0, 224, 1024, epochs=1)
+    assert plan.steps is not None  # the lanes are laid out
+    started = time.perf_counter()
+    assert 0.99 < plan.epoch(plan.steps - 1) < plan.epoch(plan.steps) == 1.0
+    assert time.perf_counter() - started < 0.1
+
+
 def test_fingerprint_changes_with_all_that_decides_the_order_and_with_nothing_else() -> None:
     same = {
         "datasets": ["a", "b"],
