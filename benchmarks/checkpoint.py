@@ -55,6 +55,7 @@ def row(stage: int, background: bool, folder: Path, arguments: argparse.Namespac
         "batch.rows_per_step": 4 * arguments.ranks,
         "batch.micro_batch_rows": 4,
         "steps": EVERY * (SAVES + 1),
+        "optim.schedule.warmup_steps": 0,
         "log.every": 1,
         "checkpoint.every": EVERY,
         "checkpoint.keep": 1,

@@ -345,6 +345,7 @@ def trained(config: BaseLCMConfig, arguments: argparse.Namespace, precision: str
             "batch.rows_per_step": arguments.rows,
             "batch.micro_batch_rows": arguments.rows,
             "steps": arguments.steps + 3,
+            "optim.schedule.warmup_steps": 0,
             "log.every": 1,
             "checkpoint.every": "null",
             "train.compile": str(compiled).lower(),

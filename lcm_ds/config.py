@@ -218,7 +218,11 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Schema):
-    """The optimizer's numbers; its kind is in the DeepSpeed JSON."""
+    """The optimizer's numbers; its kind is in the DeepSpeed JSON.
+
+    eps and max_grad_norm go with the scale of the loss, a mean over dimensions: lcm_ds/train/loss.py says how to
+    translate those of other recipes, and metrics.jsonl how they fit (adam_eps_share, clipped).
+    """
 
     lr: float = Field(gt=0)
     betas: tuple[Decay, Decay] = (0.9, 0.95)

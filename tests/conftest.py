@@ -43,14 +43,19 @@ def synthetic_dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         for shard, first in enumerate(range(0, documents, documents_per_shard)):
             some = made[first : first + documents_per_shard]
             commit(folder, write_shard(folder, f"shard-{shard:05d}.tar", some, dtype))
-        center, scale = fit(np.concatenate([document.concepts for document in made]))
-        write_normalizer(folder, center, scale, {"samples": sum(len(document.concepts) for document in made)})
+        write_normalizer(folder, *synthetic_normalizer(embed_dim), {})
         end = EndOfText(text=END_OF_TEXT, vector=made[0].concepts[-1].tolist())
         encoder = {"name": "synthetic", "model": f"rotation-{embed_dim}", "revision": None}
         finish(folder, DatasetInfo(encoder=encoder, embed_dim=embed_dim, dtype=dtype, end_of_text=end))
         return folder
 
     return make
+
+
+@cache
+def synthetic_normalizer(embed_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the language, and so of all its datasets: those of a run have to have one normaliser."""
+    return fit(np.concatenate([document.concepts for document in synthetic_documents(300, embed_dim, 0, (2, 30))]))
 
 
 def synthetic_documents(documents: int, embed_dim: int, seed: int, lengths: tuple[int, int]) -> list[Document]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,15 @@ class ConceptInfo(Schema):
         return validate(cls, {key: told[key] for key in cls.model_fields if key in told}, path)
 
     @classmethod
-    def of(cls, info: DatasetInfo, max_segment: int | None = None) -> ConceptInfo:
-        """What a dataset says of its concepts."""
+    def of(cls, info: DatasetInfo, max_segment: int | None = None, mixed: Iterable[DatasetInfo] = ()) -> ConceptInfo:
+        """What a dataset says of its concepts; mixed: others of the same run, of which one may be supervised."""
         more = {} if max_segment is None else {"max_segment": max_segment}
+        supervised = next((each.supervised for each in (info, *mixed) if each.supervised is not None), None)
         return cls(
             encoder=info.encoder,
             splitter=info.splitter,
             language=info.language,
             end_of_text=info.end_of_text,
-            source_suffix=None if info.supervised is None else info.supervised.source_suffix,
+            source_suffix=None if supervised is None else supervised.source_suffix,
             **more,
         )

@@ -5,6 +5,7 @@ A run's training datasets say the latter; an exported folder's concepts.json, or
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,11 +92,15 @@ def _of_run(run: Path, step: int | None, named: str | None) -> Origin:
                 raise InputError(f"{mistake}{hint}" for mistake in error.mistakes) from None
             path, info = named, read_info(named)
     mistakes.raise_if_any()
+    mixed = []
+    for other in config.data.train[1:]:
+        with suppress(InputError):  # one that is not at hand any more
+            mixed.append(read_info(other.path))
     return Origin(
         str(run),
         checkpoint.step,
         checkpoint.state()["model"]["embed_dim"],
-        ConceptInfo.of(info, config.data.max_segment),
+        ConceptInfo.of(info, config.data.max_segment, mixed),
         f"{path}/{DATASET}",
         [named] if named else [source.path for source in config.data.train],
         config.data,

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lcm_ds import ds_config
 from lcm_ds.config import TrainConfig, read_yaml, validate
 from lcm_ds.data.cache import Cache
-from lcm_ds.data.format import Dataset, open_dataset
+from lcm_ds.data.format import NORMALIZER, Dataset, open_dataset, read_normalizer
 from lcm_ds.data.plan import Plan, Source, fingerprint
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import why_not_writable
 from lcm_ds.model.config import BaseLCMConfig, resolve_model
 from lcm_ds.train.initial import Initial, find_initial, sizes_of_run
 from lcm_ds.train.trackers import missing_packages
+
+LONG_WARMUP = 0.2  # of the run's steps
+# Two ends of text differ if their distance is more of their length than this: another device or precision changes the
+# concept of the same text a little.
+OTHER_END = 0.1
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,28 @@ class Job:
         """Steps until the run is done: `steps`, the end of `epochs`, or the sooner of both."""
         ends = [end for end in (self.config.steps, self.plan.steps) if end is not None]
         return min(ends)
+
+    @property
+    def warmup_share(self) -> float:
+        """The share of the run's steps that the learning rate rises for."""
+        return self.config.optim.schedule.warmup_steps / self.total_steps
+
+    def length(self) -> str:
+        """How long the run is, for people: concepts and epochs in all, and what of it is warm-up."""
+        concepts, epochs = self.plan.concepts(self.total_steps), self.plan.epoch(self.total_steps)
+        warmup = self.config.optim.schedule.warmup_steps
+        return (
+            f"{concepts:,} concepts, {epochs:.2f} epochs; warm-up {warmup:,} steps, {self.warmup_share:.1%} of the run"
+        )
+
+    def long_warmup(self) -> str | None:
+        """A warning, if the warm-up takes more of the run than any recipe would."""
+        if self.warmup_share <= LONG_WARMUP:
+            return None
+        return (
+            f"optim.schedule.warmup_steps: {self.config.optim.schedule.warmup_steps} is {self.warmup_share:.0%} of the "
+            f"run's {self.total_steps} steps; the LCM paper's 4 % would be {self.total_steps // 25}"
+        )
 
 
 def check(path: str | Path, overrides: Sequence[str], world_size: int) -> Job:
@@ -76,12 +105,15 @@ def check(path: str | Path, overrides: Sequence[str], world_size: int) -> Job:
         resolved = ds_config.resolve(ds, config, world_size, _ds_origin(config, path), path, width)
     if wrong := why_not_writable(config.run_dir):
         mistakes.mistakes.append(f"{path}: run_dir: {wrong}")
-    opened = [dataset for dataset in [*datasets, validation] if dataset is not None]
+    training = [dataset for dataset in datasets if dataset is not None]
+    opened = training if validation is None else [*training, validation]
     mistakes.mistakes.extend(_disagreements(opened, model, path))
+    if config.model.init_from is None or (initial is not None and not initial.has_normalizer):
+        mistakes.mistakes.extend(_normalizer_disagreements(training, validation, config, path))
     mistakes.raise_if_any()
     assert model is not None
-    plan, mark = plan_of(config, [dataset for dataset in datasets if dataset is not None])
-    job = Job(config, resolved, model, [d for d in datasets if d is not None], validation, plan, mark, initial)
+    plan, mark = plan_of(config, training)
+    job = Job(config, resolved, model, training, validation, plan, mark, initial)
     if lines := _step_mistakes(job, path):
         raise InputError(lines)
     return job
@@ -116,8 +148,14 @@ def plan_of(config: TrainConfig, datasets: Sequence[Dataset]) -> tuple[Plan, str
 
 
 def _step_mistakes(job: Job, path: str | Path) -> list[str]:
-    """Settings of `train` and `log` that would do nothing."""
+    """Settings of `train` and `log` that would do nothing, and a warm-up that never ends."""
     train, lines = job.config.train, []
+    warmup = job.config.optim.schedule.warmup_steps
+    if warmup >= job.total_steps:
+        lines.append(
+            f"{path}: optim.schedule.warmup_steps: {warmup}: the run has {job.total_steps} steps and would never reach "
+            f"optim.lr; the LCM paper's 4 % would be {job.total_steps // 25}"
+        )
     if train.recompute_every is not None and "activation_checkpointing" not in job.ds:
         lines.append(
             f"{path}: train.recompute_every: {train.recompute_every}: nothing is recomputed without a block "
@@ -180,4 +218,58 @@ def _disagreements(datasets: Sequence[Dataset], model: BaseLCMConfig | None, pat
                 f"{path}: data: {dataset.path} was encoded with {dataset.info.encoder}, "
                 f"{datasets[0].path} with {datasets[0].info.encoder}; a run needs one encoder"
             )
+        elif _other_end(dataset, datasets[0]):
+            lines.append(
+                f"{path}: data: documents of {dataset.path} end with {_end_of_text(dataset)}, "
+                f"of {datasets[0].path} with {_end_of_text(datasets[0])}; a run needs one end of text"
+            )
+    supervised = [(d, d.info.supervised.source_suffix) for d in datasets if d.info.supervised is not None]
+    for dataset, suffix in supervised[1:]:
+        if suffix != supervised[0][1]:
+            lines.append(
+                f"{path}: data: sources of {dataset.path} end with {suffix!r}, of {supervised[0][0].path} with "
+                f"{supervised[0][1]!r}; a run needs one source_suffix"
+            )
     return lines
+
+
+def _other_end(one: Dataset, other: Dataset) -> bool:
+    """Whether documents end otherwise, by text or concept; what dataset.json does not say is another end, too."""
+    ends = one.info.end_of_text, other.info.end_of_text
+    if ends[0] is None or ends[1] is None:
+        return ends[0] is not ends[1]
+    if ends[0].text != ends[1].text:
+        return True
+    a, b = np.array(ends[0].vector), np.array(ends[1].vector)
+    return a.shape == b.shape and bool(np.linalg.norm(a - b) > OTHER_END * np.linalg.norm(b))
+
+
+def _end_of_text(dataset: Dataset) -> str:
+    """As a message has it: with the first numbers, for the same text may have another concept."""
+    end = dataset.info.end_of_text
+    if end is None:
+        return "nothing that dataset.json names"
+    return f"{end.text!r} ({', '.join(f'{number:.4g}' for number in end.vector[:3])} …)"
+
+
+def _normalizer_disagreements(
+    training: Sequence[Dataset], validation: Dataset | None, config: TrainConfig, path: str | Path
+) -> Iterator[str]:
+    """Datasets whose normaliser is not, to the bit, the first one's, which is the run's."""
+    if not training:
+        return
+    first = training[0].path
+    own = [numbers.tobytes() for numbers in read_normalizer(first)]
+    weights = {entry.weight for entry in config.data.train}
+    named = " ".join(f"{each.path}={each.weight:g}" if len(weights) > 1 else each.path for each in config.data.train)
+    for dataset in training[1:]:
+        if [numbers.tobytes() for numbers in read_normalizer(dataset.path)] != own:
+            yield (
+                f"{path}: data.train: {dataset.path} has another normaliser than {first}; a run needs one: "
+                f"lcm-ds fit-normalizer {named}"
+            )
+    if validation is not None and [numbers.tobytes() for numbers in read_normalizer(validation.path)] != own:
+        yield (
+            f"{path}: data.validation: {validation.path} has another normaliser than {first}; a run needs one: copy "
+            f"{first}/{NORMALIZER} there"
+        )

@@ -89,6 +89,11 @@ class Console:
         self._show(self.out, text)
         logger.info(text)
 
+    def warning(self, text: str) -> None:
+        """As `line`, for what the user should look at; nothing stops for it."""
+        self._show(self.out, f"warning: {text}")
+        logger.warning(text)
+
     def complain(self, text: str) -> None:
         """A line on stderr alone."""
         self._show(self.err, text)

@@ -46,4 +46,6 @@ def _steps(job: Job, ranks: int) -> Iterator[str]:
         f"data          {total:,} concepts in {sum(len(dataset.shards) for dataset in job.datasets):,} shards: "
         f"{total / concepts:,.1f} steps an epoch"
     )
-    yield f"run           {job.total_steps:,} steps, {job.plan.epoch(job.total_steps):.2f} epochs: {job.run_dir}"
+    yield f"run           {job.total_steps:,} steps, {job.length()}: {job.run_dir}"
+    if wrong := job.long_warmup():
+        yield f"warning: {wrong}"

@@ -99,7 +99,8 @@ def export(
     known = next((dataset for dataset in datasets if dataset is not None), None)
     more = {"README.md": _card(Path(run_dir), Path(output).name, config, step, model, datasets)}
     if known is not None:
-        info = ConceptInfo.of(known.info, config.data.max_segment)
+        mixed = [dataset.info for dataset in datasets if dataset is not None]
+        info = ConceptInfo.of(known.info, config.data.max_segment, mixed)
         more[CONCEPTS] = json.dumps(info.model_dump(), indent=2, ensure_ascii=False) + "\n"
     write_folder(model, output, more, max_shard_size)
     print(f"{output}: the model after {step} steps, {model.num_parameters():,} parameters in {dtype}")

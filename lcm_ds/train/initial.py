@@ -13,6 +13,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor
 
 from lcm_ds.config import ModelConfig
@@ -34,6 +35,7 @@ class Initial:
     says: str  # what it is, for people
     config: BaseLCMConfig
     read: Callable[[], dict[str, Tensor]]  # fp32, under this project's names; the normaliser where it has one
+    has_normalizer: bool  # that does something; else the run takes that of its training data
 
 
 def find_initial(model: ModelConfig) -> Initial:
@@ -42,16 +44,17 @@ def find_initial(model: ModelConfig) -> Initial:
     if (path / "config.yaml").is_file():
         checkpoint = find(path)
         config = BaseLCMConfig(**checkpoint.state()["model"])
-        return Initial(f"{path} (step {checkpoint.step})", config, lambda: fp32_weights(checkpoint))
+        return Initial(f"{path} (step {checkpoint.step})", config, lambda: fp32_weights(checkpoint), True)
     if (path / "config.json").is_file():
         try:
             config = BaseLCMConfig.from_pretrained(path)
         except (OSError, ValueError, json.JSONDecodeError) as error:
             raise InputError(f"{path}: its config.json cannot be read: {str(error).splitlines()[0]}") from None
-        return Initial(str(path), config, lambda: dict(read_folder(path).state_dict()))
+        return Initial(str(path), config, lambda: dict(read_folder(path).state_dict()), _folder_has_normalizer(path))
     if path.is_file():
-        config, _ = read_meta(path, model.num_attention_heads)
-        return Initial(f"{path} (Meta's)", config, lambda: read_meta(path, model.num_attention_heads)[1])
+        config, weights = read_meta(path, model.num_attention_heads)
+        own = not _identity(weights)
+        return Initial(f"{path} (Meta's)", config, lambda: read_meta(path, model.num_attention_heads)[1], own)
     raise InputError(
         f"{path}: no run here (config.yaml is missing), no exported model (config.json is missing) and no checkpoint "
         "of Meta's (no such file)"
@@ -83,6 +86,15 @@ def take_over(model: BaseLCM, initial: Initial, partitioned: bool) -> str:
         model.normalizer.set(own[0].numpy(), own[1].numpy())
     whose = "its normaliser" if own is not None else "the normaliser of the training data, for it has none"
     return f"weights from {initial.says}, {whose}; the optimizer is fresh"
+
+
+def _folder_has_normalizer(path: Path) -> bool:
+    """Whether an exported folder has one that does something; its other weights are not read."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in (CENTER, SCALE) if name in tensors.keys()}  # noqa: SIM118
+    return len(found) == 2 and not _identity(found)
 
 
 def _identity(weights: dict[str, Tensor]) -> bool:

@@ -27,6 +27,7 @@ from lcm_ds.train.check import Job
 from lcm_ds.train.checkpoint import Checkpoint
 from lcm_ds.train.console import console, set_up_logging
 from lcm_ds.train.engine import build_engine, build_model, connect
+from lcm_ds.train.gradients import GradientMeter
 from lcm_ds.train.guard import GoBack, Guard, LeftOut, tell
 from lcm_ds.train.histograms import histograms
 from lcm_ds.train.initial import take_over
@@ -189,6 +190,8 @@ class Run:
         self.stalled = self.stalled_by_this_save = 0.0  # seconds
         peak = peak_tflops(stepper.device, self.job.config.log.peak_tflops)
         self.speed = SpeedMeter(self.job.model, self.place.world_size, peak)
+        parameters, eps = count_parameters(self.job.model), self.job.ds["optimizer"]["params"].get("eps")
+        self.gradients = GradientMeter(parameters, eps, self.job.config.optim.max_grad_norm)
         self.profiler = StepProfiler(
             self.job.run_dir, self.job.config.train.profile_steps if self.place.rank == 0 else None
         )
@@ -234,6 +237,7 @@ class Run:
         self.concepts_seen += outcome.concepts
         self.concepts_missing += outcome.missing
         self.losses.append(outcome.loss)
+        self.gradients.add(self.engine.get_global_grad_norm())
         self.speed.add(outcome.concepts, outcome.pairs, outcome.waited)
         self.show_bar(step + 1)
         self.judge(step, outcome)
@@ -275,7 +279,6 @@ class Run:
     def report(self, done: int) -> None:
         """A line of metrics after `done` steps."""
         if self.run_log is not None and self.losses:
-            norm = self.engine.get_global_grad_norm()
             values = {
                 "concepts": self.concepts_seen,
                 "missing_concepts": self.concepts_missing,
@@ -283,7 +286,7 @@ class Run:
                 "loss": self.losses[-1],
                 "loss_sum": self.losses[-1] * self.job.model.embed_dim,
                 "losses": list(self.losses),  # of all steps since the line before
-                "grad_norm": None if norm is None else float(norm),
+                **self.gradients.read(),
                 "lr": self.engine.basic_optimizer.param_groups[0]["lr"],
                 **self.speed.read(),
                 "skipped_steps": self.engine.skipped_steps,
@@ -291,7 +294,10 @@ class Run:
             }
             self.run_log.write(done, values)
             console.line(step_line(done, self.job.total_steps, values))
+            if wrong := self.gradients.eps_warning(self.job.model.embed_dim):
+                console.warning(wrong)
         self.losses.clear()
+        self.gradients.reset()
         self.speed.reset()
 
     def validate(self, done: int) -> None:

@@ -77,6 +77,9 @@ def announce(job: Job, place: Place, engine: deepspeed.DeepSpeedEngine, start: i
         f"reads {reads}",
         f"step {start} of {job.total_steps}, {job.config.batch.rows_per_step} rows of "
         f"{job.config.data.row_length} concepts a step" + (", resumed" if start else ""),
+        f"in all {job.length()}",
     ]
     for line in lines if begun is None else [lines[0], begun, *lines[1:]]:
         console.line(line)
+    if wrong := job.long_warmup():
+        console.warning(wrong)

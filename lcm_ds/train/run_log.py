@@ -30,6 +30,8 @@ TAGS = {
     "val_loss_sum": "val/loss_sum_over_dimensions",
     "lr": "optim/lr",
     "grad_norm": "optim/grad_norm",
+    "clipped": "optim/clipped_share",
+    "adam_eps_share": "optim/adam_eps_share",
     "skipped_steps": "optim/skipped_steps",
     "epoch": "data/epoch",
     "concepts": "data/concepts",

@@ -12,9 +12,8 @@ import torch
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.flops import training_flops
 
-# Dense bf16 peak of one device in TFLOP/s, by what its name holds; the first match wins, so that longer names come
-# first. From the vendors' datasheets, which give NVIDIA's figures with sparsity since Hopper: half of those. Of one GPU:
-# a GB200 superchip has two.
+# Dense bf16 peak of one device in TFLOP/s, by what its name holds; the first match wins: longer names come first. From
+# the vendors' datasheets; NVIDIA's since Hopper are with sparsity, twice as much. A GB200 has two GPUs: one's peak.
 PEAK_TFLOPS = {
     "GB200": 2500.0,  # GB200 NVL72: 360 PFLOPS, 72 GPUs
     "B200": 2250.0,  # HGX B200: 36 PFLOPS, 8 GPUs

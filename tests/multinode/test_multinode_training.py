@@ -102,7 +102,7 @@ def test_a_run_is_not_started_again_on_fewer_hosts_than_it_may_have(hosts, make_
 
 @pytest.mark.slow
 def test_deepspeeds_own_launcher_starts_the_same_workers(hosts, make_config, tmp_path):
-    config = make_config(steps=2)
+    config = make_config(steps=2, optim={"lr": 2.0e-3})
     (tmp_path / "environment").write_text("DS_ACCELERATOR=cpu\nGLOO_SOCKET_IFNAME=eth0\n")
     deepspeed = (
         "-m",

@@ -54,6 +54,8 @@ def make_config(concepts, tmp_path_factory):
             "deepspeed": "ds_configs/zero2_fp32.json",
         }
         mapping.update(changes)
+        if "optim" not in changes and (mapping["steps"] or 40) <= 5:
+            mapping["optim"] = {"lr": 2.0e-3}  # a warm-up as long as the run is refused
         path = folder / "config.yaml"
         path.write_text(yaml.safe_dump({key: value for key, value in mapping.items() if value is not None}))
         return path

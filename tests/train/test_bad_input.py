@@ -97,6 +97,14 @@ def test_a_step_that_the_run_does_not_have_cannot_be_traced(refused, make_config
     assert "comes before the first" in refused("trace", config, "--range", 5, 4)[0]
 
 
+@pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
+def test_a_warm_up_as_long_as_the_run_is_refused(refused, make_config, name):
+    config = make_config(optim={"lr": 1e-3, "schedule": {"name": name, "warmup_steps": 40}})
+    told = "the run has 40 steps and would never reach optim.lr; the LCM paper's 4 % would be 1"
+    for command in (("train", config), ("train", config, "--dry-run"), ("launch", "--local", 2, config)):
+        assert refused(*command) == [f"{config}: optim.schedule.warmup_steps: 40: {told}"]
+
+
 def test_settings_of_steps_that_would_do_nothing_are_refused(refused, make_config):
     config = make_config(train={"recompute_every": 2, "profile_steps": [50, 60]})
     lines = refused("train", config)

@@ -27,7 +27,10 @@ def test_a_dry_run_tells_sizes_memory_and_steps_and_starts_nothing(dry_run, make
     assert told["step"] == "256 concepts: 2 rank(s) × 1 micro-batch(es) × 4 rows × 32"
     total = json.loads((concepts["train"] / "dataset.json").read_text())["totals"]["concepts"]
     assert told["data"] == f"{total:,} concepts in 30 shards: {total / 256:,.1f} steps an epoch"
-    assert told["run"].startswith("30 steps, ")
+    read = f"{30 * 256:,} concepts, {30 * 256 / total:.2f} epochs"
+    assert told["run"] == f"30 steps, {read}; warm-up 5 steps, 16.7% of the run: {run_dir(config)}"
+    assert "warning" not in told
+    assert "\nwarning: optim.schedule.warmup_steps: 5 is 25% of the run's 20 steps; " in dry_run(config, "steps=20")
     assert sum(line.startswith("ZeRO") for line in out.splitlines()) == 4
     assert next(line for line in out.splitlines() if "this run" in line).startswith("ZeRO 2")
     assert not run_dir(config).exists()

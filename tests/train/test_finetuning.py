@@ -80,13 +80,13 @@ def test_a_pretrained_model_is_trained_and_validated_on_the_targets_alone(prepar
                 "deepspeed": "ds_configs/zero1_fp32.json"}  # fmt: skip
     mapping["data"] |= {"train": str(folder / "train"), "validation": str(folder / "validation"), "row_length": 64,
                         "max_segment": 64}  # fmt: skip
+    mapping["optim"]["schedule"]["warmup_steps"] = 0
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(mapping))
     code, out, err = finish(start("train", config))
     assert code == 0, out + err
     begin = f"model={{init_from: {tmp_path}/pretrained}}"
-    code, out, err = finish(start("train", config, f"run_dir={tmp_path}/tuned", begin, "steps=10", "optim.lr=1e-2",
-                                  "optim.schedule.warmup_steps=0"))  # fmt: skip
+    code, out, err = finish(start("train", config, f"run_dir={tmp_path}/tuned", begin, "steps=10", "optim.lr=1e-2"))
     assert code == 0, out + err
     assert "weights from" in out
     lines = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]

@@ -8,7 +8,10 @@ import pytest
 import torch
 from runs import finish, run_dir, start
 
+from lcm_ds.data.format import read_normalizer, write_normalizer
 from lcm_ds.errors import InputError
+from lcm_ds.model.folder import write_folder
+from lcm_ds.model.meta import read_meta
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.train.check import check
 from lcm_ds.train.checkpoint import find, load_model
@@ -26,6 +29,20 @@ def exported(trained, tmp_path_factory):
     return output
 
 
+@pytest.fixture
+def moved_away(synthetic_dataset, tmp_path):
+    """Makes datasets of a dimension, each with a normaliser of its own."""
+
+    def make(embed_dim, seed):
+        folder = tmp_path / f"data-{seed}"
+        shutil.copytree(synthetic_dataset(documents=40, embed_dim=embed_dim, documents_per_shard=10, seed=seed), folder)
+        center, scale = read_normalizer(folder)
+        write_normalizer(folder, center + seed, scale * seed, {})
+        return str(folder)
+
+    return make
+
+
 def same(model, other):
     ours, theirs = model.state_dict(), other.state_dict()
     return ours.keys() == theirs.keys() and all(
@@ -35,10 +52,10 @@ def same(model, other):
 
 @pytest.mark.parametrize("source", ["folder", "run"])
 def test_an_exported_folder_and_a_run_give_their_weights_and_their_normaliser(
-    source, exported, trained, make_config, synthetic_dataset
+    source, exported, trained, make_config, moved_away
 ):
-    # Other data, whose normaliser is another one; two ranks, of which one reads.
-    other = str(synthetic_dataset(documents=40, embed_dim=16, documents_per_shard=10, seed=5))
+    # Other data, whose normalisers are others, and do not matter; two ranks, of which one reads.
+    other = [{"path": moved_away(16, seed)} for seed in (5, 6)]
     path = exported if source == "folder" else run_dir(trained(2))
     zero = "ds_configs/zero3_fp32.json" if source == "folder" else "ds_configs/zero1_fp32.json"
     data = {"train": other, "row_length": 32, "max_segment": 16}
@@ -70,11 +87,22 @@ def test_a_checkpoint_of_metas_takes_the_normaliser_of_the_data(make_config, syn
     assert not torch.equal(model.normalizer.center, imported.normalizer.center)
 
 
+def test_a_mixture_has_to_have_one_normaliser_where_the_model_brings_none(make_config, moved_away, tmp_path):
+    train = [{"path": moved_away(48, seed)} for seed in (5, 6)]
+    write_folder(BaseLCM(read_meta(GOLDEN, None)[0]).initialize(0), tmp_path / "imported")
+    for source in (GOLDEN, tmp_path / "imported"):
+        model = {"init_from": str(source)}
+        with pytest.raises(InputError) as refused:
+            check(make_config(model=model, data={"train": train, "row_length": 32}), [], 1)
+        (line,) = refused.value.mistakes
+        assert line.endswith(f"lcm-ds fit-normalizer {train[0]['path']} {train[1]['path']}")
+
+
 @pytest.mark.slow
-def test_a_run_goes_on_where_what_it_started_from_is_gone(exported, make_config, synthetic_dataset, tmp_path):
+def test_a_run_goes_on_where_what_it_started_from_is_gone(exported, make_config, moved_away, tmp_path):
     """Also on more ranks, for which its checkpoint is converted: with the normaliser that it began with."""
     gone = shutil.copytree(exported, tmp_path / "gone")
-    other = str(synthetic_dataset(documents=40, embed_dim=16, documents_per_shard=10, seed=5))
+    other = [{"path": moved_away(16, seed)} for seed in (5, 6)]
     changes = {"model": {"init_from": str(gone)}, "data": {"train": other, "row_length": 32, "max_segment": 16}}
     config = make_config(**STILL | {"steps": 3, "checkpoint": {"every": 1}, **changes})
     code, out, err = finish(start("train", config, "steps=1"))

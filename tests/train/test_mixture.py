@@ -3,14 +3,18 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from runs import finish, metrics, run_dir, start
 
 from lcm_ds.cli import main
-from lcm_ds.data.format import open_dataset
+from lcm_ds.data.concepts import ConceptInfo
+from lcm_ds.data.format import Supervised, open_dataset, read_normalizer, write_normalizer
 from lcm_ds.errors import InputError
 from lcm_ds.files import OpenFile
+from lcm_ds.prepare.refit import fit_normalizer
 from lcm_ds.train.check import check
+from lcm_ds.train.checkpoint import load_model
 from lcm_ds.train.trace import trace
 
 
@@ -32,6 +36,7 @@ def mixture(concepts, synthetic_dataset, make_config, tmp_path_factory):
             "max_segment": 16,
             "on_bad_shard": "skip",
         },
+        optim={"lr": 2.0e-3, "eps": 1.0e-2, "schedule": {"name": "cosine", "warmup_steps": 5}},
         steps=12,
         log={"every": 7},
         checkpoint={"every": 5},
@@ -48,6 +53,28 @@ def test_the_shares_of_a_mixture_are_those_of_its_weights_and_are_printed(mixtur
     assert (
         f"reads {ours} ({totals[0]:,} concepts, 6 of 8 lanes), {damaged} ({totals[1]:,} concepts, 2 of 8 lanes)" in out
     )
+
+
+def test_the_start_says_how_long_the_run_is_and_names_a_warm_up_that_takes_much_of_it(mixture):
+    config, *datasets, out = mixture
+    total = sum(shard.concepts for path in datasets for shard in open_dataset(path, skip_bad=True).shards)
+    read = 12 * 8 * 32
+    assert f"\nin all {read:,} concepts, {read / total:.2f} epochs; warm-up 5 steps, 41.7% of the run\n" in out
+    line = "optim.schedule.warmup_steps: 5 is 42% of the run's 12 steps; the LCM paper's 4 % would be 0"
+    assert f"\nwarning: {line}\n" in out
+    assert f"WARNING lcm_ds: {line}" in (run_dir(config) / "log.txt").read_text()
+
+
+def test_an_eps_above_the_gradients_is_named_once_and_logged_with_the_share_of_clipped_steps(mixture):
+    config, *_, out = mixture
+    assert out.count("warning: optim.eps: 0.01 is ") == 1
+    assert "the LCM paper's eps would be 6.2e-07 here: 1e-05 / 16 dimensions" in out
+    norms, shares, clipped = (metrics(config, key) for key in ("grad_norm", "adam_eps_share", "clipped"))
+    weights = load_model(run_dir(config))[0].num_parameters()
+    for step, norm in norms.items():
+        assert shares[step] == pytest.approx(0.01 / (0.01 + min(norm, 1.0) / weights**0.5), rel=1e-6)
+    assert set(shares) == set(clipped) == {5, 7, 10, 12}
+    assert all(0 <= share <= 1 for share in clipped.values())
 
 
 def test_what_is_saved_has_been_reported(mixture):
@@ -114,3 +141,80 @@ def test_datasets_that_do_not_belong_together_are_refused_with_both_named(
             all(words in line for words in (f"{config}: data: {path}", str(ours), *said))
             for line in caught.value.mistakes
         )
+
+
+@pytest.fixture
+def two(concepts, synthetic_dataset, make_config, tmp_path):
+    """Two datasets that a run may mix, a way to change dataset.json of the second, and what check says of them."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    shutil.copytree(concepts["train"], one)
+    shutil.copytree(synthetic_dataset(documents=40, embed_dim=16, seed=4), other)
+    data = {"train": [{"path": str(one)}, {"path": str(other)}], "row_length": 32, "max_segment": 16}
+
+    def describe(folder, **changes):
+        described = json.loads((folder / "dataset.json").read_text())
+        (folder / "dataset.json").write_text(json.dumps({**described, **changes}))
+
+    def mistakes(**more):
+        try:
+            check(make_config(data={**data, **more}), [], 1)
+        except InputError as error:
+            return [line.split(".yaml: ", 1)[1] for line in error.mistakes]
+        return []
+
+    return one, other, describe, mistakes
+
+
+def test_a_mixture_with_another_normaliser_is_refused_to_the_bit_with_the_way_out(two):
+    one, other, _, mistakes = two
+    assert mistakes() == []
+    center, scale = read_normalizer(other)
+    scale[3] = np.nextafter(scale[3], np.float32(1))
+    write_normalizer(other, center, scale, {})
+    (line,) = mistakes()
+    assert line == (
+        f"data.train: {other} has another normaliser than {one}; a run needs one: lcm-ds fit-normalizer {one} {other}"
+    )
+    weighted = [{"path": str(one), "weight": 3}, {"path": str(other), "weight": 0.5}]
+    assert mistakes(train=weighted)[0].endswith(f": lcm-ds fit-normalizer {one}=3 {other}=0.5")
+    fit_normalizer([f"{one}=3", f"{other}=0.5"])
+    assert mistakes(train=weighted) == []
+
+
+def test_what_is_validated_on_has_the_training_datas_normaliser(two):
+    one, other, _, mistakes = two
+    write_normalizer(other, *(numbers * 2 for numbers in read_normalizer(other)), {})
+    (line,) = mistakes(train=str(one), validation=str(other))
+    assert line.startswith(f"data.validation: {other} has another normaliser than {one}; a run needs one: copy ")
+    shutil.copy(one / "normalizer.safetensors", other)
+    assert mistakes(train=str(one), validation=str(other)) == []
+
+
+def test_a_mixture_with_another_end_of_text_is_refused(two):
+    one, other, describe, mistakes = two
+    end = json.loads((one / "dataset.json").read_text())["end_of_text"]
+    rounded = {**end, "vector": [number * 1.01 for number in end["vector"]]}  # as another device may have it
+    describe(other, end_of_text=rounded)
+    assert mistakes() == []
+    for its in (
+        {**end, "text": "Fin."},
+        {**end, "vector": [-number for number in end["vector"]]},
+        None,
+    ):
+        describe(other, end_of_text=its)
+        (line,) = mistakes()
+        assert line.startswith(f"data: documents of {other} end with ")
+        assert f", of {one} with 'End of text.' (" in line
+        (line,) = mistakes(train=str(one), validation=str(other))
+        assert "a run needs one end of text" in line
+
+
+def test_supervised_datasets_of_a_mixture_have_one_suffix_and_plain_ones_go_with_them(two):
+    one, other, describe, mistakes = two
+    describe(other, supervised={"source_suffix": "[MODEL]:"})
+    assert mistakes() == []
+    infos = [open_dataset(path).info for path in (one, other)]
+    assert ConceptInfo.of(infos[0], mixed=infos).source_suffix == "[MODEL]:"
+    describe(one, supervised=Supervised().model_dump())
+    (line,) = mistakes()
+    assert line == (f"data: sources of {other} end with '[MODEL]:', of {one} with None; a run needs one source_suffix")

@@ -259,7 +259,7 @@ def test_a_run_folder_has_one_owner_and_who_died_owns_nothing(make_config):
     first.kill()
     first.communicate()
     # Its workers die with the launcher; nobody has to take the lock away.
-    third = start("launch", "--local", 2, config, "steps=1")
+    third = start("launch", "--local", 2, config, "steps=1", "optim.schedule.warmup_steps=0")
     code, out, err = finish(third)
     assert code == 0, out + err
 

@@ -1,0 +1,136 @@
+"""The shipped configs: the paper's recipe in the scale of our loss, and runs as long as their comments say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lcm_ds.config import TrainConfig, load
+from lcm_ds.model.config import PRESETS
+from lcm_ds.train.gradients import GradientMeter
+from lcm_ds.train.loss import squared_error
+
+CONFIGS = Path(__file__).parents[2] / "configs/train"
+# The quickstart's is a recipe of its own, for 24 thousand sentences.
+PAPERS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "quickstart")
+PAPERS_EPS, PAPERS_CLIP = 1e-5, 25.0  # arXiv 2412.08821, section 2.4.1; the loss is summed over dimensions
+# Concepts to train on: FineWeb-Edu and its sample of 10 billion tokens without the hundredth that validates, and the
+# 1000 documents of the mini one, with as many sentences each.
+CONCEPTS = {"fineweb_edu_full": 0.99 * 60e9, "fineweb_edu_10bt": 0.99 * 0.5e9, "fineweb_edu_mini": 0.99 * 52e3}
+
+
+def config_of(name):
+    return load(TrainConfig, CONFIGS / f"{name}.yaml")
+
+
+def steps_of(config):
+    concepts = config.batch.rows_per_step * config.data.row_length
+    known = next(size for name, size in CONCEPTS.items() if f"/{name}/" in config.data.train[0].path)
+    steps = config.steps or config.epochs * known / concepts
+    return steps, steps * concepts / known
+
+
+@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("size", [1e-5, 1.0], ids=["gradients near eps", "clipped gradients"])
+def test_a_step_on_our_mean_is_the_papers_on_its_sum(name, size):
+    optim, dims = config_of(name).optim, PRESETS.get(name, {"embed_dim": 1024})["embed_dim"]
+    generator = torch.Generator().manual_seed(1)
+    start, truth = torch.randn(2, 4, dims, generator=generator) * size
+    leaps = (3.0, 0.1, 10.0)  # of the targets from step to step, or all steps would be clipped alike
+    mask = torch.ones(1, 3, dtype=torch.bool)
+
+    def moved(loss, eps, clip):
+        weights = torch.nn.Parameter(start.clone())
+        adam = torch.optim.AdamW([weights], lr=1e-2 * size, betas=optim.betas, eps=eps, weight_decay=0)
+        for leap in leaps:
+            loss(weights, leap * truth).backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_([weights], clip)
+            adam.step()
+            adam.zero_grad()
+        return weights.detach() - start
+
+    def ours(weights, truth):
+        return squared_error(weights[None], truth[None, 1:].clone(), mask) / 3
+
+    def papers(weights, truth):
+        return (weights[:-1] - truth[1:]).square().sum(-1).mean()
+
+    expected = moved(papers, PAPERS_EPS, PAPERS_CLIP)
+    assert torch.allclose(moved(ours, optim.eps, optim.max_grad_norm), expected, rtol=1e-3, atol=1e-6 * size)
+    # Both numbers matter here: without either the weights move otherwise.
+    assert not torch.allclose(moved(ours, PAPERS_EPS, optim.max_grad_norm), expected, rtol=1e-2)
+    assert torch.allclose(moved(ours, optim.eps, 1.0), expected, rtol=1e-2) == (size < 1)
+
+
+@pytest.mark.parametrize("name", [name for name in PAPERS if name != "finetune"])
+def test_a_shipped_run_is_an_epoch_or_what_it_says_and_warms_up_for_a_small_part_of_it(name):
+    config = config_of(name)
+    steps, epochs = steps_of(config)
+    assert epochs == (config.epochs or pytest.approx(0.97, abs=0.01))
+    assert 0.03 < config.optim.schedule.warmup_steps / steps < 0.06
+
+
+def test_1_6b_is_as_long_as_the_papers_run():
+    config = config_of("1.6b")
+    assert config.steps == 250_000
+    assert config.batch.rows_per_step * config.data.row_length == 32 * 7168
+    assert config.optim.schedule.warmup_steps == 10_000
+
+
+# --- what a run says of it --------------------------------------------------------------------------------------------
+
+
+def test_the_share_of_eps_is_that_of_adams_denominator():
+    generator = torch.Generator().manual_seed(2)
+    gradient = torch.randn(10_000, generator=generator) * 3e-6
+    meter = GradientMeter(len(gradient), 1e-6, clip=0)
+    meter.add(gradient.norm())
+    shares = 1e-6 / (gradient.square().mean().sqrt() + 1e-6)
+    assert meter.read()["adam_eps_share"] == pytest.approx(float(shares), rel=1e-5)
+    assert meter.read()["grad_norm"] == pytest.approx(float(gradient.norm()))
+
+
+def test_a_clipped_gradient_counts_as_it_is_after_clipping():
+    meter = GradientMeter(100, 1e-3, clip=0.1)
+    meter.add(5.0)
+    assert meter.read()["adam_eps_share"] == pytest.approx(1e-3 / (1e-3 + 0.01))
+
+
+def test_clipped_is_the_share_of_the_steps_since_the_last_line():
+    meter = GradientMeter(4, 1e-8, clip=1.0)
+    for norm in (0.5, 1.5, float("inf"), 2.0):
+        meter.add(norm)
+    assert meter.read()["clipped"] == 0.5  # a step that is not finite is skipped, not clipped
+    meter.reset()
+    meter.add(0.5)
+    assert meter.read()["clipped"] == 0.0
+    off = GradientMeter(4, 1e-8, clip=0)
+    off.add(9.0)
+    assert off.read()["clipped"] == 0.0
+
+
+def test_what_is_not_known_is_none():
+    none = {"grad_norm": None, "clipped": None, "adam_eps_share": None}
+    meter = GradientMeter(4, 1e-8, clip=1.0)
+    assert meter.read() == none
+    meter.add(None)
+    assert meter.read() == none
+    without = GradientMeter(4, None, clip=1.0)  # an optimizer that has no eps
+    without.add(2.0)
+    assert without.read() == {"grad_norm": 2.0, "clipped": 1.0, "adam_eps_share": None}
+    assert without.eps_warning(1024) is None
+
+
+def test_an_eps_above_the_gradients_is_named_once_with_the_papers():
+    meter = GradientMeter(1_649_185_792, 1e-5, clip=25 / 1024)
+    meter.add(0.2)
+    line = meter.eps_warning(1024)
+    assert line.startswith("optim.eps: 1e-05 is 94% of Adam's denominator (the gradient is 6e-07 a weight), so ")
+    assert "weights move 0.057 times as far as optim.lr says" in line
+    assert "the LCM paper's eps would be 9.8e-09 here: 1e-05 / 1024 dimensions" in line
+    assert meter.eps_warning(1024) is None
+    scaled = GradientMeter(1_649_185_792, 1e-5 / 1024, clip=25 / 1024)
+    scaled.add(0.2)
+    assert scaled.eps_warning(1024) is None
+    assert scaled.read()["adam_eps_share"] < 0.02
