@@ -30,7 +30,7 @@ config = load(
     TrainConfig,
     "configs/train/quickstart.yaml",
     [f"run_dir={folder / 'run'}", f"data.train={data.train.path}", f"data.validation={data.validation.path}",
-     "steps=60", "evaluate.every=20", "checkpoint.every=60"],
+     "steps=60", "optim.schedule.warmup_steps=6", "evaluate.every=20", "checkpoint.every=60"],
 )  # fmt: skip
 run = train(config, processes=1)
 

@@ -3,7 +3,7 @@
 #
 #   cp launch/hostfile.example hostfile     # and put your hosts in
 #   launch/multinode.sh configs/train/1.6b.yaml
-#   HOSTFILE=/etc/hosts.deepspeed launch/multinode.sh configs/train/1.6b.yaml steps=1000
+#   HOSTFILE=/etc/hosts.deepspeed launch/multinode.sh configs/train/400m.yaml steps=1000
 #
 # Needs on every host: ssh without a password from here (`ssh HOST true`), the same Python environment at the same path,
 # and this folder, the run folder and the datasets at the same paths (a shared file system). Here: pdsh.

@@ -125,7 +125,7 @@ LOGGED = {"error", "critical", "warning", "exception"}
 PASSED_ON = {"Failure": (1, ""), "attempt": (2, ": …")}
 # Names whose value is given out as it is, and functions that return or yield what goes there.
 COLLECTED = {"mistakes", "wrong", "problems", "failures", "last", "mine"}
-FINDS = re.compile(r"mistake|wrong|problem|damage|disagreement|combinations|missing|how_it_ended")
+FINDS = re.compile(r"mistake|wrong|problem|damage|disagreement|combinations|missing|how_it_ended|warning")
 # Who says it, or of which file: in front of a colon.
 WHOSE = re.compile(r"^(?:lcm-ds launch: |(?:…(?: …)*)?: )+")
 

@@ -63,7 +63,7 @@ class Job:
             f"{concepts:,} concepts, {epochs:.2f} epochs; warm-up {warmup:,} steps, {self.warmup_share:.1%} of the run"
         )
 
-    def long_warmup(self) -> str | None:
+    def warmup_warning(self) -> str | None:
         """A warning, if the warm-up takes more of the run than any recipe would."""
         if self.warmup_share <= LONG_WARMUP:
             return None

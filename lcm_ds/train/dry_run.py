@@ -47,5 +47,5 @@ def _steps(job: Job, ranks: int) -> Iterator[str]:
         f"{total / concepts:,.1f} steps an epoch"
     )
     yield f"run           {job.total_steps:,} steps, {job.length()}: {job.run_dir}"
-    if wrong := job.long_warmup():
+    if wrong := job.warmup_warning():
         yield f"warning: {wrong}"

@@ -81,5 +81,5 @@ def announce(job: Job, place: Place, engine: deepspeed.DeepSpeedEngine, start: i
     ]
     for line in lines if begun is None else [lines[0], begun, *lines[1:]]:
         console.line(line)
-    if wrong := job.long_warmup():
+    if wrong := job.warmup_warning():
         console.warning(wrong)
