@@ -53,7 +53,7 @@ def find_initial(model: ModelConfig) -> Initial:
         return Initial(str(path), config, lambda: dict(read_folder(path).state_dict()), _folder_has_normalizer(path))
     if path.is_file():
         config, weights = read_meta(path, model.num_attention_heads)
-        own = not _identity(weights)
+        own = _has_normalizer(weights)
         return Initial(f"{path} (Meta's)", config, lambda: read_meta(path, model.num_attention_heads)[1], own)
     raise InputError(
         f"{path}: no run here (config.yaml is missing), no exported model (config.json is missing) and no checkpoint "
@@ -77,7 +77,7 @@ def take_over(model: BaseLCM, initial: Initial, partitioned: bool) -> str:
     model's, for it says what its weights mean; where it has none, or does nothing, it stays as it is.
     """
     weights = initial.read() if dist.get_rank() == 0 else {}
-    own = from_first((weights[CENTER], weights[SCALE]) if CENTER in weights and not _identity(weights) else None)
+    own = from_first((weights[CENTER], weights[SCALE]) if _has_normalizer(weights) else None)
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned), torch.no_grad():
             if dist.get_rank() == 0:
@@ -94,9 +94,9 @@ def _folder_has_normalizer(path: Path) -> bool:
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             found |= {name: tensors.get_tensor(name) for name in (CENTER, SCALE) if name in tensors.keys()}  # noqa: SIM118
-    return len(found) == 2 and not _identity(found)
+    return _has_normalizer(found)
 
 
-def _identity(weights: dict[str, Tensor]) -> bool:
-    """Whether a normaliser does nothing, as that of a model which was imported without one."""
-    return not weights[CENTER].any() and bool((weights[SCALE] == 1).all())
+def _has_normalizer(weights: dict[str, Tensor]) -> bool:
+    """Whether there is a normaliser that does something, unlike that of a model which was imported without one."""
+    return CENTER in weights and SCALE in weights and bool(weights[CENTER].any() or (weights[SCALE] != 1).any())

@@ -19,6 +19,7 @@ LINES = [
     r"\S+: [\d,]+ parameters, 2 rank\(s\), ZeRO \d, \w+",
     r"reads \S+ \([\d,]+ concepts, \d+ of \d+ lanes\)",
     r"step 0 of \d+, \d+ rows of \d+ concepts a step",
+    r"in all [\d,]+ concepts, \d+\.\d\d epochs; warm-up \d+ steps, \S+% of the run",
     STEP,
     r"step +\d+/\d+  validation loss +\S+(  mean \S+)?(  copy \S+)?  cosine \S+",
     r"done: \d+ steps, [\d,]+ concepts; \S+",
@@ -156,13 +157,13 @@ def in_a_terminal(*arguments):
 
 
 def test_a_terminal_has_a_bar_below_the_lines_and_at_the_end_the_lines_alone(make_config):
-    code, data = in_a_terminal("launch", "--local", 2, make_config(steps=20, log={"every": 5}))
+    code, data = in_a_terminal("launch", "--local", 2, make_config(steps=25, log={"every": 5}))
     lines, was = screen(data)
     assert code == 0, data
     assert all(map(of_ours, filter(None, lines))), data
-    assert len([line for line in lines if re.fullmatch(STEP, line)]) == 4
+    assert len([line for line in lines if re.fullmatch(STEP, line)]) == 5
     bars = [line for line in was if "━" in line]
-    assert any("20 of 20 steps (100%)" in line for line in bars)
+    assert any("25 of 25 steps (100%)" in line for line in bars)
     assert any("validating" in line for line in bars)
     assert max(map(len, bars)) < 100
     assert not [line for line in lines if "━" in line]

@@ -1,5 +1,7 @@
 """Runs learn what there is to learn, as far as it can be known."""
 
+import shutil
+
 import numpy as np
 import pytest
 from runs import metrics
@@ -68,7 +70,9 @@ def test_a_rotation_is_learnt_down_to_its_noise(trained, rotations_pair, noise_s
 
 @pytest.fixture(scope="session")
 def rotations_pair(rotations):
-    return rotations(4000, 1), rotations(200, 2)
+    train, validation = rotations(4000, 1), rotations(200, 2)
+    shutil.copy(train / "normalizer.safetensors", validation)
+    return train, validation
 
 
 def test_two_layers_learn_eight_rows_by_heart(trained, rotations):
