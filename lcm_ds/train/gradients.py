@@ -51,7 +51,7 @@ class GradientMeter:
         return (
             f"optim.eps: {self._eps:g} is {share:.0%} of Adam's denominator (the gradient is {self._scale(norm):.2g} a "
             f"weight), so weights move {1 - share:.2g} times as far as optim.lr says; the LCM paper's eps would be "
-            f"{PAPERS_EPS / embed_dim:.2g} here: {PAPERS_EPS:g} / {embed_dim} dimensions, of which the loss is the mean"
+            f"{PAPERS_EPS / embed_dim:.3g} here: {PAPERS_EPS:g} / {embed_dim} dimensions, of which the loss is the mean"
         )
 
     def _scale(self, norm: float) -> float:

@@ -68,7 +68,7 @@ def test_the_start_says_how_long_the_run_is_and_names_a_warm_up_that_takes_much_
 def test_an_eps_above_the_gradients_is_named_once_and_logged_with_the_share_of_clipped_steps(mixture):
     config, *_, out = mixture
     assert out.count("warning: optim.eps: 0.01 is ") == 1
-    assert "the LCM paper's eps would be 6.2e-07 here: 1e-05 / 16 dimensions" in out
+    assert "the LCM paper's eps would be 6.25e-07 here: 1e-05 / 16 dimensions" in out
     norms, shares, clipped = (metrics(config, key) for key in ("grad_norm", "adam_eps_share", "clipped"))
     weights = load_model(run_dir(config))[0].num_parameters()
     for step, norm in norms.items():
