@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Of the definitions of all figures: those of another version are not compared, nor shown again.
+VERSION = 3
 # Targets that contrastive accuracy tells apart from one another, at most: the paper's batch.
 BLOCK = 256
 # Of squared lengths: distances that differ by less are the same. Far above what fp64 rounds, far below what matters.
@@ -50,6 +52,14 @@ def compare(predicted: Tensor, truth: Tensor, candidates: Tensor) -> Tensor:
     return further - (distances < (own - same).unsqueeze(1)).to(torch.int8)
 
 
+def equal(vectors: Tensor) -> Tensor:
+    """Which of vectors, [n, embed_dim], are the same, to rounding: bool [n, n]."""
+    exact = vectors.double()
+    squares = exact.square().sum(1)
+    both = squares.unsqueeze(1) + squares
+    return both - 2 * exact @ exact.T <= SAME * both
+
+
 def contrastive_accuracy(
     predicted: Tensor, truth: Tensor, document: Tensor, position: Tensor, block: int = BLOCK
 ) -> Tensor:
@@ -60,16 +70,17 @@ def contrastive_accuracy(
     neighboring ground truth embeddings from the comparison)".
 
     predicted, truth: [n, embed_dim], one space. document, position: int64 [n]; neighbours are those of the same
-    document whose positions differ by 1. The targets are compared in their order, in the fewest equal parts of at most
-    `block`, so that who calls this decides what is compared. A target as near as the truth is not further. NaN for one
-    that has no others in its part.
+    document whose positions differ by 1. Targets that are equal to xₙ, to rounding, are excluded as xₙ itself is: the
+    end of text is the same vector in every document. So a perfect prediction has 1. The targets are compared in their
+    order, in the fewest equal parts of at most `block`, so that who calls this decides what is compared. Another vector
+    that is as far from the prediction as the truth is not further. NaN for a target that has no others in its part.
     """
     shares = []
     for part in torch.arange(len(truth), device=truth.device).tensor_split(max(1, -(-len(truth) // block))):
         further = compare(predicted[part], truth[part], truth[part]) > 0
         same = document[part].unsqueeze(1) == document[part].unsqueeze(0)
         apart = (position[part].unsqueeze(1) - position[part].unsqueeze(0)).abs()
-        counted = ~(same & (apart <= 1))  # neither itself nor a neighbour
+        counted = ~(same & (apart <= 1)) & ~equal(truth[part])  # neither itself nor a neighbour nor the same again
         shares.append((further & counted).sum(1) / counted.sum(1))
     return torch.cat(shares)
 

@@ -55,6 +55,28 @@ def test_a_perfect_prediction_wins_every_comparison_and_a_constant_one_half():
     assert metrics.contrastive_accuracy(constant, truth, *alone).mean().item() == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize("sentences", [2, 3, 8, 30])
+def test_a_perfect_prediction_has_all_of_it_although_every_document_ends_with_the_same_concept(sentences):
+    draw = torch.Generator().manual_seed(0)
+    end = torch.randn(1, 64, generator=draw)
+    documents = [torch.cat([torch.randn(sentences, 64, generator=draw), end])[1:] for _ in range(600 // sentences)]
+    truth = torch.cat(documents)
+    document = torch.arange(len(documents)).repeat_interleave(sentences)
+    position = torch.arange(1, sentences + 1).repeat(len(documents))
+    perfect = metrics.contrastive_accuracy(truth, truth, document, position)
+    assert perfect.min().item() == perfect.max().item() == 1.0
+    chance = metrics.contrastive_accuracy(torch.randn(truth.shape, generator=draw), truth, document, position)
+    assert chance.mean().item() == pytest.approx(0.5, abs=0.03)
+    nearer = (metrics.compare(truth, truth, truth) < 0).sum(1)
+    assert metrics.reciprocal_rank(nearer).min().item() == 1.0
+
+
+def test_a_target_that_all_others_equal_has_no_contrastive_accuracy():
+    # Documents of one sentence and the end of text: every target is the same vector.
+    truth = torch.ones(5, 3)
+    assert metrics.contrastive_accuracy(truth, truth, *in_documents_of_their_own(5)).isnan().all()
+
+
 def test_a_target_without_others_has_no_contrastive_accuracy():
     truth = torch.randn(2, 3)
     assert metrics.contrastive_accuracy(truth[:1], truth[:1], *in_one_document(1)).isnan().all()

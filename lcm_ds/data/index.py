@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -17,7 +17,7 @@ from webdataset.shardlists import expand_urls
 from lcm_ds.config import validate
 from lcm_ds.data import remote
 from lcm_ds.data.format import DATASET, SHARDS, DatasetInfo, ShardInfo, Supervised, finish, read_info, write_normalizer
-from lcm_ds.data.normalizer import UniformSample, fit
+from lcm_ds.data.normalizer import Constants, UniformSample, fit
 from lcm_ds.data.quantization import BFloat16
 from lcm_ds.data.reader import Shard
 from lcm_ds.errors import Collector, InputError
@@ -34,6 +34,7 @@ class Reading:
     texts: str = "json:sentences"
     bf16: bool = False
     supervised: Supervised | None = None
+    constants: Constants = field(default_factory=Constants)
 
     def shard(self, file: Path, name: str, embed_dim: int | None, dtype: str | None) -> Shard:
         """The tar in `file`, known as `name`. Raises InputError."""
@@ -75,7 +76,8 @@ def index(
         if (output / name).exists():
             raise InputError(f"{output}: is a dataset already; name another folder, or remove its {name} first")
     sample = UniformSample(samples)
-    reading = Reading(extension.lower(), _checked(texts), bf16, supervised)
+    constants = Constants.of(about.get("end_of_text"), supervised)
+    reading = Reading(extension.lower(), _checked(texts), bf16, supervised, constants)
     with _folder(output):
         infos, embed_dim, dtype = _read(places, output, reading, sample, threads)
         if embed_dim is None or dtype is None:
@@ -93,12 +95,14 @@ def index(
             "source": {"name": "index", "shards": shards},
         }
         info = validate(DatasetInfo, mapping, output / DATASET)
-        write_normalizer(output, center, scale, {"samples": min(samples, sample.count), "concepts": sample.count})
+        concepts = sum(info.concepts for info in infos)
+        statistics = {"samples": min(samples, sample.count), "left_out": constants.names, "concepts": concepts}
+        write_normalizer(output, center, scale, statistics)
         lines = sorted(infos, key=lambda info: info.name)
         write_whole(output / SHARDS, "".join(info.line() + "\n" for info in lines))
         finish(output, info)
     documents = sum(info.documents for info in infos)
-    print(f"{output}: {len(infos)} shards, {documents:,} documents, {sample.count:,} concepts of {embed_dim} × {dtype}")
+    print(f"{output}: {len(infos)} shards, {documents:,} documents, {concepts:,} concepts of {embed_dim} × {dtype}")
 
 
 def _places(shards: str) -> list[str]:
@@ -175,7 +179,7 @@ def _read(
         info: ShardInfo | None = None
         with wrong, _open(place, output, reading, *found) as (shard, listed):
             _check_type(shard, place, reading)
-            _scan(shard, place, sample, lock)
+            _scan(shard, place, reading, sample, lock)
             info = listed
             if shard.dtype is not None:
                 found = (shard.embed_dim, shard.dtype.name)
@@ -228,13 +232,15 @@ def _check_type(shard: Shard, place: str, reading: Reading) -> None:
         raise InputError(f"{place}: holds {shard.dtype} [n, {shard.embed_dim}]; concepts are {expected}")
 
 
-def _scan(shard: Shard, place: str, sample: UniformSample, lock: Lock) -> None:
+def _scan(shard: Shard, place: str, reading: Reading, sample: UniformSample, lock: Lock) -> None:
     """Put the shard's concepts to the sample, and look at its texts. Raises InputError for the first mistake."""
+    shard.given  # noqa: B018 (raises where a supervised document lacks one of its parts)
     for document, key in enumerate(shard.keys):
         concepts = shard.concepts(document)
         if not np.isfinite(concepts).all():
             raise InputError(f"{place}: {key}: has a concept that is not finite")
         shard.meta(document)
+        positions = np.arange(len(concepts))
+        among = reading.constants.leaves(shard, np.full_like(positions, document), positions)
         with lock:
-            sample.add(f"{place}/{key}", concepts)
-    shard.given  # noqa: B018 (raises where a supervised document lacks one of its parts)
+            sample.add(f"{place}/{key}", concepts, among)

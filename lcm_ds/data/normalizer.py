@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 
-from lcm_ds.data.format import ShardInfo
+from lcm_ds.data.format import EndOfText, ShardInfo, Supervised
 from lcm_ds.data.reader import Shard
 from lcm_ds.errors import InputError
 
@@ -51,6 +52,40 @@ def constant(samples: np.ndarray) -> np.ndarray:
     return np.flatnonzero(ranges <= 1e-6 * ranges.max()) if ranges.max() > 0 else np.arange(0)
 
 
+@dataclass(frozen=True)
+class Constants:
+    """Which concepts are the same vector in every document: their spread is none, and they would shrink that of all.
+
+    The end of text, the last of a document; the suffix of a supervised source, the last of what is given.
+    """
+
+    end_of_text: bool = False
+    source_suffix: bool = False
+
+    @classmethod
+    def of(cls, end_of_text: EndOfText | None, supervised: Supervised | None) -> Constants:
+        """Those of a dataset, by two keys of its dataset.json."""
+        return cls(end_of_text is not None, supervised is not None and supervised.source_suffix is not None)
+
+    @property
+    def names(self) -> list[str]:
+        """Their keys in dataset.json, for statistics."""
+        return [name for name in ("end_of_text", "source_suffix") if getattr(self, name)]
+
+    def others(self, concepts: int, documents: int) -> int:
+        """How many concepts are none of them, of so many in so many documents."""
+        return concepts - documents * len(self.names)
+
+    def leaves(self, shard: Shard, document: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """Which concepts are none of them: bool [n], of documents and positions in these, int64 [n]."""
+        left = np.ones(len(document), bool)
+        if self.end_of_text:
+            left &= position != shard.lengths[document] - 1
+        if self.source_suffix:
+            left &= position != shard.given[document] - 1
+        return left
+
+
 class UniformSample:
     """At most `size` concepts drawn uniformly from all that are added: those with the smallest random numbers.
 
@@ -59,17 +94,22 @@ class UniformSample:
 
     def __init__(self, size: int, seed: int = 0) -> None:
         self.size, self.seed = size, seed
-        self.count = 0  # concepts added
+        self.count = 0  # concepts considered
         self._numbers: list[np.ndarray] = []
         self._concepts: list[np.ndarray] = []
         self._held = 0
         self._below = np.uint64(2**64 - 1)  # numbers above it are out of the running
 
-    def add(self, name: str, concepts: np.ndarray) -> None:
-        """Consider concepts [n, embed_dim]; `name` is unique among all that is added, as a shard's name is."""
+    def add(self, name: str, concepts: np.ndarray, among: np.ndarray | None = None) -> None:
+        """Consider concepts [n, embed_dim], or those of them at which `among`, bool [n], is true.
+
+        `name` is unique among all that is added, as a shard's name is.
+        """
         numbers = _numbers(self.seed, name, len(concepts))
         chosen = numbers <= self._below
-        self.count += len(concepts)
+        if among is not None:
+            chosen &= among
+        self.count += len(concepts) if among is None else int(among.sum())
         self._numbers.append(numbers[chosen])
         self._concepts.append(concepts[chosen])
         self._held += int(chosen.sum())
@@ -90,13 +130,35 @@ class UniformSample:
 
 
 def draw(
-    shards: Sequence[ShardInfo], open_shard: Callable[[ShardInfo], Shard], size: int, seed: int = 0, threads: int = 4
+    shards: Sequence[ShardInfo],
+    open_shard: Callable[[ShardInfo], Shard],
+    size: int,
+    constants: Constants,
+    seed: int = 0,
+    threads: int = 4,
 ) -> np.ndarray:
     """The concepts that a UniformSample of all shards, each under its name, holds, read without reading the others.
 
-    Returns [min(size, concepts), embed_dim]. Which they are follows from the shards' names and counts alone; in memory
-    are the sample and 24 bytes for each of it.
+    Args:
+        shards: all of them.
+        open_shard: opens one.
+        size: how many concepts.
+        constants: what is not drawn.
+        seed: of the random numbers.
+        threads: shards that are read at a time.
+
+    Returns:
+        [min(size, concepts that are not constant), embed_dim]. Which they are follows from the shards alone; in memory
+        are the sample and 24 bytes for each of it.
+
+    Raises:
+        InputError: there are none.
     """
+    every = sum(shard.concepts for shard in shards)
+    others = constants.others(every, sum(shard.documents for shard in shards))
+    # Which are constant is seen where a shard is open: so many more are chosen first that `size` are left of them, but
+    # for a chance of less than one in a million.
+    most = size if others == every else round(size * every / max(1, others) + 10 * size**0.5 + 10)
     chosen = np.empty((0, 3), np.uint64)  # random number, shard, position in the shard
     below = np.uint64(2**64 - 1)
     waiting: list[np.ndarray] = []
@@ -106,36 +168,39 @@ def draw(
         at = np.flatnonzero(numbers <= below)
         waiting.append(np.stack([numbers[at], np.full(len(at), index, np.uint64), at.astype(np.uint64)], axis=1))
         held += len(at)
-        if held > 0.25 * size or index == len(shards) - 1:
+        if held > 0.25 * most or index == len(shards) - 1:
             chosen, waiting, held = np.concatenate([chosen, *waiting]), [], 0
-            chosen = chosen[np.argsort(chosen[:, 0], kind="stable")[:size]]
-            below = chosen[-1, 0] if len(chosen) == size else below
-    if not len(chosen):
-        raise InputError("there are no concepts to fit a normaliser to")
+            chosen = chosen[np.argsort(chosen[:, 0], kind="stable")[:most]]
+            below = chosen[-1, 0] if len(chosen) == most else below
 
     by_shard = np.argsort(chosen[:, 1], kind="stable")
     indices, begins = np.unique(chosen[by_shard, 1], return_index=True)
 
-    def read(shard: ShardInfo, places: np.ndarray) -> np.ndarray:
-        """The concepts that are at these places of the sample, all of one shard."""
+    def read(shard: ShardInfo, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The places of the sample, all of one shard, that are no constants, and the concepts that are at them."""
         opened = open_shard(shard)
         positions = chosen[places, 2].astype(np.int64)
         ends = np.cumsum(opened.lengths)
         documents = np.searchsorted(ends, positions, side="right")
         firsts = positions - (ends - opened.lengths)[documents]
-        pairs = zip(documents.tolist(), firsts.tolist(), strict=True)
-        return np.concatenate([opened.concepts(document, first, first + 1) for document, first in pairs])
+        left = constants.leaves(opened, documents, firsts)
+        pairs = zip(documents[left].tolist(), firsts[left].tolist(), strict=True)
+        read = [opened.concepts(document, first, first + 1) for document, first in pairs]
+        return places[left], np.concatenate(read) if read else np.empty((0, opened.embed_dim or 0))
 
     sample: np.ndarray | None = None
+    left = np.zeros(len(chosen), bool)
     groups = np.split(by_shard, begins[1:])
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(read, (shards[int(index)] for index in indices), groups)
-        for places, concepts in zip(groups, found, strict=True):
-            if sample is None:
+        for places, concepts in found:
+            if sample is None and len(concepts):
                 sample = np.empty((len(chosen), concepts.shape[1]), concepts.dtype)
-            sample[places] = concepts
-    assert sample is not None
-    return sample
+            if sample is not None:
+                sample[places], left[places] = concepts, True
+    if sample is None:
+        raise InputError("there are no concepts to fit a normaliser to")
+    return sample[left][:size]
 
 
 def _numbers(seed: int, name: str, count: int) -> np.ndarray:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lcm_ds.evaluate.ranks import Ranks
-from lcm_ds.evaluate.targets import Targets
 from lcm_ds.metrics import compare
+from lcm_ds.train.targets import Targets
 
 CANDIDATES = 2048  # that are compared with as many predictions at a time: a matter of memory alone
 

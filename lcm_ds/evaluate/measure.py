@@ -16,15 +16,15 @@ from lcm_ds import metrics
 from lcm_ds.data.format import Dataset
 from lcm_ds.data.loader import Batch
 from lcm_ds.errors import InputError
-from lcm_ds.evaluate.baselines import Predictor, all_baselines
+from lcm_ds.evaluate.baselines import Predictor, fit_baselines
 from lcm_ds.evaluate.held import Held, Holder, count_nearer
 from lcm_ds.evaluate.ranks import Ranks
 from lcm_ds.evaluate.subject import Subject
-from lcm_ds.evaluate.tally import BUCKETS, Tally, best, bucket_of, draw, interval, number
-from lcm_ds.evaluate.targets import Reader, Rows
+from lcm_ds.evaluate.tally import BUCKETS, Tally, bucket_of, draw, interval, number
 from lcm_ds.evaluate.words import Words
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.train.targets import Reader, Rows
 
 MODEL = "Base-LCM"
 TRUTH = "truth"
@@ -49,9 +49,9 @@ def measure(
     """
     started = time.perf_counter()
     model.to(ranks.device)  # type: ignore[arg-type]
-    reader = Reader(subject.data, ranks)
-    baselines, sizes = all_baselines(reader, training, subject.training, model.normalizer)
-    tallies, held = _pass_over_targets(model, reader, validation, baselines, max(LOOKED_UP, samples))
+    reader = Reader(subject.data, ranks.rank, ranks.size)
+    baselines = fit_baselines(reader, training, subject.training, model.normalizer, ranks)
+    tallies, held = _pass_over_targets(model, reader, ranks, validation, baselines.predictors, max(LOOKED_UP, samples))
     if not len(held):
         raise InputError(f"{validation.path}: holds nothing to predict: each of its documents is a single concept")
     looked_up = held.smallest(LOOKED_UP)
@@ -65,17 +65,23 @@ def measure(
                 "mrr": metrics.reciprocal_rank(nearer),
             },
         )
+    missing = sum(ranks.gather(reader.missing))
     decoded = held.smallest(samples)
     for name, figures in words.figures(decoded, validation, ranks).items():
         _add_held(tallies[name], decoded, figures)
     return {
         "documents": validation.info.totals.documents,
         "targets": int(tallies[MODEL].counts(f"{NORMALISED}/mse")),
-        "baselines": sizes,
+        "baselines": baselines.told(),
         "retrieval": {"targets": len(looked_up), "candidates": validation.info.totals.concepts},
         "decoded": len(decoded) if words.decoder is not None else 0,
-        "notes": [*words.notes, *([] if training else ["no training data is known: the copy is the only baseline"])],
-        **_read(tallies),
+        "missing_concepts": missing,
+        "notes": [
+            *words.notes,
+            *([] if training else ["no training data is known: the copy is the only baseline"]),
+            *([f"{missing:,} concepts of shards that cannot be read are left out"] if missing else []),
+        ],
+        **_read(tallies, baselines.best),
         "processes": ranks.size,
         "seconds": round(time.perf_counter() - started, 1),
         "seconds_waiting_for_data": round(reader.waited, 1),
@@ -83,10 +89,10 @@ def measure(
 
 
 def _pass_over_targets(
-    model: BaseLCM, reader: Reader, validation: Dataset, baselines: Mapping[str, Predictor], held: int
+    model: BaseLCM, reader: Reader, ranks: Ranks, validation: Dataset, baselines: Mapping[str, Predictor], held: int
 ) -> tuple[dict[str, Tally], Held]:
     """The tallies of this rank's targets, added up over all ranks, and some targets of all ranks."""
-    ranks, normalizer = reader.ranks, model.normalizer
+    normalizer = model.normalizer
     tallies = {name: Tally(ranks.device) for name in (MODEL, *baselines, TRUTH)}
     holder = Holder(held)
     for batch, rows in reader.rows(validation, normalizer):
@@ -150,8 +156,8 @@ def _candidates(reader: Reader, dataset: Dataset) -> Iterator[Tensor]:
 # --- from sums to figures ---------------------------------------------------------------------------------------------
 
 
-def _read(tallies: Mapping[str, Tally]) -> dict[str, Any]:
-    """scores, intervals, by_position, truth and difference, for JSON."""
+def _read(tallies: Mapping[str, Tally], rival: str) -> dict[str, Any]:
+    """scores, intervals, by_position, truth, and the difference to the best baseline, for JSON."""
     groups = tallies[MODEL].groups
     whole, again = torch.ones(1, len(groups), dtype=torch.float64, device=groups.device), draw(groups)
     of_truth = tallies[TRUTH].variances(whole)
@@ -179,7 +185,7 @@ def _read(tallies: Mapping[str, Tally]) -> dict[str, Any]:
         "truth": {"scores": scores.pop(TRUTH), "intervals": intervals.pop(TRUTH)},
         "scores": scores,
         "intervals": intervals,
-        "difference": _difference(scores, replicates),
+        "difference": _difference(scores, replicates, rival),
         "by_position": {
             "positions": [list(bucket) for bucket in BUCKETS],
             "targets": [int(count) for count in counts],
@@ -208,19 +214,17 @@ def _by_position(figures: Mapping[str, Tensor], drawn: Mapping[str, Tensor]) -> 
     return found
 
 
-def _difference(scores: Mapping[str, Any], replicates: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """The model's mse less that of the best baseline: on the same documents, so that the interval is of the pair."""
-    errors = {name: by[NORMALISED]["mse"] for name, by in scores.items()}
-    own = errors.pop(MODEL)
-    rival = best(errors)
-    if rival is None or own is None:
+def _difference(scores: Mapping[str, Any], replicates: Mapping[str, Tensor], rival: str) -> dict[str, Any] | None:
+    """The model's mse less that of a baseline: on the same documents, so that the interval is of the pair."""
+    own, other = (scores[name][NORMALISED]["mse"] for name in (MODEL, rival))
+    if own is None or other is None:  # not finite
         return None
     return {
         "of": MODEL,
         "less": rival,
         "metric": "mse",
         "space": NORMALISED,
-        "value": own - scores[rival][NORMALISED]["mse"],
+        "value": own - other,
         "interval": interval(replicates[MODEL] - replicates[rival]) if replicates else None,
     }
 

@@ -125,12 +125,22 @@ def _lines(found: dict[str, Any]) -> Iterable[str]:
         ends = difference["interval"]
         told = "" if ends is None else f" (95 %: {ends[0]:+.4f} to {ends[1]:+.4f})"
         yield f"{difference['of']} less {difference['less']}: MSE {difference['value']:+.4f}{told}"
+        yield from _why(found["baselines"])
     retrieval = found["retrieval"]
     yield (
         "MSE, variance and rank in normalised space, where MSE is the training loss; the others in the encoder's own. "
         f"R@k, MRR: {retrieval['targets']:,} targets among {retrieval['candidates']:,} concepts."
     )
     yield from (f"– {note}" for note in found["notes"])
+
+
+def _why(baselines: dict[str, Any]) -> Iterable[str]:
+    """How the best baseline was found; nothing if there is only one."""
+    error = baselines["held_out_mse"].get(baselines["best"])
+    if error is not None:
+        by = f"{baselines['held_out']:,} targets of held-out training documents"
+        where = by if baselines["held_out"] else "the training data itself, too small to hold documents out"
+        yield f"{baselines['best']} is the best baseline on {where}: MSE {error:.4f}"
 
 
 def draw_figure(title: str, found: dict[str, Any]) -> bytes:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from lcm_ds.data.format import Dataset
+from lcm_ds.encoders.of_dataset import decoder_name
 from lcm_ds.errors import InputError
 from lcm_ds.evaluate.measure import measure
 from lcm_ds.evaluate.ranks import Ranks
@@ -14,9 +16,9 @@ from lcm_ds.evaluate.report import draw_figure, print_tables
 from lcm_ds.evaluate.subject import Subject, find_subject
 from lcm_ds.evaluate.words import load_words
 from lcm_ds.files import no_file_mistake, read_object, write_named
+from lcm_ds.metrics import VERSION
 from lcm_ds.train.place import Place
 
-FORMAT_VERSION = 2  # of what is written
 FILE, FIGURE = "evaluation.json", "evaluation.png"
 SAMPLES = 256  # targets that are decoded
 
@@ -64,11 +66,15 @@ def evaluate(
     own = dataset is None and step is None
     with Ranks(place) as ranks:
         found = ranks.from_first(_there_already(subject.path / FILE, question))
+        if found is not None and not found["decoded"]:
+            # What was missing then, as a decoder is while its hub is away, may be there now.
+            there_now = load_words(validation, decoder, None, ranks.device).decoder is not None
+            found = None if all(ranks.gather(there_now)) else found
         title = str(subject.path) if subject.step is None else f"{subject.path} at step {subject.step}"
         if found is not None and ranks.rank == 0:
             print(f"{subject.path / FILE}: already evaluated at step {subject.step}")
         if found is None:
-            words = load_words(validation, decoder, causal_lm, ranks.device)
+            words = load_words(validation, decoder, causal_lm, ranks.device).agreed(ranks)
             figures = measure(subject.load(), subject, training, validation, ranks, words, samples)
             found = {**question, "dataset": subject.validation, **figures}
         if ranks.rank == 0:
@@ -90,7 +96,7 @@ def _question(
 ) -> dict[str, Any]:
     """What the figures depend on."""
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": VERSION,
         "step": subject.step,
         "checkpoint": subject.weights,
         "validation": validation.fingerprint,
@@ -98,16 +104,26 @@ def _question(
             [each.fingerprint, source.weight] for each, source in zip(training, subject.training, strict=True)
         ],
         "rows": [subject.data.row_length, subject.data.max_segment],
-        "causal_lm": causal_lm,
-        "decoder": decoder,
+        "causal_lm": _identity(causal_lm),
+        "decoder": _identity(decoder or decoder_name(validation.info.encoder)),
         "samples": samples,
     }
 
 
+def _identity(model: str | None) -> str | None:
+    """A model's name; of a folder also what tells whether a file in it has changed since."""
+    if model is None or not Path(model).is_dir():
+        return model
+    files = sorted(path for path in Path(model).rglob("*") if path.is_file())
+    marks = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return f"{model} ({hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16]})"
+
+
 def _there_already(path: Path, question: dict[str, Any]) -> dict[str, Any] | None:
-    """The evaluation on disk, where it answers this question."""
+    """The evaluation on disk, if it answers this question and all of the data could be read for it."""
     found = read_object(path, default={})
-    return found if all(found.get(key) == value for key, value in question.items()) else None
+    same = all(found.get(key) == value for key, value in question.items())
+    return found if same and not found["missing_concepts"] else None
 
 
 def _write(run_dir: Path | None, title: str, found: dict[str, Any], json_path: str | None, figure: str | None) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 
 import numpy as np
@@ -95,6 +95,14 @@ class Words:
     decoder: SonarDecoder | None
     causal_lm: CausalLM | None
     notes: tuple[str, ...]  # why some figures are missing
+
+    def agreed(self, ranks: Ranks) -> Words:
+        """The same on all ranks, which decode together: without a decoder if one of them has none. All call this."""
+        if all(ranks.gather(self.decoder is not None)) or self.decoder is None:
+            return self
+        return replace(
+            self, encoder=None, decoder=None, notes=(*self.notes, "ℓ2-r, MI: some processes have no decoder")
+        )
 
     def figures(self, held: Held, validation: Dataset, ranks: Ranks) -> dict[str, dict[str, Tensor]]:
         """The figures of held targets, by predictor and by name: fp64 [n]. Each rank takes its share of them.

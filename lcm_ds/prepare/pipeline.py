@@ -25,7 +25,7 @@ import torch
 
 from lcm_ds.config import PrepareConfig, dump
 from lcm_ds.data.format import DatasetInfo, EndOfText, Steps, Supervised, finish, read_shards, write_normalizer
-from lcm_ds.data.normalizer import constant, draw, fit
+from lcm_ds.data.normalizer import Constants, constant, draw, fit
 from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.reader import Shard
 from lcm_ds.encoders import Encoder, load_encoder
@@ -344,16 +344,19 @@ def _fit(
     config: PrepareConfig, train: Path, embed_dim: int, quantization: Quantization | None
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Center and scale of the normaliser, and what they were fitted on."""
-    shards = read_shards(train)
+    shards, supervised = read_shards(train), config.source.supervised
+    constants = Constants(end_of_text=True, source_suffix=supervised and config.source_suffix is not None)
     samples = draw(
         shards,
-        lambda shard: Shard(train / shard.name, shard, embed_dim, config.dtype, quantization),
+        lambda shard: Shard(train / shard.name, shard, embed_dim, config.dtype, quantization, supervised=supervised),
         config.normalizer_samples,
+        constants,
     )
     center, scale = fit(samples)
     statistics = {
         "concepts": sum(shard.concepts for shard in shards),
         "samples": len(samples),
+        "left_out": constants.names,
         "percentiles": [25, 50, 75],
         "constant_dimensions": constant(samples).tolist(),
     }

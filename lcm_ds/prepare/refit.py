@@ -11,7 +11,7 @@ import numpy as np
 from lcm_ds.config import WeightedPath
 from lcm_ds.data.cache import Cache
 from lcm_ds.data.format import Dataset, ShardInfo, open_dataset, write_normalizer, write_normalizer_file
-from lcm_ds.data.normalizer import constant, draw, fit
+from lcm_ds.data.normalizer import Constants, constant, draw, fit
 from lcm_ds.data.reader import Shard, open_shard_once
 from lcm_ds.data.remote import is_remote
 from lcm_ds.errors import Collector, InputError
@@ -29,12 +29,17 @@ def fit_normalizer(mixture: Sequence[str], samples: int = 1_000_000, output: str
     with TemporaryDirectory(prefix="lcm-ds-") as cache:
         datasets, weights = _open(mixture, output, cache)
         shares = [weight / sum(weights) for weight in weights]
+        constants = [Constants.of(dataset.info.end_of_text, dataset.info.supervised) for dataset in datasets]
+        there = [
+            each.others(dataset.info.totals.concepts, dataset.info.totals.documents)
+            for each, dataset in zip(constants, datasets, strict=True)
+        ]
         # No dataset has to give more than it has: the sample is as large as the scarcest one allows.
-        size = min(
-            [samples, *(dataset.info.totals.concepts / share for dataset, share in zip(datasets, shares, strict=True))]
-        )
-        counts = [max(1, round(size * share)) for share in shares]
-        drawn = [draw(dataset.shards, _opener(dataset), count) for dataset, count in zip(datasets, counts, strict=True)]
+        size = min([samples, *(count / share for count, share in zip(there, shares, strict=True))])
+        drawn = [
+            draw(dataset.shards, _opener(dataset), max(1, round(size * share)), each)
+            for dataset, share, each in zip(datasets, shares, constants, strict=True)
+        ]
     sample = np.concatenate([each.astype(np.float32) for each in drawn])
     center, scale = fit(sample)
     statistics = {
@@ -42,8 +47,14 @@ def fit_normalizer(mixture: Sequence[str], samples: int = 1_000_000, output: str
         "percentiles": [25, 50, 75],
         "constant_dimensions": constant(sample).tolist(),
         "mixture": [
-            {"path": dataset.path, "weight": weight, "samples": len(each), "fingerprint": dataset.fingerprint}
-            for dataset, weight, each in zip(datasets, weights, drawn, strict=True)
+            {
+                "path": dataset.path,
+                "weight": weight,
+                "samples": len(each),
+                "left_out": alike.names,
+                "fingerprint": dataset.fingerprint,
+            }
+            for dataset, weight, each, alike in zip(datasets, weights, drawn, constants, strict=True)
         ],
     }
     for dataset, share, each in zip(datasets, shares, drawn, strict=True):

@@ -15,6 +15,7 @@ from lcm_ds.data.concepts import CONCEPTS, ConceptInfo
 from lcm_ds.data.format import Dataset, open_dataset
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import check_new, read_object, sha256_of
+from lcm_ds.metrics import VERSION
 from lcm_ds.model.folder import MAX_SHARD_SIZE, write_folder
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.train.checkpoint import Checkpoint, find, load_model
@@ -179,7 +180,7 @@ def _evaluation(path: Path, checkpoint: Checkpoint) -> str | None:
     """What `lcm-ds evaluate` has found of this very checkpoint, beside its baselines, as a table; None if nothing."""
     found = read_object(path, default={})
     try:
-        if found["checkpoint"] != sha256_of(checkpoint.path / "COMPLETE"):
+        if found["format_version"] != VERSION or found["checkpoint"] != sha256_of(checkpoint.path / "COMPLETE"):
             return None
         rows = [
             [name, *(_figure(of[space].get(metric)) for space, metric in EVALUATED)]
@@ -194,8 +195,18 @@ def _evaluation(path: Path, checkpoint: Checkpoint) -> str | None:
             f"`lcm-ds evaluate` on {found['dataset']}, {found['documents']:,} documents, {found['targets']:,} targets:",
             "",
             *("| " + " | ".join(row) + " |" for row in table),
+            *_difference(found.get("difference")),
         ]
     )
+
+
+def _difference(found: dict[str, Any] | None) -> list[str]:
+    """How far the model is from the best baseline: lines of Markdown."""
+    if found is None:
+        return []
+    ends = found["interval"]
+    told = "" if ends is None else f" (95 %: {ends[0]:+.4f} to {ends[1]:+.4f})"
+    return ["", f"{found['of']} less {found['less']}, the best baseline: mse {found['value']:+.4f}{told}."]
 
 
 def _figure(value: float | None) -> str:

@@ -28,8 +28,9 @@ def validate(stepper: Stepper, dataset: Dataset, moved: Callable[[], None]) -> d
     """The val_* metrics over a dataset, or over its first `evaluate.rows` rows; all ranks call this.
 
     moved: is called after each batch. Losses are in normalised space, val_l2, CA, PAR and retrieval in raw space. Of
-    the first rows, about COMPARED concepts, come: val_ca, val_par, val_recall_at_1, val_recall_at_10 and val_mrr (their
-    targets are the candidates), val_effective_rank and val_effective_rank_of_targets. val_loss_of_copy and
+    the first rows, about COMPARED concepts, come: val_ca, val_par, val_batch_recall_at_1, val_batch_recall_at_10 and
+    val_batch_mrr (among the targets of these rows, while `lcm-ds evaluate` looks among all concepts of the dataset),
+    val_effective_rank and val_effective_rank_of_targets. val_loss_of_copy and
     val_loss_of_mean are the losses of who predicts the last concept, and the mean of these very targets.
     val_error_by_position: entry i is the loss of targets with i + 1 concepts before them in their segment, None where
     there are none.
@@ -151,9 +152,9 @@ class _FirstRows:
         return {
             "val_ca": _mean(shares),
             "val_par": _mean(metrics.paraphrasing(of_prediction, of_truth)),
-            "val_recall_at_1": metrics.recall_at(1, nearer).mean().item(),
-            "val_recall_at_10": metrics.recall_at(10, nearer).mean().item(),
-            "val_mrr": metrics.reciprocal_rank(nearer).mean().item(),
+            "val_batch_recall_at_1": metrics.recall_at(1, nearer).mean().item(),
+            "val_batch_recall_at_10": metrics.recall_at(10, nearer).mean().item(),
+            "val_batch_mrr": metrics.reciprocal_rank(nearer).mean().item(),
             **{
                 key: metrics.effective_rank(torch.cov(vectors.double().T, correction=0))
                 for key, vectors in ranks_of.items()

@@ -15,7 +15,7 @@ import yaml
 
 from lcm_ds.data.format import DatasetInfo, Steps, commit, finish, open_dataset, read_normalizer, write_normalizer
 from lcm_ds.data.loader import Loader, validation_batches
-from lcm_ds.data.normalizer import UniformSample, draw, fit
+from lcm_ds.data.normalizer import Constants, UniformSample, draw, fit
 from lcm_ds.data.plan import Plan, Source
 from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.reader import Shard, open_shard
@@ -171,7 +171,8 @@ def test_what_is_wrong_with_the_steps_is_named(synthetic_dataset, tmp_path: Path
 
 
 @pytest.mark.parametrize("size", [7, 100, 10_000])
-def test_a_sample_drawn_without_reading_all_is_that_of_reading_all(synthetic_dataset, size: int) -> None:
+@pytest.mark.parametrize("constants", [Constants(), Constants(end_of_text=True)])
+def test_a_sample_drawn_without_reading_all_is_that_of_reading_all(synthetic_dataset, size, constants) -> None:
     dataset = open_dataset(synthetic_dataset(documents=60))
     opened: list[str] = []
 
@@ -182,7 +183,13 @@ def test_a_sample_drawn_without_reading_all_is_that_of_reading_all(synthetic_dat
     sample = UniformSample(size)
     for shard in dataset.shards:
         read = open_one(shard)
-        sample.add(shard.name, np.concatenate([read.concepts(i) for i in range(len(read))]))
+        last = np.concatenate([np.arange(length) == length - 1 for length in read.lengths])
+        among = ~last if constants.end_of_text else None
+        sample.add(shard.name, np.concatenate([read.concepts(i) for i in range(len(read))]), among)
     opened.clear()
-    assert np.array_equal(draw(dataset.shards, open_one, size), sample.concepts())
+    found = draw(dataset.shards, open_one, size, constants)
+    assert np.array_equal(found, sample.concepts())
+    if constants.end_of_text:
+        assert not (found == np.float16(dataset.info.end_of_text.vector)).all(1).any()
+        assert len(found) == min(size, dataset.info.totals.concepts - dataset.info.totals.documents)
     assert len(opened) == len(set(opened)) <= len(dataset.shards)

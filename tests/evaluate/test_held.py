@@ -14,7 +14,7 @@ def targets(documents, length):
     document = torch.arange(documents).repeat_interleave(length)
     position = torch.arange(1, length + 1).repeat(documents)
     truth = torch.stack([document, position], dim=1).float()
-    return Targets(truth, truth, truth, document, position)
+    return Targets(truth, truth, truth, truth, document, position)
 
 
 def held_of(parts, size):

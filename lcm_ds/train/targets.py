@@ -13,7 +13,6 @@ from torch import Tensor
 from lcm_ds.config import DataConfig
 from lcm_ds.data.format import Dataset
 from lcm_ds.data.loader import Batch, validation_batches
-from lcm_ds.evaluate.ranks import Ranks
 from lcm_ds.metrics import context_cosine
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.normalizer import Normalizer
@@ -29,6 +28,7 @@ class Targets:
 
     truth: Tensor  # [n, embed_dim]
     last: Tensor  # [n, embed_dim]: the concept before each
+    before: Tensor  # [n, embed_dim]: the one before that in its segment; zeros, the centre, if there is none
     context: Tensor  # [n, embed_dim]: the mean of all concepts before it in its segment
     document: Tensor  # int64 [n], counted through the dataset
     position: Tensor  # int64 [n], in the document: so many concepts are before it there
@@ -58,12 +58,15 @@ class Rows:
         starts, positions = layout.starts.to(device), layout.positions.to(device)
         # Running mean inside segments: the running sum, less what it was where the segment begins.
         sums = inputs.double().cumsum(1)
-        before = torch.nn.functional.pad(sums, (0, 0, 1, 0))[:, :-1]
-        at_start = before.gather(1, starts.unsqueeze(-1).expand_as(before))
+        until = torch.nn.functional.pad(sums, (0, 0, 1, 0))[:, :-1]
+        at_start = until.gather(1, starts.unsqueeze(-1).expand_as(until))
         context = ((sums - at_start) / (positions + 1).unsqueeze(-1)).float()
+        before = torch.nn.functional.pad(inputs, (0, 0, 1, 0))[:, :-1] * (positions > 0).unsqueeze(-1)
         document, position = origins[:, 1:][mask].unbind(-1)
-        targets = Targets(inputs[:, 1:][mask], inputs[:, :-1][mask], context[:, :-1][mask], document, position)
-        return cls(concepts, ids, mask, targets)
+        truth, last, before, context = (
+            vectors[mask] for vectors in (inputs[:, 1:], inputs[:, :-1], before[:, :-1], context[:, :-1])
+        )
+        return cls(concepts, ids, mask, Targets(truth, last, before, context, document, position))
 
     def to_context(self, vectors: Tensor) -> Tensor:
         """The largest cosine of a vector to its target's context: [n] of [n, embed_dim], raw space."""
@@ -73,15 +76,16 @@ class Rows:
 
 
 class Reader:
-    """Reads datasets for a rank, and counts what it waits for them."""
+    """Reads datasets for rank `rank` of `size`, and counts what it waits for them."""
 
-    def __init__(self, data: DataConfig, ranks: Ranks) -> None:
-        self.data, self.ranks = data, ranks
+    def __init__(self, data: DataConfig, rank: int = 0, size: int = 1) -> None:
+        self.data, self.rank, self.size = data, rank, size
         self.waited = 0.0  # seconds
+        self.missing = 0  # concepts of rows, of shards that could not be read
 
     def batches(self, dataset: Dataset, rows: int | None = None, shared: bool = True) -> Iterator[Batch]:
         """This rank's share of a dataset, or of its first `rows` rows; all of them where it is not shared."""
-        rank, size = (self.ranks.rank, self.ranks.size) if shared else (0, 1)
+        rank, size = (self.rank, self.size) if shared else (0, 1)
         length, longest = self.data.row_length, self.data.max_segment
         batches = validation_batches(dataset, length, longest, ROWS, rank, size, rows, origins=True)
         while True:
@@ -95,4 +99,5 @@ class Reader:
     def rows(self, dataset: Dataset, normalizer: Normalizer, rows: int | None = None) -> Iterator[tuple[Batch, Rows]]:
         """The same, ready to be predicted."""
         for batch in self.batches(dataset, rows):
+            self.missing += batch.missing
             yield batch, Rows.of(batch, normalizer, self.data.max_segment)
