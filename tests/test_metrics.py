@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from lcm_ds import metrics
 
@@ -58,8 +59,10 @@ def test_a_perfect_prediction_wins_every_comparison_and_a_constant_one_half():
 @pytest.mark.parametrize("sentences", [2, 3, 8, 30])
 def test_a_perfect_prediction_has_all_of_it_although_every_document_ends_with_the_same_concept(sentences):
     draw = torch.Generator().manual_seed(0)
-    end = torch.randn(1, 64, generator=draw)
-    documents = [torch.cat([torch.randn(sentences, 64, generator=draw), end])[1:] for _ in range(600 // sentences)]
+    end = F.normalize(torch.randn(1, 64, generator=draw))
+    documents = [
+        torch.cat([F.normalize(torch.randn(sentences, 64, generator=draw)), end])[1:] for _ in range(600 // sentences)
+    ]
     truth = torch.cat(documents)
     document = torch.arange(len(documents)).repeat_interleave(sentences)
     position = torch.arange(1, sentences + 1).repeat(len(documents))

@@ -31,7 +31,7 @@ FLUSH_SECONDS = 30
 # Each chart's tags are regular expressions from the beginning of a tag on.
 LAYOUT = {
     "the run": {
-        "loss, and that of mean and copy": ["Multiline", ["loss/train$", "loss/validation.*"]],
+        "loss, and that of mean, copy and ridge": ["Multiline", ["loss/train$", "loss/validation.*"]],
         "model FLOPs utilisation": ["Multiline", ["speed/mfu$"]],
         "validation": ["Multiline", ["val/cosine$", "val/variance_ratio$"]],
         "concepts a second": ["Multiline", ["speed/concepts_per_second$"]],

@@ -89,6 +89,10 @@ class Sums:
         """Mean squared error of `weights` on this data, over samples and outputs."""
         return self.squared_error(weights) / (self.count * self.xy.shape[1])
 
+    def to(self, device: torch.device) -> Sums:
+        """The same on another device."""
+        return self._of(*(tensor.to(device) for tensor in self.tensors()))
+
     @staticmethod
     def _of(xx: Tensor, xy: Tensor, counts: Tensor) -> Sums:
         found = Sums(0, 0)

@@ -11,6 +11,7 @@ import gc
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from lcm_ds.train.gradients import GradientMeter
 from lcm_ds.train.guard import GoBack, Guard, LeftOut, tell
 from lcm_ds.train.histograms import histograms
 from lcm_ds.train.initial import take_over
+from lcm_ds.train.linear import Linear
 from lcm_ds.train.memory import count_parameters
 from lcm_ds.train.owner import RunOwner
 from lcm_ds.train.place import Place
@@ -43,7 +45,7 @@ from lcm_ds.train.save import Saver, saves_in_background
 from lcm_ds.train.speed import SpeedMeter, memory_gib, peak_tflops
 from lcm_ds.train.step import StepOutcome, Stepper
 from lcm_ds.train.stop import STOPPED, StopRequest
-from lcm_ds.train.validation import validate
+from lcm_ds.train.validation import fit_ridge, validate
 from lcm_ds.train.watchdog import Watchdog
 
 logger = logging.getLogger("lcm_ds.train")
@@ -185,7 +187,8 @@ class Run:
         self.losses: list[float] = []  # of the steps since the last report
         self.guard = Guard(self.job.config.guard, state["losses"])
         self.save_is_due = False
-        self.samples: Samples | None = None  # from the first validation on
+        self.ridge: Linear | None = None  # from the first validation on
+        self.samples: Samples | None = None  # from then on, too
         self.started = self.last_save = time.monotonic()
         self.stalled = self.stalled_by_this_save = 0.0  # seconds
         peak = peak_tflops(stepper.device, self.job.config.log.peak_tflops)
@@ -305,7 +308,10 @@ class Run:
         config, dataset = self.job.config.log, self.job.validation
         assert dataset is not None
         self.show_bar(done, "validating")
-        found = validate(self.stepper, dataset, lambda: self.watchdog.beat(f"validation, step {done}"))
+        moved = partial(self.watchdog.beat, f"validation, step {done}")
+        if self.ridge is None:
+            self.ridge = fit_ridge(self.stepper, moved)
+        found = validate(self.stepper, dataset, self.ridge, moved)
         if self.samples is None and config.samples:
             self.samples = Samples(self.stepper, dataset, config.samples)
         samples = self.samples.predict() if self.samples is not None else []

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 BAR = 30  # letters
-NAMES = {"val_loss_of_mean": "mean", "val_loss_of_copy": "copy"}  # of simple baselines
+# Of simple baselines.
+NAMES = {"val_loss_of_mean": "mean", "val_loss_of_copy": "copy", "val_loss_of_ridge": "ridge"}
 
 
 def step_line(done: int, total: int, values: Mapping[str, Any]) -> str:

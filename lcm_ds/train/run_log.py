@@ -27,6 +27,7 @@ TAGS = {
     "val_loss": "loss/validation",
     "val_loss_of_mean": "loss/validation_of_mean",
     "val_loss_of_copy": "loss/validation_of_copy",
+    "val_loss_of_ridge": "loss/validation_of_ridge",
     "val_loss_sum": "val/loss_sum_over_dimensions",
     "lr": "optim/lr",
     "grad_norm": "optim/grad_norm",

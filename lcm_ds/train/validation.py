@@ -5,7 +5,8 @@ Sums go over all that is validated on; what compares targets with one another ta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,22 +19,57 @@ from lcm_ds.data.format import Dataset
 from lcm_ds.data.loader import Batch, validation_batches
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.normalizer import Normalizer
+from lcm_ds.train.linear import RIDGES, Linear, Training, best_of, training_targets
 from lcm_ds.train.step import Stepper
+from lcm_ds.train.targets import Reader, Rows, Targets
 
+CPU = torch.device("cpu")
+
+FIT_ON = 100_000  # concepts of the training data that the ridge is fitted on, at most
 COMPARED = 2048  # concepts, in whole rows, whose targets are compared with one another
 
 
 @torch.no_grad()
-def validate(stepper: Stepper, dataset: Dataset, moved: Callable[[], None]) -> dict[str, Any]:
+def fit_ridge(stepper: Stepper, moved: Callable[[], None]) -> Linear:
+    """The ridge regression that is best on held-out training documents, the same on all ranks, which all call this.
+
+    moved: is called after each batch. As `lcm-ds evaluate` fits and chooses it, on FIT_ON concepts at most.
+    """
+    job, place, device = stepper.job, stepper.place, stepper.device
+    reader = Reader(job.config.data, place.rank, place.world_size)
+    normalizer: Normalizer = stepper.engine.module.normalizer
+
+    def targets() -> Iterator[Targets]:
+        for some in training_targets(reader, job.datasets, job.config.data.train, normalizer, FIT_ON):
+            moved()
+            yield some
+
+    def add_up(tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+    sums = Training.of(targets(), job.model.embed_dim, device, add_up)
+    told: list[Any] = [None]
+    if place.rank == 0:
+        # Not on the GPU, whose memory is the model's.
+        ridges = Training(sums.fit.to(CPU), sums.held_out.to(CPU)).predictors(tuple(RIDGES))
+        told = [ridges[best_of(ridges)]]
+    dist.broadcast_object_list(told, device=device)
+    best: Linear = told[0]
+    return replace(best, weights=best.weights.to(device))
+
+
+@torch.no_grad()
+def validate(stepper: Stepper, dataset: Dataset, ridge: Linear, moved: Callable[[], None]) -> dict[str, Any]:
     """The val_* metrics over a dataset, or over its first `evaluate.rows` rows; all ranks call this.
 
-    moved: is called after each batch. Losses are in normalised space, val_l2, CA, PAR and retrieval in raw space. Of
-    the first rows, about COMPARED concepts, come: val_ca, val_par, val_batch_recall_at_1, val_batch_recall_at_10 and
-    val_batch_mrr (among the targets of these rows, while `lcm-ds evaluate` looks among all concepts of the dataset),
-    val_effective_rank and val_effective_rank_of_targets. val_loss_of_copy and
-    val_loss_of_mean are the losses of who predicts the last concept, and the mean of these very targets.
-    val_error_by_position: entry i is the loss of targets with i + 1 concepts before them in their segment, None where
-    there are none.
+    ridge: see `fit_ridge`. moved: is called after each batch. Losses are in normalised space, val_l2, CA, PAR and
+    retrieval in raw space. Of the first rows, about COMPARED concepts, come: val_ca, val_par, val_batch_recall_at_1,
+    val_batch_recall_at_10 and val_batch_mrr (among the targets of these rows, while `lcm-ds evaluate` looks among all
+    concepts of the dataset), val_effective_rank and val_effective_rank_of_targets. val_loss_of_copy, val_loss_of_mean
+    and val_loss_of_ridge are the losses of who predicts the last concept, the mean of these very targets, and as
+    `ridge`. val_error_by_position: entry i is the loss of targets with i + 1 concepts before them in their segment,
+    None where there are none.
     """
     config, place = stepper.job.config, stepper.place
     stepper.engine.eval()
@@ -46,11 +82,14 @@ def validate(stepper: Stepper, dataset: Dataset, moved: Callable[[], None]) -> d
         place.rank,
         place.world_size,
         config.evaluate.rows,
+        origins=True,
     ):
-        predictions, targets, mask = stepper.predict(batch, stepper.layout(batch))
-        last = stepper.engine.module.normalizer.normalize(batch.concepts[:, :-1].to(stepper.device))
+        predictions, _, mask = stepper.predict(batch, stepper.layout(batch))
+        rows = Rows.of(batch, stepper.engine.module.normalizer, config.data.max_segment)
         positions = SegmentLayout.from_ids(batch.segment_ids, config.data.max_segment).positions[:, 1:]
-        sums.add(predictions[:, :-1][mask].float(), targets[mask], last[mask], positions.to(stepper.device)[mask])
+        sums.add(
+            predictions[:, :-1][mask].float(), rows.targets, ridge(rows.targets), positions.to(stepper.device)[mask]
+        )
         first_rows.add(batch, predictions, mask)
         moved()
     return {**sums.read(), **first_rows.read()}
@@ -63,19 +102,21 @@ class _Sums:
         config, self.dims = stepper.job.config, stepper.job.model.embed_dim
         self.normalizer: Normalizer = stepper.engine.module.normalizer
         zeros = partial(torch.zeros, dtype=torch.float64, device=stepper.device)
-        self.totals = zeros(5)  # squared error, cosine, ℓ2, squared error of the copy, targets
+        self.totals = zeros(6)  # squared error, cosine, ℓ2, squared errors of the copy and the ridge, targets
         self.moments = zeros(4, self.dims)  # of predictions and of targets: sums, and sums of squares
         longest = min(config.data.max_segment, config.data.row_length)
         self.by_position = zeros(2, longest)  # squared error, targets
 
-    def add(self, predicted: Tensor, truth: Tensor, last: Tensor, positions: Tensor) -> None:
-        """[n, embed_dim] three times, normalised space; int64 [n], in the segment."""
+    def add(self, predicted: Tensor, targets: Targets, of_ridge: Tensor, positions: Tensor) -> None:
+        """predicted, of_ridge: [n, embed_dim], normalised space; positions: int64 [n], in the segment."""
+        truth = targets.truth
         errors = metrics.squared_error(predicted, truth).double()
         self.totals[0] += errors.sum()
         self.totals[1] += metrics.cosine(predicted, truth).sum()
         self.totals[2] += metrics.l2(*map(self.normalizer.denormalize, (predicted, truth))).sum()
-        self.totals[3] += metrics.squared_error(last, truth).sum()
-        self.totals[4] += len(truth)
+        self.totals[3] += metrics.squared_error(targets.last, truth).sum()
+        self.totals[4] += metrics.squared_error(of_ridge, truth).sum()
+        self.totals[5] += len(truth)
         self.by_position[0].index_add_(0, positions, errors)
         self.by_position[1].index_add_(0, positions, torch.ones_like(errors))
         for index, values in enumerate((predicted, truth)):
@@ -86,8 +127,8 @@ class _Sums:
         """The figures over all ranks; all of them call this."""
         for sums in (self.totals, self.moments, self.by_position):
             dist.all_reduce(sums)
-        count = self.totals[4].clamp(min=1)
-        loss, cosine, l2, of_copy, _ = (self.totals / count).tolist()
+        count = self.totals[5].clamp(min=1)
+        loss, cosine, l2, of_copy, of_ridge, _ = (self.totals / count).tolist()
         of_predictions, of_targets = metrics.variance(count.repeat(2), self.moments[::2], self.moments[1::2].sum(1))
         errors, counts = self.by_position[:, 1:].tolist()  # the first of a segment is no target
         return {
@@ -96,9 +137,10 @@ class _Sums:
             "val_cosine": cosine,
             "val_l2": l2,
             "val_loss_of_copy": of_copy,
+            "val_loss_of_ridge": of_ridge,
             "val_loss_of_mean": of_targets.item() / self.dims,
             "val_variance_ratio": (of_predictions / of_targets).item(),
-            "val_targets": int(self.totals[4].item()),
+            "val_targets": int(self.totals[5].item()),
             "val_error_by_position": [
                 error / count if count else None for error, count in zip(errors, counts, strict=True)
             ],

@@ -1,25 +1,33 @@
-"""Baselines are fitted on training data and are as good as linear algebra makes them."""
+"""Baselines are fitted on training data, are as good as linear algebra makes them, and the best is chosen there."""
 
 import pytest
 import torch
 
 from lcm_ds.data.loader import Batch
-from lcm_ds.evaluate.baselines import Nearest, Sums, fit_baselines, ridge
+from lcm_ds.evaluate.baselines import Baselines, Nearest
 from lcm_ds.evaluate.ranks import Ranks
-from lcm_ds.evaluate.targets import Targets
 from lcm_ds.model.normalizer import Normalizer
+from lcm_ds.train.linear import BEFORE, CONTEXT, LAST, PENALTIES, Linear, Sums, Training, best_of, held_out
+from lcm_ds.train.targets import Rows, Targets
+
+CPU = torch.device("cpu")
 
 
-def made(n, seed, noise=0.1, dims=6):
-    """Targets that are a fixed linear map of the last concept plus noise; the context's mean carries nothing."""
+def made(n, seed, noise=0.1, dims=6, of_context=0.0, of_before=0.0):
+    """Targets that are a fixed linear map of the last concept plus noise, and shares of the context's mean and of the
+    concept before the last.
+    """
     world = torch.Generator().manual_seed(99)
     matrix = torch.randn(dims, dims, generator=world) / dims**0.5
     draw = torch.Generator().manual_seed(seed)
-    last = torch.randn(n, dims, generator=draw)
-    truth = last @ matrix + 2.0 + noise * torch.randn(n, dims, generator=draw)
-    context = torch.randn(n, dims, generator=draw)
+    last, before, context, other = torch.randn(4, n, dims, generator=draw)
+    truth = last @ matrix + 2.0 + of_context * context + of_before * before + noise * other
     numbers = torch.arange(n)
-    return Targets(truth, last, context, numbers, torch.ones_like(numbers)), matrix
+    return Targets(truth, last, before, context, numbers, torch.ones_like(numbers)), matrix
+
+
+def trained(training):
+    return Training.of(training, 6, CPU, Ranks().add_up)
 
 
 def mse(predicted, truth):
@@ -28,18 +36,92 @@ def mse(predicted, truth):
 
 def test_baselines_do_what_their_names_say():
     training = [made(256, seed)[0] for seed in range(20)]
-    held_out, _ = made(1000, 500)
-    # Of consecutive targets, each a document.
-    fitted, count = fit_baselines(training, Normalizer(6), Ranks())
-    assert count == 20 * 256
-    assert list(fitted) == ["mean concept", "copy of the last", "ridge from the last", "ridge from the context's mean"]
+    fresh, _ = made(1000, 500)
+    sums = trained(training)
+    fitted = sums.predictors()
+    assert sums.all.count == 20 * 256
+    assert list(fitted) == [
+        "mean concept",
+        "copy of the last",
+        "ridge from the last",
+        "ridge from the context's mean",
+        "ridge from last and mean",
+        "ridge from last two and mean",
+    ]
     mean = torch.cat([targets.truth for targets in training]).mean(0)
-    assert torch.allclose(fitted["mean concept"](held_out), mean.expand(1000, 6), atol=1e-4)
-    assert torch.equal(fitted["copy of the last"](held_out), held_out.last)
+    assert torch.allclose(fitted["mean concept"](fresh), mean.expand(1000, 6), atol=1e-4)
+    assert torch.equal(fitted["copy of the last"](fresh), fresh.last)
     # At the noise floor, which is 0.1²; the context's mean tells nothing, so its ridge is the mean.
-    assert mse(fitted["ridge from the last"](held_out), held_out.truth) == pytest.approx(0.01, rel=0.1)
-    of_mean = mse(fitted["mean concept"](held_out), held_out.truth)
-    assert mse(fitted["ridge from the context's mean"](held_out), held_out.truth) == pytest.approx(of_mean, rel=0.02)
+    assert mse(fitted["ridge from the last"](fresh), fresh.truth) == pytest.approx(0.01, rel=0.1)
+    of_mean = mse(fitted["mean concept"](fresh), fresh.truth)
+    assert mse(fitted["ridge from the context's mean"](fresh), fresh.truth) == pytest.approx(of_mean, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("shares", "matters"),
+    [
+        ({}, {LAST}),
+        ({"of_context": 0.5}, {LAST, CONTEXT}),
+        ({"of_context": 0.5, "of_before": 0.5}, {LAST, BEFORE, CONTEXT}),
+    ],
+)
+def test_the_best_is_one_that_has_all_that_matters(shares, matters):
+    fitted = trained([made(256, seed, **shares)[0] for seed in range(3)]).predictors()
+    assert set(fitted[best_of(fitted)].inputs) >= matters
+    fresh, _ = made(1000, 500, **shares)
+    assert mse(fitted[best_of(fitted)](fresh), fresh.truth) == pytest.approx(0.01, rel=0.1)  # the noise
+
+
+def test_every_error_is_that_on_the_held_out_documents_of_what_is_fitted_to_the_others():
+    targets, _ = made(400, 3, of_context=0.3)
+    chooses = held_out(targets.document)
+    assert 20 < chooses.sum() < 60
+    fitted = trained([targets]).predictors()
+    truth, others = targets.truth[chooses], targets.truth[~chooses]
+    assert fitted["mean concept"].held_out_mse == pytest.approx(mse(others.mean(0), truth), rel=1e-5)
+    assert fitted["copy of the last"].held_out_mse == pytest.approx(mse(targets.last[chooses], truth), rel=1e-5)
+    both = torch.cat([targets.last, targets.context], 1)
+    alone = Sums(12, 6)
+    alone.add(both[~chooses], others)
+    errors = []
+    for penalty in PENALTIES:
+        weights = alone.solve(penalty)
+        errors.append(mse(both[chooses].double() @ weights[:-1] + weights[-1], truth))
+    assert fitted["ridge from last and mean"].held_out_mse == pytest.approx(min(errors), rel=1e-5)
+    # What is used is fitted to all of them.
+    alone.add(both[chooses], truth)
+    whole = alone.solve(PENALTIES[errors.index(min(errors))])
+    assert torch.allclose(fitted["ridge from last and mean"].weights, whole, atol=1e-9)
+
+
+def test_without_documents_to_hold_out_the_data_that_is_fitted_chooses():
+    targets, _ = made(300, 4)
+    one = Targets(*(getattr(targets, key) for key in ("truth", "last", "before", "context")),
+                  torch.zeros_like(targets.document), targets.position)  # fmt: skip
+    sums = trained([one])
+    assert not sums.chooses
+    predictors = sums.predictors()
+    assert mse(predictors["ridge from the last"](one), one.truth) == pytest.approx(0.01, rel=0.2)
+    assert all(isinstance(each, Linear) and each.held_out_mse >= 0 for each in predictors.values())
+
+
+def test_the_best_baseline_is_never_told_by_the_validation_data():
+    errors = {"mean concept": 0.9, "ridge from the last": 0.7, "nearest in the training data": 1.5}
+    assert Baselines({}, held_out_mse=errors).best == "ridge from the last"
+    assert Baselines({"copy of the last": lambda targets: targets.last}).best == "copy of the last"
+
+
+def test_what_a_target_is_predicted_from_is_of_its_own_segment():
+    # One row of two segments, of three concepts and two, and a place without any.
+    concepts = torch.tensor([[[1.0], [2.0], [6.0], [10.0], [20.0], [0.0]]])
+    ids = torch.tensor([[0, 0, 0, 1, 1, -1]], dtype=torch.int32)
+    origins = torch.tensor([[[7, 0], [7, 1], [7, 2], [8, 0], [8, 1], [-1, -1]]])
+    targets = Rows.of(Batch(concepts, ids, 0, 0, 0, origins=origins), Normalizer(1), 8).targets
+    assert targets.truth.flatten().tolist() == [2, 6, 20]
+    assert targets.last.flatten().tolist() == [1, 2, 10]
+    assert targets.before.flatten().tolist() == [0, 1, 0]
+    assert targets.context.flatten().tolist() == [1, 1.5, 10]
+    assert targets.document.tolist() == [7, 7, 8]
 
 
 def test_the_squared_error_of_sums_is_that_of_the_data():
@@ -53,18 +135,17 @@ def test_the_squared_error_of_sums_is_that_of_the_data():
 
 def test_a_small_penalty_recovers_the_map():
     targets, matrix = made(5000, 2, noise=0.0)
-    parts = [Sums(6, 6), Sums(6, 6)]
-    for part in (0, 1):
-        parts[part].add(targets.last[part::2], targets.truth[part::2])
-    weights = ridge(*parts)
+    weights = trained([targets]).predictors(["ridge from the last"])["ridge from the last"].weights
     assert torch.allclose(weights[:-1].float(), matrix, atol=1e-2)
     assert torch.allclose(weights[-1].float(), torch.full((6,), 2.0), atol=1e-2)
 
 
-def batch(rows):
-    """Rows of (segment, concept): a batch as the loader gives it."""
+def batch(rows, document=0):
+    """Rows of (segment, concept): a batch as the loader gives it, all of one document."""
     ids = torch.tensor([[segment for segment, _ in row] for row in rows], dtype=torch.int32)
-    return Batch(torch.tensor([[concept for _, concept in row] for row in rows]).half(), ids, 0, 0, 0)
+    origins = torch.full((*ids.shape, 2), document)
+    concepts = torch.tensor([[concept for _, concept in row] for row in rows]).half()
+    return Batch(concepts, ids, 0, 0, 0, origins=origins)
 
 
 def test_the_nearest_in_the_training_data_says_what_followed_it_there():
@@ -81,7 +162,17 @@ def test_the_nearest_in_the_training_data_says_what_followed_it_there():
     assert len(nearest) == 6
     last = torch.tensor([[0.9, 0.1], [0.3, 5.0], [-1.0, -1.1]])
     zeros = torch.zeros(3, dtype=torch.long)
-    targets = Targets(last, normalizer.normalize(last), last, zeros, zeros)
+    targets = Targets(last, normalizer.normalize(last), last, last, zeros, zeros)
     # by direction: east, which north followed first; north; south, which west followed first
     expected = torch.tensor([north, west, west])
     assert torch.allclose(normalizer.denormalize(nearest(targets)), expected)
+
+
+def test_the_nearest_s_error_is_that_on_held_out_documents_looked_for_among_the_others():
+    east, north, west = [1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]
+    assert held_out(torch.tensor([0, 1])).tolist() == [True, False]
+    row = [(0, east), (0, north), (0, west)]
+    nearest = Nearest([batch([row], document=1), batch([[(0, east), (0, west)]], document=0)], Normalizer(2))
+    # Held out: west follows east. North followed it elsewhere: (9 + 4) / 2.
+    assert nearest.held_out_mse(Ranks()) == pytest.approx(13 / 2)
+    assert Nearest([batch([row], document=0)], Normalizer(2)).held_out_mse(Ranks()) is None

@@ -18,6 +18,7 @@ from lcm_ds.data.reader import open_shard
 from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.errors import InputError
 from lcm_ds.evaluate import baselines, subject
+from lcm_ds.evaluate import run as evaluation
 from lcm_ds.evaluate.measure import measure
 from lcm_ds.evaluate.ranks import Ranks
 from lcm_ds.evaluate.run import evaluate
@@ -102,7 +103,7 @@ def test_each_dataset_of_a_mixture_gets_the_share_of_its_weight(make_dataset, mo
     monkeypatch.setattr(baselines, "REMEMBERED", 4 * 12)
     figures = measured([{"path": str(low), "weight": 1}, {"path": str(high), "weight": 3}], validation, row_length=12)
     # Rows of 12 hold two whole documents of 6: 10 targets each.
-    assert figures["baselines"] == {"fitted_on": 8 * 10, "neighbours_among": 4 * 10}
+    assert (figures["baselines"]["fitted_on"], figures["baselines"]["neighbours_among"]) == (8 * 10, 4 * 10)
     assert squared_distance_of_the_mean_concept(figures) == pytest.approx(1 + 1.5**2, rel=0.15)
 
 
@@ -156,6 +157,59 @@ def test_what_is_evaluated_already_is_told_from_the_file(run, capsys, monkeypatc
     other = evaluate(run, samples=7)
     assert (first["samples"], other["samples"]) == (256, 7)
     assert json.loads((run / "evaluation.json").read_text()) == other
+
+
+def test_what_was_missing_is_looked_for_again_and_measured_once_it_is_there(run, monkeypatch, capsys):
+    """A decoder whose hub was away, and one that has come back."""
+    looked = []
+
+    def away(*_):
+        looked.append("away")
+        return Words(None, None, None, ("ℓ2-r, MI: no decoder: the hub is away",))
+
+    monkeypatch.setattr(evaluation, "load_words", away)
+    first = evaluate(run, samples=5)
+    looked.clear()
+    assert evaluate(run, samples=5) == first
+    assert looked == ["away"]
+    assert "already evaluated" in capsys.readouterr().out
+
+    class Decoder:
+        def decode(self, concepts):
+            return [f"{concept[0]:.1f}" for concept in concepts]
+
+    class Encoder:
+        def encode(self, sentences):
+            return np.array([[float(sentence)] * EMBED_DIM for sentence in sentences], np.float32)
+
+    monkeypatch.setattr(evaluation, "load_words", lambda *_: Words(Encoder(), Decoder(), None, ()))
+    second = evaluate(run, samples=5)
+    assert (first["decoded"], second["decoded"]) == (0, 5)
+    assert second["scores"]["Base-LCM"]["raw"]["l2_round_trip"] > 0
+    assert "l2_round_trip" not in first["scores"]["Base-LCM"]["raw"]
+
+
+@pytest.mark.parametrize("changes", [{"format_version": 2}, {"missing_concepts": 12}])
+def test_figures_of_other_definitions_or_of_less_data_are_not_told_again(run, changes, capsys):
+    first = evaluate(run)
+    (run / "evaluation.json").write_text(json.dumps({**first, **changes}))
+    capsys.readouterr()
+    again = evaluate(run)
+    assert "already evaluated" not in capsys.readouterr().out
+    assert {key: value for key, value in again.items() if not key.startswith("seconds")} == {
+        key: value for key, value in first.items() if not key.startswith("seconds")
+    }
+
+
+def test_the_distance_is_to_the_baseline_that_held_out_training_documents_choose(run, capsys):
+    found = evaluate(run)
+    errors, best = found["baselines"]["held_out_mse"], found["baselines"]["best"]
+    assert set(errors) == set(found["scores"]) - {"Base-LCM"}
+    assert errors[best] == min(errors.values())
+    assert found["difference"]["less"] == best
+    assert f"{best} is the best baseline on {found['baselines']['held_out']} targets of held-out training" in (
+        capsys.readouterr().out
+    )
 
 
 def test_another_dataset_leaves_the_run_s_own_figures_alone(run, make_dataset, tmp_path, capsys):

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcm_ds.evaluate.held import Held, Holder, count_nearer
 from lcm_ds.evaluate.ranks import Ranks
-from lcm_ds.evaluate.targets import Targets
+from lcm_ds.train.targets import Targets
 
 
 def targets(documents, length):
@@ -25,7 +25,7 @@ def held_of(parts, size):
 
 
 def part_of(whole, which):
-    fields = (whole.truth, whole.last, whole.context, whole.document, whole.position)
+    fields = (whole.truth, whole.last, whole.before, whole.context, whole.document, whole.position)
     return Targets(*(values[which] for values in fields))
 
 

@@ -1,17 +1,28 @@
 """`inspect` says what a dataset holds and what is wrong with it; `fit-normalizer` makes one normaliser of several."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
 from preparing import HashEncoder
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from lcm_ds.cli import main
 from lcm_ds.config import PrepareConfig
-from lcm_ds.data.format import DatasetInfo, commit, finish, open_dataset, read_normalizer, write_normalizer
+from lcm_ds.data.format import (
+    NORMALIZER,
+    DatasetInfo,
+    commit,
+    finish,
+    open_dataset,
+    read_normalizer,
+    write_normalizer,
+)
+from lcm_ds.data.index import index
 from lcm_ds.data.reader import open_shard
 from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.errors import InputError
@@ -165,6 +176,34 @@ def test_a_mixture_has_one_normaliser_fitted_by_weight(tmp_path, capsys):
     fit_normalizer([f"{low}=1", f"{high}=3"])
     assert (read_normalizer(low)[0] > 0.9).all()
     open_dataset(low)  # still a finished dataset
+
+
+def test_the_normaliser_of_short_supervised_documents_is_that_of_their_sentences(tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    with questions.open("w") as file:
+        for number in range(300):
+            row = {"id": str(number), "q": f"Question {number} is here.", "a": f"Answer {number} is here."}
+            file.write(json.dumps(row) + "\n")
+    source = {"name": "huggingface", "paths": [str(questions)], "source_column": "q", "target_column": "a"}
+    out = prepared(tmp_path, "pairs", source=source, documents_per_shard=150) / "train"
+    dataset = open_dataset(out)
+    documents = [shard.concepts(i) for shard in map(partial(open_shard, dataset), (0, 1)) for i in range(150)]
+    assert {len(document) for document in documents} == {4}  # a question, the suffix, an answer, the end of text
+    sentences = np.concatenate([document[[0, 2]] for document in documents]).astype(np.float32)
+    low, middle, high = np.percentile(sentences, (25, 50, 75), axis=0)
+    assert ((high - low) * 0.7413 > 0.8 * sentences.std(0)).all()
+
+    fit_normalizer([str(out)], output=str(tmp_path / "fitted.safetensors"))
+    index(str(out / "*.tar"), tmp_path / "index", like=str(out), supervised=dataset.info.supervised)
+    for file in (out / NORMALIZER, tmp_path / "fitted.safetensors", tmp_path / "index" / NORMALIZER):
+        found = load_file(file)
+        assert np.allclose(found["center"], middle)
+        assert np.allclose(found["scale"], (high - low) * 0.7413)
+        with safe_open(file, "np") as opened:
+            statistics = json.loads(opened.metadata()["statistics"])
+        assert statistics["samples"] == 600
+        told = statistics["mixture"][0] if "mixture" in statistics else statistics
+        assert told["left_out"] == ["end_of_text", "source_suffix"]
 
 
 def test_with_an_output_the_datasets_stay_as_they_are(dataset, tmp_path):

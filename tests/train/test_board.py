@@ -169,6 +169,8 @@ def test_a_sentence_is_no_markup():
 
 def test_numbers_of_a_validation_go_to_the_board_and_other_keys_do_not():
     assert tag_of("val_loss_of_mean") == "loss/validation_of_mean"
+    assert tag_of("val_loss_of_ridge") == "loss/validation_of_ridge"
+    assert tag_of("val_batch_mrr") == "val/batch_mrr"
     assert tag_of("val_anything") == "val/anything"
     assert tag_of("losses") is None
 

@@ -21,7 +21,7 @@ LINES = [
     r"step 0 of \d+, \d+ rows of \d+ concepts a step",
     r"in all [\d,]+ concepts, \d+\.\d\d epochs; warm-up \d+ steps, \S+% of the run",
     STEP,
-    r"step +\d+/\d+  validation loss +\S+(  mean \S+)?(  copy \S+)?  cosine \S+",
+    r"step +\d+/\d+  validation loss +\S+(  mean \S+)?(  copy \S+)?(  ridge \S+)?  cosine \S+",
     r"done: \d+ steps, [\d,]+ concepts; \S+",
     r"  (time|speed|validation|next|    ) +\S.*",
 ]
@@ -50,10 +50,10 @@ def test_lines_of_steps_have_the_same_columns():
 def test_a_validation_stands_beside_what_needs_no_training():
     values = {"val_loss": 0.8, "val_cosine": 0.35}
     assert validation_line(50, 200, values) == "step  50/200  validation loss  0.8000  cosine 0.3500"
-    both = {**values, "val_loss_of_mean": 0.98, "val_loss_of_copy": 1.35}
+    both = {**values, "val_loss_of_mean": 0.98, "val_loss_of_copy": 1.35, "val_loss_of_ridge": 0.81}
     assert (
         validation_line(50, 200, both)
-        == "step  50/200  validation loss  0.8000  mean 0.9800  copy 1.3500  cosine 0.3500"
+        == "step  50/200  validation loss  0.8000  mean 0.9800  copy 1.3500  ridge 0.8100  cosine 0.3500"
     )
 
 

@@ -14,7 +14,7 @@ def test_the_table_has_the_model_and_its_baselines(trained, concepts, call, tmp_
     assert figures == json.loads((run / "evaluation.json").read_text())
     scores = figures["scores"]
     assert all(name in out for name in scores)
-    assert len(scores) == 6
+    assert len(scores) == 8
     documents = [json.loads(line) for line in (concepts["validation"] / "shards.jsonl").read_text().splitlines()]
     held = sum(shard["concepts"] for shard in documents)
     # Each segment has a first concept that is no target, and a document one segment or more.
@@ -24,6 +24,7 @@ def test_the_table_has_the_model_and_its_baselines(trained, concepts, call, tmp_
     mse = {name: by["normalised"]["mse"] for name, by in scores.items()}
     assert mse["ridge from the last"] < mse["mean concept"] < mse["copy of the last"]
     assert mse["Base-LCM"] < mse["mean concept"]
+    assert figures["baselines"]["best"].startswith("ridge from")
     for by in scores.values():
         for space in ("normalised", "raw"):
             assert {"mse", "l2", "cosine", "ca", "variance_ratio"} <= set(by[space])

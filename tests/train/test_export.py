@@ -13,6 +13,7 @@ from runs import finish, metrics, run_dir, start
 
 from lcm_ds.errors import InputError
 from lcm_ds.files import sha256_of
+from lcm_ds.metrics import VERSION
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.train.checkpoint import load_model
 from lcm_ds.train.export import export
@@ -73,15 +74,23 @@ def test_an_evaluation_of_this_checkpoint_is_in_the_card_and_no_other(trained, t
     run, copy = run_dir(trained(2)), tmp_path / "run"
     shutil.copytree(run, copy)
     scores = {"Base-LCM": {"normalised": {"mse": 0.123456, "variance_ratio": 0.5}, "raw": {"l2": 1.5, "ca": None}}}
-    found = {"dataset": "texts", "documents": 3, "targets": 1234, "scores": scores}
+    difference = {"of": "Base-LCM", "less": "ridge from the last", "value": 0.0141, "interval": [0.0119, 0.0164]}
+    found = {"dataset": "texts", "documents": 3, "targets": 1234, "scores": scores, "difference": difference}
     complete = sha256_of(copy / "checkpoints" / "step_00000040" / "COMPLETE")
-    for name, checkpoint in (("its", complete), ("another", "0" * 64)):
-        (copy / "evaluation.json").write_text(json.dumps({**found, "checkpoint": checkpoint}))
+    for name, checkpoint, version in (
+        ("its", complete, VERSION),
+        ("another", "0" * 64, VERSION),
+        ("older", complete, VERSION - 1),
+    ):
+        written = {**found, "checkpoint": checkpoint, "format_version": version}
+        (copy / "evaluation.json").write_text(json.dumps(written))
         export(copy, tmp_path / name)
     card = (tmp_path / "its" / "README.md").read_text()
     assert "on texts, 3 documents, 1,234 targets:" in card
     assert "| Base-LCM | 0.1235 | 1.5 | – | – | 0.5 |" in card
-    assert "1,234" not in (tmp_path / "another" / "README.md").read_text()
+    assert "Base-LCM less ridge from the last, the best baseline: mse +0.0141 (95 %: +0.0119 to +0.0164)." in card
+    for name in ("another", "older"):
+        assert "1,234" not in (tmp_path / name / "README.md").read_text()
 
 
 def test_sonars_licence_is_named_where_the_concepts_are_sonars(trained, concepts, tmp_path):

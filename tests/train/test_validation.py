@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 from runs import run_dir
 
+from lcm_ds.config import DataConfig
 from lcm_ds.data.format import open_dataset
 from lcm_ds.data.loader import validation_batches
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.train.checkpoint import load_model
+from lcm_ds.train.linear import RIDGES, Training, best_of
+from lcm_ds.train.targets import Reader
 
 ROWS = 16  # evaluate.rows of these runs
 
@@ -60,6 +63,7 @@ def test_figures_are_those_of_the_weights(trained, targets):
     expect("val_cosine", F.cosine_similarity(predicted, truth).mean())
     expect("val_loss_of_copy", (last - truth).square().mean())
     expect("val_loss_of_mean", (truth.mean(0) - truth).square().mean())
+    assert figures["val_loss_of_ridge"] < figures["val_loss_of_mean"] < figures["val_loss_of_copy"]
     expect("val_variance_ratio", predicted.var(0).sum() / truth.var(0).sum())
     best = [
         (F.cosine_similarity(x, context).max(), F.cosine_similarity(y, context).max())
@@ -78,6 +82,18 @@ def test_figures_are_those_of_the_weights(trained, targets):
     expect("val_effective_rank", (-(shares * shares.log()).sum()).exp())
     assert 1 < figures["val_effective_rank"] < figures["val_effective_rank_of_targets"] < 16
     assert 0.5 < figures["val_ca"] < 1
+
+
+def test_the_ridge_is_fitted_to_the_training_data_and_chosen_there(trained, concepts, targets):
+    normalizer, _ = targets
+    reader = Reader(DataConfig(train=str(concepts["train"]), row_length=32, max_segment=16))
+    training, validation = (open_dataset(concepts[split]) for split in ("train", "validation"))
+    sums = Training.of((rows.targets for _, rows in reader.rows(training, normalizer)), 16, torch.device("cpu"), list)
+    ridges = sums.predictors(tuple(RIDGES))
+    ridge = ridges[best_of(ridges)]
+    errors = [(ridge(rows.targets) - rows.targets.truth).square().mean(1)
+              for _, rows in reader.rows(validation, normalizer, ROWS)]  # fmt: skip
+    assert validated(trained(2))["val_loss_of_ridge"] == pytest.approx(torch.cat(errors).mean().item(), rel=1e-3)
 
 
 def test_the_error_by_position_is_that_of_targets_with_so_many_concepts_before_them(trained, targets):
