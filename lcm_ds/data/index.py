@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -177,6 +177,8 @@ def _read(
             _check_type(shard, place, reading)
             _scan(shard, place, sample, lock)
             info = listed
+            if shard.supervised:  # raises where a document lacks one of its parts
+                info = replace(listed, lengths=shard.lengths.tolist(), given=shard.given.tolist())
             if shard.dtype is not None:
                 found = (shard.embed_dim, shard.dtype.name)
         return wrong, info
@@ -237,4 +239,3 @@ def _scan(shard: Shard, place: str, sample: UniformSample, lock: Lock) -> None:
         shard.meta(document)
         with lock:
             sample.add(f"{place}/{key}", concepts)
-    shard.given  # noqa: B018 (raises where a supervised document lacks one of its parts)

@@ -16,7 +16,7 @@ from lcm_ds.evaluate.words import load_words
 from lcm_ds.files import no_file_mistake, read_object, write_named
 from lcm_ds.train.place import Place
 
-FORMAT_VERSION = 2  # of what is written
+FORMAT_VERSION = 3  # of what is written
 FILE, FIGURE = "evaluation.json", "evaluation.png"
 SAMPLES = 256  # targets that are decoded
 

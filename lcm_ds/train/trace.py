@@ -59,7 +59,7 @@ def trace(
 def _told(loss: float | None) -> str:
     if loss is None:
         return "not logged"
-    return f"{loss:.6g}" if math.isfinite(loss) else "not finite"
+    return f"{loss:.6g}" if math.isfinite(loss) else "not finite, or without targets"
 
 
 def _print(line: TraceLine, text: bool, named: bool) -> None:

@@ -32,7 +32,7 @@ def validate(stepper: Stepper, dataset: Dataset, moved: Callable[[], None]) -> d
     targets are the candidates), val_effective_rank and val_effective_rank_of_targets. val_loss_of_copy and
     val_loss_of_mean are the losses of who predicts the last concept, and the mean of these very targets.
     val_error_by_position: entry i is the loss of targets with i + 1 concepts before them in their segment, None where
-    there are none.
+    there are none. Without targets there are no figures: None.
     """
     config, place = stepper.job.config, stepper.place
     stepper.engine.eval()
@@ -85,7 +85,9 @@ class _Sums:
         """The figures over all ranks; all of them call this."""
         for sums in (self.totals, self.moments, self.by_position):
             dist.all_reduce(sums)
-        count = self.totals[4].clamp(min=1)
+        count = self.totals[4]
+        if not count:
+            return {**dict.fromkeys(("val_loss", "val_loss_sum", "val_cosine", "val_l2")), "val_targets": 0}
         loss, cosine, l2, of_copy, _ = (self.totals / count).tolist()
         of_predictions, of_targets = metrics.variance(count.repeat(2), self.moments[::2], self.moments[1::2].sum(1))
         errors, counts = self.by_position[:, 1:].tolist()  # the first of a segment is no target
@@ -97,7 +99,7 @@ class _Sums:
             "val_loss_of_copy": of_copy,
             "val_loss_of_mean": of_targets.item() / self.dims,
             "val_variance_ratio": (of_predictions / of_targets).item(),
-            "val_targets": int(self.totals[4].item()),
+            "val_targets": int(count.item()),
             "val_error_by_position": [
                 error / count if count else None for error, count in zip(errors, counts, strict=True)
             ],
