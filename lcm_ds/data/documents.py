@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lcm_ds.data.format import SHARDS, Dataset
+from lcm_ds.data.format import Dataset
 from lcm_ds.data.plan import Source
 from lcm_ds.data.reader import open_shard
 
@@ -43,9 +43,8 @@ def parts_of(dataset: Dataset) -> list[Parts]:
     unknown = [i for i, shard in enumerate(dataset.shards) if shard.lengths is None and shard.sha256 not in _read]
     if unknown:
         logger.warning(
-            "%s: %s was written by an earlier version: the documents' lengths are read from %d shards",
+            "%s: shards.jsonl was written by an earlier version: the documents' lengths are read from %d shards",
             dataset.path,
-            SHARDS,
             len(unknown),
         )
         unchecked = replace(dataset, checksums=False)  # they are compared when their concepts are read
@@ -118,7 +117,7 @@ def limit(row_length: int, max_segment: int) -> str:
     return f"data.row_length {row_length}" if row_length < max_segment else f"data.max_segment {max_segment}"
 
 
-def nothing_to_learn(dataset: Dataset, row_length: int, max_segment: int) -> str | None:
+def missing_targets(dataset: Dataset, row_length: int, max_segment: int) -> str | None:
     """Why a dataset has no targets, where that is known before its shards are read; None: it has some.
 
     Raises InputError as `parts_of`.

@@ -9,7 +9,7 @@ from typing import Any
 
 from lcm_ds.config import DataConfig, TrainConfig, WeightedPath, load
 from lcm_ds.data.concepts import ConceptInfo
-from lcm_ds.data.documents import nothing_to_learn
+from lcm_ds.data.documents import missing_targets
 from lcm_ds.data.format import Dataset, open_for_run
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import read_object, sha256_of
@@ -57,7 +57,7 @@ class Subject:
                 f"{validation.path}: encoded with {validation.info.encoder}, the model is trained on {encoder}"
             )
         with mistakes:
-            if wrong := nothing_to_learn(validation, self.data.row_length, self.data.max_segment):
+            if wrong := missing_targets(validation, self.data.row_length, self.data.max_segment):
                 raise InputError(wrong)
         mistakes.raise_if_any()
         return training, validation

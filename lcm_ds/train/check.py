@@ -12,7 +12,7 @@ import numpy as np
 from lcm_ds import ds_config
 from lcm_ds.config import TrainConfig, read_yaml, validate
 from lcm_ds.data.cache import Cache
-from lcm_ds.data.documents import nothing_to_learn, source_of
+from lcm_ds.data.documents import missing_targets, source_of
 from lcm_ds.data.format import NORMALIZER, Dataset, open_dataset, read_normalizer
 from lcm_ds.data.plan import Plan, fingerprint
 from lcm_ds.errors import Collector, InputError
@@ -114,7 +114,7 @@ def check(path: str | Path, overrides: Sequence[str], world_size: int) -> Job:
     for key, some in (("data.train", datasets), ("data.validation", [validation])):
         for dataset in (each for each in some if each is not None):
             with mistakes:
-                if wrong := nothing_to_learn(dataset, config.data.row_length, config.data.max_segment):
+                if wrong := missing_targets(dataset, config.data.row_length, config.data.max_segment):
                     raise InputError(f"{path}: {key}: {wrong}")
     mistakes.raise_if_any()
     assert model is not None

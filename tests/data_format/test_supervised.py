@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcm_ds.data import documents
-from lcm_ds.data.documents import nothing_to_learn, parts_of, reach, source_of
+from lcm_ds.data.documents import missing_targets, parts_of, reach, source_of
 from lcm_ds.data.format import (
     SHARDS,
     Dataset,
@@ -131,7 +131,7 @@ def test_every_target_whose_document_fits_is_seen_once_an_epoch(
     assert concepts == 2 * sum(map(sum, parts))
     found = reach(dataset, row_length, max_segment)
     assert (found.reached, found.all) == (len(expected), sum(learned for _, learned in parts))
-    assert (nothing_to_learn(dataset, row_length, max_segment) is None) == bool(expected)
+    assert (missing_targets(dataset, row_length, max_segment) is None) == bool(expected)
     assert targets(list(validation_batches(dataset, row_length, max_segment, 2, 0, 1))) == expected
 
 
@@ -256,17 +256,17 @@ def test_lists_that_are_not_those_of_the_tar_are_named(make: Callable[..., Datas
 
 def test_a_dataset_without_targets_is_named_with_why(make: Callable[..., Dataset]) -> None:
     long = make([(20, 4), (22, 3)])
-    assert nothing_to_learn(long, 32, 21) is None
-    wrong = nothing_to_learn(long, 32, 16)
+    assert missing_targets(long, 32, 21) is None
+    wrong = missing_targets(long, 32, 16)
     assert wrong is not None
     assert wrong.startswith(f"{long.path}: holds nothing to predict: sources have 20 concepts or more")
     assert "data.max_segment 16" in wrong
-    assert "data.row_length 18" in (nothing_to_learn(long, 18, 24) or "")
+    assert "data.row_length 18" in (missing_targets(long, 18, 24) or "")
     single = make([(1, 0)] * 4, supervised=False)
-    assert nothing_to_learn(single, 32, 16) == (
+    assert missing_targets(single, 32, 16) == (
         f"{single.path}: holds nothing to predict: each of its documents is a single concept"
     )
-    assert nothing_to_learn(make([(1, 0)] * 4 + [(2, 0)], supervised=False), 32, 16) is None
+    assert missing_targets(make([(1, 0)] * 4 + [(2, 0)], supervised=False), 32, 16) is None
 
 
 def test_in_a_mixture_plain_documents_are_learned_whole(make: Callable[..., Dataset]) -> None:
