@@ -12,7 +12,7 @@ import numpy as np
 from lcm_ds import ds_config
 from lcm_ds.config import TrainConfig, read_yaml, validate
 from lcm_ds.data.cache import Cache
-from lcm_ds.data.documents import missing_targets, source_of
+from lcm_ds.data.documents import limit, missing_targets, reach, source_of
 from lcm_ds.data.format import NORMALIZER, Dataset, open_dataset, read_normalizer
 from lcm_ds.data.plan import Plan, fingerprint
 from lcm_ds.errors import Collector, InputError
@@ -148,6 +148,25 @@ def plan_of(config: TrainConfig, datasets: Sequence[Dataset]) -> tuple[Plan, str
     marks = [dataset.fingerprint for dataset in datasets]
     mark = fingerprint(marks, weights, config.seed, rows, length, longest, supervised)
     return Plan(sources, config.seed, rows, length, config.epochs), mark
+
+
+def reach_lines(job: Job) -> list[str]:
+    """A line for each supervised dataset: how many of its targets are reached.
+
+    An unsupervised one loses the first concept of each segment only; how many those are its shards' counts do not tell.
+    """
+    data, lines = job.config.data, []
+    for when, datasets in (("an epoch", job.datasets), ("validation", [job.validation] if job.validation else [])):
+        for dataset in datasets:
+            if dataset.info.supervised is not None:
+                found = reach(dataset, data.row_length, data.max_segment)
+                lost = found.all - found.reached
+                why = f"{lost:,} are lost: documents longer than {limit(data.row_length, data.max_segment)}"
+                lines.append(
+                    f"{dataset.path}: {when} reaches {found.reached:,} of {found.all:,} targets"
+                    + (f"; {why}" if lost else "")
+                )
+    return lines
 
 
 def _step_mistakes(job: Job, path: str | Path) -> list[str]:

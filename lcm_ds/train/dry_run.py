@@ -9,9 +9,8 @@ import torch
 from lcm_ds import ds_config
 from lcm_ds.model.flops import training_flops
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.train.check import Job
+from lcm_ds.train.check import Job, reach_lines
 from lcm_ds.train.memory import lines
-from lcm_ds.train.run_folder import reach_lines
 
 
 def dry_run(job: Job, ranks: int) -> None:

@@ -18,9 +18,8 @@ import transformers
 import lcm_ds
 from lcm_ds import ds_config
 from lcm_ds.config import dump
-from lcm_ds.data.documents import limit, reach
 from lcm_ds.files import write_whole
-from lcm_ds.train.check import Job
+from lcm_ds.train.check import Job, reach_lines
 from lcm_ds.train.console import console
 from lcm_ds.train.place import Place
 
@@ -62,25 +61,6 @@ def prepare_run_folder(job: Job, place: Place) -> None:
     """The config as resolved comes, with versions and world size (rank 0)."""
     write_whole(job.run_dir / "config.yaml", dump(job.config, world_size=place.world_size, **versions()))
     write_whole(job.run_dir / "ds_config.json", json.dumps(job.ds, indent=2) + "\n")
-
-
-def reach_lines(job: Job) -> list[str]:
-    """A line for each supervised dataset: how many of its targets are reached.
-
-    An unsupervised one loses the first concept of each segment only; how many those are its shards' counts do not tell.
-    """
-    data, lines = job.config.data, []
-    for when, datasets in (("an epoch", job.datasets), ("validation", [job.validation] if job.validation else [])):
-        for dataset in datasets:
-            if dataset.info.supervised is not None:
-                found = reach(dataset, data.row_length, data.max_segment)
-                lost = found.all - found.reached
-                why = f"{lost:,} are lost: documents longer than {limit(data.row_length, data.max_segment)}"
-                lines.append(
-                    f"{dataset.path}: {when} reaches {found.reached:,} of {found.all:,} targets"
-                    + (f"; {why}" if lost else "")
-                )
-    return lines
 
 
 def announce(job: Job, place: Place, engine: deepspeed.DeepSpeedEngine, start: int, begun: str | None = None) -> None:
