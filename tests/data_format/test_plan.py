@@ -200,7 +200,7 @@ def segment_ends(source: Source, piece: Piece, seed: int) -> list[int]:
     return ends
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(packed())
 def test_a_row_of_supervised_documents_is_full_of_complete_segments(args: tuple[Source, tuple]) -> None:
     source, (seed, lanes, row_length, epochs) = args

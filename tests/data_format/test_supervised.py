@@ -108,7 +108,7 @@ def test_what_is_behind_the_first_segment_has_lost_its_source_and_is_no_target(m
         assert sum(batch.real_concepts for batch in batches) == sum(map(sum, PARTS))
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_every_target_whose_document_fits_is_seen_once_an_epoch(
     make: Callable[..., Dataset], data: st.DataObject
@@ -135,7 +135,7 @@ def test_every_target_whose_document_fits_is_seen_once_an_epoch(
     assert targets(list(validation_batches(dataset, row_length, max_segment, 2, 0, 1))) == expected
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_the_global_batch_is_the_same_for_any_world_size_micro_batch_and_workers(
     make: Callable[..., Dataset], data: st.DataObject
