@@ -92,17 +92,19 @@ def test_datasets_without_targets_are_refused_by_whatever_checks_a_run(
     supervised = synthetic_dataset(documents=10, lengths=(22, 26), given=20)
     single = dataset_of([1] * 31, tmp_path)
     sizes = {"row_length": 32, "max_segment": 16}
-    config = make_config(data={"train": str(supervised), "validation": str(single), **sizes})
-    lines = refused("train", config)
-    assert lines == [
-        f"{config}: data.train: {supervised}: holds nothing to predict: sources have 20 concepts or more, and a target "
-        "is only reached within data.max_segment 16; a larger value, or shorter sources, will do",
-        f"{config}: data.validation: {single}: holds nothing to predict: each of its documents is a single concept",
+    config = make_config(data={"train": str(supervised), "validation": str(supervised), **sizes})
+    why = (
+        f"{supervised}: holds nothing to predict: sources have 20 concepts or more, and a target is only reached "
+        "within data.max_segment 16; a larger value, or shorter sources, will do"
+    )
+    lines = [f"{config}: data.train: {why}", f"{config}: data.validation: {why}"]
+    for command in (["train"], ["train", "--dry-run"], ["launch", "--local", "2"], ["doctor"]):
+        assert refused(*command, config) == lines
+    assert call("train", config, "--dry-run", "data.max_segment=21")[0] == 0
+    config = make_config(data={"train": str(single), **sizes})
+    assert refused("train", config) == [
+        f"{config}: data.train: {single}: holds nothing to predict: each of its documents is a single concept"
     ]
-    for command in (["train", config, "--dry-run"], ["launch", "--local", "2", config], ["doctor", config]):
-        assert refused(*command) == lines
-    data = {"train": str(supervised), "validation": str(supervised), **sizes}
-    assert call("train", make_config(data={**data, "max_segment": 21}), "--dry-run")[0] == 0
 
 
 def test_a_run_whose_steps_have_no_targets_ends_with_a_mistake_and_nothing_is_a_loss(make_config, tmp_path):
@@ -117,6 +119,7 @@ def test_a_run_whose_steps_have_no_targets_ends_with_a_mistake_and_nothing_is_a_
         evaluate={"every": 1, "rows": 1},
         checkpoint={"every": 2},
         log={"every": 1, "samples": 0},
+        optim={"lr": 1e-3},
         steps=2,
     )
     code, out, err = finish(start("train", config))
