@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from lcm_ds.data.format import DatasetInfo, EndOfText, commit, finish, write_normalizer
+from lcm_ds.data.format import DatasetInfo, EndOfText, Supervised, commit, finish, write_normalizer
 from lcm_ds.data.normalizer import fit
 from lcm_ds.data.writer import Document, write_shard
 
@@ -26,7 +27,8 @@ def synthetic_dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     """Makes finished datasets of random but learnable concepts; the same call gives the same folder: do not change it.
 
     synthetic_dataset(documents=40, embed_dim=16, documents_per_shard=10, seed=0, dtype="float16",
-    lengths=(2, 30)) -> the dataset's folder. Documents have `lengths` concepts, both ends and the end-of-text included.
+    lengths=(2, 30), given=None) -> the dataset's folder. Documents have `lengths` concepts, both ends and the
+    end-of-text included; given: so many of them are the source of a supervised document.
     """
 
     @cache
@@ -37,16 +39,19 @@ def synthetic_dataset(tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
         seed: int = 0,
         dtype: str = "float16",
         lengths: tuple[int, int] = (2, 30),
+        given: int | None = None,
     ) -> Path:
         folder = tmp_path_factory.mktemp("dataset")
-        made = synthetic_documents(documents, embed_dim, seed, lengths)
+        made = [replace(each, given=given) for each in synthetic_documents(documents, embed_dim, seed, lengths)]
         for shard, first in enumerate(range(0, documents, documents_per_shard)):
             some = made[first : first + documents_per_shard]
             commit(folder, write_shard(folder, f"shard-{shard:05d}.tar", some, dtype))
         write_normalizer(folder, *synthetic_normalizer(embed_dim), {})
         end = EndOfText(text=END_OF_TEXT, vector=made[0].concepts[-1].tolist())
         encoder = {"name": "synthetic", "model": f"rotation-{embed_dim}", "revision": None}
-        finish(folder, DatasetInfo(encoder=encoder, embed_dim=embed_dim, dtype=dtype, end_of_text=end))
+        supervised = None if given is None else Supervised()
+        info = DatasetInfo(encoder=encoder, embed_dim=embed_dim, dtype=dtype, end_of_text=end, supervised=supervised)
+        finish(folder, info)
         return folder
 
     return make

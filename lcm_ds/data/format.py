@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Event
@@ -48,10 +48,25 @@ class ShardInfo:
     concepts: Count
     bytes: Count
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    # of a supervised dataset: concepts of each document, and how many of them are its source; earlier versions wrote
+    # neither
+    lengths: list[Count] | None = None
+    given: list[Count] | None = None
 
     def line(self) -> str:
-        """The canonical JSON of this shard, which the dataset's fingerprint is made of; without a newline."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        """The canonical JSON of this shard, without a newline; what is not known is left out."""
+        known = {key: value for key, value in asdict(self).items() if value is not None}
+        return json.dumps(known, sort_keys=True, separators=(",", ":"))
+
+    def mistake(self) -> str | None:
+        """What is wrong with the lists; they have to agree with the counts and with each other."""
+        if self.lengths is None and self.given is None:
+            return None
+        lengths, given = self.lengths or [], self.given or []
+        fits = len(lengths) == len(given) == self.documents and sum(lengths) == self.concepts
+        if fits and all(part <= length for part, length in zip(given, lengths, strict=True)):
+            return None
+        return "lengths and given have to be of each document, and to add up to concepts"
 
 
 class Totals(Schema):
@@ -139,8 +154,12 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the lines of shards.jsonl in order of the shards' names; a supervised dataset has another."""
-        lines = [shard.line() for shard in self.shards] + ["supervised"] * (self.info.supervised is not None)
+        """sha256 over the lines of shards.jsonl in order of the shards' names; a supervised dataset has another.
+
+        Without the lists of its documents' lengths, which follow from its shards and may be missing.
+        """
+        lines = [replace(shard, lengths=None, given=None).line() for shard in self.shards]
+        lines += ["supervised"] * (self.info.supervised is not None)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def place(self, index: int) -> str:
@@ -260,6 +279,8 @@ def read_shards(folder: str | Path) -> list[ShardInfo]:
             reasons = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
             mistakes.append(f"{path}, line {number}: {reasons}")
             continue
+        if wrong := shard.mistake():
+            mistakes.append(f"{path}, line {number}: {wrong}")
         if shard.name in shards:
             mistakes.append(f"{path}, line {number}: {shard.name} is listed twice")
         shards[shard.name] = shard

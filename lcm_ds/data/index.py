@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -181,6 +181,8 @@ def _read(
             _check_type(shard, place, reading)
             _scan(shard, place, reading, sample, lock)
             info = listed
+            if shard.supervised:  # raises where a document lacks one of its parts
+                info = replace(listed, lengths=shard.lengths.tolist(), given=shard.given.tolist())
             if shard.dtype is not None:
                 found = (shard.embed_dim, shard.dtype.name)
         return wrong, info

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from lcm_ds.data.buffers import Buffers
+from lcm_ds.data.documents import longest_segment, source_of
 from lcm_ds.data.format import Dataset
-from lcm_ds.data.plan import Piece, Plan, Source, document_order
+from lcm_ds.data.plan import Piece, Plan, document_order
 from lcm_ds.data.reader import Shard, look_ahead, open_shard
 from lcm_ds.data.remote import Stopped
 from lcm_ds.data.rows import Row, Segment, ShardInOrder, blank, cut, fill
@@ -201,7 +202,7 @@ def validation_batches(
     reads it. Every rank has the same number of batches. No row comes twice: the last ones are filled up with rows
     without concepts. A thread reads ahead. Bad shards: as of `Loader`.
     """
-    plan = Plan([Source([shard.concepts for shard in dataset.shards])], VALIDATION_SEED, 1, row_length, epochs=1)
+    plan = Plan([source_of(dataset, row_length, max_segment)], VALIDATION_SEED, 1, row_length, epochs=1)
     assert plan.steps is not None
     beyond = plan.steps
     rows = beyond if rows is None else min(rows, beyond)
@@ -284,7 +285,10 @@ class _Rows:
         pinned: bool = False,
         stopped: Event | None = None,
     ) -> None:
-        self.datasets, self.plan, self.max_segment = datasets, plan, max_segment
+        self.datasets, self.plan = datasets, plan
+        self._longest = [longest_segment(dataset, plan.row_length, max_segment) for dataset in datasets]
+        # Else rows would cut supervised documents: targets without a source, unnoticed.
+        assert all(plan.packs(i) == (each.info.supervised is not None) for i, each in enumerate(datasets)), "source_of"
         dtype = torch.float32 if any(d.info.dtype in ("float32", "bfloat16") for d in datasets) else torch.float16
         self._buffers = Buffers((micro_batch_rows, plan.row_length, datasets[0].embed_dim), dtype, pinned)
         elsewhere = any(dataset.any_elsewhere for dataset in datasets)
@@ -333,7 +337,7 @@ class _Rows:
 
     def segments(self, piece: Piece) -> Iterator[Segment]:
         """The segments of a piece, in order."""
-        return cut(self._in_order(piece), piece.start, piece.stop, self.max_segment)
+        return cut(self._in_order(piece), piece.start, piece.stop, self._longest[piece.source])
 
     @contextmanager
     def leaving_out(self, piece: Piece) -> Iterator[list[InputError]]:

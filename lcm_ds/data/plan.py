@@ -1,7 +1,9 @@
 """The plan: which concepts step s, lane j holds, as a pure function of the shards' sizes, a seed and the batch.
 
 Nothing is replayed to find a step: a lane is a list of shards with prefix sums, extended an epoch at a time, and a row
-is a range of its concepts. No I/O here, and nothing of the machine: not the world size, not the micro-batch.
+is a range of its concepts. Supervised documents are not cut by the ends of rows: of their shards the plan knows each
+document's length, and a shard takes complete rows. No I/O here, and nothing of the machine: not the world size, not the
+micro-batch.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -22,8 +24,10 @@ import numpy as np
 
 from lcm_ds.errors import InputError
 
-# Part of every fingerprint: it has to change when the order does.
-ORDER = 1
+# Part of every fingerprint: it has to change when the order does; the second for orders with a supervised dataset.
+ORDER, SUPERVISED_ORDER = 1, 2
+# Shards whose rows are kept, besides two of each lane: they are found again when they are asked for.
+ROWS_KEPT = 256
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,9 @@ class Source:
 
     concepts: Sequence[int]  # of each shard, in order of the shards' names
     weight: float = 1.0  # share of the lanes
+    # of a supervised dataset: concepts of each document of each shard; and of a segment, at most
+    lengths: Sequence[Sequence[int]] | None = None
+    longest: int | None = None
 
 
 class Piece(NamedTuple):
@@ -48,8 +55,8 @@ class Epoch(NamedTuple):
     """What an epoch of one source gives to each of its lanes; lane j's part is bounds[j] to bounds[j + 1]."""
 
     shards: np.ndarray  # int32 [shards], lane by lane in the order in which they were handed out
-    # concepts of the lane up to the end of that shard, all its epochs included; a view of int64 [shards] that bisect
-    # reads several times as fast as the array
+    # where that shard ends in its lane, all epochs before included; a view of int64 [shards] that bisect reads several
+    # times as fast as the array
     ends: memoryview
     bounds: list[int]  # [lanes + 1]
 
@@ -73,7 +80,7 @@ class Plan:
         self.seed, self.rows_per_step, self.row_length, self.epochs = seed, rows_per_step, row_length, epochs
         self.lanes_per_source = share_lanes([source.weight for source in sources], rows_per_step)
         self._streams = [
-            _Stream(number, source.concepts, lanes, seed, epochs)
+            _Stream(number, source, lanes, seed, epochs, row_length)
             for number, (source, lanes) in enumerate(zip(sources, self.lanes_per_source, strict=True))
         ]
         self._place_of_lane = [(s, lane) for s, lanes in enumerate(self.lanes_per_source) for lane in range(lanes)]
@@ -81,7 +88,8 @@ class Plan:
     def pieces(self, step: int, lane: int) -> list[Piece]:
         """The row of `lane` (0 to rows_per_step − 1) in `step` (from 0), in order.
 
-        Together row_length concepts; fewer where the lane ends in this row, none after that.
+        Together row_length concepts; fewer where the lane ends in this row, none after that. Of a supervised source one
+        piece of complete segments, fewer concepts where the next segment would not have fitted.
         """
         source, own = self._place_of_lane[lane]
         return self._streams[source].pieces(own, step * self.row_length, (step + 1) * self.row_length)
@@ -110,6 +118,15 @@ class Plan:
         """Concepts in the rows before `step`, over the concepts there are."""
         return self.concepts(step) / sum(stream.total for stream in self._streams)
 
+    def packs(self, source: int) -> bool:
+        """Whether rows of a source hold complete segments, as those of a supervised dataset have to."""
+        return self._streams[source].packs
+
+    @cached_property
+    def places(self) -> int:
+        """Concepts that the rows of the first epoch have room for: the concepts there are, and what is left empty."""
+        return sum(int(stream.sizes(0).sum()) for stream in self._streams)
+
 
 def share_lanes(weights: Sequence[float], lanes: int) -> list[int]:
     """`lanes` shared out in proportion to `weights`: whole parts, then by largest remainder (first of equals).
@@ -135,12 +152,55 @@ def document_order(seed: int, epoch: int, source: int, shard: int, documents: in
     return _permutation(f"documents/{seed}/{epoch}/{source}/{shard}", documents)
 
 
+def rows_of(lengths: np.ndarray, longest: int, row_length: int) -> list[int]:
+    """Documents, packed into rows in their order: row i holds the concepts [i] to [i + 1], counted through them.
+
+    A segment that would be cut by the end of a row begins the next one.
+
+    Args:
+        lengths: int64 [documents], concepts of each; one longer than `longest` is several segments.
+        longest: concepts of a segment, at most; row_length at most.
+        row_length: concepts of a row, at most.
+
+    Returns:
+        Where each row begins, and behind the last one where that ends.
+    """
+    segments = -(-lengths // longest)
+    document = np.repeat(np.arange(len(lengths)), segments)
+    number = np.arange(len(document)) - (np.cumsum(segments) - segments)[document]  # in its document
+    begins = np.cumsum(lengths) - lengths
+    ends = (begins[document] + np.minimum((number + 1) * longest, lengths[document])).tolist()
+    rows, at = [0], 0
+    while at < len(ends):
+        at = bisect_right(ends, rows[-1] + row_length, at)
+        rows.append(ends[at - 1])
+    return rows
+
+
 def fingerprint(
-    datasets: Sequence[str], weights: Sequence[float], seed: int, rows_per_step: int, row_length: int, max_segment: int
+    datasets: Sequence[str],
+    weights: Sequence[float],
+    seed: int,
+    rows_per_step: int,
+    row_length: int,
+    max_segment: int,
+    supervised: bool = False,
 ) -> str:
-    """sha256 over all that decides the order of data; datasets: the fingerprints of the datasets.
+    """sha256 over all that decides the order of data.
 
     A limit of epochs is not in it: it ends the order, and does not change it.
+
+    Args:
+        datasets: the fingerprints of the datasets.
+        weights: their shares, of any sum.
+        seed: of the run.
+        rows_per_step: lanes.
+        row_length: concepts of a row.
+        max_segment: concepts of a segment, at most.
+        supervised: whether one of the datasets is, so that rows are cut by their documents' lengths.
+
+    Returns:
+        The checksum, in hexadecimal.
     """
     total = sum(Fraction(weight) for weight in weights)
     order = {
@@ -152,38 +212,47 @@ def fingerprint(
         "row_length": row_length,
         "max_segment": max_segment,
     }
+    if supervised:
+        order["supervised_order"] = SUPERVISED_ORDER
     return hashlib.sha256(json.dumps(order, sort_keys=True).encode()).hexdigest()
 
 
 class _Stream:
-    """The lanes of one source, laid out epoch by epoch as far as somebody has asked."""
+    """The lanes of one source, laid out epoch by epoch as far as somebody has asked.
 
-    def __init__(self, number: int, concepts: Sequence[int], lanes: int, seed: int, limit: int | None) -> None:
-        self.number, self.lanes, self.seed, self.limit = number, lanes, seed, limit
-        self.concepts = np.asarray(concepts, np.int64)
+    Positions in a lane are counted with what is left empty in the rows of supervised documents.
+    """
+
+    def __init__(self, number: int, source: Source, lanes: int, seed: int, limit: int | None, row_length: int) -> None:
+        self.number, self.lanes, self.seed, self.limit, self.row_length = number, lanes, seed, limit, row_length
+        self.concepts = np.asarray(source.concepts, np.int64)
         self.total = int(self.concepts.sum())
         if self.total == 0:
             raise InputError(f"dataset {number} of the mixture holds no concepts")
+        self.packs = source.lengths is not None
+        self._lengths = [np.asarray(each, np.int64) for each in source.lengths or ()]
+        self._longest = min(source.longest or row_length, row_length)
+        self._rows = lru_cache(2 * lanes + ROWS_KEPT)(self._pack)
         self._epochs: list[Epoch] = []
         self._lane_ends = [[0] * lanes]  # before the first epoch, after the first epoch, …
         self._extending = threading.Lock()
 
     def pieces(self, lane: int, start: int, stop: int) -> list[Piece]:
-        """Concepts `start` to `stop` of a lane's stream."""
+        """What is from `start` to `stop` in a lane; of supervised documents complete rows."""
         self._extend(lane, stop)
         pieces: list[Piece] = []
         for epoch, shard, end in self._from(lane, start):
-            first = end - int(self.concepts[shard])
+            first = end - self._size(epoch, shard)
             until = min(stop, end)
             if until > start:  # a shard may be empty
-                pieces.append(Piece(self.number, epoch, shard, start - first, until - first))
+                pieces.append(self._piece(epoch, shard, start - first, until - first))
                 start = until
             if start == stop:
                 break
         return pieces
 
     def coming(self, lane: int, start: int, count: int) -> list[int]:
-        """The first `count` shards of a lane from concept `start` on; fewer where it ends."""
+        """The first `count` shards of a lane from `start` on; fewer where it ends."""
         stop = start + 1
         while True:
             self._extend(lane, stop)
@@ -193,7 +262,7 @@ class _Stream:
             stop = self._lane_ends[-1][lane] + 1
 
     def _from(self, lane: int, start: int) -> Iterator[tuple[int, int, int]]:
-        """The shards of a lane from concept `start` on: epoch, shard, and the lane's concepts up to its end."""
+        """The shards of a lane from `start` on: epoch, shard, and where that ends in the lane."""
         epoch = bisect_right(self._lane_ends, start, key=lambda ends: ends[lane]) - 1
         while epoch < len(self._epochs):
             shards, ends, bounds = self._epochs[epoch]
@@ -203,16 +272,55 @@ class _Stream:
             epoch += 1
 
     def longest_lane(self) -> int:
-        """Concepts of the longest lane over all epochs, of which there have to be a limited number."""
+        """Where the longest lane ends after all epochs, of which there have to be a limited number."""
         self._extend(0, None)
         return max(self._lane_ends[-1])
 
     def concepts_up_to(self, stop: int) -> int:
-        """Concepts of all lanes together, each up to its concept `stop`."""
+        """Concepts of all lanes together, each up to `stop`."""
+        if self.packs:
+            return sum(self._read_before(lane, stop) for lane in range(self.lanes))
         if self.limit is None:  # no lane ends
             return stop * self.lanes
         self._extend(0, None)
         return int(np.minimum(self._lane_ends[-1], stop).sum())
+
+    def _read_before(self, lane: int, stop: int) -> int:
+        """Concepts of a lane up to `stop`, what is left empty in its rows not counted."""
+        read = 0
+        self._extend(lane, stop)
+        for epoch, (shards, ends, bounds) in enumerate(self._epochs):
+            last = bounds[lane + 1]
+            at = bisect_right(ends, stop, bounds[lane], last)
+            read += int(self.concepts[shards[bounds[lane] : at]].sum())
+            if at < last:
+                begin = ends[at] - self._size(epoch, int(shards[at]))
+                if stop > begin:
+                    read += self._piece(epoch, int(shards[at]), 0, stop - begin).stop
+                break
+        return read
+
+    def sizes(self, epoch: int) -> np.ndarray:
+        """int64 [shards]: what each shard takes of its lane in an epoch."""
+        if not self.packs:
+            return self.concepts
+        return np.array([self._size(epoch, shard) for shard in range(len(self.concepts))], np.int64)
+
+    def _size(self, epoch: int, shard: int) -> int:
+        return self.row_length * (len(self._rows(epoch, shard)) - 1) if self.packs else int(self.concepts[shard])
+
+    def _piece(self, epoch: int, shard: int, start: int, stop: int) -> Piece:
+        """A part of what a shard takes of its lane: begins and ends of rows, where it is packed."""
+        if self.packs:
+            rows = self._rows(epoch, shard)
+            start, stop = rows[start // self.row_length], rows[stop // self.row_length]
+        return Piece(self.number, epoch, shard, start, stop)
+
+    def _pack(self, epoch: int, shard: int) -> list[int]:
+        """The rows of a shard whose documents are read in the order of an epoch."""
+        lengths = self._lengths[shard]
+        order = document_order(self.seed, epoch, self.number, shard, len(lengths))
+        return rows_of(lengths[order], self._longest, self.row_length)
 
     def _extend(self, lane: int, stop: int | None) -> None:
         """Lay out epochs until the lane reaches `stop` (None: all of them)."""
@@ -226,13 +334,13 @@ class _Stream:
                 self._lane_ends.append(lane_ends)
 
     def _hand_out(self, number: int, lane_ends: list[int]) -> tuple[Epoch, list[int]]:
-        """An epoch's shards, permuted, each to the lane with the fewest concepts so far (the lowest of equals)."""
+        """An epoch's shards, permuted, each to the lane that is the shortest so far (the lowest of equals)."""
         order = _permutation(f"shards/{self.seed}/{number}/{self.number}", len(self.concepts))
         heap = [(end, lane) for lane, end in enumerate(lane_ends)]
         heapq.heapify(heap)
         lanes = np.empty(len(order), np.int32)
         ends = np.empty(len(order), np.int64)
-        for i, count in enumerate(self.concepts[order].tolist()):
+        for i, count in enumerate(self.sizes(number)[order].tolist()):
             end, lane = heap[0]
             heapq.heapreplace(heap, (end + count, lane))
             lanes[i], ends[i] = lane, end + count

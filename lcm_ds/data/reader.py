@@ -97,6 +97,7 @@ class Shard:
             elif kind == self._text_extension:
                 self._texts[key] = (offset, size)
         self.lengths = np.array(lengths, np.int64)
+        self._listed_given = None if info is None else info.given
         self._check_counts(info)
 
     def __len__(self) -> int:
@@ -169,7 +170,10 @@ class Shard:
         """
         if not self.supervised:
             return np.zeros(len(self), np.int64)
-        return np.array([self._given(document) for document in range(len(self))], np.int64)
+        given = [self._given(document) for document in range(len(self))]
+        if self._listed_given not in (None, given):
+            raise InputError(f"{self.where}: its documents have other sources than {SHARDS} lists (given)")
+        return np.array(given, np.int64)
 
     def _given(self, document: int) -> int:
         meta = self.meta(document)
@@ -264,6 +268,8 @@ class Shard:
                 f"{self.where}: has {found[0]} documents with {found[1]} concepts, "
                 f"{SHARDS} lists {info.documents} with {info.concepts}"
             )
+        if info is not None and info.lengths not in (None, self.lengths.tolist()):
+            raise InputError(f"{self.where}: its documents have other lengths than {SHARDS} lists")
 
 
 def open_shard(dataset: Dataset, index: int, stopped: Event | None = None) -> Shard:
@@ -324,6 +330,8 @@ def verify(dataset: Dataset, threads: int = 4) -> Iterator[list[str]]:
             for document in range(len(shard)):
                 with mistakes:
                     shard.meta(document)
+            if not mistakes.mistakes:
+                shard.given  # noqa: B018 (raises where it is not what is listed)
         return mistakes.mistakes
 
     with ThreadPoolExecutor(threads) as pool:

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from webdataset.writer import TarWriter
@@ -55,7 +55,7 @@ def write_shard(
     """
     target = Path(folder) / name
 
-    def samples() -> Iterator[tuple[str, dict[str, bytes], int]]:
+    def samples() -> Iterator[_Sample]:
         keys: set[str] = set()
         embed_dim = None
         for document in documents:
@@ -65,32 +65,47 @@ def write_shard(
                 raise InputError(f"{where}: its key is there already")
             keys.add(document.key)
             embed_dim = stored.shape[1]
-            yield document.key, {"npy": _npy(stored), "json": _meta(document)}, len(stored)
+            yield _Sample(document.key, {"npy": _npy(stored), "json": _meta(document)}, len(stored), document.given)
 
     return _write(target, samples())
 
 
 def copy_shard(shard: Shard, documents: Iterable[int], folder: str | Path, name: str) -> ShardInfo:
     """Write some documents of a shard as the shard `folder`/`name`, byte for byte; returns its line for `commit`."""
-    samples = ((shard.keys[i], shard.members(i), int(shard.lengths[i])) for i in documents)
+    given = shard.given if shard.supervised else None
+    samples = (
+        _Sample(shard.keys[i], shard.members(i), int(shard.lengths[i]), None if given is None else int(given[i]))
+        for i in documents
+    )
     return _write(Path(folder) / name, samples)
 
 
-def _write(target: Path, samples: Iterable[tuple[str, dict[str, bytes], int]]) -> ShardInfo:
-    """Write the tar of samples: key, files by extension, and number of concepts of each."""
+class _Sample(NamedTuple):
+    key: str
+    files: dict[str, bytes]  # by extension
+    length: int  # concepts
+    given: int | None  # of a supervised document: concepts of its source
+
+
+def _write(target: Path, samples: Iterable[_Sample]) -> ShardInfo:
+    """Write the tar of samples."""
     # A name that no other process has, so that two of them never write one file.
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
-    documents = concepts = 0
+    lengths: list[int] = []
+    given: list[int] = []
     try:
         with partial.open("wb") as file:
             # Times, owner and mode are fixed, so that a shard's bytes are a function of its documents.
             with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
-                for key, files, length in samples:
-                    tar.write({"__key__": key, **files})
-                    documents, concepts = documents + 1, concepts + length
+                for sample in samples:
+                    tar.write({"__key__": sample.key, **sample.files})
+                    lengths.append(sample.length)
+                    if sample.given is not None:
+                        given.append(sample.given)
             file.flush()
             os.fsync(file.fileno())
-        info = ShardInfo(target.name, documents, concepts, partial.stat().st_size, sha256_of(partial))
+        parts = (lengths, given) if given and len(given) == len(lengths) else ()
+        info = ShardInfo(target.name, len(lengths), sum(lengths), partial.stat().st_size, sha256_of(partial), *parts)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from lcm_ds.config import DataConfig, TrainConfig, WeightedPath, load
 from lcm_ds.data.concepts import ConceptInfo
+from lcm_ds.data.documents import missing_targets
 from lcm_ds.data.format import Dataset, open_for_run
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import read_object, sha256_of
@@ -38,7 +39,7 @@ class Subject:
         """The training datasets and the one to evaluate on.
 
         Raises InputError with every mistake: one that cannot be opened, has concepts of another size than the model's,
-        or of another encoder.
+        or of another encoder; one to evaluate on without targets.
         """
         mistakes = Collector()
         opened: list[Dataset] = []
@@ -55,6 +56,9 @@ class Subject:
             mistakes.mistakes.append(
                 f"{validation.path}: encoded with {validation.info.encoder}, the model is trained on {encoder}"
             )
+        with mistakes:
+            if wrong := missing_targets(validation, self.data.row_length, self.data.max_segment):
+                raise InputError(wrong)
         mistakes.raise_if_any()
         return training, validation
 

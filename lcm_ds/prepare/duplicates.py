@@ -39,8 +39,17 @@ def forget_ids(out: Path) -> None:
     shutil.rmtree(out / IDS, ignore_errors=True)
 
 
-def drop_duplicates(out: Path, units: list[Unit]) -> list[Unit]:
-    """Take documents whose id occurs in an earlier unit out of the shards; returns what the units are then."""
+def drop_duplicates(out: Path, units: list[Unit], supervised: bool = False) -> list[Unit]:
+    """Take documents whose id occurs in an earlier unit out of the shards.
+
+    Args:
+        out: the output of prepare.
+        units: those that are done.
+        supervised: whether documents have a source and a target.
+
+    Returns:
+        What the units are then.
+    """
     repeated = _repeated(out, units)
     if not repeated:
         return units
@@ -49,7 +58,7 @@ def drop_duplicates(out: Path, units: list[Unit]) -> list[Unit]:
     for unit in sorted(repeated):
         again: set[str] = set()
         stay: dict[str, list[int]] = {}
-        for split, shard in _shards(out, unit).items():
+        for split, shard in _shards(out, unit, supervised).items():
             ids = [str(shard.meta(document)["id"]) for document in range(len(shard))]
             suspects = set(repeated[unit]).intersection(_hashes(ids).tolist())
             doubtful = {id for id in ids if _hashes([id])[0] in suspects}
@@ -58,12 +67,14 @@ def drop_duplicates(out: Path, units: list[Unit]) -> list[Unit]:
             if len(stay[split]) < len(ids):
                 changed[unit] = stay
         seen |= again
-    return _rewritten(out, units, changed)
+    return _rewritten(out, units, changed, supervised)
 
 
-def _rewritten(out: Path, units: list[Unit], changed: dict[int, dict[str, list[int]]]) -> list[Unit]:
+def _rewritten(out: Path, units: list[Unit], changed: dict[int, dict[str, list[int]]], supervised: bool) -> list[Unit]:
     """Write the shards of the changed units again, without the documents that go."""
-    shards = {unit: _shards(out, unit) for unit in changed}  # mapped: what is renamed over them does not touch them
+    shards = {
+        unit: _shards(out, unit, supervised) for unit in changed
+    }  # mapped: what is renamed over them does not touch them
     # From here on they are not done: killed now, they are made once more from their texts.
     keep_units(out, [unit for unit in units if unit.unit not in changed])
     result = []
@@ -107,13 +118,13 @@ def _repeated(out: Path, units: list[Unit]) -> dict[int, list[int]]:
     return dict(found)
 
 
-def _shards(out: Path, unit: int) -> dict[str, Shard]:
+def _shards(out: Path, unit: int, supervised: bool) -> dict[str, Shard]:
     """The unit's shards by split."""
     name = shard_name(unit)
     found = {}
     for split in SPLITS:
         if (out / split / name).exists():
-            found[split] = Shard(out / split / name)
+            found[split] = Shard(out / split / name, supervised=supervised)
     return found
 
 

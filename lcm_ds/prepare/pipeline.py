@@ -145,7 +145,7 @@ class _Leader:
                 rank = Rank(config, encoder, end, self._quantization(reader, encoder), peers)
                 progress = self._encode(rank, source, readers, units)
                 tidy(out, {unit.unit for unit in units})
-                units = drop_duplicates(out, units)
+                units = drop_duplicates(out, units, config.source.supervised)
                 self._finish(source, reader.splitter, rank, units)
             except OSError as error:
                 raise full_disk(out, error) from error

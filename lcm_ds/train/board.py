@@ -35,6 +35,7 @@ LAYOUT = {
         "model FLOPs utilisation": ["Multiline", ["speed/mfu$"]],
         "validation": ["Multiline", ["val/cosine$", "val/variance_ratio$"]],
         "concepts a second": ["Multiline", ["speed/concepts_per_second$"]],
+        "targets a step": ["Multiline", ["data/targets$"]],
     }
 }
 

@@ -12,8 +12,9 @@ import numpy as np
 from lcm_ds import ds_config
 from lcm_ds.config import TrainConfig, read_yaml, validate
 from lcm_ds.data.cache import Cache
+from lcm_ds.data.documents import limit, missing_targets, reach, source_of
 from lcm_ds.data.format import NORMALIZER, Dataset, open_dataset, read_normalizer
-from lcm_ds.data.plan import Plan, Source, fingerprint
+from lcm_ds.data.plan import Plan, fingerprint
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import why_not_writable
 from lcm_ds.model.config import BaseLCMConfig, resolve_model
@@ -110,6 +111,11 @@ def check(path: str | Path, overrides: Sequence[str], world_size: int) -> Job:
     mistakes.mistakes.extend(_disagreements(opened, model, path))
     if config.model.init_from is None or (initial is not None and not initial.has_normalizer):
         mistakes.mistakes.extend(_normalizer_disagreements(training, validation, config, path))
+    for key, some in (("data.train", datasets), ("data.validation", [validation])):
+        for dataset in (each for each in some if each is not None):
+            with mistakes:
+                if wrong := missing_targets(dataset, config.data.row_length, config.data.max_segment):
+                    raise InputError(f"{path}: {key}: {wrong}")
     mistakes.raise_if_any()
     assert model is not None
     plan, mark = plan_of(config, training)
@@ -136,15 +142,31 @@ def _model(config: TrainConfig, path: str | Path) -> tuple[BaseLCMConfig, Initia
 def plan_of(config: TrainConfig, datasets: Sequence[Dataset]) -> tuple[Plan, str]:
     """The order in which a run reads its datasets, and the fingerprint of that order."""
     weights = [entry.weight for entry in config.data.train]
-    rows, length = config.batch.rows_per_step, config.data.row_length
-    sources = [
-        Source([shard.concepts for shard in dataset.shards], weight)
-        for dataset, weight in zip(datasets, weights, strict=True)
-    ]
-    mark = fingerprint(
-        [dataset.fingerprint for dataset in datasets], weights, config.seed, rows, length, config.data.max_segment
-    )
+    rows, length, longest = config.batch.rows_per_step, config.data.row_length, config.data.max_segment
+    sources = [source_of(dataset, length, longest, weight) for dataset, weight in zip(datasets, weights, strict=True)]
+    supervised = any(dataset.info.supervised is not None for dataset in datasets)
+    marks = [dataset.fingerprint for dataset in datasets]
+    mark = fingerprint(marks, weights, config.seed, rows, length, longest, supervised)
     return Plan(sources, config.seed, rows, length, config.epochs), mark
+
+
+def reach_lines(job: Job) -> list[str]:
+    """A line for each supervised dataset: how many of its targets are reached.
+
+    An unsupervised one loses the first concept of each segment only; how many those are its shards' counts do not tell.
+    """
+    data, lines = job.config.data, []
+    for when, datasets in (("an epoch", job.datasets), ("validation", [job.validation] if job.validation else [])):
+        for dataset in datasets:
+            if dataset.info.supervised is not None:
+                found = reach(dataset, data.row_length, data.max_segment)
+                lost = found.all - found.reached
+                why = f"{lost:,} are lost: documents longer than {limit(data.row_length, data.max_segment)}"
+                lines.append(
+                    f"{dataset.path}: {when} reaches {found.reached:,} of {found.all:,} targets"
+                    + (f"; {why}" if lost else "")
+                )
+    return lines
 
 
 def _step_mistakes(job: Job, path: str | Path) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from lcm_ds import ds_config
 from lcm_ds.model.flops import training_flops
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.train.check import Job
+from lcm_ds.train.check import Job, reach_lines
 from lcm_ds.train.memory import lines
 
 
@@ -44,8 +44,10 @@ def _steps(job: Job, ranks: int) -> Iterator[str]:
     yield f"work          at most {flops / 1e12:.4g} TFLOP a step, with segments as long as they may be"
     yield (
         f"data          {total:,} concepts in {sum(len(dataset.shards) for dataset in job.datasets):,} shards: "
-        f"{total / concepts:,.1f} steps an epoch"
+        f"{job.plan.places / concepts:,.1f} steps an epoch"
+        + (f", rows {total / job.plan.places:.0%} full" if job.plan.places > total else "")
     )
+    yield from (f"targets       {line}" for line in reach_lines(job))
     yield f"run           {job.total_steps:,} steps, {job.length()}: {job.run_dir}"
     if wrong := job.warmup_warning():
         yield f"warning: {wrong}"

@@ -61,17 +61,22 @@ class Guard:
         """What a run that is resumed has to know to judge as this one does."""
         return list(self._losses)
 
-    def judge(self, step: int, loss: float, applied: bool) -> Incident | None:
-        """What is wrong with a step: with its loss over all ranks, or with its gradients (`applied` is False then)."""
+    def judge(self, step: int, loss: float | None, applied: bool) -> Incident | None:
+        """What is wrong with a step: with its loss over all ranks, or with its gradients (`applied` is False then).
+
+        A step without targets has no loss (None), and is none of those that later ones are compared with.
+        """
         if not applied:
             self.skipped_in_a_row += 1
-            what = "the loss" if not math.isfinite(loss) else "the gradient"
+            what = "the loss" if loss is not None and not math.isfinite(loss) else "the gradient"
             what = f"{what} is not finite, the step is skipped"
             if self.skipped_in_a_row < self._config.max_skipped:
                 return Incident(step, what)
             what += f", as {self.skipped_in_a_row} in a row were (guard.max_skipped)"
             return Incident(step, what, range(step + 1 - self.skipped_in_a_row, step + 1))
         self.skipped_in_a_row = 0
+        if loss is None:
+            return None
         leap = self._leap(loss)
         self._losses.append(loss)
         if leap is None:

@@ -116,7 +116,7 @@ def _attempt(
     from another one.
     """
     run_dir, config, ds = job.run_dir, job.config, job.ds
-    state: dict[str, Any] = {"concepts": 0, "losses": []} if newest is None else newest.state()
+    state: dict[str, Any] = {"concepts": 0, "losses": [], "learned": False} if newest is None else newest.state()
     start = 0 if newest is None else newest.step
     convert = newest is not None and resume.needs_conversion(state, identity(job, place))
     if newest is not None and convert:
@@ -184,7 +184,9 @@ class Run:
         self.run_log, self.stop, self.left_out = run_log, stop, left_out
         self.concepts_seen: int = state["concepts"]
         self.concepts_missing = 0  # since this process started
-        self.losses: list[float] = []  # of the steps since the last report
+        self.losses: list[float | None] = []  # of the steps since the last report
+        self.targets = 0  # of the last step
+        self.learned: bool = state.get("learned", True)  # whether a step has had targets; earlier versions did not say
         self.guard = Guard(self.job.config.guard, state["losses"])
         self.save_is_due = False
         self.ridge: Linear | None = None  # from the first validation on
@@ -217,6 +219,9 @@ class Run:
             last = stopping or done == total
             if done % config.log.every == 0 or last or self.saves_now:
                 self.report(done)  # what is not reported when it is saved is lost on a resume
+            if done == total and not self.learned:  # before it is saved as done
+                mistake = f"{self.job.run_dir}: none of the {total} steps had a target: nothing was learned"
+                raise InputError([mistake] if self.place.rank == 0 else [])
             if _due(done, config.evaluate.every, total) and self.job.validation is not None:
                 self.validate(done)
             if (last or self.saves_now) and not self.save(done, wait=last) and last:
@@ -241,6 +246,7 @@ class Run:
         self.concepts_missing += outcome.missing
         self.losses.append(outcome.loss)
         self.gradients.add(self.engine.get_global_grad_norm())
+        self.targets, self.learned = outcome.targets, self.learned or outcome.targets > 0
         self.speed.add(outcome.concepts, outcome.pairs, outcome.waited)
         self.show_bar(step + 1)
         self.judge(step, outcome)
@@ -282,12 +288,14 @@ class Run:
     def report(self, done: int) -> None:
         """A line of metrics after `done` steps."""
         if self.run_log is not None and self.losses:
+            loss = self.losses[-1]
             values = {
                 "concepts": self.concepts_seen,
                 "missing_concepts": self.concepts_missing,
                 "epoch": self.job.plan.epoch(done),
-                "loss": self.losses[-1],
-                "loss_sum": self.losses[-1] * self.job.model.embed_dim,
+                "loss": loss,
+                "loss_sum": None if loss is None else loss * self.job.model.embed_dim,
+                "targets": self.targets,
                 "losses": list(self.losses),  # of all steps since the line before
                 **self.gradients.read(),
                 "lr": self.engine.basic_optimizer.param_groups[0]["lr"],
@@ -338,6 +346,7 @@ class Run:
             "concepts": self.concepts_seen,
             "left_out": [[steps.start, steps.stop - 1] for steps in self.left_out],  # first and last
             "losses": self.guard.state(),
+            "learned": self.learned,
             **identity(self.job, self.place),
         }
         self.saver.begin(done, state)

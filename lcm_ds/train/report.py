@@ -16,7 +16,7 @@ def step_line(done: int, total: int, values: Mapping[str, Any]) -> str:
     """The line of a logged step; values: its metrics."""
     norm, mfu = values["grad_norm"], values["mfu"]
     return (
-        f"{_step(done, total)}  loss {values['loss']:7.4f}  lr {values['lr']:.2e}"
+        f"{_step(done, total)}  loss {_figure(values['loss'])}  lr {values['lr']:.2e}"
         f"  grad norm {math.nan if norm is None else norm:8.3f}  {values['concepts_per_second']:9,.0f} concepts/s"
         f"{'' if mfu is None else f'  mfu {mfu:5.1%}'}  eta {clock((total - done) * values['step_time']):>8}"
     )
@@ -26,7 +26,8 @@ def validation_line(done: int, total: int, values: Mapping[str, Any]) -> str:
     """The line of a validation after `done` steps."""
     compared = "".join(f"  {name} {values[key]:.4f}" for key, name in NAMES.items() if values.get(key) is not None)
     return (
-        f"{_step(done, total)}  validation loss {values['val_loss']:7.4f}{compared}  cosine {values['val_cosine']:.4f}"
+        f"{_step(done, total)}  validation loss {_figure(values['val_loss'])}{compared}"
+        f"  cosine {_figure(values['val_cosine'], 6)}"
     )
 
 
@@ -63,6 +64,11 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def _figure(value: float | None, width: int = 7) -> str:
+    """A figure, or a dash where there is none, for want of targets."""
+    return f"{'–':>{width}}" if value is None else f"{value:{width}.4f}"
 
 
 def _step(done: int, total: int) -> str:

@@ -19,7 +19,7 @@ import lcm_ds
 from lcm_ds import ds_config
 from lcm_ds.config import dump
 from lcm_ds.files import write_whole
-from lcm_ds.train.check import Job
+from lcm_ds.train.check import Job, reach_lines
 from lcm_ds.train.console import console
 from lcm_ds.train.place import Place
 
@@ -75,6 +75,7 @@ def announce(job: Job, place: Place, engine: deepspeed.DeepSpeedEngine, start: i
         f"{job.run_dir}: {parameters:,} parameters, {place.world_size} rank(s), ZeRO {ds_config.zero_stage(job.ds)}, "
         f"{ds_config.precision(job.ds)}",
         f"reads {reads}",
+        *reach_lines(job),
         f"step {start} of {job.total_steps}, {job.config.batch.rows_per_step} rows of "
         f"{job.config.data.row_length} concepts a step" + (", resumed" if start else ""),
         f"in all {job.length()}",

@@ -36,6 +36,7 @@ TAGS = {
     "skipped_steps": "optim/skipped_steps",
     "epoch": "data/epoch",
     "concepts": "data/concepts",
+    "targets": "data/targets",
     "missing_concepts": "data/missing_concepts",
     "data_wait": "data/wait_seconds",
     "concepts_per_second": "speed/concepts_per_second",
@@ -140,7 +141,7 @@ def tag_of(key: str) -> str | None:
 
 
 def read_losses(path: Path) -> dict[int, float]:
-    """The loss of each step, counted from 0, that a run has logged so far; nan where it was not finite."""
+    """The loss of each step, counted from 0, that a run has logged so far; nan: not finite, or none."""
     losses: dict[int, float] = {}
     if path.exists():
         for text in path.read_text(encoding="utf-8").splitlines():

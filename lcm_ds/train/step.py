@@ -23,7 +23,8 @@ from lcm_ds.train.schedule import learning_rate_factor
 class StepOutcome:
     """What one optimizer step did, over all ranks: the same on each of them."""
 
-    loss: float
+    loss: float | None  # None: without targets there is none
+    targets: int
     applied: bool  # False: not finite, so that the weights are as they were
     concepts: int
     missing: int  # concepts of shards that could not be read
@@ -73,8 +74,8 @@ class Stepper:
             loss += error.detach()
         dist.all_reduce(loss)
         targets, concepts, missing, pairs, *asked = counts.tolist()
-        whole = (loss / max(1, targets)).item()
-        return StepOutcome(whole, engine.was_step_applied(), concepts, missing, pairs, tuple(asked), waited)
+        mean = (loss / targets).item() if targets else None
+        return StepOutcome(mean, targets, engine.was_step_applied(), concepts, missing, pairs, tuple(asked), waited)
 
     def _counts(self, micro_batches: list[tuple[Batch, SegmentLayout]], asks: Sequence[bool]) -> torch.Tensor:
         """The step's global counts: the one all-reduce before it.

@@ -14,6 +14,7 @@ from lcm_ds.data.loader import trace as trace_steps
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.quiet import printable
 from lcm_ds.train.check import plan_of
+from lcm_ds.train.checkpoint import list_checkpoints
 from lcm_ds.train.run_log import read_losses
 
 FIRST_WORDS = 8
@@ -27,7 +28,7 @@ def trace(
     A line has lane, dataset where there are several, shard, key, concepts, id and first words; over those of a step are
     its number and, where the run has logged it, its loss. run: a run folder, or a train config. text: the sentences of
     each segment as well. What is read is compared with no checksum.
-    Raises InputError where there is neither, or the run has no such step.
+    Raises InputError where there is neither, the run has no such step, or it was trained in another order.
     """
     is_run = Path(run).is_dir()  # wherever it is now: a run may have been moved
     if is_run and not (Path(run) / "config.yaml").is_file():
@@ -39,7 +40,13 @@ def trace(
         with mistakes:
             datasets.append(replace(open_for_run(entry.path, config.data), checksums=False))
     mistakes.raise_if_any()
-    plan, _ = plan_of(config, datasets)
+    plan, mark = plan_of(config, datasets)
+    saved = list_checkpoints(Path(run)) if is_run else []
+    if saved and saved[-1].state()["fingerprint"] != mark:
+        raise InputError(
+            f"{run}: its checkpoint of step {saved[-1].step} was trained in another order than these datasets, the "
+            "config and this version of lcm-ds give: what its steps have read is not known here"
+        )
     end = min(end for end in (config.steps, plan.steps) if end is not None)
     last = first if last is None else last
     if wrong := [step for step in dict.fromkeys((first, last)) if not 0 <= step < end]:
@@ -59,7 +66,7 @@ def trace(
 def _told(loss: float | None) -> str:
     if loss is None:
         return "not logged"
-    return f"{loss:.6g}" if math.isfinite(loss) else "not finite"
+    return f"{loss:.6g}" if math.isfinite(loss) else "not finite, or without targets"
 
 
 def _print(line: TraceLine, text: bool, named: bool) -> None:

@@ -69,7 +69,8 @@ def validate(stepper: Stepper, dataset: Dataset, ridge: Linear, moved: Callable[
     concepts of the dataset), val_effective_rank and val_effective_rank_of_targets. val_loss_of_copy, val_loss_of_mean
     and val_loss_of_ridge are the losses of who predicts the last concept, the mean of these very targets, and as
     `ridge`. val_error_by_position: entry i is the loss of targets with i + 1 concepts before them in their segment,
-    None where there are none.
+    None where there are none. Without targets there are no figures:
+    None.
     """
     config, place = stepper.job.config, stepper.place
     stepper.engine.eval()
@@ -127,7 +128,9 @@ class _Sums:
         """The figures over all ranks; all of them call this."""
         for sums in (self.totals, self.moments, self.by_position):
             dist.all_reduce(sums)
-        count = self.totals[5].clamp(min=1)
+        count = self.totals[5]
+        if not count:
+            return {**dict.fromkeys(("val_loss", "val_loss_sum", "val_cosine", "val_l2")), "val_targets": 0}
         loss, cosine, l2, of_copy, of_ridge, _ = (self.totals / count).tolist()
         of_predictions, of_targets = metrics.variance(count.repeat(2), self.moments[::2], self.moments[1::2].sum(1))
         errors, counts = self.by_position[:, 1:].tolist()  # the first of a segment is no target
@@ -140,7 +143,7 @@ class _Sums:
             "val_loss_of_ridge": of_ridge,
             "val_loss_of_mean": of_targets.item() / self.dims,
             "val_variance_ratio": (of_predictions / of_targets).item(),
-            "val_targets": int(self.totals[5].item()),
+            "val_targets": int(count.item()),
             "val_error_by_position": [
                 error / count if count else None for error, count in zip(errors, counts, strict=True)
             ],

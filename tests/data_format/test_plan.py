@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcm_ds.data.plan import Piece, Plan, Source, document_order, fingerprint, share_lanes
+from lcm_ds.data.plan import Piece, Plan, Source, document_order, fingerprint, rows_of, share_lanes
 from lcm_ds.errors import InputError
 
 shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 9)
@@ -159,6 +160,90 @@ def test_the_order_is_this_one_with_any_version_of_numpy() -> None:
     plan = Plan([Source([5, 3, 0, 4, 6])], 7, 2, 6)
     assert [[tuple(p) for p in plan.pieces(step, lane)] for step in range(3) for lane in range(2)] == GOLDEN_ROWS
     assert document_order(7, 1, 0, 3, 10).tolist() == GOLDEN_DOCUMENTS
+
+
+def test_orders_and_fingerprints_of_unsupervised_mixtures_are_those_of_every_version() -> None:
+    plan = Plan([Source([5, 3, 0, 4, 6] * 9, 3.0), Source([40, 17, 23], 1.0)], 11, 8, 7, 3)
+    assert plan.steps == 18
+    pieces = [tuple(p) for step in range(plan.steps) for lane in range(8) for p in plan.pieces(step, lane)]
+    digest = hashlib.sha256(repr(pieces).encode()).hexdigest()
+    assert digest == "861281ad3145e90302a70ae735fd88d2c27ce7c3684e7d7c2a831fdbe4d696a1"
+    mark = fingerprint(["a", "b"], [1, 3], 1, 8, 64, 9)
+    assert mark == "81f103a6231dd503c2ad473d33f4e0816d06e37a7885324f78eebe79e5918dec"
+    assert fingerprint(["a", "b"], [1, 3], 1, 8, 64, 9, supervised=True) != mark
+
+
+# --- supervised documents ---
+
+
+@st.composite
+def packed(draw: st.DrawFn) -> tuple[Source, tuple]:
+    """A supervised source, and what else a plan of it takes: seed, lanes, row_length and epochs."""
+    lengths = draw(
+        st.lists(st.lists(st.integers(0, 30), max_size=9), min_size=1, max_size=8).filter(lambda s: any(map(sum, s)))
+    )
+    row_length = draw(st.integers(2, 24))
+    longest = draw(st.integers(2, row_length))
+    source = Source([sum(shard) for shard in lengths], 1.0, lengths, longest)
+    return source, (draw(st.integers(0, 99)), draw(st.integers(1, 5)), row_length, draw(st.integers(1, 3)))
+
+
+def segment_ends(source: Source, piece: Piece, seed: int) -> list[int]:
+    """Where segments of a piece's shard end, in the order of its epoch."""
+    assert source.lengths is not None
+    assert source.longest is not None
+    lengths, ends, before = source.lengths[piece.shard], [0], 0
+    for document in document_order(seed, piece.epoch, piece.source, piece.shard, len(lengths)):
+        ends += [before + end for end in range(source.longest, lengths[document], source.longest)]
+        before += lengths[document]
+        ends.append(before)
+    return ends
+
+
+@settings(max_examples=100)
+@given(packed())
+def test_a_row_of_supervised_documents_is_full_of_complete_segments(args: tuple[Source, tuple]) -> None:
+    source, (seed, lanes, row_length, epochs) = args
+    plan = Plan([source], seed, lanes, row_length, epochs)
+    assert plan.steps is not None
+    seen: Counter[tuple[int, int, int]] = Counter()
+    for step in range(plan.steps):
+        for lane in range(lanes):
+            for piece in plan.pieces(step, lane):
+                ends = segment_ends(source, piece, seed)
+                assert 0 < piece.stop - piece.start <= row_length
+                assert {piece.start, piece.stop} <= set(ends)
+                later = [end for end in ends if end > piece.stop]
+                assert not later or min(later) - piece.start > row_length  # the next segment would not have fitted
+                seen.update((piece.epoch, piece.shard, concept) for concept in range(piece.start, piece.stop))
+            assert len(plan.pieces(step, lane)) <= 1
+        assert plan.epoch(step + 1) == len(seen) / sum(source.concepts)
+    expected = {(e, s, c) for e in range(epochs) for s, size in enumerate(source.concepts) for c in range(size)}
+    assert set(seen) == expected
+    assert set(seen.values()) == {1}
+    assert not any(plan.pieces(plan.steps, lane) for lane in range(lanes))
+    assert any(plan.pieces(plan.steps - 1, lane) for lane in range(lanes))
+
+
+@given(packed(), st.integers(0, 60))
+def test_step_n_of_supervised_documents_is_found_directly_too(args: tuple[Source, tuple], step: int) -> None:
+    source, (seed, lanes, row_length, _) = args
+    walked = Plan([source], seed, lanes, row_length)
+    rows = [[walked.pieces(s, lane) for lane in range(lanes)] for s in range(step + 1)]
+    assert [Plan([source], seed, lanes, row_length).pieces(step, lane) for lane in range(lanes)] == rows[step]
+    assert all(len(row) == 1 for row in rows[step])  # epochs follow one another without an empty row
+
+
+def test_a_segment_that_would_be_cut_begins_the_next_row() -> None:
+    assert rows_of(np.array([5, 4, 3, 10, 2]), 10, 10) == [0, 9, 12, 22, 24]
+    assert rows_of(np.array([7, 0, 9, 3]), 4, 8) == [0, 7, 15, 19]  # 4 and 3; 4 and 4; 1 and 3
+    assert rows_of(np.array([], np.int64), 4, 8) == [0]
+
+
+def test_places_are_those_of_the_rows_of_the_first_epoch() -> None:
+    supervised = Source([12], 1.0, [[5, 4, 3]], 10)
+    assert Plan([supervised, Source([24])], 0, 2, 10).places == 20 + 24
+    assert Plan([supervised, Source([24])], 0, 2, 10).packs(0)
 
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=5), st.integers(300, 500))

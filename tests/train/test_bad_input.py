@@ -3,8 +3,16 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 from runs import finish, run_dir, start
+
+from lcm_ds.data.format import DatasetInfo, commit, write_normalizer
+from lcm_ds.data.format import finish as finish_dataset
+from lcm_ds.data.plan import Plan, Source
+from lcm_ds.data.writer import Document, write_shard
+
+ENCODER = {"name": "synthetic", "model": "rotation-16", "revision": None}  # that of synthetic_dataset
 
 
 def mistakes(code, out, err):
@@ -64,6 +72,72 @@ def test_rows_that_the_ranks_do_not_divide_are_refused_with_what_would(refused, 
     assert "rows_per_step" in lines[0]
     assert "3" in lines[0]
     assert "1, 2" in lines[0]
+
+
+def dataset_of(lengths, folder):
+    """A dataset of documents of so many concepts, ten a shard; the last shard takes what remains."""
+    documents = [
+        Document(f"{i:02d}", str(i), "tests", ["s"] * n, np.full((n, 16), i, np.float32)) for i, n in enumerate(lengths)
+    ]
+    for some in (documents[:10], documents[10:20], documents[20:30], documents[30:]):
+        commit(folder, write_shard(folder, f"{some[0].key}.tar", some))
+    write_normalizer(folder, np.zeros(16), np.ones(16), {})
+    finish_dataset(folder, DatasetInfo(encoder=ENCODER, embed_dim=16, dtype="float16"))
+    return folder
+
+
+def test_datasets_without_targets_are_refused_by_whatever_checks_a_run(
+    call, refused, make_config, synthetic_dataset, tmp_path
+):
+    supervised = synthetic_dataset(documents=10, lengths=(22, 26), given=20)
+    single = dataset_of([1] * 31, tmp_path)
+    sizes = {"row_length": 32, "max_segment": 16}
+    config = make_config(data={"train": str(supervised), "validation": str(supervised), **sizes})
+    why = (
+        f"{supervised}: holds nothing to predict: sources have 20 concepts or more, and a target is only reached "
+        "within data.max_segment 16; a larger value, or shorter sources, will do"
+    )
+    lines = [f"{config}: data.train: {why}", f"{config}: data.validation: {why}"]
+    for command in (["train"], ["train", "--dry-run"], ["launch", "--local", "2"], ["doctor"]):
+        assert refused(*command, config) == lines
+    assert call("train", config, "--dry-run", "data.max_segment=21")[0] == 0
+    config = make_config(data={"train": str(single), **sizes})
+    assert refused("train", config) == [
+        f"{config}: data.train: {single}: holds nothing to predict: each of its documents is a single concept"
+    ]
+
+
+def test_a_run_whose_steps_have_no_targets_ends_with_a_mistake_and_nothing_is_a_loss(make_config, tmp_path):
+    """Found out as it goes: one document of 41 has a target, and neither the steps nor the validation come to it."""
+    dataset_of([1] * 40 + [2], tmp_path)
+    first = [(step, lane) for step in range(2) for lane in range(2)]
+    plans = {seed: Plan([Source([10, 10, 10, 12])], seed, 2, 4) for seed in range(9)}
+    config = make_config(
+        seed=next(s for s, plan in plans.items() if all(plan.pieces(*at)[0].shard != 3 for at in first)),
+        data={"train": str(tmp_path), "validation": str(tmp_path), "row_length": 4},
+        batch={"rows_per_step": 2, "micro_batch_rows": 2},
+        evaluate={"every": 1, "rows": 1},
+        checkpoint={"every": 2},
+        log={"every": 1, "samples": 0},
+        optim={"lr": 1e-3},
+        steps=2,
+    )
+    code, out, err = finish(start("train", config))
+    assert mistakes(code, out, err) == [f"{run_dir(config)}: none of the 2 steps had a target: nothing was learned"]
+    assert [line.split("  lr")[0] for line in out.splitlines() if "  lr" in line] == [
+        "step 1/2  loss       –",
+        "step 2/2  loss       –",
+    ]
+    assert "step 1/2  validation loss       –  cosine      –" in out
+    assert "best" not in out
+    lines = [json.loads(line) for line in (run_dir(config) / "metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if "loss" in line]
+    assert [(line["loss"], line["loss_sum"], line["losses"], line["targets"]) for line in trained] == [
+        (None, None, [None], 0)
+    ] * 2
+    (validated,) = [line for line in lines if "val_loss" in line]
+    assert (validated["val_loss"], validated["val_targets"]) == (None, 0)
+    assert not list(run_dir(config).glob("checkpoints/step_*"))
 
 
 def test_a_shard_whose_bytes_changed_is_refused_by_name(make_config, concepts, tmp_path):

@@ -42,14 +42,18 @@ def test_lines_of_steps_have_the_same_columns():
     assert lines[0] == (
         "step    5/2000  loss  0.9877  lr 1.00e-04  grad norm   12.500     45,000 concepts/s  mfu 45.1%  eta  0:08:19"
     )
+    lines.append(step_line(300, 2000, {**values, "loss": None, "step_time": 0.25}))
+    assert "  loss       –  lr" in lines[2]
     columns = [[line.index(word) for word in ("loss", "lr", "grad", "concepts/s", "mfu", "eta")] for line in lines]
-    assert columns[0] == columns[1]
-    assert len(lines[0]) == len(lines[1])
+    assert columns[0] == columns[1] == columns[2]
+    assert len(set(map(len, lines))) == 1
 
 
 def test_a_validation_stands_beside_what_needs_no_training():
     values = {"val_loss": 0.8, "val_cosine": 0.35}
     assert validation_line(50, 200, values) == "step  50/200  validation loss  0.8000  cosine 0.3500"
+    nothing = {"val_loss": None, "val_cosine": None}
+    assert validation_line(50, 200, nothing) == "step  50/200  validation loss       –  cosine      –"
     both = {**values, "val_loss_of_mean": 0.98, "val_loss_of_copy": 1.35, "val_loss_of_ridge": 0.81}
     assert (
         validation_line(50, 200, both)

@@ -5,6 +5,10 @@ import json
 import pytest
 from runs import run_dir
 
+from lcm_ds.data.documents import source_of
+from lcm_ds.data.format import open_dataset
+from lcm_ds.data.plan import Plan
+
 
 @pytest.fixture
 def dry_run(call):
@@ -34,6 +38,26 @@ def test_a_dry_run_tells_sizes_memory_and_steps_and_starts_nothing(dry_run, make
     assert sum(line.startswith("ZeRO") for line in out.splitlines()) == 4
     assert next(line for line in out.splitlines() if "this run" in line).startswith("ZeRO 2")
     assert not run_dir(config).exists()
+
+
+def test_a_dry_run_tells_how_many_targets_of_supervised_documents_are_reached(dry_run, make_config, synthetic_dataset):
+    data = {"train": str(synthetic_dataset(documents=40, lengths=(8, 24), given=5)), "row_length": 32}
+    dataset = open_dataset(data["train"])
+    lengths = [length for shard in dataset.shards for length in shard.lengths]
+    total, reached = (sum(min(length, longest) - 5 for length in lengths) for longest in (32, 16))
+    assert reached < total
+    for max_segment, told in (
+        (24, f"an epoch reaches {total} of {total} targets"),
+        (16, f"an epoch reaches {reached} of {total} targets; {total - reached} are lost: documents longer than "
+             "data.max_segment 16"),
+    ):  # fmt: skip
+        data["max_segment"] = max_segment
+        lines = dry_run(make_config(data={**data, "validation": data["train"]})).splitlines()
+        assert f"targets       {dataset.path}: {told}" in lines
+        assert f"targets       {dataset.path}: {told.replace('an epoch', 'validation')}" in lines
+        (rows,) = [line for line in lines if line.startswith("data ")]
+        plan = Plan([source_of(dataset, 32, max_segment)], 7, 8, 32)
+        assert rows.endswith(f"{plan.places / 256:.1f} steps an epoch, rows {sum(lengths) / plan.places:.0%} full")
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("mini", 1), ("150m", 8), ("400m", 8), ("1.6b", 32), ("7b", 64)])

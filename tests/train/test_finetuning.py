@@ -92,5 +92,8 @@ def test_a_pretrained_model_is_trained_and_validated_on_the_targets_alone(prepar
     lines = [json.loads(line) for line in (tmp_path / "tuned" / "metrics.jsonl").read_text().splitlines()]
     validated = [line for line in lines if "val_loss" in line]
     assert [line["val_targets"] for line in validated] == [3 * validation] * 2
+    train = open_dataset(folder / "train").info.totals.documents
+    assert f"{folder}/train: an epoch reaches {3 * train} of {3 * train} targets\n" in out
+    assert sum(line.get("targets", 0) for line in lines) > 3 * train  # each step's, over several epochs
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < losses[0]

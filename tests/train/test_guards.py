@@ -172,7 +172,8 @@ def test_a_run_that_stands_still_leaves_the_stacks_of_every_rank_and_ends_with_1
 
 
 def judged(guard, losses, first=0):
-    return [guard.judge(step, loss, math.isfinite(loss)) for step, loss in enumerate(losses, start=first)]
+    steps = enumerate(losses, start=first)
+    return [guard.judge(step, loss, loss is None or math.isfinite(loss)) for step, loss in steps]
 
 
 def test_a_loss_is_a_spike_where_it_is_sigma_above_a_full_window():
@@ -193,6 +194,15 @@ def test_a_guard_that_is_resumed_judges_as_one_that_was_not():
     judged(first, losses[:11])
     assert judged(Guard(config, json.loads(json.dumps(first.state()))), losses[11:], first=11) == whole[11:]
     assert whole[-1] is not None
+
+
+def test_a_step_without_targets_is_neither_a_spike_nor_one_that_later_ones_are_compared_with():
+    guard = Guard(GuardConfig(spike_sigma=3, spike_window=4), [1.0, 1.1, 0.9, 1.0])
+    assert judged(guard, [None] * 9) == [None] * 9
+    assert guard.state() == [1.0, 1.1, 0.9, 1.0]
+    assert judged(guard, [5.0]) != [None]
+    (incident,) = [guard.judge(9, None, False)]
+    assert incident.what == "the gradient is not finite, the step is skipped"
 
 
 def test_steps_are_counted_in_a_row():

@@ -1,7 +1,10 @@
 """The documents of a step are known without training to it."""
 
+import json
+
 from runs import metrics, run_dir
 
+from lcm_ds.train.check import check
 from lcm_ds.train.trace import trace
 
 
@@ -40,3 +43,16 @@ def test_a_range_has_the_loss_of_every_step_beside_its_documents(call, trained):
 def test_a_run_folder_and_its_config_trace_alike(trained):
     config = trained(2)
     assert trace(config, [], 3) == trace(run_dir(config), [], 3)
+
+
+def test_a_run_that_was_trained_in_another_order_is_not_traced(call, make_config):
+    config = make_config()
+    checkpoint = run_dir(config) / "checkpoints" / "step_00000020"
+    checkpoint.mkdir(parents=True)
+    (run_dir(config) / "config.yaml").write_bytes(config.read_bytes())
+    (checkpoint / "COMPLETE").write_text(json.dumps({"files": {}}))
+    for mark, code in ((check(config, (), 1).fingerprint, 0), ("of an earlier version", 2)):
+        (checkpoint / "state.json").write_text(json.dumps({"fingerprint": mark}))
+        found, _, err = call("trace", run_dir(config), "--step", 3)
+        assert found == code, err
+    assert err.startswith(f"{run_dir(config)}: its checkpoint of step 20 was trained in another order")
