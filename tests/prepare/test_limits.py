@@ -130,7 +130,7 @@ def test_rows_that_cannot_be_read_are_refused_and_too_many_of_them_stop_it_witho
     rows[80], rows[90] = "[]", "{}"
     lines.write_text("\n".join(rows) + "\n\n")
     config = config_of(lines, tmp_path / "out")
-    with pytest.raises(InputError, match=r"2 of 100 .* could not be read or encoded.* line 71: .*; .* line 81: "):
+    with pytest.raises(InputError, match=r"3 of 100 .* could not be read or encoded.* line 71: .*; .* line 81: "):
         prepare(config, HashEncoder())
     # Whoever mends the file now learns that this is not what was begun, and what else there is to do.
     whole = lines.read_bytes()
