@@ -40,9 +40,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Run:
-    """A run on disk."""
+    """A run on disk.
+
+    stopped: whether the call of `train` that returned it was asked to stop before the run's end. Its checkpoint is
+    saved; call `train` again to continue.
+    """
 
     path: Path
+    stopped: bool = False
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every line of RUN/metrics.jsonl, oldest first; those of validations have keys that begin with val_."""
@@ -57,10 +62,18 @@ class Run:
 
 
 def prepare(config: PrepareConfig) -> Prepared:
-    """Text → dataset, as `lcm-ds prepare`; what is finished already is opened. Raises InputError."""
+    """Text → dataset, as `lcm-ds prepare`; what is finished already is opened.
+
+    Where a launcher has set RANK and WORLD_SIZE, this is one of its ranks, and all of them have to call it. Raises
+    InputError, CannotGoOn if another rank or process fails.
+    """
+    from lcm_ds.prepare.peers import PeerFailed
     from lcm_ds.prepare.pipeline import prepare
 
-    prepare(config)
+    try:
+        prepare(config)
+    except PeerFailed as error:
+        raise CannotGoOn(error.message or f"{config.output}: another rank has failed") from None
     out = Path(config.output)
     validation = out / "validation"
     return Prepared(open_dataset(out / "train"), open_dataset(validation) if validation.is_dir() else None)
@@ -69,10 +82,12 @@ def prepare(config: PrepareConfig) -> Prepared:
 def train(config: TrainConfig, processes: int = 1) -> Run:
     """Train in so many processes on this host, as `lcm-ds launch --local`, or go on from the run's newest checkpoint.
 
-    What the workers say is printed here. Interrupting it saves: called again, the run goes on. Call it from the main
-    thread. Raises InputError for what is wrong with the config, CannotGoOn where the run fails.
+    What the workers say is printed here. Interrupting it saves, and so does the file RUN/STOP: `stopped` of what is
+    returned says so, and called again, the run goes on. Call it from the main thread. Raises InputError for what is
+    wrong with the config, CannotGoOn where the run fails.
     """
     from lcm_ds.launcher.launch import launch
+    from lcm_ds.launcher.local import STOPPED
 
     if isinstance(config.deepspeed, str):
         # The workers read the config from elsewhere.
@@ -88,7 +103,7 @@ def train(config: TrainConfig, processes: int = 1) -> Run:
         raise InputError(f"{config.run_dir}: the workers refused to start; what they said is above")
     if code == 1:
         raise CannotGoOn(f"{config.run_dir}: failed; what the workers said is above and in {config.run_dir}/log.txt")
-    return Run(Path(config.run_dir))
+    return Run(Path(config.run_dir), stopped=code == STOPPED)
 
 
 def evaluate(run: Run | str | Path, **options: Any) -> dict[str, Any]:

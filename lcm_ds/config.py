@@ -141,7 +141,7 @@ class PrepareConfig(Schema):
     source_suffix: str | None = "[MODEL]:"  # of supervised documents: the sentence behind the part that is given
     validation: float = Field(0.01, ge=0, lt=1)  # share of documents, by a hash of their id
     normalizer_samples: int = Field(1_000_000, gt=1)
-    max_refused: float = Field(0.01, ge=0, le=1)  # share of documents that may turn out impossible to encode; one may
+    max_refused: float = Field(0.01, ge=0, le=1)  # share of documents that may be impossible to read or encode; one may
     check_space: bool = True  # refuse to start where the disk will not hold the dataset, by an estimate
 
 

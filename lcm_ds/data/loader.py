@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +30,7 @@ from lcm_ds.data.plan import Piece, Plan, document_order
 from lcm_ds.data.reader import Shard, look_ahead, open_shard
 from lcm_ds.data.remote import Stopped
 from lcm_ds.data.rows import Row, Segment, ShardInOrder, blank, cut, fill
-from lcm_ds.errors import InputError
+from lcm_ds.errors import InputError, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ FEWEST_KEPT = 2
 AHEAD, FETCHED_AT_A_TIME = 2, 8
 # With bad shards left out: the share of the shards opened so far from which on something else must be wrong.
 MOST_BAD = 0.05
+AGAIN_SECONDS = 60.0  # after which one that could not be had for the time being is tried again
 VALIDATION_SEED = 0
 VALIDATION_AHEAD = 2  # batches
 
@@ -100,9 +102,10 @@ class Loader:
     left_out: steps that are passed over.
 
     Where a dataset has skip_bad, a shard that cannot be read is logged and left out, its concepts become rows without
-    targets; it stops with the error all the same once more than MOST_BAD of the shards opened, and more than one, were
-    bad. Raises InputError where rows_per_step does not divide, a cache is too small, or lanes are more than the files
-    that this process may open.
+    targets; one that its server gave no answer for is tried again when it is needed a minute later. It stops with the
+    error all the same once more than MOST_BAD of the shards opened, and more than one, are left out. Raises InputError
+    where rows_per_step does not divide, a cache is too small, or lanes are more than the files that this process may
+    open.
     """
 
     def __init__(
@@ -299,7 +302,9 @@ class _Rows:
         self._shards: WeakValueDictionary[tuple[int, int], Shard] = WeakValueDictionary()
         self._lock = Lock()
         self._stopped = stopped
-        self._tried, self._bad = set[tuple[int, int]](), set[tuple[int, int]]()
+        self._tried = set[tuple[int, int]]()
+        self._left_out: dict[tuple[int, int], InputError] = {}
+        self._away: dict[tuple[int, int], tuple[float, Unavailable]] = {}  # until when it is not tried again, and why
         self._supervised = any(dataset.info.supervised is not None for dataset in datasets)
         # Documents before each shard of a dataset.
         self._before = [[*accumulate((s.documents for s in d.shards), initial=0)] for d in datasets]
@@ -357,6 +362,8 @@ class _Rows:
         key = (piece.source, piece.epoch, piece.shard)
         with self._lock:
             future = self._open.get(key)
+            if future is not None and future.done() and isinstance(future.exception(), Unavailable):
+                future = None
             if opener := future is None:
                 if len(self._open) >= self._most:
                     self._close_one()
@@ -383,27 +390,37 @@ class _Rows:
         with self._lock:
             found = self._shards.get((source, shard))
             self._tried.add((source, shard))
+            until, away = self._away.get((source, shard), (0.0, None))
+        if away is not None and time.monotonic() < until:
+            raise away
         if found is None:
-            found = open_shard(self.datasets[source], shard, self._stopped)
+            try:
+                found = open_shard(self.datasets[source], shard, self._stopped)
+            except Unavailable as error:
+                self._away[source, shard] = time.monotonic() + AGAIN_SECONDS, error
+                raise
             with self._lock:
                 self._shards[source, shard] = found
+                if self._away.pop((source, shard), None):
+                    self._left_out.pop((source, shard), None)
         return found
 
     def _leave_out(self, piece: Piece, error: InputError) -> None:
         """Note a shard that cannot be read; raise the error where that is too much."""
         if not self.datasets[piece.source].skip_bad:
             raise error
+        key = (piece.source, piece.shard)
         with self._lock:
-            if (piece.source, piece.shard) in self._bad:
-                return
-            self._bad.add((piece.source, piece.shard))
-            bad, tried = len(self._bad), len(self._tried)
+            before, self._left_out[key] = self._left_out.get(key), error
+            bad, tried = len(self._left_out), len(self._tried)
+        if before is not None and isinstance(before, Unavailable) == isinstance(error, Unavailable):
+            return
         if bad > max(1, MOST_BAD * tried):
             raise type(error)(
                 [*error.mistakes, f"{bad} of {tried} shards could not be read: too many to leave out (on_bad_shard)"]
             ) from error
         for line in error.mistakes:
-            logger.error("left out: %s", line)
+            logger.error("left out for now: %s" if isinstance(error, Unavailable) else "left out: %s", line)
 
 
 def _open_files(least: int, most: int) -> int:

@@ -53,6 +53,6 @@ def main(arguments: argparse.Namespace) -> int:
         )
         return 0
     except InputError as error:
-        if speaks:
+        if speaks and error.mistakes:
             print(error, file=sys.stderr)
         return error.exit_code

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lcm_ds.train.meeting import meet
 from lcm_ds.train.place import Place
 
 PATIENCE = timedelta(hours=12)  # one may be decoding sentences that the others wait for
@@ -31,8 +32,10 @@ class Ranks:
 
     def __enter__(self) -> Ranks:
         if self.size > 1:
+            meeting = meet(self.place)
             os.environ.update(self.place.environment())
             dist.init_process_group("gloo", timeout=PATIENCE)
+            del meeting  # only now: torch.distributed has its store where this one's is
         return self
 
     def __exit__(

@@ -145,7 +145,7 @@ class Workers:
         # A session of its own: a Ctrl-C on the terminal reaches the launcher alone, which passes it on once.
         worker = subprocess.Popen(
             command,
-            env={**environ, **place.environment()},
+            env=place.within(environ),
             stdout=output,
             stderr=output,
             start_new_session=True,

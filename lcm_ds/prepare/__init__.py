@@ -36,7 +36,7 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> int:
         return 0
     except InputError as error:
         print(error, file=sys.stderr)
-        return 2
+        return error.exit_code
     except PeerFailed as error:
         if error.message:
             print(error.message, file=sys.stderr)

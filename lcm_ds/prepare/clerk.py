@@ -26,7 +26,8 @@ class Clerk:
     """Commits units in a thread until all ranks have left.
 
     units: those that are done, which it adds to; check: called again and again, it raises where a rank is gone.
-    Raises, in `close`, what went wrong: InputError where the disk is full or too many documents cannot be encoded.
+    Raises, in `close`, what went wrong: InputError where the disk is full, or too many documents cannot be
+    read or encoded.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Clerk:
         check: Callable[[], None],
     ) -> None:
         self.config, self.peers, self.units, self.progress, self._check = config, peers, units, progress, check
-        self._not_encoded = sum(len(unit.not_encoded) for unit in units)
+        self._problems = [problem for unit in units for problem in unit.problems]
         self._error: BaseException | None = None
         self._abandoned = Event()
         self._thread = Thread(target=self._work, name="lcm-ds-clerk", daemon=True)
@@ -59,13 +60,15 @@ class Clerk:
         try:
             while True:
                 # In this order: what a rank reported before it left is seen below.
-                last = self._abandoned.is_set() or self.peers.left() == self.peers.place.world_size
+                left = self.peers.left()
+                last = self._abandoned.is_set() or left == self.peers.place.world_size
                 for message in self.peers.reports():
                     self._commit(message)
                 self.progress.show(self.peers.told())
                 if last:
                     return
                 self.peers.check()
+                self.peers.check_arrivals(left, self.progress.say)
                 self._check()
                 time.sleep(SECONDS_A_LOOK)
         except BaseException as error:
@@ -74,8 +77,8 @@ class Clerk:
 
     def _commit(self, message: dict[str, Any]) -> None:
         unit = Unit(**message["unit"])
-        for id, reason in unit.not_encoded.items():
-            self.progress.say(f"not encoded: document {id}: {reason}")
+        for problem in unit.problems:
+            self.progress.say(problem)
         self._check_refused(unit)
         out = Path(self.config.output)
         for split, shard in message["shards"].items():
@@ -85,14 +88,14 @@ class Clerk:
         self.progress.add(unit.given)
 
     def _check_refused(self, unit: Unit) -> None:
-        """Raise InputError once too many documents cannot be encoded, of all that the source has, or has given.
+        """Raise InputError once too many documents cannot be read or encoded, of all that the source has, or has given.
 
-        One alone is never too many.
+        One is never too many.
         """
-        self._not_encoded += len(unit.not_encoded)
+        self._problems += unit.problems
         given = self.progress.total or max(self.progress.given + unit.given, self.config.documents_per_shard)
-        if unit.not_encoded and self._not_encoded > max(1, self.config.max_refused * given):
+        if unit.problems and len(self._problems) > max(1, self.config.max_refused * given):
             raise InputError(
-                f"{self.config.output}: {self._not_encoded:,} of {given:,} documents could not be encoded, more than "
-                f"max_refused {self.config.max_refused:g} allows; the last: {', '.join(unit.not_encoded)}"
+                f"{self.config.output}: {len(self._problems):,} of {given:,} documents could not be read or encoded, "
+                f"more than max_refused {self.config.max_refused:g} allows; the first: {'; '.join(self._problems[:3])}"
             )

@@ -24,7 +24,7 @@ from lcm_ds.encoders import Encoder
 from lcm_ds.encoders.base import TokenBatch
 from lcm_ds.errors import InputError
 from lcm_ds.prepare.duplicates import write_ids
-from lcm_ds.prepare.output import SPLITS, Unit, shard_name, split_of
+from lcm_ds.prepare.output import SPLITS, Unit, shard_name
 from lcm_ds.prepare.peers import Peers
 from lcm_ds.prepare.reading import Range, Readers, Text
 
@@ -214,6 +214,8 @@ def _documents(
     for text in pool.texts:
         if text.refused is not None:
             refused[text.refused] += 1
+            if text.problem is not None:
+                unit.unreadable.append(text.problem)
             continue
         rows = [row[sentence] for sentence in text.sentences]
         own = np.vstack([concepts[rows], rank.end])
@@ -224,10 +226,9 @@ def _documents(
             refused["not_encoded"] += 1
             unit.not_encoded[text.id] = reason
             continue
-        split = split_of(text.id, config.validation)
         key = f"{text.number:012d}"
         sentences = [*text.sentences, config.end_of_text]
-        documents[split].append(Document(key, text.id, text.source, sentences, own, text.given))
+        documents[text.split].append(Document(key, text.id, text.source, sentences, own, text.given))
         unit.sentences += len(text.sentences)
     unit.kept = {split: len(kept) for split, kept in documents.items()}
     unit.refused = dict(sorted(refused.items()))

@@ -39,11 +39,20 @@ class Unit:
     sentences: int = 0  # of the documents kept, the end-of-text not counted
     encoded: int = 0  # different ones among those that were encoded
     not_encoded: dict[str, str] = field(default_factory=dict)  # documents that no concept could be made of, and why
+    unreadable: list[str] = field(default_factory=list)  # where documents are that could not be read, and why
 
     @property
     def documents(self) -> int:
         """Documents kept."""
         return sum(self.kept.values())
+
+    @property
+    def problems(self) -> list[str]:
+        """What was wrong with the documents that could not be read or encoded, a line each."""
+        return [
+            *(f"not read: {problem}" for problem in self.unreadable),
+            *(f"not encoded: document {id}: {reason}" for id, reason in self.not_encoded.items()),
+        ]
 
 
 def is_finished(out: Path, config: PrepareConfig) -> bool:
@@ -73,6 +82,23 @@ def check_parts(out: Path, parts: dict[str, Any]) -> None:
         check_same(out, json.loads((out / PARTS).read_text(encoding="utf-8")), json.loads(text))
     else:
         write_whole(out / PARTS, text)
+
+
+def check_files(out: Path, before: dict[str, int], now: dict[str, int]) -> None:
+    """Raise InputError with a line for each file of the source that has changed since this dataset was begun.
+
+    before, now: bytes of each file.
+    """
+    remedy = "restore it, or choose a new output (rows that cannot be read need no mending: see max_refused)"
+    new = now.keys() - before.keys()
+    mistakes = [f"{name}: new since {out} was begun: take it away, or choose a new output" for name in new]
+    for name, size in before.items():
+        if name not in now:
+            mistakes.append(f"{name}: gone since {out} was begun: {remedy}")
+        elif now[name] != size:
+            mistakes.append(f"{name}: has {now[name]} bytes, but had {size} when {out} was begun: {remedy}")
+    if mistakes:
+        raise InputError(sorted(mistakes))
 
 
 def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -150,9 +176,9 @@ def shard_name(unit: int) -> str:
     return f"{unit:08d}.tar"
 
 
-def split_of(document_id: str, validation: float) -> str:
-    """The split a document belongs to: a function of its id and the share of validation alone."""
-    digest = hashlib.blake2b(document_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def split_of(key: str, validation: float) -> str:
+    """The split that a document of this `split_key` belongs to: a function of that and the share of validation only."""
+    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "validation" if int.from_bytes(digest, "little") < validation * 2**64 else "train"
 
 

@@ -7,17 +7,18 @@ their own speed, and only rank 0 has to last to the end.
 from __future__ import annotations
 
 import json
-import os
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistNetworkError, DistStoreError, HashStore, PrefixStore, Store, TCPStore
+from torch.distributed import DistNetworkError, DistStoreError, HashStore, PrefixStore, Store
 
 from lcm_ds.errors import InputError
+from lcm_ds.train.meeting import Meeting
 from lcm_ds.train.place import Place
 
-# Until all have come: rank 0 may first have to look at thousands of files, others to fetch a model.
+# Until rank 0 begins: it may first have to look at thousands of files, or to fetch a model.
 PATIENCE = timedelta(hours=2)
 # For the others to see that rank 0 has failed.
 SECONDS_TO_END = 5.0
@@ -37,7 +38,8 @@ class Peers:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self._store: Store = _store(place)
+        self._meeting = None if place.world_size == 1 else Meeting(place, PATIENCE)
+        self._store: Store = HashStore() if self._meeting is None else PrefixStore("prepare", self._meeting.store)
         self._read = 0  # reports that `reports` has given
 
     @property
@@ -93,6 +95,14 @@ class Peers:
         """How many ranks have left."""
         return self._store.add(_LEFT, 0)
 
+    def check_arrivals(self, left: int, say: Callable[[str], None]) -> None:
+        """Rank 0: tell `say` now and then of ranks that have not come.
+
+        left: how many ranks have left. Raises Unavailable if they are all that have come, and the others are late.
+        """
+        if self._meeting is not None and not self._meeting.complete(say) and left >= self._meeting.arrived():
+            self._meeting.check_patience()
+
     def fail(self, error: BaseException) -> BaseException:
         """Let the others end, too, and know why; returns what this rank is to end with: rank 0 says it."""
         try:
@@ -127,19 +137,7 @@ def _told(rank: int, error: BaseException) -> tuple[int, str]:
     if isinstance(error, PeerFailed):
         return error.code, error.message
     if isinstance(error, InputError):
-        return 2, str(error)
+        return error.exit_code, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 75, ""
     return 1, f"rank {rank}: {type(error).__name__}: {error}"
-
-
-def _store(place: Place) -> Store:
-    if place.world_size == 1:
-        return HashStore()
-    # Under torchrun the store is its agent's, and outlives a restart of the workers.
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    holds = place.rank == 0 and not agents
-    store = TCPStore(
-        place.master_addr, place.master_port, None, is_master=holds, timeout=PATIENCE, wait_for_workers=False
-    )
-    return PrefixStore(f"lcm-ds prepare/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

@@ -43,6 +43,7 @@ from lcm_ds.prepare.output import (
     SOURCE,
     SPLITS,
     Unit,
+    check_files,
     check_parts,
     counts,
     is_finished,
@@ -99,7 +100,8 @@ class _Leader:
         try:
             if self._launched and self._is_there():
                 peers.begin({"done": None})
-                while peers.left() < self.place.world_size - 1:
+                while (left := peers.left()) < self.place.world_size - 1:
+                    peers.check_arrivals(left + 1, print)
                     time.sleep(0.05)
                 return
             self._start_children()
@@ -161,12 +163,16 @@ class _Leader:
         units = [unit for unit in read_units(out) if has_ids(out, unit.unit)]
         space.check(self.config, source, encoder.embed_dim, sum(unit.given for unit in units))
         write_whole(out / CONFIG, dump(self.config))
+        if (out / SOURCE).exists():
+            begun = json.loads((out / SOURCE).read_text(encoding="utf-8"))
+            check_files(out, open_source(self.config.source, self.config.sentences, begun).sizes, source.sizes)
         check_parts(
             out,
             {
                 "encoder": encoder.describe(),
                 "sentences": reader.splitter.settings(),
                 "source": source.describe(),
+                "split": "by id, or by text without one",  # by id and path in those begun before this was noted
             },
         )
         if not (out / SOURCE).exists():
@@ -258,7 +264,7 @@ class _Leader:
             child = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
-                env={**os.environ, **place.environment()},
+                env=place.within(os.environ),
                 start_new_session=True,
                 preexec_fn=die_with_parent(),
             )

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from lcm_ds.config import PrepareConfig
-from lcm_ds.prepare.output import SOURCE
+from lcm_ds.prepare.output import SOURCE, split_of
 from lcm_ds.processes import die_with_parent
 from lcm_ds.text.sentences import Splitter
 from lcm_ds.text.sources import Source, TextDocument, open_source
@@ -39,6 +39,8 @@ class Text(NamedTuple):
     sentences: list[str]
     refused: str | None  # why it is left out
     given: int | None = None  # of a supervised document: how many of the sentences are its source, the suffix included
+    problem: str | None = None  # what is wrong with a document that could not be read
+    split: str = ""  # of a document that is not refused
 
 
 class Reader:
@@ -65,8 +67,9 @@ class Reader:
                 sentences, given, refused = self._split(document)
             if refused is None:
                 ids.add(document.id)
+            split = "" if refused is not None else split_of(document.split_key, self.config.validation)
             sentences = sentences if refused is None else []
-            texts.append(Text(number, document.id, document.source, sentences, refused, given))
+            texts.append(Text(number, document.id, document.source, sentences, refused, given, document.problem, split))
         return texts
 
     def _split(self, document: TextDocument) -> tuple[list[str], int | None, str | None]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from lcm_ds.config import SourceConfig
-from lcm_ds.errors import InputError
-from lcm_ds.text.sources import TextDocument
+from lcm_ds.errors import InputError, first_line
+from lcm_ds.text.sources import UNREADABLE, TextDocument
 
 
 class Columns:
@@ -19,24 +19,45 @@ class Columns:
         named = [*config.text_columns, config.id_column, config.language_column, *config.filter]
         self.names = list(dict.fromkeys(name for name in named if name is not None))
 
-    def document(self, part: str, row: int, values: dict[str, Any]) -> TextDocument:
-        """The document that a row of a part (a file, a dataset) is. Raises InputError where a text of it is none."""
-        config = self.config
-        id = values.get(config.id_column) if config.id_column is not None else None
-        id = f"{part}#{row}" if id is None else str(id)
-        refused = self._refused(values)
-        if refused is not None:
-            return TextDocument(id, part, "", refused)
-        text, *target = (self._text(f"{part}, row {row}", name, values.get(name)) for name in config.text_columns)
-        return TextDocument(id, part, text, target=target[0] if target else None)
+    def document(
+        self, part: str, row: int, values: dict[str, Any] | ValueError, where: str | None = None
+    ) -> TextDocument:
+        """The document that a row is.
 
-    def _text(self, where: str, name: str, value: Any) -> str | list[str]:
-        """What a row has in a column of texts."""
+        Args:
+            part: What the row is in: a file, a dataset.
+            row: Its number in that, from 0.
+            values: The row's columns, or why they cannot be read.
+            where: What the row is called in that, if not `row N`.
+
+        Returns:
+            The document; a refused one for a row that cannot be read.
+        """
+        config = self.config
+        id = values.get(config.id_column) if config.id_column is not None and isinstance(values, dict) else None
+        named, id = id is not None, f"{part}#{row}" if id is None else str(id)
+        try:
+            if isinstance(values, ValueError):
+                raise values
+            refused = self._refused(values)
+            if refused is not None:
+                return TextDocument(id, part, "", refused)
+            text, *target = (self._text(name, values) for name in config.text_columns)
+        except ValueError as error:
+            problem = f"{part}: {where or f'row {row}'}: {first_line(error)}"
+            return TextDocument(id, part, "", UNREADABLE, problem=problem)
+        return TextDocument(id, part, text, target=target[0] if target else None, named=named)
+
+    def _text(self, name: str, values: dict[str, Any]) -> str | list[str]:
+        """What a row has in a column of texts. Raises ValueError where that is none."""
+        if name not in values:
+            raise ValueError(f"has no {name!r}")
+        value = values[name]
         if value is None or isinstance(value, str):
             return value or ""
         if self.config.supervised and isinstance(value, list) and all(isinstance(one, str) for one in value):
             return [sentence for one in value if (sentence := " ".join(one.split()))]
-        raise InputError(f"{where}: {name!r} is {value!r:.60}, not {self._meant}")
+        raise ValueError(f"{name!r} is {value!r:.60}, not {self._meant}")
 
     @property
     def _meant(self) -> str:
@@ -67,7 +88,10 @@ class Columns:
                 kind = whole = schema.field(name).type
                 if config.supervised and (types.is_list(kind) or types.is_large_list(kind)):
                     kind = kind.value_type
-                if not (types.is_string(kind) or types.is_large_string(kind) or types.is_null(kind)):
+                if types.is_dictionary(kind):  # what pandas and polars call categories
+                    kind = kind.value_type
+                strings = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+                if not any(is_kind(kind) for is_kind in strings):
                     mistakes.append(f"source.{key}: {name!r} of {part} holds {whole}, not {self._meant}")
         for name in config.filter:
             if name in schema.names:
@@ -78,7 +102,10 @@ class Columns:
             raise InputError(mistakes)
 
     def check_rows(self, part: str, rows: Sequence[dict[str, Any]]) -> None:
-        """The same for rows that have no schema: a column is there where any of them has it."""
+        """The same for rows that have no schema: a column is there where any of them has it.
+
+        A text column of the wrong type is one that holds no text at all: single rows are refused when they are read.
+        """
         mistakes = self._missing(part, {name: None for row in rows for name in row})
         texts = (str, list) if self.config.supervised else (str,)
         wanted: list[tuple[str, str, tuple[type, ...], str]] = [
@@ -86,8 +113,9 @@ class Columns:
         ]
         wanted += [("filter", name, (int, float), "numbers") for name in self.config.filter]
         for key, name, kinds, meant in wanted:
-            wrong = [value for row in rows if not isinstance(value := row.get(name), kinds) and value is not None]
-            if wrong:
+            there = [value for row in rows if (value := row.get(name)) is not None]
+            wrong = [value for value in there if not isinstance(value, kinds)]
+            if wrong and (key == "filter" or len(wrong) == len(there)):
                 mistakes.append(f"source.{key}: {name!r} of {part} holds {wrong[0]!r:.60}, not {meant}")
         if mistakes:
             raise InputError(mistakes)
@@ -108,3 +136,15 @@ class Columns:
                 hint = " (null: documents are named by file and row)" if key == "id_column" else ""
                 mistakes.append(f"source.{key}: {part} has no column {name!r}; its columns: {listed}{hint}")
         return mistakes
+
+
+def rows_of(table: Any) -> Iterator[dict[str, Any] | ValueError]:
+    """The rows of an Arrow table or batch; for one whose text is not UTF-8, the error that says so."""
+    try:
+        rows = table.to_pylist()
+    except UnicodeDecodeError as error:
+        if table.num_rows == 1:
+            yield error
+            return
+        rows = (row for number in range(table.num_rows) for row in rows_of(table.slice(number, 1)))
+    yield from rows

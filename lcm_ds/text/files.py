@@ -10,7 +10,7 @@ from typing import Any
 
 from lcm_ds.config import SourceConfig
 from lcm_ds.errors import InputError
-from lcm_ds.text.sources import TextDocument, even_units, window
+from lcm_ds.text.sources import UNREADABLE, TextDocument, even_units, window
 
 
 class FilesSource:
@@ -43,25 +43,31 @@ class FilesSource:
         return even_units(self.total, size)
 
     def documents(self, start: int = 0, stop: int | None = None) -> Iterator[TextDocument]:
-        """Files number `start` up to, not including, `stop`.
+        """Files number `start` up to, not including, `stop`; one that is not UTF-8 is a refused document.
 
-        Raises InputError naming a file that is not UTF-8, or not what it was when the source was looked at.
+        Raises InputError naming a file that cannot be opened, or is not what it was when the source was looked at.
         """
         rows = slice(*window(self.config, start, stop))
         for path, size in zip(self.files[rows], self._sizes[rows], strict=True):
             check_size(str(path), str(path), size)
+            text, refused, problem = "", None, None
             try:
                 text = path.read_bytes().decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                raise InputError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+                refused, problem = UNREADABLE, f"{path}: not UTF-8 text: {error.reason} at byte {error.start}"
             except OSError as error:
                 raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-            yield TextDocument(path.as_posix(), "files", text)
+            yield TextDocument(path.as_posix(), "files", text, refused, problem=problem, named=False)
 
     def describe(self) -> dict[str, Any]:
         """What the documents were taken from, for dataset.json."""
         chosen = self.config.model_dump(include={"paths", "skip", "take"}, exclude_defaults=True)
         return {"name": "files", **chosen, "files": len(self.files), "bytes": self._bytes}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each file."""
+        return dict(zip(map(str, self.files), self._sizes, strict=True))
 
     def index(self) -> dict[str, Any]:
         """The files and their sizes."""
@@ -74,7 +80,7 @@ def expand(paths: Sequence[str]) -> list[Path]:
     Raises InputError with a line for every path that names no file.
     """
     mistakes = []
-    found: set[Path] = set()
+    found: dict[str, Path] = {}  # by absolute path: a file may be named in several ways
     for pattern in paths:
         path = Path(pattern).expanduser()
         if path.is_dir():
@@ -84,10 +90,11 @@ def expand(paths: Sequence[str]) -> list[Path]:
         files = {match for match in matches if match.is_file()}
         if not files:
             mistakes.append(f"source.paths: {pattern}: no such file")
-        found |= files
+        for file in sorted(files):
+            found.setdefault(os.path.abspath(file), file)
     if mistakes:
         raise InputError(mistakes)
-    return sorted(found)
+    return sorted(found.values())
 
 
 def check_size(place: str, name: str, size: int) -> None:
@@ -100,5 +107,5 @@ def check_size(place: str, name: str, size: int) -> None:
         raise InputError(f"{name}: cannot be read: {error.strerror}") from None
     if now != size:
         raise InputError(
-            f"{name}: has {now} bytes, but had {size} when the source was looked at: start anew, or restore it"
+            f"{name}: has {now} bytes, but had {size} when the source was looked at: restore it, or choose a new output"
         )

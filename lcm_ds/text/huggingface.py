@@ -37,8 +37,9 @@ class HuggingFaceSource:
     """Rows of a dataset, in its own order; files follow one another in the order of their names.
 
     A row's id is its `id_column`; without one, or where it is null, the file's or the dataset's name and the row's
-    number in it: `part-0.parquet#17`. A null text comes as an empty one. Rows that the filter or the language leaves
-    out are given without their text.
+    number in it: `part-0.parquet#17`. A null text comes as an empty one, a row that cannot be read (broken JSON, no
+    object, no text column, a text that is no string or no UTF-8) as a refused document. Rows that the filter or the
+    language leaves out are given without their text.
 
     Raises InputError where a file, the dataset, or a column is missing, or a file is neither parquet nor JSONL.
     """
@@ -121,6 +122,11 @@ class HuggingFaceSource:
         commit = {"revision": self._commit} if self._commit else {}
         chosen = {key: value for key, value in chosen.items() if value not in ([], {}, 0)}
         return {"name": "huggingface", **chosen, **commit, **found}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each file; of none where a dataset is streamed."""
+        return {file.name: file.size for file in self._files}
 
     def index(self) -> dict[str, Any]:
         """The files, with what their footers or a first pass told."""

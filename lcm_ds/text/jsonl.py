@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -13,90 +14,129 @@ from lcm_ds.text.columns import Columns
 from lcm_ds.text.files import check_size
 from lcm_ds.text.sources import TextDocument
 
-_MARKED = 500  # lines from one mark to the next
+_MARKED = 500  # rows from one mark to the next
 _LOOKED_AT = 100  # rows that tell which columns there are: a row may lack what others have
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-_PIECE = 1 << 20
+_PIECE = 1 << 20  # bytes read at a time
 
 
 class JsonlFile:
-    """A file; marks: where every so many lines begin, in bytes of the text; size: bytes of the file.
+    """A file; a row is a line that is not blank.
 
-    A plain file is read from the mark before a range, a compressed one from its beginning.
+    marks: where every so many rows begin, in bytes of the text; blanks: blank lines before each of them; size: bytes of
+    the file. A plain file is read from the mark before a range, a compressed one from its beginning.
     """
 
     def __init__(
-        self, columns: Columns, place: str, name: str, size: int, characters: int, rows: int, marks: list[int]
+        self,
+        columns: Columns,
+        place: str,
+        name: str,
+        size: int,
+        characters: int,
+        rows: int,
+        marks: list[int],
+        blanks: list[int] | None = None,
     ) -> None:
         self.columns, self.place, self.name, self.size = columns, place, name, size
         self.characters, self.rows, self.marks = characters, rows, marks
+        self.blanks = blanks or [0] * len(marks)  # source.json had none of them before blank lines were known
 
     @classmethod
     def look(cls, columns: Columns, place: str, name: str) -> JsonlFile:
-        """The file, read once for where its lines begin. Raises InputError where its first rows lack columns."""
-        rows, marks, position, line_begins = 0, [0], 0, True
+        """The file, read once for where its rows begin.
+
+        Raises InputError where it cannot be read, is one JSON list, or its first rows lack columns or are none.
+        """
+        rows = blank = position = 0
+        marks: list[int] = []
+        blanks: list[int] = []
         try:
             filesystem, path = fsspec.core.url_to_fs(place)
             size = filesystem.size(path)
             with _open(place) as file:
-                while piece := file.read(_PIECE):
-                    at = -1
-                    while (at := piece.find(b"\n", at + 1)) >= 0:
-                        rows += 1
+                for line in file:
+                    if line.isspace():
+                        blank += 1
+                    else:
                         if rows % _MARKED == 0:
-                            marks.append(position + at + 1)
-                    position += len(piece)
-                    line_begins = piece.endswith(b"\n")
+                            marks.append(position)
+                            blanks.append(blank)
+                        rows += 1
+                    position += len(line)
         except Exception as error:  # an OSError, and what the libraries of compression and of remote places raise
             raise InputError(f"{name}: cannot be read: {first_line(error)}") from None
-        found = cls(columns, place, name, size, position, rows + (not line_begins), marks)
-        first_rows = [found._object(number, line) for number, line in found._lines(0, min(_LOOKED_AT, found.rows))]
-        if first_rows:
-            columns.check_rows(name, first_rows)
+        found = cls(columns, place, name, size, position, rows, marks, blanks)
+        found._check()
         return found
+
+    def _check(self) -> None:
+        """Raise InputError where the first rows show that this is no JSONL, or that columns are missing."""
+        lines = [line for _, _, line in self._lines(0, min(_LOOKED_AT, self.rows))]
+        if lines and lines[0].lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+            raise InputError(
+                f"source.paths: {self.name} is one JSON list, not JSONL, which has an object a line: "
+                f"jq -c '.[]' {self.name} > NEW.jsonl"
+            )
+        values = [_values(line) for line in lines]
+        rows = [row for row in values if isinstance(row, dict)]
+        if lines and not rows:
+            raise InputError(f"source.paths: {self.name} is no JSONL: none of its first rows is read: {values[0]}")
+        if rows:
+            self.columns.check_rows(self.name, rows)
 
     def index(self) -> dict[str, Any]:
         """What `look` found, as the constructor takes it."""
         return {"place": self.place, "name": self.name, "size": self.size, "characters": self.characters,
-                "rows": self.rows, "marks": self.marks}  # fmt: skip
+                "rows": self.rows, "marks": self.marks, "blanks": self.blanks}  # fmt: skip
 
     def pieces(self, size: int) -> Iterator[int]:
-        """`size` rows, again and again; a range may end after any line."""
+        """`size` rows, again and again; a range may end after any row."""
         yield from (min(size, self.rows - start) for start in range(0, self.rows, size))
 
     def read(self, first: int, last: int) -> Iterator[TextDocument]:
         """Rows `first` up to, not including, `last`. Raises InputError."""
         check_size(self.place, self.name, self.size)
-        for number, line in self._lines(first, last):
-            yield self.columns.document(self.name, number, self._object(number, line))
+        for row, number, line in self._lines(first, last):
+            yield self.columns.document(self.name, row, _values(line), f"line {number}")
 
-    def _lines(self, first: int, last: int) -> Iterator[tuple[int, bytes]]:
+    def _lines(self, first: int, last: int) -> Iterator[tuple[int, int, bytes]]:
+        """Rows, from 0, with the numbers of their lines, from 1."""
+        if first >= last:
+            return
         try:
             with _open(self.place) as file:
-                number = 0
+                row = number = 0
                 if not self.place.endswith(_COMPRESSED):
-                    number = first // _MARKED * _MARKED
-                    file.seek(self.marks[first // _MARKED])
+                    mark = first // _MARKED
+                    row, number = mark * _MARKED, mark * _MARKED + self.blanks[mark]
+                    file.seek(self.marks[mark])
                 for line in file:
-                    if number >= last:
-                        return
-                    if number >= first:
-                        yield number, line
                     number += 1
+                    if line.isspace():
+                        continue
+                    if row >= first:
+                        yield row, number, line
+                    row += 1
+                    if row >= last:
+                        return
         except Exception as error:  # as above
             raise InputError(f"{self.name}: cannot be read: {first_line(error)}") from None
 
-    def _object(self, number: int, line: bytes) -> dict[str, Any]:
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{self.name}: cannot be read: line {number + 1} is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise InputError(f"{self.name}: line {number + 1} is not an object with columns: {line[:40]!r}")
-        return values
+
+def _values(line: bytes) -> dict[str, Any] | ValueError:
+    """The columns of a row, or what is wrong with it."""
+    try:
+        values = json.loads(line.rstrip())
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not JSON: {first_line(error)}")
+    if not isinstance(values, dict):
+        return ValueError(f"not an object with columns: {line[:40]!r}")
+    return values
 
 
 def _open(place: str) -> Any:
     if place.endswith(_COMPRESSED) and fsspec.utils.infer_compression(place) is None:
         raise ImportError(f"{place[place.rindex('.') :]} needs: pip install zstandard")  # the one that may be missing
-    return fsspec.open(place, "rb", compression="infer").open()
+    # Remote files of fsspec read megabytes for each line that they are asked for.
+    return io.BufferedReader(fsspec.open(place, "rb", compression="infer").open(), _PIECE)

@@ -9,7 +9,7 @@ from typing import Any
 import fsspec
 
 from lcm_ds.errors import InputError, first_line
-from lcm_ds.text.columns import Columns
+from lcm_ds.text.columns import Columns, rows_of
 from lcm_ds.text.files import check_size
 from lcm_ds.text.sources import TextDocument
 
@@ -59,7 +59,7 @@ class ParquetFile:
         for row, values in self._values(first, last):
             yield self.columns.document(self.name, row, values)
 
-    def _values(self, first: int, last: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _values(self, first: int, last: int) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
         """The rows with their numbers, from the row groups that hold them."""
         groups, row, begin = [], None, 0
         for index, rows in enumerate(self.groups):
@@ -74,13 +74,13 @@ class ParquetFile:
             batches = file.iter_batches(_ROWS, row_groups=groups, columns=self.columns.names, use_threads=False)
             for batch in batches:
                 if row + batch.num_rows > first:
-                    for values in batch.slice(max(0, first - row), last - max(first, row)).to_pylist():
+                    for values in rows_of(batch.slice(max(0, first - row), last - max(first, row))):
                         yield max(first, row), values
                         first = max(first, row) + 1
                 row += batch.num_rows
                 if first >= last:
                     return
-        except Exception as error:  # pyarrow's, a text that is not UTF-8, and what the libraries of remote places raise
+        except Exception as error:  # pyarrow's, and what the libraries of remote places raise
             raise InputError(f"{self.name}: cannot be read: {first_line(error)}") from None
 
 

@@ -72,6 +72,11 @@ class SampleSource:
             **self.config.model_dump(include={"skip", "take", "take_sentences"}, exclude_defaults=True),
         }
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """None: the text comes with Python and torch, whose versions say which it is."""
+        return {}
+
     def index(self) -> dict[str, Any]:
         """The documents, so that other processes need not make them once more."""
         return {"documents": [(document.id, document.source, document.text) for document in self._all()]}

@@ -18,10 +18,12 @@ from lcm_ds.errors import InputError
 # run of characters without whitespace.
 _UNSPACED_MARKS = "。！？｡．︒﹒﹖﹗、，；：､"
 # What a sentence can end in, closing quotes and brackets aside.
-_END_MARKS = frozenset(".!?…‥।॥؟۔" + "。！？｡．︒﹒﹖﹗")
+# Amharic, Armenian, Burmese, Santali, Khmer and Tibetan ones: spaCy's tokenizers leave them at the word.
+_MARKS_AT_WORDS = "።፧፨։။᱾᱿។៕།༎"
+_END_MARKS = frozenset(".!?…‥।॥؟۔" + "。！？｡．︒﹒﹖﹗" + _MARKS_AT_WORDS)
 
 # Their end marks, and what closes a quote behind one: tokens of their own.
-_UNSPACED_END = re.compile("[。！？｡]|(?<=[。！？｡”’」』）])[”’」』）]")
+_UNSPACED_END = re.compile(f"[。！？｡{_MARKS_AT_WORDS}]|(?<=[。！？｡”’」』）])[”’」』）]")
 
 # Control characters, halves of surrogate pairs, and spaces of no width (which str.split does not know).
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\u200b\u2060\ufeff]")
@@ -32,6 +34,36 @@ _BREAK = re.compile(rf" |(?<=[{_UNSPACED_MARKS}])(?=\S)")
 _CLAUSE_END = re.compile(rf"[,;:!?…)\]—–{_UNSPACED_MARKS}][\"'”’»]?$| [-—–]$")
 # Hard-wrapped text has lines at least this long, and at most that long; other line ends are ends of paragraphs.
 _WRAPPED_AT = range(40, 121)
+# The number of the rules below, in dataset.json: raise it whenever a text gets other sentences.
+_RULES = 2
+# What may open a sentence before its first letter; what closes one behind a space, as in French; and Dutch and
+# Afrikaans words such as 's, after which capitals come.
+_OPENING = re.compile(r"[\"'“‘„«‹(\[{_*¡¿]*")
+_SPACED_CLOSING = re.compile(r"[»)\]”] ")
+_CLITIC = re.compile(r"['’][a-z] ")
+# English abbreviations: before a name, and before a number or a bracket.
+_TITLE_WORDS = """
+capt cmdr col comdr ft gen gov hon lieut lt maj messrs mlle mme mr mrs ms prof pres rep rev sen sergt sgt supt
+"""
+_TITLES = frozenset(_TITLE_WORDS.split())
+_NUMBERED_WORDS = """
+app approx apr art arts aug bk ca cf ch chap chaps dec eq eqs ex feb fig figs jan jul jun lib mar no nos nov oct op p
+para paras pl pp pt pts ref refs sec sect secs sep sept tab ver vol vols
+"""
+_NUMBERED = frozenset(_NUMBERED_WORDS.split())
+_BRACKETED = _NUMBERED | {"al", "e.g", "i.e", "viz", "vs"}
+# Those after which a sentence seldom ends, and never before a lower-case letter; Roman numbers, initials, "a.m".
+_UNENDING = re.compile(
+    rf"(?:{'|'.join(sorted(_TITLES | _BRACKETED | {'&c', 'co', 'etc', 'esq', 'inc', 'jr', 'ltd', 'sr', 'st'}))}"
+    r"|[ivxlcdm]+|\w|\w+(?:\.\w+)+)"
+)
+# Behind a quotation that ends in ! or ?: who speaks. To the end of the text, too: a long sentence may be cut there.
+_SPEAKER = re.compile(
+    r"(?:I|(?!(?:He|She|They|We|You|It|The|A|An|Then|And|But)\b)[A-Z][\w'’-]*\.?(?: [A-Z][\w'’-]*){0,2})"
+    r"(?: (?:added|answered|asked|began|called|cried|demanded|ejaculated|exclaimed|gasped|inquired|interrupted|murmured"
+    r"|muttered|observed|remarked|repeated|replied|responded|returned|said|says|screamed|shouted|shrieked|whispered"
+    r"|yelled)\b|$)"
+)
 # spaCy refuses texts of more than nlp.max_length (a million) characters; its time is linear, so the number is free.
 _MAX_PARAGRAPH = 100_000
 
@@ -48,6 +80,7 @@ class Splitter:
     def __init__(self, config: SentencesConfig) -> None:
         self.config = config
         self._nlp = _pipeline(config)
+        self._by_rules, self._english = config.pipeline is None, config.language == "en"
         # A word longer than a sentence may be: a link, a table or binary data, seldom language.
         self._endless_word = re.compile(rf"[^\s{_UNSPACED_MARKS}]{{{config.max_characters + 1},}}")
 
@@ -95,6 +128,7 @@ class Splitter:
             "library": f"spacy {spacy.__version__}",
             "language": self._nlp.lang,
             "pipeline": pipeline,
+            **({} if self.config.pipeline else {"rules": _RULES}),
             "max_characters": self.config.max_characters,
         }
 
@@ -108,8 +142,10 @@ class Splitter:
         start = 0
         for token in doc[1:]:
             if token.is_sent_start:
-                end = _boundary(paragraph, start, token.idx)
-                if end is not None:
+                mark, end = _boundary(paragraph, start, token.idx)
+                # What a trained pipeline has found is better than rules.
+                goes_on = self._by_rules and mark is not None and _goes_on(paragraph, mark, end, self._english)
+                if end > start and not goes_on:
                     yield paragraph[start:end].rstrip()
                     start = end
         yield paragraph[start:]
@@ -139,8 +175,10 @@ def _cost(sentence: str, position: int, aim: float) -> float:
     return distance if _CLAUSE_END.search(sentence, max(0, position - 3), position) else distance + 0.5
 
 
-def _boundary(text: str, start: int, found: int) -> int | None:
-    """Where the sentence that begins at `start` ends, if spaCy lets the next begin at `found`; None: it goes on.
+def _boundary(text: str, start: int, found: int) -> tuple[int | None, int]:
+    """Where a sentence from `start` has its end mark, and where it ends, if spaCy lets the next begin at `found`.
+
+    No mark: there is none. An end at `start`: the sentence goes on.
 
     spaCy gives all punctuation behind a full stop to the sentence that ends, also the quote or dash that opens the
     next one, and takes "os.PathLike" for two sentences. So: the end is the first whitespace behind the last end mark,
@@ -153,11 +191,36 @@ def _boundary(text: str, start: int, found: int) -> int | None:
         if text[position] in _END_MARKS:
             space = text.find(" ", position, found)
             if space >= 0:
-                return space + 1
+                closing = _SPACED_CLOSING.match(text, space + 1)
+                return position, closing.end() if closing else space + 1
             if text[position] in _UNSPACED_MARKS:
-                return found
+                return position, found
     # A pipeline that parses finds ends without any mark, as between a heading and what follows it.
-    return found if text[found - 1] == " " else None
+    return None, found if text[found - 1] == " " else start
+
+
+def _goes_on(text: str, mark: int, end: int, english: bool) -> bool:
+    """Whether the sentence goes on behind `end`, though there is an end mark at `mark`: what comes next tells.
+
+    It looks at the words around the mark alone, so that parts of a sentence are judged as the sentence is.
+    """
+    if text[mark] not in ".!?…":
+        return False
+    first = _OPENING.match(text, end).end()  # type: ignore[union-attr]
+    letter = text[first : first + 1]
+    # Georgian letters count as lower case, and have no capitals that begin a sentence.
+    lower = letter.islower() and letter.title() != letter and not _CLITIC.match(text, end)
+    quoted = end - mark > 2  # a space, and what closes a quotation or a bracket
+    if text[mark] != ".":
+        return lower or (english and quoted and text[mark] != "…" and _SPEAKER.match(text, end) is not None)
+    word = text[text.rfind(" ", 0, mark) + 1 : mark].lstrip("\"'“‘([{").lower()
+    if lower:
+        return quoted or not word or word.endswith(".") or (english and _UNENDING.fullmatch(word) is not None)
+    if not english:
+        return False
+    if letter.isdigit() and first == end:
+        return word in _NUMBERED
+    return word in (_BRACKETED if text[end] in "([" else _TITLES)
 
 
 def _paragraphs(text: str) -> Iterator[str]:
@@ -211,7 +274,7 @@ def _pipeline(config: SentencesConfig) -> Any:
         except ImportError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"sentences.language: spaCy has no pipeline for {config.language!r}: {reason}") from None
-        nlp.add_pipe("sentencizer")
+        _add_sentencizer(nlp)
         return _with_unspaced_ends(nlp)
     try:
         nlp = spacy.load(config.pipeline, exclude=["ner", "tagger", "attribute_ruler", "lemmatizer", "morphologizer"])
@@ -221,12 +284,18 @@ def _pipeline(config: SentencesConfig) -> Any:
             f"python -m spacy download {config.pipeline}, or leave the key out for the rule-based splitter"
         ) from None
     if not {"parser", "senter", "sentencizer"} & set(nlp.pipe_names):
-        nlp.add_pipe("sentencizer")
+        _add_sentencizer(nlp)
     return _with_unspaced_ends(nlp)
 
 
+def _add_sentencizer(nlp: Any) -> None:
+    from spacy.pipeline import Sentencizer
+
+    nlp.add_pipe("sentencizer", config={"punct_chars": [*Sentencizer.default_punct_chars, *_MARKS_AT_WORDS]})
+
+
 def _with_unspaced_ends(nlp: Any) -> Any:
-    """A pipeline of any language that cuts tokens behind the end marks of scripts without spaces.
+    """A pipeline of any language that cuts tokens behind the end marks of scripts without spaces, and of some others.
 
     The tokenizers of most languages take a whole Chinese or Japanese paragraph for one word, in which no sentence ends.
     """

@@ -18,6 +18,21 @@ class TextDocument:
     text: str | list[str]  # a list: of sentences, which are taken as they are
     refused: str | None = None  # why the source itself leaves it out; its text is not given then
     target: str | list[str] | None = None  # of a supervised document: what follows `text` and is to be learned
+    problem: str | None = None  # what is wrong with a row that cannot be read, and where it is
+    named: bool = True  # whether the id is its own; else it says where the document was found
+
+    @property
+    def split_key(self) -> str:
+        """What decides the split: the id, or the text if there is none: paths are spelt otherwise on the next machine.
+
+        Of a supervised document, the source. Texts that differ in whitespace only have the same key.
+        """
+        if self.named:
+            return self.id
+        return " ".join((self.text if isinstance(self.text, str) else " ".join(self.text)).split())
+
+
+UNREADABLE = "unreadable"  # a document's `refused` where it has a `problem`
 
 
 class Source(Protocol):
@@ -44,11 +59,15 @@ class Source(Protocol):
     def documents(self, start: int = 0, stop: int | None = None) -> Iterator[TextDocument]:
         """Documents number `start` up to, not including, `stop`; fewer or none where the source ends before.
 
-        Raises InputError where the source cannot be read.
+        A row that cannot be read is a refused document. Raises InputError where the source cannot be read.
         """
 
     def describe(self) -> dict[str, Any]:
         """What the documents were taken from, for dataset.json."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each file that the documents are in."""
 
     def index(self) -> dict[str, Any]:
         """What was found out by looking at the source, for `open_source` in other processes; JSON holds it."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lcm_ds.errors import InputError, first_line
-from lcm_ds.text.columns import Columns
+from lcm_ds.text.columns import Columns, rows_of
 from lcm_ds.text.sources import TextDocument
 
 _ROWS = 256
@@ -21,7 +21,7 @@ class Stream:
 
     def __init__(self, columns: Columns, revision: str | None, look: bool) -> None:
         self.columns, self.revision = columns, revision
-        self._rows: Iterator[tuple[int, dict[str, Any]]] | None = None
+        self._rows: Iterator[tuple[int, dict[str, Any] | ValueError]] | None = None
         self._next = 0
         if look:
             self._rows = self._open()
@@ -40,7 +40,7 @@ class Stream:
             if number >= first:
                 yield self.columns.document(name, number, values)
 
-    def _open(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _open(self) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
         import datasets
 
         config = self.columns.config
@@ -56,10 +56,10 @@ class Stream:
         if first is not None:
             self.columns.check_schema(name, first.schema)
 
-        def rows() -> Iterator[tuple[int, dict[str, Any]]]:
+        def rows() -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
             number, table = 0, first
             while table is not None:
-                for values in table.select(self.columns.names).to_pylist():
+                for values in rows_of(table.select(self.columns.names)):
                     yield number, values
                     number += 1
                 try:

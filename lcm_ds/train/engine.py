@@ -21,6 +21,7 @@ from lcm_ds.config import OptimConfig, TrainConfig
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.processes import keep_freed_memory, remove_left_over_locks
+from lcm_ds.train.meeting import meet
 from lcm_ds.train.place import Place
 
 logger = logging.getLogger("lcm_ds.train")
@@ -29,8 +30,9 @@ logger = logging.getLogger("lcm_ds.train")
 def connect(place: Place, stall_minutes: float | None = None) -> torch.device:
     """Join the process group as `place` says and return this rank's device.
 
-    stall_minutes: after how long a watchdog ends a rank that stands still.
+    stall_minutes: after how long a watchdog ends a rank that stands still. Raises Unavailable if a rank does not come.
     """
+    meeting = meet(place)
     os.environ.update(place.environment())
     # DeepSpeed compiles with the ninja that it finds: the one of this environment, which need not be activated. Two
     # versions in turn would compile everything anew each time.
@@ -46,6 +48,7 @@ def connect(place: Place, stall_minutes: float | None = None) -> torch.device:
     else:
         keep_freed_memory()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=patience(stall_minutes))
+    del meeting  # only now: torch.distributed has its store where this one's is
     return torch.device(accelerator.current_device_name())
 
 

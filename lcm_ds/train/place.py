@@ -43,6 +43,14 @@ class Place:
             "MASTER_PORT": str(self.master_port),
         }
 
+    def within(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """An environment in which a process has this place, whatever torchrun has said of its own in `environ`."""
+        return {**{name: said for name, said in environ.items() if not _of_torchrun(name)}, **self.environment()}
+
+
+def _of_torchrun(name: str) -> bool:
+    return name.startswith("TORCHELASTIC_")
+
 
 def read_place(environ: Mapping[str, str]) -> Place:
     """This process's place.

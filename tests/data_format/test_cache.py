@@ -16,13 +16,14 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lcm_ds.data import cache, remote
+from lcm_ds.data import cache, loader, remote
 from lcm_ds.data.cache import Cache
 from lcm_ds.data.format import Dataset, open_dataset
 from lcm_ds.data.loader import Loader, _LookingAhead
@@ -174,6 +175,39 @@ def test_an_outage_that_lasts_is_no_mistake_of_the_users(served: Server, dataset
     assert caught.value.exit_code == 1
     assert served.requests[name] == remote.ATTEMPTS
     assert kept(tmp_path, dataset) == []
+
+
+def test_an_outage_leaves_out_the_rows_of_its_time_and_no_shard_for_good(
+    served: Server, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = Plan(
+        [Source([shard.concepts for shard in dataset.shards])], seed=0, rows_per_step=2, row_length=16, epochs=1
+    )
+    skipping = replace(there(served, tmp_path), skip_bad=True)
+    name, size = dataset.shards[3].name, dataset.shards[3].concepts
+    failures = ["503"] * (2 * remote.ATTEMPTS)  # whoever fetches ahead, and whoever reads
+    served.faults[name].extend(failures)
+    missing = [batch.missing for batch in Loader([skipping], plan, 10, 0, 1, 2)]
+    assert sum(missing) == size  # a minute has not passed
+    monkeypatch.setattr(loader, "AGAIN_SECONDS", 0.0)
+    shutil.rmtree(tmp_path)
+    served.faults[name].extend(failures)
+    batches = list(Loader([skipping], plan, 10, 0, 1, 2))
+    assert 0 < sum(batch.missing for batch in batches) <= 16 < size
+    assert kept(tmp_path, dataset) == [*range(len(dataset.shards))]
+    lines = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(lines) == 2
+    assert lines[1].startswith(f"left out for now: {served.url}/{name}: cannot be read, tried {remote.ATTEMPTS} times")
+    # One that is damaged is left out for good; where nothing answers, the run ends.
+    shutil.rmtree(tmp_path)
+    served.faults[name].extend(["changed"] * (2 * remote.DAMAGED_ATTEMPTS))
+    assert sum(batch.missing for batch in Loader([skipping], plan, 10, 0, 1, 2)) == size
+    shutil.rmtree(tmp_path)
+    for shard in dataset.shards:
+        served.faults[shard.name].extend(failures * 20)
+    with pytest.raises(Unavailable, match=r"2 of \d+ shards could not be read: too many to leave out") as caught:
+        list(Loader([skipping], plan, 10, 0, 1, 2))
+    assert caught.value.exit_code == 1
 
 
 @pytest.mark.parametrize("name", ["dataset.json", "shards.jsonl", "normalizer.safetensors"])

@@ -108,12 +108,40 @@ def test_a_document_that_cannot_be_encoded_is_named_and_the_others_are_kept(tmp_
 def test_too_many_documents_that_cannot_be_encoded_stop_the_run(tmp_path):
     lines = write_lines(tmp_path / "lines.jsonl", 100, wrong=range(40, 60, 3))
     config = config_of(lines, tmp_path / "out", max_refused=0.05)
-    with pytest.raises(InputError, match=r"7 of 100 documents could not be encoded.*max_refused 0\.05.*58"):
+    with pytest.raises(
+        InputError, match=r"7 of 100 documents could not be read or encoded.*max_refused 0\.05.*document 40:"
+    ):
         prepare(config, HashEncoder())
     assert len((tmp_path / "out/units.jsonl").read_text().splitlines()) == 2  # those before
     # It is a matter of patience, not of the dataset: more of it, and the same folder goes on.
     prepare(config.model_copy(update={"max_refused": 0.1}), HashEncoder())
     assert open_dataset(tmp_path / "out/train").info.source["refused"] == {"not_encoded": 7}
+
+
+def test_rows_that_cannot_be_read_are_refused_and_too_many_of_them_stop_it_without_loss(tmp_path, capsys):
+    lines = write_lines(tmp_path / "lines.jsonl", 100)
+    rows = lines.read_text().splitlines()
+    rows[70] = rows[70][:30]
+    lines.write_text("\n".join(rows) + "\n\n")
+    prepare(config_of(lines, tmp_path / "one"), HashEncoder())
+    assert "not read: lines.jsonl: line 71: not JSON: Unterminated string" in capsys.readouterr().out
+    source = open_dataset(tmp_path / "one/train").info.source
+    assert (source["given"], source["refused"], sum(source["kept"].values())) == (100, {"unreadable": 1}, 99)
+    rows[80], rows[90] = "[]", "{}"
+    lines.write_text("\n".join(rows) + "\n\n")
+    config = config_of(lines, tmp_path / "out")
+    with pytest.raises(InputError, match=r"3 of 100 .* could not be read or encoded.* line 71: .*; .* line 81: "):
+        prepare(config, HashEncoder())
+    # Whoever mends the file now learns that this is not what was begun, and what else there is to do.
+    whole = lines.read_bytes()
+    lines.write_bytes(whole.rstrip())
+    with pytest.raises(InputError, match=r"lines\.jsonl: has \d+ bytes, but had \d+ when .*/out was begun: restore it"):
+        prepare(config, HashEncoder())
+    lines.write_bytes(whole)
+    encoder = HashEncoder()
+    prepare(config.model_copy(update={"max_refused": 0.05}), encoder)
+    assert len(encoder.seen) == 1 + 5 * (20 - 2)  # the end of text, and the last of five units
+    assert open_dataset(tmp_path / "out/train").info.source["refused"] == {"unreadable": 3}
 
 
 def test_a_batch_that_the_device_cannot_hold_is_a_mistake_in_the_config(tmp_path):

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,13 +74,49 @@ def test_every_document_is_in_one_split_with_a_concept_for_each_sentence(make_co
     found = documents(config.output)
     assert len({meta["id"] for _, meta, _ in found}) == len(found) == DOCUMENTS
     for split, meta, concepts in found:
-        assert split == split_of(meta["id"], config.validation)
+        assert split == split_of(Path(meta["id"]).read_text(), config.validation)
         assert meta["sentences"][-1] == "End of text."
         assert len(meta["sentences"]) == len(concepts)
         expected = np.stack([encoder.concept(sentence) for sentence in meta["sentences"]])
         assert np.array_equal(concepts, expected.astype(np.float16))
     shares = Counter(split for split, *_ in found)
     assert 3 <= shares["validation"] <= 24
+
+
+def test_a_document_without_an_id_keeps_its_split_wherever_it_is_found(texts, make_config, tmp_path, monkeypatch):
+    """Spelt otherwise, in another folder, beside others, as rows of a file: what decides is the text."""
+    monkeypatch.chdir(texts.parent)
+    shutil.copytree(texts, tmp_path / "moved/deeper")
+    (tmp_path / "moved/other.txt").write_text("This one came later. It is another.")
+    rows = [{"text": path.read_text().replace(" ", "\r\n")} for path in sorted(texts.iterdir())]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files, rows = {"name": "files"}, {"name": "huggingface", "id_column": None}
+    sources = [
+        {**files, "paths": [str(texts / "*.txt")]},
+        {**files, "paths": [f"{texts.name}/*.txt", str(texts / "0*.txt")]},  # named twice, there once
+        {**files, "paths": [str(tmp_path / "moved/**/*.txt")]},
+        {**rows, "paths": [str(tmp_path / "rows.jsonl")]},
+    ]
+    found = []
+    for number, source in enumerate(sources):
+        output = str(tmp_path / f"out-{number}")
+        prepare(make_config(source=source, output=output), HashEncoder())
+        found.append({" ".join(meta["sentences"]): split for split, meta, _ in documents(output)})
+        assert len({meta["id"] for _, meta, _ in documents(output)}) == DOCUMENTS + (number == 2)
+    found[2].pop("This one came later. It is another. End of text.")
+    assert found[0] == found[1] == found[2] == found[3]
+    assert set(found[0].values()) == {"train", "validation"}
+
+
+def test_a_dataset_begun_with_splits_by_path_is_not_gone_on_with(make_config, tmp_path):
+    prepare(make_config(), HashEncoder())
+    (tmp_path / "out/train/dataset.json").unlink()
+    parts = json.loads((tmp_path / "out/parts.json").read_text())
+    del parts["split"], parts["sentences"]["rules"]
+    (tmp_path / "out/parts.json").write_text(json.dumps(parts))
+    with pytest.raises(InputError) as caught:
+        prepare(make_config(), HashEncoder())
+    assert [line.split(": ")[1] for line in caught.value.mistakes] == ["sentences.rules", "split"]
 
 
 def test_the_split_of_a_document_is_a_function_of_its_id_and_about_the_share_asked_for():
@@ -120,12 +157,9 @@ def prepare_and_be_killed(config, event):
 
 
 @pytest.mark.slow
-def test_killed_before_any_of_its_writes_and_started_again_it_ends_with_the_same_bytes(
-    make_config, texts, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(texts)  # a document's split goes by its id, which is its path: the same in every run of the suite
-    source = {"name": "files", "paths": ["00*.txt"]}
-    common = {"source": source, "documents_per_shard": 5, "validation": 0.4}
+def test_killed_before_any_of_its_writes_and_started_again_it_ends_with_the_same_bytes(make_config, texts, tmp_path):
+    source = {"name": "files", "paths": [str(texts / "00*.txt")]}
+    common = {"source": source, "documents_per_shard": 5, "validation": 0.7}  # documents of both splits in both units
     prepare(make_config(**common), HashEncoder())
     whole = written(tmp_path / "out")
     assert {"train/00000001.tar", "validation/00000001.tar"} <= whole.keys()
@@ -235,7 +269,7 @@ def test_texts_that_came_since_are_not_mixed_in(make_config, tmp_path):
     prepare(config, HashEncoder())
     (tmp_path / "out/train/dataset.json").unlink()
     (tmp_path / "texts/0.txt").write_text("And another. It is new.")
-    with pytest.raises(InputError, match=r"source\.files: was 1 when"):
+    with pytest.raises(InputError, match=r"texts/0\.txt: new since .*/out was begun: take it away, or"):
         prepare(config, HashEncoder())
 
 
@@ -283,17 +317,18 @@ def test_refused_documents_are_counted_by_reason(make_config, tmp_path):
         {"id": "bad", "text": "This is fine. This is not a number."},
         {"id": "long", "text": "One is. Two is. Three is. Four is. Five is."},
         {"id": "fine", "text": "Three is here. Four is here. Five is here."},
+        {"id": "null", "text": None},
     ]
     path = tmp_path / "lines.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = make_config(source={"name": "huggingface", "paths": [str(path)]}, validation=0, max_sentences=4)
     prepare(config, HashEncoder())
     source = open_dataset(tmp_path / "out/train").info.source
-    assert source["given"] == 7
+    assert source["given"] == 8
     assert source["kept"]["train"] == 2
     assert source["refused"] == {
         "duplicate_id": 1,
-        "empty": 1,
+        "empty": 2,
         "not_encoded": 1,
         "too_few_sentences": 1,
         "too_many_sentences": 1,

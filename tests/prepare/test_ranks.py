@@ -11,13 +11,19 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 from preparing import HashEncoder, written
 
 from lcm_ds.config import PrepareConfig
 from lcm_ds.data.format import open_dataset
+from lcm_ds.errors import Unavailable
+from lcm_ds.prepare import peers
 from lcm_ds.prepare.pipeline import prepare
+from lcm_ds.train import meeting
+from lcm_ds.train.place import free_port
 
 SCRIPT = Path(__file__).with_name("preparing.py")
 PROSE = "The {0} mill stood at the {1} river. Nobody had seen it turn for {0} years! Was the {1} water too low? It was."
@@ -136,16 +142,19 @@ def test_killed_at_ten_random_moments_the_dataset_is_that_of_one_run(write_confi
 
 
 def test_a_mistake_that_one_rank_finds_is_told_once_and_ends_all_with_2(write_config, tmp_path, lines):
-    broken = tmp_path / "broken.jsonl"
-    rows = lines.read_text().splitlines()
-    rows[30] = rows[30][:40]
-    broken.write_text("\n".join(rows) + "\n")
+    broken = tmp_path / "broken.parquet"
+    table = pyarrow.Table.from_pylist([json.loads(line) for line in lines.read_text().splitlines()])
+    pyarrow.parquet.write_table(table, broken, row_group_size=4)
+    pages = pyarrow.parquet.read_metadata(broken).row_group(7).column(1).dictionary_page_offset
+    data = bytearray(broken.read_bytes())
+    data[pages : pages + 40] = bytes(40)
+    broken.write_bytes(data)
     config = write_config("out", source={"name": "huggingface", "paths": [str(broken)]})
     process = launcher(3, [sys.executable, "-m", "lcm_ds.prepare", str(config)])
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2, errors
     assert len(errors.splitlines()) == 1, errors
-    assert "broken.jsonl" in errors
+    assert "broken.parquet: cannot be read" in errors
 
 
 def test_a_rank_that_dies_ends_the_others_and_what_is_committed_stays(write_config, tmp_path):
@@ -163,6 +172,31 @@ def test_a_rank_that_dies_ends_the_others_and_what_is_committed_stays(write_conf
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert "going on after" in out
+
+
+def test_a_rank_that_never_comes_is_named_and_ends_it(write_config, tmp_path, monkeypatch, capsys):
+    """RANK and WORLD_SIZE left behind in a notebook's environment."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(meeting, "SECONDS_A_REMINDER", 0.5)
+    monkeypatch.setattr(meeting, "PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(peers, "SECONDS_TO_END", 0.1)
+    config = config_at(write_config("out"))
+    with pytest.raises(
+        Unavailable, match=r"rank 1 of 2 \(WORLD_SIZE=2 in the environment\) did not come in .* unset RANK"
+    ):
+        prepare(config, HashEncoder())
+    assert "waiting for rank 1 of 2 (WORLD_SIZE=2 in the environment), " in capsys.readouterr().out
+    assert len((tmp_path / "out/units.jsonl").read_text().splitlines()) == 12  # nothing of it is lost
+    monkeypatch.setattr(meeting, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    with pytest.raises(Unavailable, match=r"rank 0 of 2 .* at 127\.0\.0\.1:\d+ did not come in"):
+        prepare(config, HashEncoder())
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    prepare(config.model_copy(update={"processes": 1}), HashEncoder())
+    assert "going on after 48 documents" in capsys.readouterr().out
 
 
 def wait_for(true, seconds=60):

@@ -18,10 +18,15 @@ def test_a_run_is_an_object_and_what_its_workers_say_is_printed_here(make_config
     run = api.train(config, processes=1)
     said = capsys.readouterr().out.splitlines()
     assert any(line.startswith("step 4/4") for line in said)
-    assert run.step == 4
+    assert (run.step, run.stopped) == (4, False)
     assert [line["step"] for line in run.metrics() if "val_loss" in line] == [2, 4]
     assert api.train(config, processes=1) == run
     assert f"{run.path}: already trained for 4 steps, nothing to do" in capsys.readouterr().out
+
+
+def test_a_run_that_was_asked_to_stop_says_so(make_config, monkeypatch):
+    monkeypatch.setattr("lcm_ds.launcher.launch.launch", lambda *_, **__: 75)
+    assert api.train(load(TrainConfig, make_config())).stopped
 
 
 def test_mistakes_in_an_object_are_raised_and_name_no_file_of_ours(make_config):
