@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import webdataset
 import yaml
 from preparing import HashEncoder, written
@@ -199,10 +200,33 @@ def test_a_finished_dataset_is_said_to_be_there_and_not_made_again(make_config, 
 
 
 def test_another_config_is_refused_naming_what_differs(make_config):
+    encoder = {"name": "sentence-transformers", "model": "minilm"}
     prepare(make_config(), HashEncoder())
     with pytest.raises(InputError) as caught:
-        prepare(make_config(validation=0.3, sentences={"max_characters": 100}), HashEncoder())
-    assert [line.split(": ")[1] for line in caught.value.mistakes] == ["sentences.max_characters", "validation"]
+        changes = {"validation": 0.3, "sentences": {"max_characters": 100}, "encoder": {**encoder, "threads": 2}}
+        prepare(make_config(**changes), HashEncoder())
+    named = [line.split(": ")[1] for line in caught.value.mistakes]
+    assert named == ["encoder.threads", "sentences.max_characters", "validation"]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_it_encodes_with_as_many_threads_as_the_config_says_whatever_there_were_before(make_config, threads):
+    class Counts(HashEncoder):
+        def embed(self, batch):
+            seen.add(torch.get_num_threads())
+            return super().embed(batch)
+
+    seen, before = set(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        encoder = {"name": "sentence-transformers", "model": "minilm", "threads": threads}
+        config = make_config(encoder=encoder)
+        prepare(config, Counts())
+        assert torch.get_num_threads() == 2  # of what comes after it in a notebook
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {threads}
+    assert open_dataset(Path(config.output) / "train").info.threads == threads
 
 
 def test_another_encoder_behind_the_same_config_is_refused_before_the_halves_are_mixed(make_config, tmp_path):
