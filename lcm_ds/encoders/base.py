@@ -35,8 +35,8 @@ class TokenBatch:
 class Encoder(Protocol):
     """Turns sentences into concepts; the same sentence into the same concept, whatever comes with it, to rounding.
 
-    The batches of given texts are always the same. So are their concepts, to the last bit, on one kind of device and, on
-    a CPU, with one number of threads: AMX sums bf16 products in another order with another number.
+    The batches of given texts are always the same. So are their concepts, to the last bit, on one kind of device and on
+    a CPU with one number of threads: with another, AMX sums bf16 products in another order.
     """
 
     name: str  # of the kind, as in the config

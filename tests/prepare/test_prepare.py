@@ -15,6 +15,7 @@ import pytest
 import torch
 import webdataset
 import yaml
+from machine import patience
 from preparing import HashEncoder, written
 
 from lcm_ds.config import PrepareConfig
@@ -163,7 +164,7 @@ def test_killed_in_the_middle_of_encoding_it_goes_on_where_it_was(make_config, t
 
 
 def wait_for_units(out, count):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patience(60)
     while time.monotonic() < deadline:
         if (out / "units.jsonl").exists() and (out / "units.jsonl").read_text().count("\n") >= count:
             return
@@ -202,8 +203,8 @@ def test_a_finished_dataset_is_said_to_be_there_and_not_made_again(make_config, 
 def test_another_config_is_refused_naming_what_differs(make_config):
     encoder = {"name": "sentence-transformers", "model": "minilm"}
     prepare(make_config(), HashEncoder())
+    changes = {"validation": 0.3, "sentences": {"max_characters": 100}, "encoder": {**encoder, "threads": 2}}
     with pytest.raises(InputError) as caught:
-        changes = {"validation": 0.3, "sentences": {"max_characters": 100}, "encoder": {**encoder, "threads": 2}}
         prepare(make_config(**changes), HashEncoder())
     named = [line.split(": ")[1] for line in caught.value.mistakes]
     assert named == ["encoder.threads", "sentences.max_characters", "validation"]
@@ -288,7 +289,7 @@ def test_a_second_process_on_the_folder_is_refused(make_config, tmp_path):
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     process = subprocess.Popen([sys.executable, SCRIPT, path, "0.5"], stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + patience(60)
         while not (tmp_path / "out/prepare.yaml").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         with pytest.raises(InputError, match="another process"):
@@ -388,7 +389,7 @@ def test_ctrl_c_leaves_whole_things_only_and_the_real_encoder_goes_on(make_confi
     process = subprocess.Popen(command, **pipes, text=True, preexec_fn=heed)
     wait_for_units(tmp_path / "out", 1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=patience(60))
     assert process.returncode == 75
     assert "start again to go on" in errors
     assert "Traceback" not in errors
