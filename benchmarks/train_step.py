@@ -358,7 +358,8 @@ def trained(config: BaseLCMConfig, arguments: argparse.Namespace, precision: str
         command += [f"{key}={value}" for key, value in settings.items()]
         subprocess.run(list(map(str, command)), check=True, cwd=root, stdout=subprocess.DEVNULL, env={**os.environ})
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        return [line["step_time"] for line in lines], lines[-1]["memory"]
+        steps = [line for line in lines if "step_time" in line]  # the last line is the run's summary
+        return [line["step_time"] for line in steps], steps[-1]["memory"]
 
 
 def matrix_rate(device: torch.device) -> str:

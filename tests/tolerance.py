@@ -13,15 +13,25 @@ import torch
 from lcm_ds.model.config import BaseLCMConfig
 
 
-def rounding(dtype: torch.dtype, *terms: int, size: float = 1.0) -> float:
-    """The difference of two results behind sums of so many terms, one after another, whose sizes add up to `size`."""
-    return torch.finfo(dtype).eps * sum(terms) * size
+def rounding(terms: int, size: float = 1.0, dtype: torch.dtype = torch.float32) -> float:
+    """The difference of two results behind sums of so many terms in all, each of whose sizes add up to `size`."""
+    return torch.finfo(dtype).eps * terms * size
 
 
-def rounding_of(config: BaseLCMConfig, concepts: int, dtype: torch.dtype = torch.float32, size: float = 1.0) -> float:
-    """The difference of two predictions of a Base-LCM behind so many concepts, of about `size`, normalised space."""
-    hidden = config.hidden_size
-    head = hidden // config.num_attention_heads
-    # both norms; query, key and value at a time; scores, weights and values; out; gate and up at a time; down
-    layer = (hidden, hidden, hidden, head, concepts, concepts, hidden, hidden, config.intermediate_size)
-    return rounding(dtype, config.embed_dim, *layer * config.num_hidden_layers, hidden, hidden, size=size)
+def layers(count: int, hidden: int, heads: int, inner: int, length: int) -> int:
+    """Terms of the sums that follow one another in so many transformer layers, over a row of `length`."""
+    norms, projections = 2 * hidden, 2 * hidden + hidden + inner  # query, key and value; out; up; down
+    attention = hidden // heads + 2 * length  # scores, softmax, values
+    return count * (norms + projections + attention)
+
+
+def rounding_of(config: BaseLCMConfig, length: int, size: float = 1.0) -> float:
+    """The difference of two predictions of a Base-LCM in float32 behind `length` concepts, of about `size`."""
+    inside = layers(
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.intermediate_size,
+        length,
+    )
+    return rounding(config.embed_dim + inside + 2 * config.hidden_size, size)  # pre-net; last norm, post-net
