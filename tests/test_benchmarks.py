@@ -15,7 +15,7 @@ RUNS = {
     "checkpoint": ["--preset quickstart --ranks 1 --stages 1 --folder {folder}"],
     "encode": ["--sentences 20 --repeats 1"],
     "generate": ["--preset quickstart --concepts 8 --batches 1 2 --repeats 1 --rounds 1"],
-    "loader": ["--concepts 4000 --embed-dim 16 --seconds 0.05", "--plan"],
+    "loader": ["--concepts 20000 --embed-dim 16 --seconds 0.05", "--plan"],
     "prepare": ["--config {folder}/prepare.yaml --repeats 1"],
     "quantization": ["{dataset} --concepts 500"],
     "train_step": ["--preset quickstart --rows 2 --row-length 16 --documents --steps 1 --ways plain,Base,train,Llama"],
@@ -24,7 +24,7 @@ RUNS = {
 SHOWN = {
     "checkpoint": ["| 1 | waiting |", "| 1 | in the background |"],
     "encode": ["in order, float32", "by tokens, float32", "bfloat16", "(as prepare)"],
-    "generate": ["| 2 | cache |", "| 2 | recomputing |", "| 2 | 512 |"],
+    "generate": ["| 2 | recomputing |", "| 2 | cached |", "| 2 | 512 |"],
     "loader": ["webdataset .decode(), 2 workers", "Loader, 2 threads, first epoch", "cold", "plan ready in"],
     "prepare": ["lcm-ds prepare, all of it", "encoder busy", "MiB for"],
     "quantization": ["cosine", "bytes a concept"],
