@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart test test-slow test-multinode check format clean
+.PHONY: install quickstart test test-slow test-multinode test-newest check format clean
 
 install: $(INSTALLED)
 
@@ -36,6 +36,15 @@ test-multinode: $(INSTALLED)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(MULTINODE) >/dev/null 2>&1; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(MULTINODE) >/dev/null; fi
 	$(BIN)/python -m pytest -m 'not hub' tests/multinode
+
+# The newest versions that setup.py allows, in an environment of its own. An open range takes what pip finds: of torch that
+# is the CUDA build, several GB, on a machine without a GPU, too.
+NEWEST := .venv-newest
+test-newest:
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[quickstart,dev]'
+	$(NEWEST)/bin/python -m pip list | grep -i -E '^(torch|deepspeed|transformers|numpy) '
+	$(NEWEST)/bin/python -m pytest -m 'not slow and not hub' --ignore=tests/multinode
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

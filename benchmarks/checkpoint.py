@@ -21,6 +21,9 @@ from pathlib import Path
 from loader import write_dataset
 from train_step import SMALL
 
+from lcm_ds.config import ModelConfig
+from lcm_ds.model.config import resolve_model
+
 ROOT = Path(__file__).parent.parent
 EVERY, SAVES = 4, 4
 
@@ -34,10 +37,13 @@ def main() -> None:
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--folder", default=None, help="where checkpoints are written")
     arguments = parser.parse_args()
+    embed_dim = (
+        resolve_model(ModelConfig(preset=arguments.preset)).embed_dim if arguments.preset else SMALL["embed_dim"]
+    )
     print("| ZeRO | saving | bytes | stall (s) | of the run | beside it (s a step) |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        write_dataset(Path(folder, "data"), 50_000, 1024, 100)
+        write_dataset(Path(folder, "data"), 50_000, embed_dim, 100)
         for stage in arguments.stages:
             for background in (False, True):
                 print(row(stage, background, Path(folder), arguments), flush=True)

@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--row-length", type=int, default=128)
     parser.add_argument("--documents", action="store_true", help="FineWeb-Edu's lengths; default: a document a row")
     parser.add_argument("--steps", type=int, default=10, help="measured, after three that are not")
-    parser.add_argument("--ways", help="only those whose name has one of these, separated by commas, in it")
+    parser.add_argument("--ways", nargs="+", help="only those whose name has one of these in it")
     arguments = parser.parse_args()
     config = BaseLCMConfig(**SMALL)
     if arguments.preset:
@@ -92,7 +92,7 @@ def main() -> None:
     lengths = document_lengths() if arguments.documents else [arguments.row_length] * arguments.rows
     packed = pack(lengths, arguments.rows, arguments.row_length, config, device)
     ways = ways_of(config, packed, arguments, device)
-    wanted = arguments.ways.split(",") if arguments.ways else [""]
+    wanted = arguments.ways or [""]
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {matrix_rate(device)}")
     print(f"{config.sizes()}\n{packed.real:,} concepts in {arguments.rows} x {arguments.row_length}")
     print("| way | step (s, median) | concepts/s | x plain | peak memory (GiB) | MFU |")
@@ -358,7 +358,8 @@ def trained(config: BaseLCMConfig, arguments: argparse.Namespace, precision: str
         command += [f"{key}={value}" for key, value in settings.items()]
         subprocess.run(list(map(str, command)), check=True, cwd=root, stdout=subprocess.DEVNULL, env={**os.environ})
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        return [line["step_time"] for line in lines], lines[-1]["memory"]
+        steps = [line for line in lines if "step_time" in line]  # the last line is the run's summary
+        return [line["step_time"] for line in steps], steps[-1]["memory"]
 
 
 def matrix_rate(device: torch.device) -> str:

@@ -119,7 +119,8 @@ class EncoderConfig(Schema):
     tokens_per_batch: int | None = Field(None, gt=0)
     max_tokens: int = Field(512, gt=2)
     compile: bool = False  # torch.compile: minutes at the start, for long preparations on GPUs
-    threads: int = Field(1, gt=0)  # of a process, where it computes on the CPU
+    # of each process that encodes, on a CPU; a part of what the dataset is, as the last bits of concepts depend on it
+    threads: int = Field(1, gt=0)
 
 
 class PrepareConfig(Schema):

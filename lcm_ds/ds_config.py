@@ -178,6 +178,9 @@ def _combinations(mapping: dict[str, Any]) -> Iterator[str]:
     if _enabled(mapping, "bf16") and _enabled(mapping, "fp16"):
         yield "bf16.enabled, fp16.enabled: only one of them can be true"
         return
+    if _enabled(mapping, "fp16") and _stage(mapping) == 0:
+        # DeepSpeed 0.19 divides the gradients by the scale of the loss there, and never multiplies the loss by it.
+        yield "fp16.enabled: needs zero_optimization.stage 1, 2 or 3: DeepSpeed does not scale the loss under stage 0"
     dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[precision(mapping)]
     accumulated = _block(mapping, "data_types").get("grad_accum_dtype")
     if accumulated in ("fp16", "bf16") and accumulated != dtype:

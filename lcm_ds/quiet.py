@@ -14,6 +14,16 @@ def without_warnings() -> None:
         warnings.simplefilter("ignore")
 
 
+def without_deprecations() -> None:
+    """What libraries will rename stays out of a run's log, unless Python was asked for it (-W, PYTHONWARNINGS).
+
+    A user can change nothing about what DeepSpeed calls of torch.
+    """
+    if not sys.warnoptions:
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+
+
 @contextmanager
 def quiet(reports: bool = False) -> Iterator[None]:
     """Loading without transformers' bars, and unless they are asked for, without its reports of missing weights."""

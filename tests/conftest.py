@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import settings
+from machine import patience
 
 from lcm_ds.data.format import DatasetInfo, EndOfText, Supervised, commit, finish, write_normalizer
 from lcm_ds.data.normalizer import fit
@@ -20,6 +21,16 @@ settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 END_OF_TEXT = "End of text."
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """pytest-timeout's limits are those of a quiet reference machine, too, unless --timeout names one."""
+    marker = item.get_closest_marker("timeout")
+    if item.config.getoption("timeout", None) is None:
+        limit = marker.args[0] if marker else float(item.config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(patience(limit)), append=False)
+    return (yield)
 
 
 @pytest.fixture(scope="session")

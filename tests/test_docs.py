@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from docs import PAGES, REPOSITORY, blocks, differs, explained, messages, row_of
+from machine import patience
 
 from lcm_ds.cli import build_parser
 
@@ -151,7 +152,7 @@ def run(command, folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=patience(600),
     )
     return done.returncode, done.stdout
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from machine import patience
 
 from lcm_ds import __version__, resources
 
@@ -35,7 +36,9 @@ def run(*command, cwd, timeout=200, **environment):
     """(exit code, stdout, stderr), without a PYTHONPATH that would lead back to this checkout."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=patience(timeout)
+    )
     return done.returncode, done.stdout, done.stderr
 
 

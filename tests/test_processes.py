@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from machine import patience
 
 from lcm_ds import processes
 from lcm_ds.processes import remove_left_over_locks
@@ -56,7 +57,7 @@ def test_a_worker_ends_with_the_launcher_that_would_leave_it_behind(variable):
     pid = int(started.stdout.readline())
     started.kill()
     started.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + patience(20)
     while _runs(pid):
         assert time.monotonic() < deadline
         time.sleep(0.1)

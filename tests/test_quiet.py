@@ -19,7 +19,8 @@ def test_what_a_terminal_would_obey_is_replaced(character):
 
 
 @pytest.mark.parametrize(("options", "said"), [([], False), (["-W", "default"], True)])
-def test_warnings_of_libraries_are_said_to_those_alone_who_asked_python_for_them(options, said):
-    code = "import warnings, lcm_ds.quiet as q; q.without_warnings(); warnings.warn('gone soon', FutureWarning)"
+@pytest.mark.parametrize("silence", ["without_warnings", "without_deprecations"])
+def test_warnings_of_libraries_are_said_to_those_alone_who_asked_python_for_them(options, said, silence):
+    code = f"import warnings, lcm_ds.quiet as q; q.{silence}(); warnings.warn('gone soon', FutureWarning)"
     done = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=True)
     assert ("gone soon" in done.stderr) == said

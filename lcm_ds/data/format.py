@@ -110,6 +110,8 @@ class DatasetInfo(Schema):
 
     format_version: Literal[1] = 1
     encoder: dict[str, Any]  # name, model, revision, …: datasets of one mixture must agree on all of it
+    # threads of each process that encoded; on some CPUs the last bits of concepts depend on it
+    threads: int | None = Field(None, gt=0)
     embed_dim: int = Field(gt=0)
     dtype: Literal["float16", "float32", "bfloat16", "int8"]  # of the numbers in the shards; bfloat16 lies in uint16
     quantization: Steps | None = None  # what int8 stands for

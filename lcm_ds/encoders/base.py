@@ -35,7 +35,8 @@ class TokenBatch:
 class Encoder(Protocol):
     """Turns sentences into concepts; the same sentence into the same concept, whatever comes with it, to rounding.
 
-    The batches of given texts are always the same, and so are, on one kind of device, their concepts to the last bit.
+    The batches of given texts are always the same. So are their concepts, to the last bit, on one kind of device and on
+    a CPU with one number of threads: with another, AMX sums bf16 products in another order.
     """
 
     name: str  # of the kind, as in the config
@@ -123,7 +124,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """The type of the arithmetic: "auto" is half precision where the device multiplies it natively, else float32.
 
     float16 on GPUs, which keeps three bits more than bfloat16 and which SONAR was trained in; bfloat16 on a CPU that
-    has it (there about twice the speed of float32), for float16 is emulated there.
+    has it (there about twice the speed of float32), because most of these emulate float16.
     """
     if dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]

@@ -1,9 +1,10 @@
 """Text → dataset: documents, sentences, concepts, shards, and at the end the normaliser and dataset.json.
 
 A unit is a range of documents of the source, about `documents_per_shard`; its shards, one in train/ and one in
-validation/, are a function of the unit alone. Any number of processes make the units, whoever has time the next one;
-rank 0 commits them, a line of units.jsonl each. So a preparation that was killed anywhere goes on after the units that
-are done, and ends with the same bytes as one that was not.
+validation/, are a function of the unit, the config (its `encoder.threads`, too) and the kind of device. Any number of
+processes make the units, whoever has time the next one; rank 0 commits them, a line of units.jsonl each. So a
+preparation that was killed anywhere goes on after the units that are done, and on the same kind of device ends with the
+same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -74,10 +75,25 @@ def prepare(config: PrepareConfig, encoder: Encoder | None = None) -> None:
     documents to train on.
     """
     place = read_place(os.environ)
-    if place.rank == 0:
-        _Leader(config, place, encoder).prepare()
-    else:
-        _follow(config, place, encoder)
+    with _threads(config.encoder.threads):
+        if place.rank == 0:
+            _Leader(config, place, encoder).prepare()
+        else:
+            _follow(config, place, encoder)
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Compute with this many threads, whatever a launcher has set: the bytes of a shard depend on it on some CPUs.
+
+    Products of bf16 matrices by AMX do: oneDNN splits their sums among the threads.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)  # of a notebook that goes on
 
 
 class _Leader:
@@ -232,6 +248,7 @@ class _Leader:
             write_normalizer(out / split, center, scale, statistics)
             info = DatasetInfo(
                 encoder=rank.encoder.describe(),
+                threads=config.encoder.threads,
                 embed_dim=len(end),
                 dtype=config.dtype,
                 quantization=None if rank.quantization is None else _steps(rank.quantization),
@@ -341,8 +358,6 @@ def _load(config: PrepareConfig, place: Place) -> Encoder:
     if encoder.device is None and torch.cuda.is_available():
         device = f"cuda:{place.local_rank % torch.cuda.device_count()}"
         encoder = encoder.model_copy(update={"device": device})
-    else:
-        torch.set_num_threads(encoder.threads)
     return load_encoder(encoder)
 
 

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from lcm_ds.quiet import without_deprecations
+
 logger = logging.getLogger("lcm_ds")
 
 STDOUT, STDERR = 1, 2
@@ -191,6 +193,7 @@ def set_up_logging(run_dir: Path, rank: int) -> None:
     root.setLevel(logging.WARNING)
     logging.raiseExceptions = False  # a disk that is full is told where it matters
     logging.captureWarnings(True)
+    without_deprecations()
     logger.setLevel(logging.INFO)
     for name in ("DeepSpeed", "deepspeed", "transformers", "torch.distributed"):
         library = logging.getLogger(name)

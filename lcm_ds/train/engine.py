@@ -104,8 +104,10 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
         optimizer = muon(model, groups, ds["optimizer"]["params"])
         groups, ds = None, {key: block for key, block in ds.items() if key != "optimizer"}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, optimizer=optimizer, config=ds)
+    # Public since torch 2.14, which warns of the name that it had before.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed makes its own with torch's default
-        dist.distributed_c10d._set_pg_timeout(patience(config.guard.stall_minutes), group)
+        set_timeout(patience(config.guard.stall_minutes), group)
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         skip_what_is_not_finite(engine.optimizer)
     return engine

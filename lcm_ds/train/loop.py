@@ -1,7 +1,7 @@
 """The training loop, top to bottom in the order in which things happen.
 
-What it promises: a resumed run goes on bit for bit on the same number of ranks, and to rounding on another; all ranks
-agree before any of them stops, saves or goes back.
+What it promises: a resumed run goes on bit for bit on the same number of ranks (on one kind of device, with one number
+of threads a rank), and to rounding on another; all ranks agree before any of them stops, saves or goes back.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from machine import patience
 
 from lcm_ds.data import cache, loader, remote
 from lcm_ds.data.cache import Cache
@@ -148,7 +149,7 @@ def test_a_server_that_sends_nothing_more_is_given_up(
     served.faults[dataset.shards[0].name].append("stall")
     begun = time.monotonic()
     same(dataset, there(served, tmp_path), 0)
-    assert time.monotonic() - begun < 2.5
+    assert time.monotonic() - begun < patience(2.5)
 
 
 @pytest.mark.parametrize(("status", "said"), [("404", "cannot be fetched"), ("403", "403"), ("401", "401")])
@@ -264,7 +265,7 @@ def ranks(url: str, folder: Path, count: int) -> list[tuple[int, str, Path]]:
         )
         for rank, out in enumerate(outs)
     ]
-    ended = [process.communicate(timeout=120)[1] for process in started]
+    ended = [process.communicate(timeout=patience(120))[1] for process in started]
     return [(process.returncode, err, out) for process, err, out in zip(started, ended, outs, strict=True)]
 
 
@@ -309,7 +310,7 @@ def test_who_dies_fetching_is_followed_by_another(served: Server, dataset: Datas
     assert served.requests[info.name] == 0  # it waits
     process.kill()
     process.wait()
-    fetched.join(timeout=20)
+    fetched.join(timeout=patience(20))
     assert served.whole[info.name] == 1
     assert kept(tmp_path, dataset) == [2]
 
@@ -380,7 +381,7 @@ def test_a_loader_is_closed_at_once_in_an_outage(
     time.sleep(0.3)  # the reader waits for it, too
     began = time.monotonic()
     loader.close()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < patience(2)
 
 
 def test_a_verification_that_is_ended_leaves_nothing_behind(served: Server, dataset: Dataset, tmp_path: Path) -> None:
@@ -391,7 +392,7 @@ def test_a_verification_that_is_ended_leaves_nothing_behind(served: Server, data
     wait_until(lambda: served.requests[name] > 0)
     assert list(tmp_path.iterdir())
     process.terminate()
-    process.communicate(timeout=20)
+    process.communicate(timeout=patience(20))
     assert (process.returncode, list(tmp_path.iterdir())) == (143, [])
 
 
@@ -488,7 +489,7 @@ def test_what_found_no_room_ahead_is_asked_for_again(served: Server, dataset: Da
 
 
 def wait_until(true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience(10)
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -554,7 +555,7 @@ def test_a_shard_that_is_open_is_not_taken_out(served: Server, dataset: Dataset,
     assert shard.file.path.exists()
     assert waiting.is_alive()
     del shard
-    waiting.join(timeout=20)
+    waiting.join(timeout=patience(20))
     assert kept(tmp_path, dataset) == [1]
 
 
@@ -575,7 +576,7 @@ def test_fetching_ahead_takes_no_part_once_it_is_stopped(served: Server, dataset
     while not served.requests[dataset.shards[0].name]:
         time.sleep(0.01)
     stopped.set()
-    thread.join(timeout=5)
+    thread.join(timeout=patience(5))
     assert len(ended) == 1
     assert kept(tmp_path, dataset) == []
 

@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machine import patience
 
 from lcm_ds.data import buffers
 from lcm_ds.data.cache import Cache
@@ -258,7 +259,7 @@ def test_threads_read_a_whole_step_ahead(dataset: Dataset) -> None:
     batches = iter(loader)
     for _ in range(12):
         next(batches)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience(10)
     while len(loader.reads) < 24 and time.monotonic() < deadline:
         time.sleep(0.01)
     loader.close()
@@ -293,7 +294,7 @@ def test_the_coming_shards_of_local_datasets_are_checked_before_they_are_read(
 def test_threads_end_in_the_middle_and_read_no_further_ahead_than_needed(dataset: Dataset) -> None:
     loader = Counting([dataset], plan_of(dataset), MAX_SEGMENT, 0, 1, 4, workers=2)
     next(iter(loader))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + patience(10)
     while len(loader.reads) < 7 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import webdataset
 import yaml
+from machine import patience
 
 from lcm_ds.data.format import DatasetInfo, Steps, commit, finish, open_dataset, read_normalizer, write_normalizer
 from lcm_ds.data.loader import Loader, validation_batches
@@ -143,7 +144,7 @@ def test_a_training_on_int8_loses_what_one_on_fp16_loses(synthetic_dataset, tmp_
         runs[name] = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     losses = []
     for name, process in runs.items():
-        said, _ = process.communicate(timeout=240)
+        said, _ = process.communicate(timeout=patience(240))
         assert process.returncode == 0, said.decode()
         lines = map(json.loads, (tmp_path / f"run-{name}" / "metrics.jsonl").read_text().splitlines())
         losses.append([line["loss"] for line in lines if "loss" in line])

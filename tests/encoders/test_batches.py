@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerance import layers, rounding
 
 from lcm_ds.config import EncoderConfig, SentencesConfig
 from lcm_ds.encoders import load_encoder
@@ -19,6 +20,8 @@ from lcm_ds.encoders.sentence_transformer import SentenceTransformerEncoder
 from lcm_ds.encoders.sonar import SonarEncoder
 from lcm_ds.text.sentences import Splitter
 
+# For concepts of MiniLM (six layers; vectors of length 1) and of the tiny SONAR (two layers; numbers near 1).
+MINILM, SONAR = rounding(layers(6, 384, 12, 1536, 64), size=384**-0.5), rounding(layers(2, 32, 4, 64, 16))
 ODD = ["", "a", "🌞" * 50, "x" * 100_000, "השמש זורחת היום.", "It rains."]
 
 
@@ -73,23 +76,26 @@ def test_a_pool_of_real_sentences_is_hardly_padded(pool: list[str]) -> None:
     assert 1 - sum(batch.tokens for batch in plain) / sum(batch.places for batch in plain) > 0.3
 
 
-def test_the_same_texts_give_the_same_bytes_on_any_number_of_threads(sentences: list[str]) -> None:
+def test_the_same_texts_give_the_same_bytes_on_the_same_number_of_threads(sentences: list[str]) -> None:
+    found: dict[int, list[np.ndarray]] = {1: [], 2: []}
     encoder, threads = minilm(), torch.get_num_threads()
     try:
-        found = []
-        for number in (1, 2, 1):
+        for number in (1, 2, 1, 2):
             torch.set_num_threads(number)
-            found.append(encoder.encode(sentences[:60]))
+            found[number].append(encoder.encode(sentences[:60]))
+            encoder.encode(sentences[60:90])  # what another unit holds leaves no trace
     finally:
         torch.set_num_threads(threads)
-    assert all(np.array_equal(found[0], each) for each in found[1:])
+    for number, (first, again) in found.items():
+        assert np.array_equal(first, again), f"{number} threads"
+    assert cosine(found[1][0], found[2][0]).min() >= 0.9999  # another number may round otherwise
 
 
 def test_concepts_do_not_depend_on_the_size_of_batches(sentences: list[str]) -> None:
     whole = minilm(dtype="float32").encode(sentences[:60])
     for tokens in (1, 300):
         again = minilm(dtype="float32", tokens_per_batch=tokens).encode(sentences[:60])
-        np.testing.assert_allclose(again, whole, atol=1e-5)
+        np.testing.assert_allclose(again, whole, atol=MINILM)
 
 
 def test_bfloat16_is_as_good_as_float32(sentences: list[str]) -> None:
@@ -127,7 +133,7 @@ def test_attention_is_fused_and_without_a_mask_where_nothing_is_padded(tiny_sona
     assert "attention_mask" not in alike.inputs
     assert "attention_mask" in padded.inputs
     first = padded.rows.index(0)
-    np.testing.assert_allclose(encoder.embed(alike)[0], encoder.embed(padded)[first], atol=1e-6)
+    np.testing.assert_allclose(encoder.embed(alike)[0], encoder.embed(padded)[first], atol=SONAR)
 
 
 def test_a_model_with_a_prompt_of_its_own_gives_what_its_library_gives(tmp_path: Path, sentences: list[str]) -> None:
@@ -139,7 +145,7 @@ def test_a_model_with_a_prompt_of_its_own_gives_what_its_library_gives(tmp_path:
     model.save(str(tmp_path / "prompted"))
     prompted = minilm(model=str(tmp_path / "prompted"), dtype="float32")
     expected = SentenceTransformer(str(tmp_path / "prompted"), device="cpu").encode(sentences[:20])
-    np.testing.assert_allclose(prompted.encode(sentences[:20]), expected, atol=1e-5)
+    np.testing.assert_allclose(prompted.encode(sentences[:20]), expected, atol=MINILM)
     assert np.abs(expected - minilm(dtype="float32").encode(sentences[:20])).max() > 1e-2
 
 
@@ -167,4 +173,4 @@ def test_compiled_it_gives_the_same_concepts(tiny_sonar: tuple[Path, Path], dtyp
     texts = ["It rains.", "It rains again today.", "Rain.", "It"]
     expected = sonar(tiny_sonar, dtype=dtype).encode(texts)
     compiled = sonar(tiny_sonar, dtype=dtype, compile=True).encode(texts)
-    np.testing.assert_allclose(compiled, expected, atol={"float32": 1e-5, "bfloat16": 0.02}[dtype])
+    np.testing.assert_allclose(compiled, expected, atol={"float32": SONAR, "bfloat16": 0.02}[dtype])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from machine import patience
 
 from lcm_ds.errors import InputError
 from lcm_ds.generate.command import run
@@ -17,7 +18,9 @@ PROMPT = "Rain falls on the hills.  The river rises in the night."
 def lcm_ds_generate(*arguments, said=""):
     command = [sys.executable, "-m", "lcm_ds.cli", "generate", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, input=said, capture_output=True, encoding="utf-8", env=environment, timeout=120)
+    return subprocess.run(
+        command, input=said, capture_output=True, encoding="utf-8", env=environment, timeout=patience(120)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from machine import patience
 
 from lcm_ds.encoders.of_dataset import DECODERS, encoder_of
 from lcm_ds.encoders.sonar import SonarDecoder
@@ -104,7 +105,7 @@ def test_of_ten_thousand_sentences_those_that_fit_the_model_are_encoded(generato
     sentences = [f"This is sentence number {n}." for n in range(10_000)]
     start = time.monotonic()
     (made,) = generator.generate(" ".join(sentences), max_concepts=2)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < patience(30)
     assert encoded == made.prompt == sentences[-7:]  # the run's max_segment is 8
     assert made.left_out == 9_993
 

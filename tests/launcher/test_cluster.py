@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from machine import patience
 
 from lcm_ds.train.place import free_port
 
@@ -103,7 +104,7 @@ class running_sshd:
 
     def __enter__(self):
         self.server = subprocess.Popen(self.command, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + patience(10)
         while True:
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
@@ -166,7 +167,7 @@ def is_running(pid):
 def wait_until_gone(told, seconds):
     pids = [pid for worker in told for pid in worker["pids"]]
     assert pids
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while any(map(is_running, pids)):
         assert time.monotonic() < deadline, [pid for pid in pids if is_running(pid)]
         time.sleep(0.05)
@@ -177,7 +178,7 @@ AWKWARD = """a b $HOME `id` "quoted" back\\slash 'single' %h %n 50% {x,y} ;|&*!"
 
 def test_workers_on_two_hosts_get_their_places_and_variables_and_their_exit_code_comes_back(tmp_path, hosts):
     launcher = start(tmp_path, hosts, "0=exit:2,1=exit:2", restarts=3, HF_AWKWARD=AWKWARD, HF_TOKEN="hf_secret")
-    out, err = launcher.communicate(timeout=120)
+    out, err = launcher.communicate(timeout=patience(120))
     assert launcher.returncode == 2, out + err  # and is not started again
     told = [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
     assert [worker["place"]["RANK"] for worker in told] == ["0", "1"]
@@ -201,7 +202,7 @@ def test_a_signal_becomes_the_file_stop_and_the_workers_75_is_awaited(tmp_path, 
     launcher = start(tmp_path, hosts, "0=obey,1=obey")
     told = workers(launcher, tmp_path)
     launcher.send_signal(signal.SIGINT)
-    out, err = launcher.communicate(timeout=60)
+    out, err = launcher.communicate(timeout=patience(60))
     assert launcher.returncode == 75, out + err
     assert (tmp_path / "obeyed").exists()
     assert not (tmp_path / "run/STOP").exists()  # the next start would obey it, too
@@ -212,7 +213,7 @@ def test_workers_that_look_for_no_file_are_sent_the_signal(tmp_path, stand_in):
     launcher = start(tmp_path, stand_in, "0=stop,1=stop", TOY_KNOWS_NO_STOP="")
     told = workers(launcher, tmp_path)
     launcher.send_signal(signal.SIGINT)
-    out, err = launcher.communicate(timeout=60)
+    out, err = launcher.communicate(timeout=patience(60))
     assert launcher.returncode == 75, out + err
     assert [(tmp_path / f"stopped-{rank}").read_text() for rank in (0, 1)] == ["SIGTERM"] * 2
     wait_until_gone(told, 1)
@@ -221,7 +222,7 @@ def test_workers_that_look_for_no_file_are_sent_the_signal(tmp_path, stand_in):
 def test_the_first_error_is_told_last_with_its_host_and_its_log(tmp_path, stand_in):
     launcher = start(tmp_path, stand_in, "1=raise")
     told = workers(launcher, tmp_path)
-    _, err = launcher.communicate(timeout=60)
+    _, err = launcher.communicate(timeout=patience(60))
     assert launcher.returncode == 1
     *_, exception, last = err.splitlines()
     assert exception == "ValueError: the wrong number"
@@ -247,9 +248,9 @@ def test_the_second_signal_ends_the_workers_and_the_third_kills_them(tmp_path, s
         launcher.send_signal(signal.SIGTERM)
         time.sleep(0.1)
     started = time.monotonic()
-    _, err = launcher.communicate(timeout=60)
+    _, err = launcher.communicate(timeout=patience(60))
     assert launcher.returncode == 1, err
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < patience(10)
     assert "SIGKILL" in err.splitlines()[-1]
     wait_until_gone(told, 1)
 
@@ -259,7 +260,7 @@ def test_a_failed_run_is_started_again_as_often_as_asked_and_as_long_as_it_comes
     tmp_path, stand_in, what, starts
 ):
     launcher = start(tmp_path, stand_in, what, restarts=2)
-    _, err = launcher.communicate(timeout=120)
+    _, err = launcher.communicate(timeout=patience(120))
     assert launcher.returncode == 1
     assert (tmp_path / "run/launch/rank-00000.log").read_text().count("---") == starts
     assert ("no progress since the last restart" in err.splitlines()[-1]) == (starts == 2)
@@ -268,7 +269,7 @@ def test_a_failed_run_is_started_again_as_often_as_asked_and_as_long_as_it_comes
 def test_a_host_that_cannot_start_its_workers_ends_the_run_and_leaves_none(tmp_path, stand_in):
     (tmp_path / "run/launch/rank-00001.log").mkdir(parents=True)  # in the way of what rank 1 says
     launcher = start(tmp_path, stand_in, "0=sleep,1=sleep")
-    _, err = launcher.communicate(timeout=60)
+    _, err = launcher.communicate(timeout=patience(60))
     assert launcher.returncode == 1
     assert "rank-00001.log" in err
     for rank in (0, 1):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from machine import patience
 
 from lcm_ds.launcher.local import run_again
 
@@ -30,7 +31,7 @@ def start(what, folder, processes=2, grace=5.0, **environment):
 
 def workers(folder, processes=2):
     """What each rank has said of itself, once all have."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + patience(30)
     while not all((folder / str(rank)).exists() for rank in range(processes)):
         assert time.monotonic() < deadline, "the workers did not start"
         time.sleep(0.02)
@@ -49,7 +50,7 @@ def is_running(pid):
 
 
 def wait_until_gone(numbers, seconds):
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while any(is_running(pid) for pid in numbers):
         assert time.monotonic() < deadline, f"still running: {[pid for pid in numbers if is_running(pid)]}"
         time.sleep(0.02)
@@ -57,7 +58,7 @@ def wait_until_gone(numbers, seconds):
 
 def test_every_worker_is_told_its_place_and_its_output_passes_through(tmp_path):
     launcher = start("0=exit:0,1=exit:0", tmp_path)
-    out, err = launcher.communicate(timeout=60)
+    out, err = launcher.communicate(timeout=patience(60))
     assert launcher.returncode == 0, err
     places = [worker["place"] for worker in workers(tmp_path)]
     assert [place["RANK"] for place in places] == ["0", "1"]
@@ -72,7 +73,7 @@ def test_every_worker_is_told_its_place_and_its_output_passes_through(tmp_path):
 @pytest.mark.parametrize(("said", "threads"), [(None, max(1, len(os.sched_getaffinity(0)) // 2)), ("7", 7)])
 def test_cores_are_shared_out_where_nobody_said_how_many_threads(tmp_path, said, threads):
     launcher = start("0=exit:0,1=exit:0", tmp_path, OMP_NUM_THREADS=said)
-    assert launcher.wait(timeout=60) == 0
+    assert launcher.wait(timeout=patience(60)) == 0
     assert {worker["threads"] for worker in workers(tmp_path)} == {str(threads)}
 
 
@@ -81,7 +82,7 @@ def test_cores_are_shared_out_where_nobody_said_how_many_threads(tmp_path, said,
 )
 def test_the_launcher_ends_with_the_code_of_the_worker_that_failed_first(tmp_path, what, code):
     launcher = start(what, tmp_path, grace=2.0)
-    _, err = launcher.communicate(timeout=60)
+    _, err = launcher.communicate(timeout=patience(60))
     assert launcher.returncode == code, err
     assert not any(is_running(pid) for pid in pids(tmp_path))
     if what == "1=kill":
@@ -96,14 +97,14 @@ def test_the_death_of_one_worker_ends_the_others_promptly(tmp_path, victim):
     running = pids(tmp_path, 3)
     os.kill(running[victim], signal.SIGKILL)
     wait_until_gone(running, seconds=3)
-    assert launcher.wait(timeout=3) == 1
+    assert launcher.wait(timeout=patience(3)) == 1
 
 
 def test_a_worker_that_does_not_listen_is_killed_after_the_grace(tmp_path):
     launcher = start("0=deaf,1=exit:1", tmp_path, grace=0.5)
     running = pids(tmp_path)
     wait_until_gone(running, seconds=5)
-    assert launcher.wait(timeout=3) == 1
+    assert launcher.wait(timeout=patience(3)) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -111,7 +112,7 @@ def test_a_signal_to_the_launcher_reaches_every_worker_and_their_75_is_awaited(t
     launcher = start("0=stop,1=stop", tmp_path)
     workers(tmp_path)
     launcher.send_signal(number)
-    _, err = launcher.communicate(timeout=30)
+    _, err = launcher.communicate(timeout=patience(30))
     assert launcher.returncode == 75, err
     assert [(tmp_path / f"stopped-{rank}").read_text() for rank in (0, 1)] == [number.name] * 2
     assert err == ""
@@ -129,7 +130,7 @@ def test_what_a_worker_started_ends_with_it(tmp_path):
     launcher = start("0=spawn,1=exit:1", tmp_path)
     running = pids(tmp_path)
     assert len(running) == 3
-    assert launcher.wait(timeout=30) == 1
+    assert launcher.wait(timeout=patience(30)) == 1
     wait_until_gone(running, seconds=3)
 
 
@@ -166,6 +167,6 @@ sys.exit(run_again(run, lambda: 1, restarts=3, back_off=60))
         said = launcher.stderr.readline() + launcher.stderr.readline()
         assert "restart 1 of 3 in 60 s" in said
     launcher.send_signal(signal.SIGTERM)
-    _, err = launcher.communicate(timeout=20)
+    _, err = launcher.communicate(timeout=patience(20))
     assert launcher.returncode == 75, err
     assert "restart" not in err

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import huggingface_hub.constants as hub
 import pytest
+from machine import patience
 
 from lcm_ds.launcher import kernels, machine
 from lcm_ds.launcher.machine import MISSING, NONE, OK, WARN
@@ -24,7 +25,9 @@ def run(*arguments, **environment):
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     path = os.pathsep.join([*([env["PYTHONPATH"]] if env.get("PYTHONPATH") else []), str(ROOT)])
     command = [sys.executable, "-m", *arguments]
-    return subprocess.run(command, env={**env, "PYTHONPATH": path}, capture_output=True, text=True, timeout=200)
+    return subprocess.run(
+        command, env={**env, "PYTHONPATH": path}, capture_output=True, text=True, timeout=patience(200)
+    )
 
 
 def rows(findings):

@@ -2,6 +2,7 @@
 
 import time
 
+from machine import patience
 from small_run import losses
 
 # Short times, so that a test of them does not take long; the defaults are 10, 15 and 30 seconds.
@@ -16,13 +17,13 @@ def launch(hosts, count, config, *options, where=0):
 
 def finish(process, timeout=240):
     """(exit code, stdout, stderr) of a started process."""
-    out, err = process.communicate(timeout=timeout)
+    out, err = process.communicate(timeout=patience(timeout))
     return process.returncode, out, err
 
 
 def wait_for(process, happened, what, seconds=120):
     """Until something has happened, while the process runs."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while not happened():
         assert process.poll() is None, process.communicate()
         if time.monotonic() > deadline:

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from machine import patience
+
 ROOT = Path(__file__).parent.parent.parent
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
 IP = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -115,7 +117,7 @@ class Hosts:
         sshd = f"{before} && exec {SSHD} -D -f /dev/null " + " ".join(f"-o {k}={v}" for k, v in options.items())
         command = [IP, "netns", "exec", self.namespace(number), "sh", "-c", sshd]
         self.servers[number] = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + patience(10)
         while ":22 " not in self.run(number, "ss", "-ltnH"):
             assert time.monotonic() < deadline, "sshd does not start"
             time.sleep(0.05)
@@ -173,7 +175,7 @@ class Hosts:
     def wait_until_idle(self, seconds, numbers=None):
         """No process of a run is left on any host, or on these, before so many seconds have passed."""
         numbers = range(self.count) if numbers is None else numbers
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + patience(seconds)
         while left := {self.names[number]: found for number in numbers if (found := self.processes(number))}:
             assert time.monotonic() < deadline, left
             time.sleep(0.1)

@@ -12,6 +12,7 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from machine import patience
 from small_run import ENVIRON, ROOT, wait_for, with_variable
 
 from lcm_ds.train.place import free_port
@@ -90,7 +91,7 @@ class Cluster:
 
     def __call__(self, *command):
         """A command of Slurm's; returns what it prints, nothing where it fails."""
-        done = subprocess.run(command, env=self.environ, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=self.environ, cwd=ROOT, capture_output=True, text=True, timeout=patience(60))
         return done.stdout if done.returncode == 0 else ""
 
     def submit(self, config, *options):
@@ -145,7 +146,7 @@ class Cluster:
     def _end_jobs(self):
         """Jobs that a failed test left: told to end, then killed."""
         self("scancel", "--quiet", "--user=root")
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + patience(5)
         while left := self._ours() & with_variable("SLURM_JOB_ID"):
             for pid in left if time.monotonic() > deadline else ():
                 with suppress(ProcessLookupError):

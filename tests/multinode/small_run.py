@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import yaml
+from machine import patience
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 300  # a few seconds: long enough to be stopped on the way
@@ -59,7 +60,7 @@ def start(*command, **environment):
 
 def finish(process, timeout=240):
     """(exit code, output) of a started process."""
-    out, _ = process.communicate(timeout=timeout)
+    out, _ = process.communicate(timeout=patience(timeout))
     return process.returncode, out
 
 
@@ -95,7 +96,7 @@ def checkpoints(config):
 
 def wait_for(condition, seconds, explain=lambda: ""):
     """Wait until condition() holds and return what it gave; fail after so many seconds."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not so after {seconds} s\n{explain()}"
         time.sleep(0.1)

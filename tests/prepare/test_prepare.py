@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import webdataset
 import yaml
+from machine import patience
 from preparing import HashEncoder, written
 
 from lcm_ds.config import PrepareConfig
@@ -196,7 +198,7 @@ def test_killed_in_the_middle_of_encoding_it_goes_on_where_it_was(make_config, t
 
 
 def wait_for_units(out, count):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patience(60)
     while time.monotonic() < deadline:
         if (out / "units.jsonl").exists() and (out / "units.jsonl").read_text().count("\n") >= count:
             return
@@ -233,10 +235,33 @@ def test_a_finished_dataset_is_said_to_be_there_and_not_made_again(make_config, 
 
 
 def test_another_config_is_refused_naming_what_differs(make_config):
+    encoder = {"name": "sentence-transformers", "model": "minilm"}
     prepare(make_config(), HashEncoder())
+    changes = {"validation": 0.3, "sentences": {"max_characters": 100}, "encoder": {**encoder, "threads": 2}}
     with pytest.raises(InputError) as caught:
-        prepare(make_config(validation=0.3, sentences={"max_characters": 100}), HashEncoder())
-    assert [line.split(": ")[1] for line in caught.value.mistakes] == ["sentences.max_characters", "validation"]
+        prepare(make_config(**changes), HashEncoder())
+    named = [line.split(": ")[1] for line in caught.value.mistakes]
+    assert named == ["encoder.threads", "sentences.max_characters", "validation"]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_it_encodes_with_as_many_threads_as_the_config_says_whatever_there_were_before(make_config, threads):
+    class Counts(HashEncoder):
+        def embed(self, batch):
+            seen.add(torch.get_num_threads())
+            return super().embed(batch)
+
+    seen, before = set(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        encoder = {"name": "sentence-transformers", "model": "minilm", "threads": threads}
+        config = make_config(encoder=encoder)
+        prepare(config, Counts())
+        assert torch.get_num_threads() == 2  # of what comes after it in a notebook
+    finally:
+        torch.set_num_threads(before)
+    assert seen == {threads}
+    assert open_dataset(Path(config.output) / "train").info.threads == threads
 
 
 def test_another_encoder_behind_the_same_config_is_refused_before_the_halves_are_mixed(make_config, tmp_path):
@@ -298,7 +323,7 @@ def test_a_second_process_on_the_folder_is_refused(make_config, tmp_path):
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     process = subprocess.Popen([sys.executable, SCRIPT, path, "0.5"], stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + patience(60)
         while not (tmp_path / "out/prepare.yaml").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         with pytest.raises(InputError, match="another process"):
@@ -399,7 +424,7 @@ def test_ctrl_c_leaves_whole_things_only_and_the_real_encoder_goes_on(make_confi
     process = subprocess.Popen(command, **pipes, text=True, preexec_fn=heed)
     wait_for_units(tmp_path / "out", 1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=patience(60))
     assert process.returncode == 75
     assert "start again to go on" in errors
     assert "Traceback" not in errors

@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
+from machine import patience
 from preparing import HashEncoder, written
 
 from lcm_ds.config import PrepareConfig
@@ -85,7 +86,7 @@ def test_three_ranks_make_what_one_makes_and_each_makes_some(write_config, tmp_p
     one = write_config("one", dtype=dtype)
     prepare(config_at(one), HashEncoder())
     process = launcher(3, hashing(write_config("three", split_workers=1, dtype=dtype), 0.1))
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=patience(120))
     assert process.returncode == 0, errors
     assert "in 3 processes" in out
     assert written(tmp_path / "three") == written(tmp_path / "one")
@@ -132,10 +133,10 @@ def test_killed_at_ten_random_moments_the_dataset_is_that_of_one_run(write_confi
         survived += process.poll() is not None
         process.kill()
         process.communicate()
-        psutil.wait_procs(ranks, timeout=10)
+        psutil.wait_procs(ranks, timeout=patience(10))
         assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
     process = launcher(2, hashing(config))
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=patience(120))
     assert process.returncode == 0, errors
     assert "going on after" in out or survived
     assert written(tmp_path / "killed") == written(tmp_path / "whole")
@@ -151,7 +152,7 @@ def test_a_mistake_that_one_rank_finds_is_told_once_and_ends_all_with_2(write_co
     broken.write_bytes(data)
     config = write_config("out", source={"name": "huggingface", "paths": [str(broken)]})
     process = launcher(3, [sys.executable, "-m", "lcm_ds.prepare", str(config)])
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=patience(120))
     assert process.returncode == 2, errors
     assert len(errors.splitlines()) == 1, errors
     assert "broken.parquet: cannot be read" in errors
@@ -164,12 +165,12 @@ def test_a_rank_that_dies_ends_the_others_and_what_is_committed_stays(write_conf
     wait_for(lambda: units.exists() and units.read_text().count("\n") >= 3)
     ranks = [child for child in psutil.Process(process.pid).children() if str(SCRIPT) in " ".join(child.cmdline())]
     ranks[1].kill()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=patience(60))
     assert process.returncode == 1
     assert "SIGKILL" in errors
     assert not any(rank.is_running() for rank in ranks)
     process = launcher(2, hashing(config))
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=patience(120))
     assert process.returncode == 0, errors
     assert "going on after" in out
 
@@ -200,7 +201,7 @@ def test_a_rank_that_never_comes_is_named_and_ends_it(write_config, tmp_path, mo
 
 
 def wait_for(true, seconds=60):
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while not true():
         assert time.monotonic() < deadline, "it did not come"
         time.sleep(0.01)
@@ -208,7 +209,7 @@ def wait_for(true, seconds=60):
 
 def run(*words):
     command = [sys.executable, "-m", "lcm_ds.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=patience(300))
 
 
 @pytest.mark.slow
@@ -239,13 +240,13 @@ def test_a_process_of_prepare_that_dies_ends_it_with_1_and_a_request_to_stop_wit
     wait_for(lambda: len(psutil.Process(process.pid).children()) == 1)
     child = psutil.Process(process.pid).children()[0]
     child.kill()
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=patience(60))
     assert process.returncode == 1
     assert f"process {child.pid} of the preparation ended with exit code -9" in errors
     before = units.read_text() if units.exists() else ""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: units.exists() and len(units.read_text()) > len(before))
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=patience(60))
     assert process.returncode == 75
     assert "start again to go on" in errors

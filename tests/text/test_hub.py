@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from hub import COMMIT, NAME
+from machine import patience
 
 HUB = Path(__file__).with_name("hub.py")
 READ = """
@@ -71,7 +72,9 @@ def read(folder: Path) -> Callable:
         environ = {**os.environ, **hub, "HF_HOME": str(folder / f"home-{name}"), "HF_HUB_DISABLE_TELEMETRY": "1"}
         command = [sys.executable, "-c", READ, json.dumps({"dataset": NAME, "config": name, **source})]
         try:
-            done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=120)
+            done = subprocess.run(
+                command, env=environ, capture_output=True, text=True, check=False, timeout=patience(120)
+            )
         finally:
             server.kill()
             server.wait()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from machine import patience
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -20,7 +21,7 @@ def start(*arguments, **environment):
 
 def finish(process, timeout=240):
     """(exit code, stdout, stderr) of a started process."""
-    out, err = process.communicate(timeout=timeout)
+    out, err = process.communicate(timeout=patience(timeout))
     return process.returncode, out, err
 
 

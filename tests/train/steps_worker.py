@@ -97,7 +97,8 @@ def take_steps(changes, place, device, normalizer):
     def keep_gradients_and_step():
         if engine.is_gradient_accumulation_boundary() and not gradients:
             for name, parameter in engine.module.named_parameters():
-                gradients[name] = safe_get_full_grad(parameter).float().clone()
+                scale = float(getattr(engine.optimizer, "cur_scale", 1.0))  # fp16 multiplies the loss by it
+                gradients[name] = safe_get_full_grad(parameter).float() / scale
         step()
 
     engine.step = keep_gradients_and_step

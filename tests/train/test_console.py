@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from machine import patience
 from runs import ROOT, finish, run_dir, start
 
 from lcm_ds.train.report import bar_line, step_line, summary, validation_line
@@ -149,7 +150,7 @@ def in_a_terminal(*arguments):
     subprocess.run(["stty", "cols", "100"], stdin=theirs, check=True)
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
-    data, deadline = b"", time.monotonic() + 240
+    data, deadline = b"", time.monotonic() + patience(240)
     while time.monotonic() < deadline:
         if select.select([ours], [], [], 0.1)[0]:
             try:
@@ -157,7 +158,7 @@ def in_a_terminal(*arguments):
             except OSError:  # all have closed it
                 break
     os.close(ours)
-    return process.wait(timeout=30), data.decode().replace("\r\n", "\n")
+    return process.wait(timeout=patience(30)), data.decode().replace("\r\n", "\n")
 
 
 def test_a_terminal_has_a_bar_below_the_lines_and_at_the_end_the_lines_alone(make_config):

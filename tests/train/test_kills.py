@@ -6,6 +6,7 @@ import time
 
 import psutil
 import pytest
+from machine import patience
 from runs import finish, metrics, run_dir, start
 
 VICTIMS = ("one rank", "all ranks", "the launcher")
@@ -18,9 +19,9 @@ def kill(launcher, victim, chance):
     victims = {"one rank": ranks and [chance.choice(ranks)], "all ranks": ranks, "the launcher": [launcher]}[victim]
     for process in victims or [launcher]:
         process.send_signal(signal.SIGKILL)
-    out, err = launcher.communicate(timeout=60)
+    out, err = launcher.communicate(timeout=patience(60))
     assert launcher.returncode != 0, out + err
-    _, alive = psutil.wait_procs(children, timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=patience(30))
     assert not alive
 
 

@@ -8,6 +8,7 @@ import time
 
 import psutil
 import pytest
+from machine import patience
 from runs import ROOT, metrics, run_dir
 
 from lcm_ds.train.place import free_port
@@ -57,7 +58,7 @@ def test_sigterm_ends_a_run_with_75_and_a_checkpoint_at_that_step(make_config, l
     # Not to rank 0, where there is another.
     victim = process.pid if launcher == "alone" else worker(process.pid, 1)
     os.kill(victim, signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=patience(60))
     (saved,) = (run_dir(config) / "checkpoints").glob("step_*")
     assert (saved / "COMPLETE").exists(), out
     assert int(saved.name.removeprefix("step_")) == max(metrics(config, "loss")), out
@@ -94,7 +95,7 @@ def test_a_rank_that_still_waits_for_another_ends_at_once(alone):
         time.sleep(0.05)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=2) == 75
+    assert process.wait(timeout=patience(2)) == 75
 
 
 def test_a_second_sigint_ends_a_process_without_saving(alone):
@@ -104,5 +105,5 @@ def test_a_second_sigint_ends_a_process_without_saving(alone):
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.02)
-    assert process.wait(timeout=10) == -signal.SIGINT
+    assert process.wait(timeout=patience(10)) == -signal.SIGINT
     assert not list((run_dir(config) / "checkpoints").glob("*/COMPLETE"))
