@@ -324,8 +324,11 @@ def layout(mapping: dict[str, Any]) -> dict[str, Any]:
     if _stage(mapping) == 3:
         return {"sub_group_size": zero.get("sub_group_size", 1_000_000_000)}
     found = {key: zero.get(key, False) for key in ("round_robin_gradients", "parameter_alignment")}
-    if _block(mapping, "optimizer").get("type", "").lower() == "muon":  # BF16_Optimizer keeps its momentum elsewhere
-        found["grad_accum_dtype"] = _block(mapping, "data_types").get("grad_accum_dtype")
+    if _block(mapping, "optimizer").get("type", "").lower() == "muon":  # BF16_Optimizer keeps its momentum otherwise
+        in_fp32 = _block(mapping, "data_types").get("grad_accum_dtype") == "fp32"
+        found["by_bf16_optimizer"] = (
+            _stage(mapping) == 1 and _enabled(mapping, "bf16") and in_fp32 and not offloads_optimizer(mapping)
+        )
     return found
 
 

@@ -316,12 +316,12 @@ def restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, universal
     if loaded is None:
         raise RuntimeError(f"DeepSpeed could not load the checkpoint {path}")
     settings.put_back(engine)
+    groups = engine.basic_optimizer.param_groups
+    on_device = any(group.get("fused") or group.get("capturable") for group in groups)
+    for parameter, state in engine.basic_optimizer.state.items():
+        if isinstance(state.get("step"), torch.Tensor):  # one for all of them, or where another optimizer wants it
+            state["step"] = state["step"].to(parameter.device if on_device else "cpu", copy=True)
     if universal:
-        groups = engine.basic_optimizer.param_groups
-        on_device = any(group.get("fused") or group.get("capturable") for group in groups)
-        for parameter, state in engine.basic_optimizer.state.items():
-            if isinstance(state.get("step"), torch.Tensor):  # one for all of them, on the CPU
-                state["step"] = state["step"].to(parameter.device if on_device else "cpu", copy=True)
         _restore_normalizer(engine.module.normalizer, path)
     else:
         restore_random_states(checkpoint.path, dist.get_rank())

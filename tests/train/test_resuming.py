@@ -22,7 +22,7 @@ from lcm_ds.train.owner import RunOwner
 STEPS = [2, 4, 6, 8, 10, 12]
 OF_A_RANK = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
 ROUND = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
-MUON = {"zero_optimization": {"stage": 1}, "optimizer": {"type": "Muon"}}
+MUON = {"zero_optimization": {"stage": 1}, "optimizer": {"type": "Muon"}, "bf16": {"enabled": True}}
 CONSTANT = {"lr": 2.0e-3, "schedule": {"name": "constant"}}
 
 
