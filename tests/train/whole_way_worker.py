@@ -17,6 +17,7 @@ from lcm_ds.errors import InputError
 from lcm_ds.processes import end_with
 from lcm_ds.train import loop
 from lcm_ds.train.check import check
+from lcm_ds.train.console import set_up_logging
 from lcm_ds.train.engine import connect
 from lcm_ds.train.place import read_place
 from lcm_ds.train.stop import StopRequest
@@ -52,6 +53,7 @@ def train(config, place, device):
     """The exit code of a run and its masters, or why it was refused."""
     job = check(config, [], place.world_size)
     job.run_dir.mkdir(parents=True, exist_ok=True)
+    set_up_logging(job.run_dir, place.rank)
     try:
         return loop._train(job, place, device, StopRequest(), Watchdog(None)), Run.masters
     except InputError as error:
