@@ -91,6 +91,8 @@ def parameter_groups(model: BaseLCM, optim: OptimConfig, optimizer: str) -> list
         # Under ZeRO-3 a parameter's own shape is that of its partition; ds_shape is the whole one.
         matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
         groups[matrix, muon and matrix and id(parameter) in inside]["params"].append(parameter)
+    # DeepSpeed's Muon sorts them so; done here, the order is known to those who read a checkpoint.
+    groups[True, True]["params"].sort(key=lambda parameter: parameter.size(), reverse=True)
     return [group for group in groups.values() if group["params"]]
 
 
