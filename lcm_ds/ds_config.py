@@ -321,6 +321,33 @@ def offloads_to_nvme(mapping: dict[str, Any]) -> bool:
     return any(_block(zero, key).get("device") == "nvme" for key in ("offload_optimizer", "offload_param"))
 
 
+def layout(mapping: dict[str, Any]) -> dict[str, Any]:
+    """What decides, beside stage and number of ranks, how DeepSpeed lays out the states of the optimizer on disk."""
+    zero = _block(mapping, "zero_optimization")
+    if _stage(mapping) == 3:
+        return {"sub_group_size": zero.get("sub_group_size", 1_000_000_000)}
+    found = {key: zero.get(key, False) for key in ("round_robin_gradients", "parameter_alignment")}
+    if _block(mapping, "optimizer").get("type", "").lower() == "muon":  # BF16_Optimizer keeps its momentum otherwise
+        in_fp32 = _block(mapping, "data_types").get("grad_accum_dtype") == "fp32"
+        found["by_bf16_optimizer"] = (
+            _stage(mapping) == 1 and _enabled(mapping, "bf16") and in_fp32 and not offloads_optimizer(mapping)
+        )
+    return found
+
+
+def shuffles_parameters(mapping: dict[str, Any]) -> bool:
+    """Whether the parameters lie in another order than DeepSpeed's names of them (0.19.8: link_hp_params)."""
+    return _stage(mapping) in (1, 2) and layout(mapping)["round_robin_gradients"]
+
+
+def without_owned(mapping: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a resolved JSON without what the run's YAML owns."""
+    rest = copy.deepcopy(mapping)
+    for dotted in OWNED:
+        _take_out(rest, tuple(dotted.split(".")))
+    return rest
+
+
 def check_device(mapping: dict[str, Any], origin: str | Path) -> None:
     """Refuse what this machine's device has not got; for the machine that trains, not one that launches.
 

@@ -162,13 +162,77 @@ def load_model(run_dir: str | Path, step: int | None = None) -> tuple[BaseLCM, T
 
 
 def fp32_weights(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The full state dict of a checkpoint, put together from its ranks' fp32 master weights."""
+    """The full state dict of a checkpoint: its fp32 master weights to the last bit, and its buffers.
+
+    For each of DeepSpeed's optimizers: ZeRO 0 to 3 and, in half precision, those that it takes for ZeRO 0 and for ZeRO
+    1 with gradients in fp32; from any number of ranks. Raises InputError if the masters are not those of the weights.
+    """
+    if checkpoint.state()["zero_stage"] == 3:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # its progress
+            return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+    saved = _read(checkpoint.path / "mp_rank_00_model_states.pt")
+    weights = saved["module"]
+    shapes = saved.get("param_shapes")  # None under ZeRO 0
+    masters = _of_one_optimizer(checkpoint, saved) if shapes is None else _of_ranks(checkpoint, shapes)
+    for name, master in masters.items():
+        if not master.to(weights[name].dtype).equal(weights[name].flatten()):
+            raise InputError(f"{checkpoint.path}: the fp32 weights of {name} are not those that the model was run with")
+    return {name: masters.get(name, value).float().view(value.shape) for name, value in weights.items()}
+
+
+def _of_ranks(checkpoint: Checkpoint, shapes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Master weights by name, each in one dimension, that are shared out among the files of the ranks (ZeRO 1 and 2).
+
+    DeepSpeed's own reader takes no file of its BF16_Optimizer, which it uses for ZeRO 1 with gradients in fp32.
+
+    shapes: of the parameters, group by group, in the order in which they lie one after the other.
+    """
     import torch
 
-    if checkpoint.state()["zero_stage"] == 0:
-        saved = torch.load(checkpoint.path / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        return {name: value.float() for name, value in saved["module"].items()}
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    ranks = []
+    for rank in range(checkpoint.state()["world_size"]):
+        (path,) = checkpoint.path.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")  # or bf16_zero_pp_rank_…
+        ranks.append(_read(path)["optimizer_state_dict"])
+    masters = {}
+    for number, group in enumerate(shapes):
+        flat = torch.cat([rank["single_partition_of_fp32_groups"][number].detach() for rank in ranks])
+        fillings, start = ranks[0].get("param_alignment_paddings"), 0
+        for index, (name, shape) in enumerate(group.items()):
+            masters[name] = flat[start : start + shape.numel()]
+            start += shape.numel() + (fillings[number][index] if fillings else 0)
+    return masters
 
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it tells its progress
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.path.parent), tag=checkpoint.path.name)
+
+def _of_one_optimizer(checkpoint: Checkpoint, saved: dict[str, Any]) -> dict[str, Any]:
+    """Master weights by name, each in one dimension, that lie beside the weights (ZeRO 0); none beside fp32 weights."""
+    import torch
+
+    from lcm_ds.config import OptimConfig
+    from lcm_ds.model.config import BaseLCMConfig
+    from lcm_ds.model.modeling import BaseLCM
+    from lcm_ds.train.engine import parameter_groups
+
+    optimizer = saved.get("optimizer") or {}
+    groups = optimizer.get("fp32_groups") or [[flat] for flat in optimizer.get("fp32_groups_flat", [])]
+    if not groups:
+        return {}
+    state = checkpoint.state()
+    with torch.device("meta"):  # only for the order in which the optimizer holds its parameters
+        model = BaseLCM(BaseLCMConfig(**state["model"]))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    masters: dict[str, Any] = {}
+    optim = OptimConfig(lr=1.0)  # type: ignore[call-arg]
+    for group, kept in zip(parameter_groups(model, optim, state["optimizer"]), groups, strict=True):
+        sizes = [parameter.numel() for parameter in group["params"]]
+        flat = torch.cat([tensor.detach().flatten() for tensor in kept])[: sum(sizes)]  # the rest fills it up
+        masters.update(zip((names[parameter] for parameter in group["params"]), flat.split(sizes), strict=True))
+    return masters
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """One of DeepSpeed's files, of which only what is used comes into memory. It is a pickle."""
+    import torch
+
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch import nn
 
 from lcm_ds import ds_config
 from lcm_ds.config import OptimConfig, TrainConfig
@@ -78,14 +77,26 @@ def build_model(
     return model
 
 
-def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Weight decay on matrices only: biases and RMSNorm scales are left alone."""
-    # Under ZeRO-3 a parameter's own shape is that of its partition; ds_shape is the whole one.
-    named = [(len(getattr(p, "ds_shape", p.shape)), p) for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for dims, p in named if dims >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for dims, p in named if dims < 2], "weight_decay": 0.0},
-    ]
+def parameter_groups(model: BaseLCM, optim: OptimConfig, optimizer: str) -> list[dict[str, Any]]:
+    """The parameters as the optimizer holds them: weight decay on matrices only, not on biases and RMSNorm scales.
+
+    Muon takes the decoder's matrices; all else of it is AdamW's. DeepSpeed itself would take pre-net and post-net, the
+    ends where concepts come in and go out, for the decoder's.
+    """
+    inside = {id(parameter) for layer in model.layers for parameter in layer.parameters()}
+    muon = optimizer.lower() == "muon"
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}  # by whether they are matrices, and Muon's
+    for decay, by_muon in ((True, True), (True, False), (False, False)):
+        groups[decay, by_muon] = {"params": [], "weight_decay": optim.weight_decay if decay else 0.0}
+        if muon:
+            groups[decay, by_muon]["use_muon"] = by_muon
+    for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+        # Under ZeRO-3 a parameter's own shape is that of its partition; ds_shape is the whole one.
+        matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
+        groups[matrix, muon and matrix and id(parameter) in inside]["params"].append(parameter)
+    # DeepSpeed's Muon sorts them so; done here, the order is known to those who read a checkpoint.
+    groups[True, True]["params"].sort(key=lambda parameter: parameter.size(), reverse=True)
+    return [group for group in groups.values() if group["params"]]
 
 
 def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
@@ -98,10 +109,10 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
         logger.warning("train.compile: off, for the hooks with which ZeRO-3 gathers parameters break what is compiled")
     elif config.train.compile:
         model.compile_layers()
-    groups: Any = parameter_groups(model, config.optim)
+    groups: Any = parameter_groups(model, config.optim, ds["optimizer"]["type"])
     optimizer = None
     if ds["optimizer"]["type"].lower() == "muon":
-        optimizer = muon(model, groups, ds["optimizer"]["params"])
+        optimizer = muon(groups, ds["optimizer"]["params"])
         groups, ds = None, {key: block for key, block in ds.items() if key != "optimizer"}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, optimizer=optimizer, config=ds)
     # Public since torch 2.14, which warns of the name that it had before.
@@ -132,30 +143,21 @@ def skip_what_is_not_finite(optimizer: torch.optim.Optimizer) -> None:
     optimizer.register_step_pre_hook(skip)
 
 
-def muon(model: BaseLCM, groups: list[dict[str, Any]], params: dict[str, Any]) -> torch.optim.Optimizer:
-    """DeepSpeed's Muon for the matrices of the decoder, with AdamW for all else.
-
-    Made here because DeepSpeed would take pre-net and post-net, the ends where concepts come in and go out, for
-    the decoder's. groups: those of `parameter_groups`; params: optimizer.params of the DeepSpeed JSON.
-    """
+def muon(groups: list[dict[str, Any]], params: dict[str, Any]) -> torch.optim.Optimizer:
+    """DeepSpeed's Muon with AdamW. groups: of `parameter_groups`; params: optimizer.params of the DeepSpeed JSON."""
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    inside = {id(parameter) for layer in model.layers for parameter in layer.parameters()}
     settings: dict[bool, dict[str, Any]] = {  # by Muon or not
         True: {key: params[key] for key in ("momentum", "ns_method") if key in params},
         False: {key: params[key] for key in ("betas", "eps")},
     }
     settings[True]["lr"] = params.get("muon_lr", params["lr"])
     settings[False]["lr"] = params.get("adam_lr", params["lr"])
-    split = []
     for group in groups:
+        group.update(settings[group["use_muon"]])
         for parameter in group["params"]:
-            parameter.use_muon = id(parameter) in inside and len(getattr(parameter, "ds_shape", parameter.shape)) == 2
-        for by_muon, own in settings.items():
-            chosen = [parameter for parameter in group["params"] if parameter.use_muon is by_muon]
-            if chosen:
-                split.append({**group, **own, "params": chosen, "use_muon": by_muon})
-    return MuonWithAuxAdam(split, torch.optim.AdamW, {"fused": True})
+            parameter.use_muon = group["use_muon"]
+    return MuonWithAuxAdam(groups, torch.optim.AdamW, {"fused": True})
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, params: dict[str, Any], factor: float) -> None:

@@ -89,7 +89,10 @@ def _train(job: Job, place: Place, device: torch.device, stop: StopRequest, watc
                 console.line(f"{job.run_dir}: already trained for {newest.step} steps, nothing to do")
             return DONE
     if place.rank == 0:
+        changed = None if newest is None else resume.changes(newest, job.run_dir, identity(job, place))
         prepare_run_folder(job, place)
+        if changed is not None:
+            console.line(changed)
     left_out = LeftOut(job.run_dir)
     while True:
         try:

@@ -5,6 +5,7 @@ All ranks call the functions here together and come to the same.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -13,14 +14,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
+import yaml
 
+from lcm_ds import ds_config
 from lcm_ds.config import CheckpointConfig
 from lcm_ds.errors import CannotGoOn
 from lcm_ds.files import sha256_of, sync, write_whole
@@ -128,6 +131,9 @@ def mistakes(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
             in (then["zero_stage"], now["zero_stage"]),
             "DeepSpeed converts the states of Adam alone": now["optimizer"].lower() not in ("adam", "adamw"),
             "what is offloaded to NVMe cannot be converted": then["nvme"] or now["nvme"],
+            "DeepSpeed mixes parameters up under round_robin_gradients": any(
+                ds_config.shuffles_parameters(state["deepspeed"]) for state in (then, now) if "deepspeed" in state
+            ),
         }
         lines = [
             f"{checkpoint.path}: was saved by {_shape(then)} and would go on with {_shape(now)}: {reason}; "
@@ -139,14 +145,61 @@ def mistakes(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
 
 
 def needs_conversion(then: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether DeepSpeed's own files do not fit: another number of ranks, or another ZeRO stage."""
+    """Whether DeepSpeed's own files do not fit: another number of ranks, ZeRO stage or layout (ds_config.py)."""
     if then["zero_stage"] == now["zero_stage"] == 0:
         return False
-    return any(then[key] != now[key] for key in ("world_size", "zero_stage"))
+    if any(then[key] != now[key] for key in ("world_size", "zero_stage")):
+        return True
+    known = "deepspeed" in then  # not in checkpoints of older versions
+    return known and ds_config.layout(then["deepspeed"]) != ds_config.layout(now["deepspeed"])
 
 
 def _shape(state: dict[str, Any]) -> str:
     return f"{state['world_size']} rank(s) under ZeRO {state['zero_stage']}"
+
+
+def changes(checkpoint: Checkpoint, run_dir: Path, now: dict[str, Any]) -> str | None:
+    """What the config and the DeepSpeed JSON say otherwise than when a checkpoint was saved, in a line; None: nothing.
+
+    Args:
+        checkpoint: Where the run resumes.
+        run_dir: Its config.yaml and ds_config.json, of the run's last start, stand in for what the checkpoints of older
+            versions do not hold.
+        now: The run's identity (run_folder.py).
+    """
+    then = checkpoint.state()
+    if "config" not in then:
+        try:
+            then["config"] = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+            then["deepspeed"] = json.loads((run_dir / "ds_config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return None
+    config = {key: now["config"][key] for key in now["config"] if key not in ("run_dir", "deepspeed")}
+    lines = [
+        *_differences("", _common(then["config"], config), _common(config, then["config"])),
+        *_differences("deepspeed", *(ds_config.without_owned(state["deepspeed"]) for state in (then, now))),
+        *_differences("ranks", then["world_size"], now["world_size"]),
+    ]
+    return f"changed since step {checkpoint.step}: {', '.join(lines)}" if lines else None
+
+
+def _common(mapping: Any, other: Any) -> Any:
+    """The keys that both have: others are not of both versions of lcm-ds."""
+    if not (isinstance(mapping, dict) and isinstance(other, dict)):
+        return mapping
+    return {key: _common(value, other[key]) for key, value in mapping.items() if key in other}
+
+
+def _differences(name: str, then: Any, now: Any) -> Iterator[str]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in {**then, **now}:
+            yield from _differences(f"{name}.{key}".lstrip("."), then.get(key), now.get(key))
+    elif then != now:
+        yield f"{name} {_as_yaml(then)} → {_as_yaml(now)}"
+
+
+def _as_yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 # --- conversion -------------------------------------------------------------------------------------------------------
@@ -250,26 +303,71 @@ def _suit_every_stage(folder: Path) -> None:
 
 
 def restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, universal: bool) -> None:
-    """Load weights, optimizer and random states into a fresh engine.
+    """Load weights, optimizer and random states into a fresh engine, whose settings stay those of the config.
 
-    universal: from what `convert` made, into an engine that was built for it.
+    Args:
+        engine: Was built with the config, and has taken no step.
+        checkpoint: What to load.
+        universal: From what `convert` made of it, into an engine that was built for that.
     """
     path = checkpoint.universal if universal else checkpoint.path
-    groups = engine.basic_optimizer.param_groups
-    settings = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in groups]
+    settings = Settings(engine)
     loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
     if loaded is None:
         raise RuntimeError(f"DeepSpeed could not load the checkpoint {path}")
+    settings.put_back(engine)
+    groups = engine.basic_optimizer.param_groups
+    on_device = any(group.get("fused") or group.get("capturable") for group in groups)
+    for parameter, state in engine.basic_optimizer.state.items():
+        if isinstance(state.get("step"), torch.Tensor):  # one for all of them, or where another optimizer wants it
+            state["step"] = state["step"].to(parameter.device if on_device else "cpu", copy=True)
     if universal:
-        for group, own in zip(groups, settings, strict=True):  # ZeRO 3 gives all of them those of the first one
-            group.update(own)
-        on_device = any(group.get("fused") or group.get("capturable") for group in groups)
-        for parameter, state in engine.basic_optimizer.state.items():
-            if isinstance(state.get("step"), torch.Tensor):  # one for all of them, on the CPU
-                state["step"] = state["step"].to(parameter.device if on_device else "cpu", copy=True)
         _restore_normalizer(engine.module.normalizer, path)
     else:
         restore_random_states(checkpoint.path, dist.get_rank())
+
+
+class Settings:
+    """What the config says of a fresh engine's optimizer, which DeepSpeed's loading replaces by the checkpoint's."""
+
+    def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        self._groups = [
+            {key: value for key, value in group.items() if key not in ("params", "step")}
+            for group in engine.basic_optimizer.param_groups
+        ]
+        held = {name: getattr(engine.optimizer, name, None) for name in ("clip_grad", "dynamic_loss_scale")}
+        self._held = {name: value for name, value in held.items() if value is not None}
+        self._scalers = {
+            name: copy.copy(getattr(engine.optimizer, name))
+            for name in ("loss_scaler", "loss_scale_config")  # under ZeRO, and without
+            if hasattr(engine.optimizer, name)
+        }
+
+    def put_back(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        """Make them the settings of the engine again; how far a dynamic scale of the loss has come stays."""
+        for group, own in zip(engine.basic_optimizer.param_groups, self._groups, strict=True):
+            group.update(own)
+        for name, value in self._held.items():
+            setattr(engine.optimizer, name, value)
+        for name, own in self._scalers.items():
+            setattr(engine.optimizer, name, scaler_as_configured(own, getattr(engine.optimizer, name)))
+
+
+def scaler_as_configured(own: Any, loaded: Any) -> Any:
+    """A scaler of the loss, or its settings, as the config says, as far as the loaded one had come.
+
+    Args:
+        own: One as the config says, which is changed.
+        loaded: The checkpoint's.
+    """
+    dynamic = [getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False)) for scaler in (own, loaded)]
+    if all(dynamic):  # else the scale is what the config says
+        for name in ("cur_scale", "cur_iter", "last_overflow_iter"):
+            setattr(own, name, getattr(loaded, name))
+        own.cur_scale = max(own.cur_scale, getattr(own, "min_scale", getattr(own, "min_loss_scale", 0)))
+        if hasattr(own, "cur_hysteresis"):
+            own.cur_hysteresis = min(loaded.cur_hysteresis, own.delayed_shift)
+    return own
 
 
 def _restore_normalizer(normalizer: Normalizer, universal: Path) -> None:

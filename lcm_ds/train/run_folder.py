@@ -35,6 +35,8 @@ def identity(job: Job, place: Place) -> dict[str, Any]:
         "zero_stage": ds_config.zero_stage(job.ds),
         "nvme": ds_config.offloads_to_nvme(job.ds),
         "world_size": place.world_size,
+        "config": job.config.model_dump(mode="json"),
+        "deepspeed": job.ds,
         "config_sha256": hashlib.sha256((dump(job.config) + json.dumps(job.ds)).encode()).hexdigest(),
         "versions": versions(),
     }

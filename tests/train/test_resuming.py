@@ -11,6 +11,7 @@ import time
 
 import pytest
 import yaml
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from runs import ROOT, finish, metrics, run_dir, start
 
 from lcm_ds.errors import InputError
@@ -20,6 +21,8 @@ from lcm_ds.train.owner import RunOwner
 
 STEPS = [2, 4, 6, 8, 10, 12]
 OF_A_RANK = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+ROUND = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+MUON = {"zero_optimization": {"stage": 1}, "optimizer": {"type": "Muon"}, "bf16": {"enabled": True}}
 CONSTANT = {"lr": 2.0e-3, "schedule": {"name": "constant"}}
 
 
@@ -183,6 +186,89 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(tmp_path, now, told
         (line,) = lines
         assert "was saved by 2 rank(s) under ZeRO 2 and would go on with" in line
         assert told in line
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "told"),
+    [
+        ({"zero_optimization": {"stage": 3}}, {"zero_optimization": {"stage": 3, "sub_group_size": 10}}, None),
+        (ROUND, {"zero_optimization": {"stage": 2}}, "mixes parameters up under round_robin_gradients"),
+        (ROUND, ROUND, None),
+        (MUON, {**MUON, "data_types": {"grad_accum_dtype": "fp32"}}, "the states of Adam alone"),
+    ],
+)
+def test_another_layout_of_the_files_is_converted_or_refused(tmp_path, then, now, told):
+    state = {"fingerprint": "a", "model": {}, "precision": "bfloat16", "world_size": 2, "nvme": False}
+    states = [
+        {
+            **state,
+            "deepspeed": ds,
+            "zero_stage": ds["zero_optimization"]["stage"],
+            "optimizer": ds.get("optimizer", {"type": "AdamW"})["type"],
+        }
+        for ds in (then, now)
+    ]
+    (tmp_path / "state.json").write_text(json.dumps(states[0]))
+    assert resume.needs_conversion(*states) == (then != now)
+    lines = resume.mistakes(Checkpoint(tmp_path, 5), states[1])
+    assert lines == [] if told is None else told in lines[0]
+    older = {key: value for key, value in states[0].items() if key != "deepspeed"}
+    assert not resume.needs_conversion(older, states[1])
+
+
+def test_what_the_config_says_otherwise_than_the_checkpoint_is_one_line(tmp_path):
+    zero = {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 2}
+    now = {
+        "config": {
+            "run_dir": "moved",
+            "optim": {"betas": [0.9, 0.95], "weight_decay": 0.0},
+            "new": 1,
+            "deepspeed": "b",
+        },
+        "deepspeed": {**zero, "gradient_accumulation_steps": 4, "wall_clock_breakdown": True},
+        "world_size": 1,
+    }
+    then = {
+        "config": {
+            "run_dir": "runs/a",
+            "optim": {"betas": [0.9, 0.98], "weight_decay": 0.1},
+            "gone": 2,
+            "deepspeed": "a",
+        },
+        "deepspeed": zero,
+        "world_size": 2,
+    }
+    line = (
+        "changed since step 5: optim.betas [0.9, 0.98] → [0.9, 0.95], optim.weight_decay 0.1 → 0.0, "
+        "deepspeed.wall_clock_breakdown null → true, ranks 2 → 1"
+    )
+    checkpoint = Checkpoint(tmp_path / "step", 5)
+    checkpoint.path.mkdir()
+    state = checkpoint.path / "state.json"
+    state.write_text(json.dumps(then))
+    assert resume.changes(checkpoint, tmp_path, now) == line
+    state.write_text(json.dumps(now))
+    assert resume.changes(checkpoint, tmp_path, now) is None
+    # One of an older version: the run's files tell, or nobody does.
+    state.write_text(json.dumps({"world_size": 2}))
+    assert resume.changes(checkpoint, tmp_path, now) is None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(then["config"]))
+    (tmp_path / "ds_config.json").write_text(json.dumps(zero))
+    assert resume.changes(checkpoint, tmp_path, now) == line
+
+
+def test_a_dynamic_scale_of_the_loss_stays_where_it_was_within_the_limits_of_the_config():
+    settings = {"delayed_shift": 2, "consecutive_hysteresis": False}
+    loaded = DynamicLossScaler(2.0**16, scale_window=1000, min_scale=1, **settings)
+    loaded.cur_scale, loaded.cur_iter, loaded.last_overflow_iter, loaded.cur_hysteresis = 64.0, 70, 66, 1
+    own = DynamicLossScaler(2.0**20, scale_window=50, min_scale=1, **settings)
+    found = resume.scaler_as_configured(own, loaded)
+    assert (found.cur_scale, found.cur_iter, found.last_overflow_iter, found.cur_hysteresis) == (64.0, 70, 66, 1)
+    assert found.scale_window == 50
+    own = DynamicLossScaler(2.0**20, scale_window=50, min_scale=128.0, **settings)
+    assert resume.scaler_as_configured(own, loaded).cur_scale == 128.0
+    assert resume.scaler_as_configured(LossScaler(256.0), loaded).cur_scale == 256.0
+    assert resume.scaler_as_configured(LossScaler(256.0), LossScaler(8.0)).cur_scale == 256.0
 
 
 # --- retention, disks, owners -----------------------------------------------------------------------------------------

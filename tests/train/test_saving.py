@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import launch_workers
-from saving_worker import CONVERTED, VARIANTS
+from saving_worker import CHANGED, CONVERTED, VARIANTS
 
 from lcm_ds.config import CheckpointConfig
 from lcm_ds.train.save import on_host, saves_in_background
@@ -31,6 +31,22 @@ def test_what_was_written_while_the_run_went_on_is_the_step_it_was_saved_at(resu
     assert found["again"] == found["went on"]
     assert found["weights again"] == found["weights"]
     assert len(set(found["again"])) > 1  # the model moves
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "in turn" not in name])
+def test_the_weights_of_a_checkpoint_are_the_live_masters_to_the_last_bit(results, name):
+    assert results[name]["read"] == []  # names of those that are not
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_resumed_run_has_the_settings_of_its_config_and_not_those_of_the_checkpoint(results, name):
+    found = results[name]["changed"]
+    groups, clip_grad = found["new"]
+    assert {group["weight_decay"] for group in groups} == {CHANGED["weight_decay"], 0.0}
+    by_adam = [group for group in groups if not group.get("use_muon")]
+    assert all(group["betas"] == CHANGED["betas"] and group["eps"] == CHANGED["eps"] for group in by_adam)
+    assert clip_grad in (None, 0.0, 0.3)  # None: DeepSpeed's engine clips
+    assert found["resumed"] == found["after a step"] == found["new"]
 
 
 @pytest.mark.parametrize(("name", "other"), [(name, other) for name, some in CONVERTED.items() for other in some])
