@@ -69,8 +69,7 @@ def validate(stepper: Stepper, dataset: Dataset, ridge: Linear, moved: Callable[
     concepts of the dataset), val_effective_rank and val_effective_rank_of_targets. val_loss_of_copy, val_loss_of_mean
     and val_loss_of_ridge are the losses of who predicts the last concept, the mean of these very targets, and as
     `ridge`. val_error_by_position: entry i is the loss of targets with i + 1 concepts before them in their segment,
-    None where there are none. Without targets there are no figures:
-    None.
+    None where there are none. Without targets there are no figures: None.
     """
     config, place = stepper.job.config, stepper.place
     stepper.engine.eval()
