@@ -6,6 +6,7 @@ Which of them is the best is decided by documents of the training data that are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -74,11 +75,15 @@ class Sums:
         return weights
 
     def solve(self, penalty: float) -> Tensor:
-        """Weights [inputs + 1, outputs] of the ridge regression; the constant (last row) is not penalised."""
+        """Weights [inputs + 1, outputs] of the ridge regression; the constant (last row) is not penalised.
+
+        Of a handful of samples, or of none, the smallest weights that fit.
+        """
         inputs = len(self.xx) - 1
         ridge = torch.zeros_like(self.xx)
         ridge.diagonal()[:inputs] = penalty * self.xx.diagonal()[:inputs].mean() + 1e-9
-        return torch.linalg.solve(self.xx + ridge, self.xy)
+        weights, singular = torch.linalg.solve_ex(self.xx + ridge, self.xy)
+        return torch.linalg.pinv(self.xx + ridge, hermitian=True) @ self.xy if singular else weights
 
     def squared_error(self, weights: Tensor) -> float:
         """Summed squared error of `weights` on this data."""
@@ -86,8 +91,8 @@ class Sums:
         return float(self.counts[0] + fitted)
 
     def error(self, weights: Tensor) -> float:
-        """Mean squared error of `weights` on this data, over samples and outputs."""
-        return self.squared_error(weights) / (self.count * self.xy.shape[1])
+        """Mean squared error of `weights` on this data, over samples and outputs; NaN without samples."""
+        return self.squared_error(weights) / (self.count * self.xy.shape[1]) if self.count else math.nan
 
     def to(self, device: torch.device) -> Sums:
         """The same on another device."""

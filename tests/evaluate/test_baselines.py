@@ -1,5 +1,7 @@
 """Baselines are fitted on training data, are as good as linear algebra makes them, and the best is chosen there."""
 
+import math
+
 import pytest
 import torch
 
@@ -176,3 +178,13 @@ def test_the_nearest_s_error_is_that_on_held_out_documents_looked_for_among_the_
     # Held out: west follows east. North followed it elsewhere: (9 + 4) / 2.
     assert nearest.held_out_mse(Ranks()) == pytest.approx(13 / 2)
     assert Nearest([batch([row], document=0)], Normalizer(2)).held_out_mse(Ranks()) is None
+
+
+def test_sums_of_no_samples_or_of_one_are_no_error():
+    """A run's first training data may hold next to nothing to predict."""
+    sums = Sums(3, 2)
+    assert not sums.solve(1e-3).any()
+    assert math.isnan(sums.error(sums.solve(1e-3)))
+    sums.add(torch.full((1, 3), 40.0), torch.full((1, 2), 7.0))
+    for penalty in PENALTIES:
+        assert sums.error(sums.solve(penalty)) < 1e-3
