@@ -9,8 +9,8 @@
 # Seen:
 #   float32: NaN on rank 0 -> MAX nan, MIN nan; NaN on rank 1 -> MAX 1.0, MIN 1.0
 #   bfloat16: the same
-# Why it matters: "has any rank a non-finite loss or gradient norm?" is often answered by a MAX over the ranks' values. On CPU and
-#   in tests over gloo this check misses the NaN of every rank but one, and a test that puts the NaN on rank 0 passes.
+# Why it matters: "has any rank a non-finite loss or gradient norm?" is often answered by a MAX over the ranks' values. Over
+#   gloo this check misses rank 1's NaN, while a test that puts the NaN on rank 0 passes.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -4,7 +4,7 @@
 # Versions: safetensors 0.8.0, numpy 2.4.6 (Python 3.11).
 # Expected: safetensors.torch.save_file refuses a non-contiguous tensor ("You are trying to save a non contiguous tensor"). The
 #   NumPy functions take the same dictionaries and ask for contiguous arrays only in a line of the docstring, so a reader expects the
-#   same refusal, or a copy in C order as numpy.save makes.
+#   same refusal, or a copy in C order as numpy.save makes. Release 0.7.0 did keep the values (upstream: safetensors issue 825, open).
 # What happens: save() and save_file() write the raw memory of the array under the shape of the view. Loading gives an array
 #   of the right shape and type with the values in the wrong places. There is no error and no warning.
 # Seen:
