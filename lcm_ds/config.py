@@ -91,6 +91,11 @@ class SourceConfig(Schema):
         return self.source_column is not None
 
     @property
+    def has_ids(self) -> bool:
+        """Whether its documents have ids of their own, and not the places where they were found."""
+        return self.name == "sample" or (self.name == "huggingface" and self.id_column is not None)
+
+    @property
     def text_columns(self) -> list[str]:
         """The columns that hold texts: one, or source and target."""
         if self.source_column is None or self.target_column is None:

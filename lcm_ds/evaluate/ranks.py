@@ -32,10 +32,9 @@ class Ranks:
 
     def __enter__(self) -> Ranks:
         if self.size > 1:
-            meeting = meet(self.place)
+            meet(self.place, "evaluate")
             os.environ.update(self.place.environment())
             dist.init_process_group("gloo", timeout=PATIENCE)
-            del meeting  # only now: torch.distributed has its store where this one's is
         return self
 
     def __exit__(

@@ -72,9 +72,8 @@ def drop_duplicates(out: Path, units: list[Unit], supervised: bool = False) -> l
 
 def _rewritten(out: Path, units: list[Unit], changed: dict[int, dict[str, list[int]]], supervised: bool) -> list[Unit]:
     """Write the shards of the changed units again, without the documents that go."""
-    shards = {
-        unit: _shards(out, unit, supervised) for unit in changed
-    }  # mapped: what is renamed over them does not touch them
+    # Mapped: what is renamed over them does not touch them.
+    shards = {unit: _shards(out, unit, supervised) for unit in changed}
     # From here on they are not done: killed now, they are made once more from their texts.
     keep_units(out, [unit for unit in units if unit.unit not in changed])
     result = []

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import DistNetworkError, DistStoreError, HashStore, PrefixStore, Store
+from torch.distributed import DistNetworkError, DistStoreError, HashStore, Store
 
 from lcm_ds.errors import InputError
 from lcm_ds.train.meeting import Meeting
@@ -23,6 +23,7 @@ PATIENCE = timedelta(hours=2)
 # For the others to see that rank 0 has failed.
 SECONDS_TO_END = 5.0
 _GO, _NEXT, _REPORTS, _FAILED, _LEFT = "go", "next", "reports", "failed", "left"
+_FINISHED, _TOLD = "finished", "told"
 
 
 class PeerFailed(Exception):
@@ -38,8 +39,8 @@ class Peers:
 
     def __init__(self, place: Place) -> None:
         self.place = place
-        self._meeting = None if place.world_size == 1 else Meeting(place, PATIENCE)
-        self._store: Store = HashStore() if self._meeting is None else PrefixStore("prepare", self._meeting.store)
+        self._meeting = None if place.world_size == 1 else Meeting(place, "prepare", PATIENCE)
+        self._store: Store = HashStore() if self._meeting is None else self._meeting.store
         self._read = 0  # reports that `reports` has given
 
     @property
@@ -95,6 +96,21 @@ class Peers:
         """How many ranks have left."""
         return self._store.add(_LEFT, 0)
 
+    def finish(self) -> None:
+        """Rank 0: the dataset is finished, and the others may end; they are given time to see it."""
+        self._store.set(_FINISHED, "")
+        self._await_others(_TOLD)
+
+    def await_finish(self) -> None:
+        """The others: until the dataset is finished. Raises PeerFailed."""
+        try:
+            while not self._store.check([_FINISHED]):
+                self.check()
+                time.sleep(0.1)
+            self._store.add(_TOLD, 1)
+        except (DistStoreError, DistNetworkError):
+            raise PeerFailed(1, "") from None  # rank 0 has ended, which is why
+
     def check_arrivals(self, left: int, say: Callable[[str], None]) -> None:
         """Rank 0: tell `say` now and then of ranks that have not come.
 
@@ -110,7 +126,7 @@ class Peers:
                 self._store.set(_FAILED, json.dumps(_told(self.place.rank, error)))
             if self.leads:
                 self._store.set(_GO, "{}")
-                self._await_others(SECONDS_TO_END)
+                self._await_others(_LEFT)
             else:
                 self.leave()
         except (DistStoreError, DistNetworkError):
@@ -119,10 +135,10 @@ class Peers:
             return error
         return PeerFailed(error.code if isinstance(error, PeerFailed) else _told(0, error)[0], "")
 
-    def _await_others(self, seconds: float) -> None:
-        """Give the others time to see that this rank is about to end, and the store with it."""
-        until = time.monotonic() + seconds
-        while self.left() < self.place.world_size - 1 and time.monotonic() < until:
+    def _await_others(self, key: str) -> None:
+        """Give the others time to see that this rank is about to end, and the store with it: each adds 1 to `key`."""
+        until = time.monotonic() + SECONDS_TO_END
+        while self._store.add(key, 0) < self.place.world_size - 1 and time.monotonic() < until:
             time.sleep(0.05)
 
     def check(self) -> None:

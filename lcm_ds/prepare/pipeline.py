@@ -122,6 +122,7 @@ class _Leader:
                 return
             self._start_children()
             self._prepare(peers)
+            peers.finish()
         except BaseException as error:
             raise peers.fail(error) from None
         finally:
@@ -188,7 +189,8 @@ class _Leader:
                 "encoder": encoder.describe(),
                 "sentences": reader.splitter.settings(),
                 "source": source.describe(),
-                "split": "by id, or by text without one",  # by id and path in those begun before this was noted
+                # Those begun before this was noted were split by path where there is no id.
+                **({} if self.config.source.has_ids else {"split": "by text"}),
             },
         )
         if not (out / SOURCE).exists():
@@ -324,6 +326,7 @@ def _follow(config: PrepareConfig, place: Place, encoder: Encoder | None) -> Non
             quantization = _read_quantization(out / QUANTIZATION) if config.dtype == "int8" else None
             done = {unit for first, last in said["done"] for unit in range(first, last)}
             _take_part(Rank(config, encoder, end, quantization, peers), open_reader(config).source, readers, done)
+        peers.await_finish()
     except BaseException as error:
         raise peers.fail(error) from None
 

@@ -52,6 +52,8 @@ para paras pl pp pt pts ref refs sec sect secs sep sept tab ver vol vols
 """
 _NUMBERED = frozenset(_NUMBERED_WORDS.split())
 _BRACKETED = _NUMBERED | {"al", "e.g", "i.e", "viz", "vs"}
+# Those that are words, too, are abbreviations only with a capital: "No. 5", but "The answer was no. 12 men left."
+_ALSO_WORDS = frozenset(["app", "art", "arts", "ex", "mar", "no", "tab"])
 # Those after which a sentence seldom ends, and never before a lower-case letter; Roman numbers, initials, "a.m".
 _UNENDING = re.compile(
     rf"(?:{'|'.join(sorted(_TITLES | _BRACKETED | {'&c', 'co', 'etc', 'esq', 'inc', 'jr', 'ltd', 'sr', 'st'}))}"
@@ -213,10 +215,11 @@ def _goes_on(text: str, mark: int, end: int, english: bool) -> bool:
     quoted = end - mark > 2  # a space, and what closes a quotation or a bracket
     if text[mark] != ".":
         return lower or (english and quoted and text[mark] != "…" and _SPEAKER.match(text, end) is not None)
-    word = text[text.rfind(" ", 0, mark) + 1 : mark].lstrip("\"'“‘([{").lower()
+    written = text[text.rfind(" ", 0, mark) + 1 : mark].lstrip("\"'“‘([{")
+    word = written.lower()
     if lower:
         return quoted or not word or word.endswith(".") or (english and _UNENDING.fullmatch(word) is not None)
-    if not english:
+    if not english or written in _ALSO_WORDS:
         return False
     if letter.isdigit() and first == end:
         return word in _NUMBERED

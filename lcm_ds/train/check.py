@@ -18,6 +18,7 @@ from lcm_ds.data.plan import Plan, fingerprint
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import why_not_writable
 from lcm_ds.model.config import BaseLCMConfig, resolve_model
+from lcm_ds.train.checkpoint import candidates
 from lcm_ds.train.initial import Initial, find_initial, sizes_of_run
 from lcm_ds.train.trackers import missing_packages
 
@@ -70,7 +71,7 @@ class Job:
             return None
         return (
             f"optim.schedule.warmup_steps: {self.config.optim.schedule.warmup_steps} is {self.warmup_share:.0%} of the "
-            f"run's {self.total_steps} steps; the LCM paper's 4 % would be {self.total_steps // 25}"
+            f"run's {self.total_steps} steps; the LCM paper's 4 % would be {max(1, self.total_steps // 25)}"
         )
 
 
@@ -173,10 +174,10 @@ def _step_mistakes(job: Job, path: str | Path) -> list[str]:
     """Settings of `train` and `log` that would do nothing, and a warm-up that never ends."""
     train, lines = job.config.train, []
     warmup = job.config.optim.schedule.warmup_steps
-    if warmup >= job.total_steps:
+    if warmup >= job.total_steps and not candidates(job.run_dir):  # a run that has begun may end as it is
         lines.append(
             f"{path}: optim.schedule.warmup_steps: {warmup}: the run has {job.total_steps} steps and would never reach "
-            f"optim.lr; the LCM paper's 4 % would be {job.total_steps // 25}"
+            f"optim.lr; the LCM paper's 4 % would be {max(1, job.total_steps // 25)}"
         )
     if train.recompute_every is not None and "activation_checkpointing" not in job.ds:
         lines.append(

@@ -31,7 +31,7 @@ def connect(place: Place, stall_minutes: float | None = None) -> torch.device:
 
     stall_minutes: after how long a watchdog ends a rank that stands still. Raises Unavailable if a rank does not come.
     """
-    meeting = meet(place)
+    meet(place, "train")
     os.environ.update(place.environment())
     # DeepSpeed compiles with the ninja that it finds: the one of this environment, which need not be activated. Two
     # versions in turn would compile everything anew each time.
@@ -47,7 +47,6 @@ def connect(place: Place, stall_minutes: float | None = None) -> torch.device:
     else:
         keep_freed_memory()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=patience(stall_minutes))
-    del meeting  # only now: torch.distributed has its store where this one's is
     return torch.device(accelerator.current_device_name())
 
 

@@ -60,6 +60,6 @@ class GradientMeter:
 
     def _eps_share(self, norm: float | None) -> float | None:
         """An estimate: sqrt(v) of Adam is taken for the root mean square of the gradient, of all parameters alike."""
-        if self._eps is None or norm is None or not math.isfinite(norm) or norm == 0:
+        if self._eps is None or norm is None or not math.isfinite(norm) or norm <= 0:
             return None
         return self._eps / (self._eps + self._scale(norm))

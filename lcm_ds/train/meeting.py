@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -25,20 +26,38 @@ SECONDS_A_REMINDER, PATIENCE_SECONDS = 60.0, 600.0
 _LOOK_SECONDS = 0.05
 _REMEDY = "see what became of it, or unset RANK and WORLD_SIZE if no launcher started this"
 _ARRIVED, _MET = "arrived", "met"
+_LOOK_SECONDS_AT_MOST = 1.0  # at a port that nobody listens on: thousands of ranks may do so
+
+# Of rank 0; kept to the end of the process, for the others may come to its next meeting before it does.
+_servers: list[Store] = []
+_meetings: Counter[tuple[str, int]] = Counter()  # of this process so far, by purpose and rank
 
 
 class Meeting:
-    """One process of several that look for one another. Raises Unavailable if rank 0 does not come.
+    """One process of several that look for one another. Raises Unavailable if rank 0 does not come, or ends.
 
-    timeout: how long a value is waited for in `store`.
+    Args:
+        place: This process among them.
+        purpose: What they meet for. torchrun's store is there for all that its processes do, one thing after the other:
+            each meeting has keys of its own, by purpose and how often this process met for it before.
+        timeout: How long a value is waited for in `store`.
     """
 
-    def __init__(self, place: Place, timeout: timedelta = timedelta(seconds=PATIENCE_SECONDS)) -> None:
+    def __init__(self, place: Place, purpose: str, timeout: timedelta = timedelta(seconds=PATIENCE_SECONDS)) -> None:
         self.place = place
         self._since = self._reminded = time.monotonic()
-        self.store = self._open(timeout)
-        self.store.set(f"{_ARRIVED}/{place.rank}", "")
-        self.store.add(_ARRIVED, 1)
+        prefix = (
+            f"lcm-ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{purpose}/{_meetings[purpose, place.rank]}"
+        )
+        _meetings[purpose, place.rank] += 1
+        try:
+            self.store: Store = PrefixStore(prefix, self._open(timeout))
+            # A process that was started again in its rank's place comes once.
+            if not self.store.check([f"{_ARRIVED}/{place.rank}"]):
+                self.store.set(f"{_ARRIVED}/{place.rank}", "")
+                self.store.add(_ARRIVED, 1)
+        except (DistStoreError, DistNetworkError) as error:
+            raise Unavailable(f"rank {place.rank}: rank 0 has ended, or does not answer: {first_line(error)}") from None
 
     def arrived(self) -> int:
         """How many processes have come."""
@@ -46,7 +65,7 @@ class Meeting:
 
     def complete(self, say: Callable[[str], None]) -> bool:
         """Whether all have come; once a minute `say` is told who has not."""
-        if self.arrived() == self.place.world_size:
+        if self.arrived() >= self.place.world_size:
             return True
         if time.monotonic() - self._reminded >= SECONDS_A_REMINDER:
             self._reminded = time.monotonic()
@@ -73,8 +92,10 @@ class Meeting:
 
     def _open(self, timeout: timedelta) -> Store:
         place = self.place
-        # Under torchrun the store is its agent's, and outlives a restart of the workers.
+        # Under torchrun the store is its agent's, and outlives a restart of the workers; not for processes that one of
+        # its workers has started itself.
         agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        agents &= os.environ.get("MASTER_PORT") == str(place.master_port)
         holds = place.rank == 0 and not agents
         if not holds:
             self._await_listener()
@@ -91,12 +112,15 @@ class Meeting:
             where = f"{place.master_addr}:{place.master_port}"
             raise Unavailable(f"MASTER_PORT: no store at {where}: {first_line(error)}") from None
         store.set_timeout(timeout)
-        return PrefixStore(f"lcm-ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if holds:
+            _servers.append(store)
+        return store
 
     def _await_listener(self) -> None:
         """Wait until rank 0 listens. TCPStore would wait, too, with a stack of C++ for each time it has waited."""
         address = (self.place.master_addr, self.place.master_port)
         absent = f"{self._named([0])} at {address[0]}:{address[1]}"
+        pause = _LOOK_SECONDS
         while True:
             try:
                 socket.create_connection(address, timeout=SECONDS_A_REMINDER).close()
@@ -108,18 +132,18 @@ class Meeting:
             if now - self._reminded >= SECONDS_A_REMINDER:
                 self._reminded = now
                 logger.error("waiting for %s, %.0f s so far; %s", absent, now - self._since, _REMEDY)
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(pause)
+            pause = min(2 * pause, _LOOK_SECONDS_AT_MOST)
 
 
-def meet(place: Place) -> Meeting | None:
+def meet(place: Place, purpose: str) -> Meeting | None:
     """Wait until all processes of a job are there, before they join a process group: that would not say who is missing.
 
-    Keep what is returned until they have joined: rank 0's store is in it. None: there are no others. Raises
-    Unavailable, in rank 0 with the ranks that did not come.
+    Returns None if there are no others. Raises Unavailable, in rank 0 with the ranks that did not come.
     """
     if place.world_size == 1:
         return None
-    meeting = Meeting(place)
+    meeting = Meeting(place, purpose)
     try:
         if place.rank > 0:
             meeting.store.wait([_MET], timedelta(seconds=PATIENCE_SECONDS + SECONDS_A_REMINDER))

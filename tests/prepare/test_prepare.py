@@ -110,15 +110,27 @@ def test_a_document_without_an_id_keeps_its_split_wherever_it_is_found(texts, ma
     assert set(found[0].values()) == {"train", "validation"}
 
 
-def test_a_dataset_begun_with_splits_by_path_is_not_gone_on_with(make_config, tmp_path):
-    prepare(make_config(), HashEncoder())
+@pytest.mark.parametrize("ids", [False, True])
+def test_a_dataset_begun_with_other_rules_is_not_continued(make_config, tmp_path, ids):
+    """Splits by path, which documents with ids of their own never had, and the former rules of sentences."""
+    changes = {}
+    if ids:
+        rows = [{"id": f"story-{n}", "text": f"Story {n} begins. It ends."} for n in range(30)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        changes["source"] = {"name": "huggingface", "paths": [str(tmp_path / "rows.jsonl")]}
+    prepare(make_config(**changes), HashEncoder())
     (tmp_path / "out/train/dataset.json").unlink()
     parts = json.loads((tmp_path / "out/parts.json").read_text())
-    del parts["split"], parts["sentences"]["rules"]
+    parts.pop("split", None)
+    (tmp_path / "out/parts.json").write_text(json.dumps(parts))
+    if ids:
+        prepare(make_config(**changes), HashEncoder())
+        (tmp_path / "out/train/dataset.json").unlink()
+    del parts["sentences"]["rules"]
     (tmp_path / "out/parts.json").write_text(json.dumps(parts))
     with pytest.raises(InputError) as caught:
-        prepare(make_config(), HashEncoder())
-    assert [line.split(": ")[1] for line in caught.value.mistakes] == ["sentences.rules", "split"]
+        prepare(make_config(**changes), HashEncoder())
+    assert [line.split(": ")[1] for line in caught.value.mistakes] == ["sentences.rules"] + ["split"] * (not ids)
 
 
 def test_the_split_of_a_document_is_a_function_of_its_id_and_about_the_share_asked_for():

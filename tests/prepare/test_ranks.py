@@ -142,6 +142,22 @@ def test_killed_at_ten_random_moments_the_dataset_is_that_of_one_run(write_confi
     assert written(tmp_path / "killed") == written(tmp_path / "whole")
 
 
+def test_the_datasets_are_there_when_prepare_returns_on_any_rank(write_config):
+    """Also the second time in the same processes."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from preparing import HashEncoder; from lcm_ds import api\n"
+    code += "from lcm_ds.prepare import pipeline; pipeline.load_encoder = lambda config: HashEncoder()\n"
+    code += (
+        "for path in sys.argv[2:]: print(api.prepare(api.load(api.PrepareConfig, path)).train.info.totals.documents)"
+    )
+    configs = [str(write_config(output)) for output in ("first", "second")]
+    process = launcher(2, [sys.executable, "-c", code, str(SCRIPT.parent), *configs])
+    out, errors = process.communicate(timeout=patience(120))
+    assert process.returncode == 0, errors
+    counts = [line for line in out.splitlines() if line.isdigit()]
+    assert len(counts) == 4
+    assert len(set(counts)) == 1
+
+
 def test_a_mistake_that_one_rank_finds_is_told_once_and_ends_all_with_2(write_config, tmp_path, lines):
     broken = tmp_path / "broken.parquet"
     table = pyarrow.Table.from_pylist([json.loads(line) for line in lines.read_text().splitlines()])

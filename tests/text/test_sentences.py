@@ -90,6 +90,10 @@ def test_any_text_at_all_can_be_split(text: str) -> None:
             ['"Why?" she asked.', '"No!" I said.', '"What!" Mr. Holmes cried.'],
         ),
         (
+            "The answer was no. 12 men left. Open the app. (It is new.) See No. 12 and App. (B).",
+            ["The answer was no.", "12 men left.", "Open the app.", "(It is new.)", "See No. 12 and App. (B)."],
+        ),
+        (
             '"Why?" She was gone. "Ah! it is so . . . and so." Yes.',
             ['"Why?"', "She was gone.", '"Ah! it is so . . . and so."', "Yes."],
         ),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch.distributed as dist
+from machine import patience
 
 from lcm_ds.errors import Unavailable
 from lcm_ds.evaluate.ranks import Ranks
@@ -19,6 +24,11 @@ def places(size: int) -> list[Place]:
     return [Place(rank, size, rank, size, "127.0.0.1", port) for rank in range(size)]
 
 
+@pytest.fixture(autouse=True)
+def first_meetings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_meetings", Counter())
+
+
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "SECONDS_A_REMINDER", 0.5)
@@ -27,16 +37,43 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_all_that_come_have_met() -> None:
     with ThreadPoolExecutor(3) as pool:
-        met = list(pool.map(meeting.meet, places(3)))
+        met = list(pool.map(partial(meeting.meet, purpose="train"), places(3)))
     assert [each is not None and each.place.rank for each in met] == [0, 1, 2]
-    assert meeting.meet(places(1)[0]) is None
+    assert meeting.meet(places(1)[0], "train") is None
 
 
-@pytest.mark.parametrize("join", [connect, lambda place: Ranks(place).__enter__()], ids=["train", "evaluate"])
-def test_a_rank_that_never_comes_is_named(join, impatient: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_processes_meet_again_and_for_something_else_in_one_store() -> None:
+    """As torchrun's workers do, whose store their agent holds."""
+    code = "import os; from lcm_ds.train import meeting; from lcm_ds.train.place import read_place\n"
+    code += "for purpose in ('prepare', 'prepare', 'train'): assert meeting.meet(read_place(os.environ), purpose)"
+    command = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "--no-python"]
+    done = subprocess.run([sys.executable, "-m", *command, sys.executable, "-c", code], timeout=patience(120))
+    assert done.returncode == 0
+
+
+def test_a_process_that_was_started_again_comes_once() -> None:
+    first, second, _ = places(3)
+    waiting = meeting.Meeting(first, "train")
+    for _ in range(2):
+        meeting._meetings.clear()  # another process
+        meeting.Meeting(second, "train")
+    assert waiting.arrived() == 2
+    assert not waiting.complete(pytest.fail)
+
+
+def test_children_of_a_worker_of_torchrun_have_a_store_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert meeting.Meeting(places(2)[0], "prepare").arrived() == 1
+
+
+@pytest.mark.parametrize(
+    ("purpose", "join"), [("train", connect), ("evaluate", lambda place: Ranks(place).__enter__())]
+)
+def test_a_rank_that_never_comes_is_named(purpose, join, impatient: None, caplog: pytest.LogCaptureFixture) -> None:
     first, _, last = places(3)
     with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(meeting.meet, last)
+        other = pool.submit(meeting.meet, last, purpose)
         with pytest.raises(Unavailable, match=r"rank 1 of 3 did not come in .* minutes; .*unset RANK and WORLD_SIZE"):
             join(first)
         with pytest.raises(Unavailable) as told:
@@ -54,5 +91,5 @@ def test_so_is_rank_0(impatient: None, caplog: pytest.LogCaptureFixture) -> None
 def test_a_process_that_has_a_process_group_on_the_port_meets_others_there() -> None:
     first = places(2)[0]
     group, *_ = next(dist.rendezvous(f"tcp://127.0.0.1:{first.master_port}", 0, 1))
-    assert meeting.Meeting(first).arrived() == 1
+    assert meeting.Meeting(first, "train").arrived() == 1
     del group

@@ -9,7 +9,7 @@ from runs import finish, metrics, run_dir, start
 
 from lcm_ds.cli import main
 from lcm_ds.data.concepts import ConceptInfo
-from lcm_ds.data.format import Supervised, open_dataset, read_normalizer, write_normalizer
+from lcm_ds.data.format import open_dataset, read_normalizer, write_normalizer
 from lcm_ds.errors import InputError
 from lcm_ds.files import OpenFile
 from lcm_ds.prepare.refit import fit_normalizer
@@ -60,7 +60,7 @@ def test_the_start_says_how_long_the_run_is_and_names_a_warm_up_that_takes_much_
     total = sum(shard.concepts for path in datasets for shard in open_dataset(path, skip_bad=True).shards)
     read = 12 * 8 * 32
     assert f"\nin all {read:,} concepts, {read / total:.2f} epochs; warm-up 5 steps, 41.7% of the run\n" in out
-    line = "optim.schedule.warmup_steps: 5 is 42% of the run's 12 steps; the LCM paper's 4 % would be 0"
+    line = "optim.schedule.warmup_steps: 5 is 42% of the run's 12 steps; the LCM paper's 4 % would be 1"
     assert f"\nwarning: {line}\n" in out
     assert f"WARNING lcm_ds: {line}" in (run_dir(config) / "log.txt").read_text()
 
@@ -115,7 +115,7 @@ def test_a_trace_of_a_moved_run_has_its_losses_and_says_which_are_not_finite(mix
     (moved / "metrics.jsonl").write_text('{"step": 2, "losses": [0.5, null]}\n')
     trace(moved, [], 0, 2)
     heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert heads == ["step 0  loss 0.5", "step 1  loss not finite", "step 2  loss not logged"]
+    assert heads == ["step 0  loss 0.5", "step 1  loss not finite, or without targets", "step 2  loss not logged"]
 
 
 def test_a_trace_reads_no_shard_in_full(mixture, monkeypatch):
@@ -209,12 +209,18 @@ def test_a_mixture_with_another_end_of_text_is_refused(two):
         assert "a run needs one end of text" in line
 
 
-def test_supervised_datasets_of_a_mixture_have_one_suffix_and_plain_ones_go_with_them(two):
+def test_supervised_datasets_of_a_mixture_have_one_suffix_and_plain_ones_go_with_them(two, synthetic_dataset):
     one, other, describe, mistakes = two
+
+    def supervise(folder, seed):
+        shutil.rmtree(folder)
+        shutil.copytree(synthetic_dataset(documents=40, embed_dim=16, seed=seed, given=1), folder)
+
+    supervise(other, 4)
     describe(other, supervised={"source_suffix": "[MODEL]:"})
     assert mistakes() == []
     infos = [open_dataset(path).info for path in (one, other)]
     assert ConceptInfo.of(infos[0], mixed=infos).source_suffix == "[MODEL]:"
-    describe(one, supervised=Supervised().model_dump())
+    supervise(one, 0)
     (line,) = mistakes()
     assert line == (f"data: sources of {other} end with '[MODEL]:', of {one} with None; a run needs one source_suffix")
