@@ -56,8 +56,8 @@ class Meeting:
             if not self.store.check([f"{_ARRIVED}/{place.rank}"]):
                 self.store.set(f"{_ARRIVED}/{place.rank}", "")
                 self.store.add(_ARRIVED, 1)
-        except (DistStoreError, DistNetworkError) as error:
-            raise Unavailable(f"rank {place.rank}: rank 0 has ended, or does not answer: {first_line(error)}") from None
+        except (DistStoreError, DistNetworkError):
+            raise _no_answer(place) from None
 
     def arrived(self) -> int:
         """How many processes have come."""
@@ -151,7 +151,7 @@ def meet(place: Place, purpose: str) -> Meeting | None:
                 raise Unavailable([])  # rank 0 says it
             return meeting
     except (DistStoreError, DistNetworkError):
-        raise Unavailable(f"rank {place.rank}: rank 0 has ended, or does not answer") from None
+        raise _no_answer(place) from None
     while not meeting.complete(logger.error):
         try:
             meeting.check_patience()
@@ -162,3 +162,7 @@ def meet(place: Place, purpose: str) -> Meeting | None:
         time.sleep(_LOOK_SECONDS)
     meeting.store.set(_MET, "all")
     return meeting
+
+
+def _no_answer(place: Place) -> Unavailable:
+    return Unavailable(f"rank {place.rank}: rank 0 has ended, or does not answer")

@@ -76,10 +76,10 @@ class Rows:
 
 
 class Reader:
-    """Reads datasets for rank `rank` of `size`, and counts what it waits for them."""
+    """Reads datasets for rank `rank` of `size`, `batch_rows` rows at a time, and counts what it waits for them."""
 
-    def __init__(self, data: DataConfig, rank: int = 0, size: int = 1) -> None:
-        self.data, self.rank, self.size = data, rank, size
+    def __init__(self, data: DataConfig, rank: int = 0, size: int = 1, batch_rows: int = ROWS) -> None:
+        self.data, self.rank, self.size, self.batch_rows = data, rank, size, batch_rows
         self.waited = 0.0  # seconds
         self.missing = 0  # concepts of rows, of shards that could not be read
 
@@ -87,7 +87,7 @@ class Reader:
         """This rank's share of a dataset, or of its first `rows` rows; all of them where it is not shared."""
         rank, size = (self.rank, self.size) if shared else (0, 1)
         length, longest = self.data.row_length, self.data.max_segment
-        batches = validation_batches(dataset, length, longest, ROWS, rank, size, rows, origins=True)
+        batches = validation_batches(dataset, length, longest, self.batch_rows, rank, size, rows, origins=True)
         while True:
             started = time.perf_counter()
             batch: Any = next(batches, None)

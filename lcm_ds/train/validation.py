@@ -21,7 +21,7 @@ from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.normalizer import Normalizer
 from lcm_ds.train.linear import RIDGES, Linear, Training, best_of, training_targets
 from lcm_ds.train.step import Stepper
-from lcm_ds.train.targets import Reader, Rows, Targets
+from lcm_ds.train.targets import ROWS, Reader, Rows, Targets
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,9 @@ def fit_ridge(stepper: Stepper, moved: Callable[[], None]) -> Linear:
     moved: is called after each batch. As `lcm-ds evaluate` fits and chooses it, on FIT_ON concepts at most.
     """
     job, place, device = stepper.job, stepper.place, stepper.device
-    reader = Reader(job.config.data, place.rank, place.world_size)
+    # No more at a time than a step has: the device has room for that.
+    rows = min(ROWS, job.config.batch.micro_batch_rows)
+    reader = Reader(job.config.data, place.rank, place.world_size, rows)
     normalizer: Normalizer = stepper.engine.module.normalizer
 
     def targets() -> Iterator[Targets]:
