@@ -10,7 +10,7 @@ import argparse
 import numpy as np
 
 from lcm_ds.data.format import open_dataset, read_normalizer
-from lcm_ds.data.normalizer import draw
+from lcm_ds.data.normalizer import Constants, draw
 from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.reader import open_shard
 
@@ -23,7 +23,10 @@ def main() -> None:
     arguments = parser.parse_args()
     dataset = open_dataset(arguments.dataset)
     numbers = {shard.name: number for number, shard in enumerate(dataset.shards)}
-    concepts = draw(dataset.shards, lambda shard: open_shard(dataset, numbers[shard.name]), arguments.concepts)
+    everything = Constants()  # ends of text, too: they are stored
+    concepts = draw(
+        dataset.shards, lambda shard: open_shard(dataset, numbers[shard.name]), arguments.concepts, everything
+    )
     quantization = Quantization.of(*read_normalizer(dataset.path))
     stored = quantization.encode(concepts)
     decoded, exact = quantization.decode(stored).astype(np.float64), concepts.astype(np.float64)
