@@ -84,7 +84,7 @@ def train(config: TrainConfig, processes: int = 1) -> Run:
 
     What the workers say is printed here. Interrupting it saves, and so does the file RUN/STOP: `stopped` of what is
     returned says so, and called again, the run goes on. Call it from the main thread. Raises InputError for what is
-    wrong with the config, CannotGoOn where the run fails.
+    wrong with the config, CannotGoOn if the run fails.
     """
     from lcm_ds.launcher.launch import launch
     from lcm_ds.launcher.local import STOPPED
