@@ -69,8 +69,8 @@ def port_is_free(port: int) -> bool:
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
+            # Not `listen`: two hosts that are two names of one machine would find each other there.
             listener.bind(("", port))
-            listener.listen()
         except OSError:
             return False
     return True

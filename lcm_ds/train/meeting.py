@@ -30,7 +30,7 @@ _LOOK_SECONDS_AT_MOST = 1.0  # at a port that nobody listens on: thousands of ra
 
 # Of rank 0; kept to the end of the process, for the others may come to its next meeting before it does.
 _servers: list[Store] = []
-_meetings: Counter[tuple[str, int]] = Counter()  # of this process so far, by purpose and rank
+_meetings: Counter[tuple[str, Place]] = Counter()  # of this process so far
 
 
 class Meeting:
@@ -39,17 +39,16 @@ class Meeting:
     Args:
         place: This process among them.
         purpose: What they meet for. torchrun's store is there for all that its processes do, one thing after the other:
-            each meeting has keys of its own, by purpose and how often this process met for it before.
+            each meeting has keys of its own, by purpose and how often this process met for it at this place before.
+            (At this place: processes that it has started itself, at a port of theirs, meet it for the first time.)
         timeout: How long a value is waited for in `store`.
     """
 
     def __init__(self, place: Place, purpose: str, timeout: timedelta = timedelta(seconds=PATIENCE_SECONDS)) -> None:
         self.place = place
         self._since = self._reminded = time.monotonic()
-        prefix = (
-            f"lcm-ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{purpose}/{_meetings[purpose, place.rank]}"
-        )
-        _meetings[purpose, place.rank] += 1
+        prefix = f"lcm-ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{purpose}/{_meetings[purpose, place]}"
+        _meetings[purpose, place] += 1
         try:
             self.store: Store = PrefixStore(prefix, self._open(timeout))
             # A process that was started again in its rank's place comes once.

@@ -1,6 +1,7 @@
 """What makes a host unfit for a run, which hosts go on after a failure, and what is told of an error."""
 
 import asyncio
+import socket
 import sys
 import threading
 import time
@@ -63,6 +64,14 @@ def test_a_cpu_takes_as_many_ranks_as_one_likes():
 def test_a_port_that_somebody_listens_on_is_not_free():
     with control._any_port() as listener:
         assert not port_is_free(listener.getsockname()[1])
+
+
+def test_hosts_that_look_at_the_same_moment_do_not_find_each_other():
+    """Two names of one machine."""
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("", 0))
+        assert port_is_free(other.getsockname()[1])
 
 
 def test_the_way_to_this_host_itself_is_no_way_to_another():

@@ -61,6 +61,17 @@ def test_a_process_that_was_started_again_comes_once() -> None:
     assert not waiting.complete(pytest.fail)
 
 
+def test_processes_that_a_process_starts_meet_it_each_time() -> None:
+    """A notebook calls `prepare` twice; each time its children are new."""
+    for _ in range(2):
+        first, second = places(2)
+        met = meeting.Meeting(first, "prepare")
+        of_the_parent, meeting._meetings = meeting._meetings, Counter()
+        meeting.Meeting(second, "prepare")
+        meeting._meetings = of_the_parent
+        assert met.arrived() == 2
+
+
 def test_children_of_a_worker_of_torchrun_have_a_store_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("MASTER_PORT", "1")
