@@ -38,8 +38,8 @@ from lcm_ds.encoders.base import (
     resolve_tokens_per_batch,
 )
 from lcm_ds.encoders.sonar import embed
-from lcm_ds.text.sentences import Splitter
-from lcm_ds.text.sources import open_source
+from lcm_ds.text.open import open_source
+from lcm_ds.text.splitter import Splitter
 
 PLAIN_BATCH = 10
 UNIT = 5000  # sentences that are sorted by length together

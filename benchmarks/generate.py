@@ -26,7 +26,7 @@ from train_step import SMALL
 
 from lcm_ds.config import ModelConfig
 from lcm_ds.encoders.base import resolve_device
-from lcm_ds.generate.autoregressive import generate
+from lcm_ds.generate.sampler import generate
 from lcm_ds.model.attention import Cache
 from lcm_ds.model.config import resolve_model
 from lcm_ds.model.modeling import BaseLCM

@@ -23,8 +23,8 @@ import yaml
 
 from lcm_ds.config import EncoderConfig, PrepareConfig, SentencesConfig, SourceConfig, load
 from lcm_ds.encoders import load_encoder
-from lcm_ds.text.sentences import Splitter
-from lcm_ds.text.sources import open_source
+from lcm_ds.text.open import open_source
+from lcm_ds.text.splitter import Splitter
 
 PLAIN_BATCH, PLAIN_SENTENCES = 10, 1000
 TOLD = re.compile(

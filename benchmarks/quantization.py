@@ -12,7 +12,7 @@ import numpy as np
 from lcm_ds.data.format import open_dataset, read_normalizer
 from lcm_ds.data.normalizer import Constants, draw
 from lcm_ds.data.quantization import Quantization
-from lcm_ds.data.reader import open_shard
+from lcm_ds.data.shard import open_shard
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from lcm_ds.model.flops import training_flops
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.processes import keep_freed_memory
 from lcm_ds.train.loss import squared_error
-from lcm_ds.train.speed import peak_tflops
+from lcm_ds.train.monitoring.throughput import peak_tflops
 
 SMALL = {
     "embed_dim": 1024,

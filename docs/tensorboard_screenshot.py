@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lcm_ds.train.place import free_port
+from lcm_ds.distributed.environment import free_port
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # picture → page

@@ -24,7 +24,7 @@ from typing import Any
 
 from lcm_ds.config import PrepareConfig, TrainConfig, dump, load
 from lcm_ds.data.format import Dataset, open_dataset
-from lcm_ds.ds_config import find
+from lcm_ds.deepspeed_config import find
 from lcm_ds.errors import CannotGoOn, InputError
 
 __all__ = ["InputError", "PrepareConfig", "Prepared", "Run", "TrainConfig", "evaluate", "load", "prepare", "train"]
@@ -56,7 +56,7 @@ class Run:
     @property
     def step(self) -> int:
         """Steps up to its newest checkpoint."""
-        from lcm_ds.train.checkpoint import find
+        from lcm_ds.checkpoint.format import find
 
         return find(self.path).step
 
@@ -67,7 +67,7 @@ def prepare(config: PrepareConfig) -> Prepared:
     Where a launcher has set RANK and WORLD_SIZE, this is one of its ranks, and all of them have to call it. Raises
     InputError, CannotGoOn if another rank or process fails.
     """
-    from lcm_ds.prepare.peers import PeerFailed
+    from lcm_ds.prepare.coordinator import PeerFailed
     from lcm_ds.prepare.pipeline import prepare
 
     try:
@@ -86,8 +86,8 @@ def train(config: TrainConfig, processes: int = 1) -> Run:
     returned says so, and called again, the run goes on. Call it from the main thread. Raises InputError for what is
     wrong with the config, CannotGoOn if the run fails.
     """
+    from lcm_ds.distributed.workers import STOPPED
     from lcm_ds.launcher.launch import launch
-    from lcm_ds.launcher.local import STOPPED
 
     if isinstance(config.deepspeed, str):
         # The workers read the config from elsewhere.

@@ -17,7 +17,7 @@ from lcm_ds import __version__
 from lcm_ds.errors import InputError, nearest
 from lcm_ds.evaluate import add_arguments as add_evaluation
 from lcm_ds.processes import end_with
-from lcm_ds.quiet import without_warnings
+from lcm_ds.terminal import without_warnings
 
 EXAMPLES = """\
 examples:
@@ -252,7 +252,7 @@ def _tidy_when_ended() -> None:
 
 def index(arguments: argparse.Namespace) -> None:
     from lcm_ds.data.format import Supervised
-    from lcm_ds.data.index import index
+    from lcm_ds.data.tools.index import index
 
     _tidy_when_ended()
     encoder = None
@@ -276,14 +276,14 @@ def index(arguments: argparse.Namespace) -> None:
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    from lcm_ds.prepare.inspect import inspect
+    from lcm_ds.data.tools.inspect import inspect
 
     _tidy_when_ended()
     inspect(arguments.dataset, verify=arguments.verify, sample=arguments.sample)
 
 
 def fit_normalizer(arguments: argparse.Namespace) -> None:
-    from lcm_ds.prepare.refit import fit_normalizer
+    from lcm_ds.data.tools.fit_normalizer import fit_normalizer
 
     _tidy_when_ended()
     fit_normalizer(arguments.datasets, arguments.samples, arguments.output)
@@ -306,7 +306,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 def launch(arguments: argparse.Namespace) -> int:
     from lcm_ds.launcher.launch import launch
-    from lcm_ds.launcher.restarts import Settings
+    from lcm_ds.launcher.multihost.restarts import Settings
 
     said = {name: vars(arguments)[name] for name in Settings.__dataclass_fields__}
     return launch(
@@ -323,8 +323,8 @@ def launch(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
+    from lcm_ds.distributed.environment import read_place
     from lcm_ds.evaluate import main, worker
-    from lcm_ds.train.place import read_place
 
     if arguments.processes is not None and arguments.processes < 1:
         raise InputError(f"--processes: {arguments.processes} is below 1")
@@ -337,7 +337,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         processes = max(1, torch.cuda.device_count())
     if processes == 1:
         return main(arguments)
-    from lcm_ds.launcher.local import run_local
+    from lcm_ds.distributed.workers import run_local
 
     return run_local(worker(arguments), processes)
 
@@ -365,19 +365,19 @@ def generate(arguments: argparse.Namespace) -> None:
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from lcm_ds.train.export import export
+    from lcm_ds.convert.export import export
 
     export(arguments.run, arguments.output, arguments.step, arguments.dtype, arguments.max_shard_size)
 
 
 def import_meta(arguments: argparse.Namespace) -> None:
-    from lcm_ds.model.meta import import_meta
+    from lcm_ds.convert.base_lcm import import_meta
 
     import_meta(arguments.checkpoint, arguments.output, arguments.heads)
 
 
 def import_sonar(arguments: argparse.Namespace) -> None:
-    from lcm_ds.encoders.import_sonar import import_sonar
+    from lcm_ds.convert.sonar import import_sonar
 
     import_sonar(arguments.encoder, arguments.decoder, arguments.output, arguments.tokenizer, arguments.heads)
 
@@ -402,11 +402,11 @@ def configs(arguments: argparse.Namespace) -> None:
 
 def doctor(arguments: argparse.Namespace) -> int:
     if not (arguments.config or arguments.hostfile or arguments.bandwidth):
-        from lcm_ds.launcher.machine import examine  # which needs nothing that may be broken here
+        from lcm_ds.doctor.machine import examine  # which needs nothing that may be broken here
 
         return examine()
-    from lcm_ds.launcher.doctor import doctor
-    from lcm_ds.launcher.restarts import Settings
+    from lcm_ds.doctor.run_checks import doctor
+    from lcm_ds.launcher.multihost.restarts import Settings
 
     settings = Settings(
         master_addr=arguments.master_addr, master_port=arguments.master_port, ssh_port=arguments.ssh_port

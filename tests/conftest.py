@@ -20,6 +20,8 @@ from lcm_ds.data.writer import Document, write_shard
 settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
+pytest_plugins = ["shared_fixtures"]
+
 END_OF_TEXT = "End of text."
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from lcm_ds import ds_config, resources
+from lcm_ds import deepspeed_config, resources
 from lcm_ds.cli import main
 from lcm_ds.config import TrainConfig, load
 from lcm_ds.errors import InputError
-from lcm_ds.launcher.remote import resolve_config
+from lcm_ds.launcher.schedulers import resolve_config
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = "configs/train/quickstart.yaml"
@@ -31,9 +31,9 @@ def test_a_config_that_is_not_here_is_the_one_that_came_along_and_its_json_too(e
     config = load(TrainConfig, QUICKSTART, ["steps=3"])
     assert config.steps == 3
     assert config.deepspeed == "ds_configs/zero2_bf16.json"
-    assert ds_config.zero_stage(ds_config.read(config.deepspeed, Path(QUICKSTART))) == 2
+    assert deepspeed_config.zero_stage(deepspeed_config.read(config.deepspeed, Path(QUICKSTART))) == 2
     copy = resolve_config(config, Path(QUICKSTART), elsewhere / "run")
-    assert ds_config.read(load(TrainConfig, copy).deepspeed, copy)["zero_optimization"]["stage"] == 2
+    assert deepspeed_config.read(load(TrainConfig, copy).deepspeed, copy)["zero_optimization"]["stage"] == 2
 
 
 def test_files_of_ones_own_win(elsewhere):
@@ -45,7 +45,7 @@ def test_files_of_ones_own_win(elsewhere):
     json.write_text(json.read_text().replace('"stage": 2', '"stage": 1'))
     config = load(TrainConfig, QUICKSTART)
     assert config.seed == 77
-    assert ds_config.zero_stage(ds_config.read(config.deepspeed, own)) == 1
+    assert deepspeed_config.zero_stage(deepspeed_config.read(config.deepspeed, own)) == 1
 
 
 def test_a_config_that_is_nowhere_is_told_with_the_nearest(elsewhere):

@@ -22,9 +22,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from lcm_ds.config import DataConfig, Schema, validate
-from lcm_ds.data import remote
-from lcm_ds.data.cache import Cache
 from lcm_ds.data.quantization import BFloat16, Quantization
+from lcm_ds.data.remote import fetch as remote
+from lcm_ds.data.remote.cache import Cache
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import OpenFile, json_object, sync, write_whole
 
@@ -32,6 +32,7 @@ FORMAT_VERSION = 1
 DATASET = "dataset.json"
 SHARDS = "shards.jsonl"
 NORMALIZER = "normalizer.safetensors"
+SPLITS = ("train", "validation")  # the datasets of one preparation, a folder each
 
 Count = Annotated[int, Field(ge=0)]
 

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor
 
 from lcm_ds.data.buffers import Buffers
-from lcm_ds.data.documents import longest_segment, source_of
 from lcm_ds.data.format import Dataset
 from lcm_ds.data.plan import Piece, Plan, document_order
-from lcm_ds.data.reader import Shard, look_ahead, open_shard
-from lcm_ds.data.remote import Stopped
+from lcm_ds.data.remote.fetch import Stopped
 from lcm_ds.data.rows import Row, Segment, ShardInOrder, blank, cut, fill
+from lcm_ds.data.shard import Shard, look_ahead, open_shard
+from lcm_ds.data.supervised import longest_segment, source_of
 from lcm_ds.errors import InputError, Unavailable
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lcm_ds.data.format import EndOfText, ShardInfo, Supervised
-from lcm_ds.data.reader import Shard
+from lcm_ds.data.shard import Shard
 from lcm_ds.errors import InputError
 
 # The interquartile range of a normal distribution times this is its standard deviation.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lcm_ds.data.reader import Shard
+from lcm_ds.data.shard import Shard
 
 
 class Segment(NamedTuple):

@@ -20,7 +20,7 @@ from webdataset.writer import TarWriter
 
 from lcm_ds.data.format import ShardInfo
 from lcm_ds.data.quantization import Quantization
-from lcm_ds.data.reader import SOURCE_SENTENCES, TARGET_SENTENCES, Shard
+from lcm_ds.data.shard import SOURCE_SENTENCES, TARGET_SENTENCES, Shard
 from lcm_ds.errors import InputError
 from lcm_ds.files import sha256_of, sync
 

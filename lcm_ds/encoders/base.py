@@ -57,21 +57,6 @@ class Encoder(Protocol):
         """For dataset.json; with the keys of EncoderConfig, it says all that determines a concept."""
 
 
-def load_encoder(config: EncoderConfig) -> Encoder:
-    """The encoder that a config names, ready on its device.
-
-    Raises InputError where the model is neither a folder nor on the hub (or the hub cannot be reached), is another kind
-    of model, has other weights than `revision` says, does not know the language, or the device is not there.
-    """
-    if config.name == "sonar":
-        from lcm_ds.encoders.sonar import SonarEncoder
-
-        return SonarEncoder(config)
-    from lcm_ds.encoders.sentence_transformer import SentenceTransformerEncoder
-
-    return SentenceTransformerEncoder(config)
-
-
 def encode(encoder: Encoder, texts: list[str]) -> np.ndarray:
     """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts, batch by batch."""
     concepts = np.empty((len(texts), encoder.embed_dim), np.float32)

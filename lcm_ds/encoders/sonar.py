@@ -32,7 +32,7 @@ from lcm_ds.encoders.base import (
     unreachable,
 )
 from lcm_ds.errors import InputError
-from lcm_ds.quiet import quiet
+from lcm_ds.terminal import quiet
 
 _LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 

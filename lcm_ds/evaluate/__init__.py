@@ -31,7 +31,7 @@ def worker(arguments: argparse.Namespace) -> list[str]:
 
 def main(arguments: argparse.Namespace) -> int:
     """A rank of an evaluation, from the environment its launcher set, or all of it; returns the exit code."""
-    from lcm_ds.train.place import end_with_launcher, read_place
+    from lcm_ds.distributed.environment import end_with_launcher, read_place
 
     end_with_launcher(os.environ)
     speaks = True

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lcm_ds import metrics
+from lcm_ds.baselines.linear import COPY, Training, held_out, shares, training_targets
+from lcm_ds.baselines.targets import Reader, Targets
 from lcm_ds.config import WeightedPath
 from lcm_ds.data.format import Dataset
 from lcm_ds.data.loader import Batch
-from lcm_ds.evaluate.ranks import Ranks
-from lcm_ds.evaluate.tally import best
+from lcm_ds.distributed.collectives import Ranks
+from lcm_ds.evaluate.accumulator import best
 from lcm_ds.model.normalizer import Normalizer
-from lcm_ds.train.linear import COPY, Training, held_out, shares, training_targets
-from lcm_ds.train.targets import Reader, Targets
 
 Predictor = Callable[[Targets], Tensor]
 

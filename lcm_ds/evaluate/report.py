@@ -6,8 +6,8 @@ import io
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from lcm_ds.evaluate.measure import MODEL, NORMALISED, RAW, TRUTH
-from lcm_ds.evaluate.tally import best
+from lcm_ds.evaluate.accumulator import best
+from lcm_ds.evaluate.compute import MODEL, NORMALISED, RAW, TRUTH
 
 WIDTH = 110  # of a table where there is no terminal
 

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from lcm_ds.data.format import Dataset
-from lcm_ds.encoders.of_dataset import decoder_name
+from lcm_ds.distributed.collectives import Ranks
+from lcm_ds.distributed.environment import Place
+from lcm_ds.encoders.from_dataset import decoder_name
 from lcm_ds.errors import InputError
-from lcm_ds.evaluate.measure import measure
-from lcm_ds.evaluate.ranks import Ranks
+from lcm_ds.evaluate.compute import measure
 from lcm_ds.evaluate.report import draw_figure, print_tables
 from lcm_ds.evaluate.subject import Subject, find_subject
-from lcm_ds.evaluate.words import load_words
+from lcm_ds.evaluate.text_metrics import load_words
 from lcm_ds.files import no_file_mistake, read_object, write_named
 from lcm_ds.metrics import VERSION
-from lcm_ds.train.place import Place
 
 FILE, FIGURE = "evaluation.json", "evaluation.png"
 SAMPLES = 256  # targets that are decoded

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcm_ds.checkpoint.format import find, load_model
 from lcm_ds.config import DataConfig, TrainConfig, WeightedPath, load
 from lcm_ds.data.concepts import ConceptInfo
-from lcm_ds.data.documents import missing_targets
 from lcm_ds.data.format import Dataset, open_for_run
+from lcm_ds.data.supervised import missing_targets
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import read_object, sha256_of
 from lcm_ds.model.config import BaseLCMConfig
-from lcm_ds.model.folder import read_folder
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.train.checkpoint import find, load_model
+from lcm_ds.model.pretrained import read_folder
 
 SEGMENTS = 8  # longest segments in a row, where no run says how long one is
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import no_file_mistake, write_named
-from lcm_ds.generate.autoregressive import END_OF_TEXT, MAX_CONCEPTS, REPEATS
 from lcm_ds.generate.origin import find_origin
-from lcm_ds.generate.text import GeneratedText, TextGenerator
-from lcm_ds.quiet import printable
+from lcm_ds.generate.sampler import END_OF_TEXT, MAX_CONCEPTS, REPEATS
+from lcm_ds.generate.text_generator import GeneratedText, TextGenerator
+from lcm_ds.terminal import printable
 
 
 def run(

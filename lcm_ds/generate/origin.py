@@ -15,8 +15,8 @@ from lcm_ds.data.format import DATASET, Dataset, open_dataset, open_for_run, rea
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import read_object
 from lcm_ds.model.config import BaseLCMConfig
-from lcm_ds.model.folder import read_folder
 from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.model.pretrained import read_folder
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Origin:
     def load(self) -> BaseLCM:
         """The model, in evaluation mode on the CPU, fp32. Raises InputError where the weights cannot be read."""
         if self.step is not None:
-            from lcm_ds.train.checkpoint import load_model
+            from lcm_ds.checkpoint.format import load_model
 
             return load_model(self.path, self.step)[0]
         return read_folder(self.path)
@@ -76,7 +76,7 @@ def find_origin(path: str | Path, step: int | None = None, dataset: str | None =
 
 
 def _of_run(run: Path, step: int | None, named: str | None) -> Origin:
-    from lcm_ds.train.checkpoint import find
+    from lcm_ds.checkpoint.format import find
 
     mistakes = Collector()
     config = load(TrainConfig, run / "config.yaml")

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcm_ds.config import PrepareConfig, TrainConfig, load, read_yaml
+from lcm_ds.distributed.environment import DEFAULT_PORT
+from lcm_ds.distributed.workers import run_again, run_local
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.launcher import hosts as host_lists
-from lcm_ds.launcher import remote
-from lcm_ds.launcher.local import run_again, run_local
-from lcm_ds.launcher.pdsh import mistakes_of_call
-from lcm_ds.launcher.preflight import Expected
-from lcm_ds.launcher.restarts import DEFAULTS, Settings, Work, run_on_hosts
-from lcm_ds.train.place import DEFAULT_PORT
+from lcm_ds.launcher import schedulers
+from lcm_ds.launcher.multihost.hostfile import is_this_host, read_hostfile, select
+from lcm_ds.launcher.multihost.pdsh import mistakes_of_call
+from lcm_ds.launcher.multihost.preflight import Expected
+from lcm_ds.launcher.multihost.restarts import DEFAULTS, Settings, Work, run_on_hosts
 
 if TYPE_CHECKING:
-    from lcm_ds.train.check import Job
+    from lcm_ds.train.job import Job
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def launch(
     world_size = 1
     with mistakes:
         if hostfile is not None:
-            devices = host_lists.select(host_lists.read_hostfile(hostfile), include, exclude)
+            devices = select(read_hostfile(hostfile), include, exclude)
             world_size = sum(len(slots) for slots in devices.values())
             if wrong := settings.mistakes(len(devices)):
                 raise InputError(wrong)
@@ -79,7 +79,7 @@ def launch(
         ]:
             raise InputError(f"{option}: goes with --hostfile" for option in wrong)
         elif slurm:
-            world_size = remote.slurm_tasks(os.environ)
+            world_size = schedulers.slurm_tasks(os.environ)
         else:
             world_size = _processes(local, "--local") if local is not None else _processes(openmpi, "--openmpi")
     task: _Task | None = None
@@ -89,7 +89,7 @@ def launch(
     assert task is not None
 
     worker = [sys.executable, "-u", "-m", task.module, str(config_path), *overrides]
-    here = len(devices) == 1 and host_lists.is_this_host(next(iter(devices)))
+    here = len(devices) == 1 and is_this_host(next(iter(devices)))
     if local is not None or here:
         environ = dict(os.environ)
         task.check_local(world_size)
@@ -104,14 +104,14 @@ def launch(
     if hostfile is not None:
         code = _on_hosts(task, Path(config_path), devices, hostfile, settings)
     else:
-        config = remote.resolve_config(task.config, Path(config_path), task.folder)
+        config = schedulers.resolve_config(task.config, Path(config_path), task.folder)
         environ = {**os.environ, **_rendezvous(settings.master_addr, settings.master_port)}
         command = (
-            remote.slurm_command(world_size, task.module, config)
+            schedulers.slurm_command(world_size, task.module, config)
             if slurm
-            else remote.openmpi_command(world_size, task.module, config, environ)
+            else schedulers.openmpi_command(world_size, task.module, config, environ)
         )
-        code = remote.follow(command, environ, task.folder / "STOP" if task.stops else None)
+        code = schedulers.follow(command, environ, task.folder / "STOP" if task.stops else None)
     missing = task.missing() if code == 0 else None
     if missing is not None:
         print(f"lcm-ds launch: the workers ended, and {missing}", file=sys.stderr, flush=True)
@@ -125,7 +125,7 @@ def _on_hosts(
     """Start the workers over pdsh and ssh, and watch them."""
     if wrong := mistakes_of_call(task.folder):
         raise InputError(wrong)
-    config = remote.resolve_config(task.config, config_path, task.folder).resolve()
+    config = schedulers.resolve_config(task.config, config_path, task.folder).resolve()
     port = settings.master_port or DEFAULT_PORT
     work = Work(
         module=task.module,
@@ -133,7 +133,7 @@ def _on_hosts(
         expected=Expected.of(task.job, config, port, settings.master_addr)
         if task.job
         else Expected(config.parent, master_port=port, master_addr=settings.master_addr),
-        environment=remote.environment_of_workers(os.environ),
+        environment=schedulers.environment_of_workers(os.environ),
         stop_file=task.folder.resolve() / "STOP" if task.stops else None,
         progress=task.progress,
         divides=task.divides,
@@ -145,7 +145,7 @@ def _task(config_path: str | Path, overrides: Sequence[str], world_size: int) ->
     """What the config is for, checked as far as can be before its workers are there."""
     if "source" in read_yaml(config_path, overrides):
         return _preparation(load(PrepareConfig, config_path, overrides))
-    from lcm_ds.train.check import check
+    from lcm_ds.train.job_builder import check
 
     return _run(check(config_path, overrides, world_size))
 
@@ -174,7 +174,7 @@ def _run(job: Job) -> _Task:
     rows, micro_batch = job.config.batch.rows_per_step, job.config.batch.micro_batch_rows
 
     def newest() -> int:
-        from lcm_ds.train.checkpoint import list_checkpoints
+        from lcm_ds.checkpoint.format import list_checkpoints
 
         return max((checkpoint.step for checkpoint in list_checkpoints(job.run_dir)), default=0)
 
@@ -205,11 +205,13 @@ def _check_devices(job: Job, processes: int) -> None:
     """Refuse, on the host that trains, more processes than devices and a precision that the device has not got."""
     from deepspeed.accelerator import get_accelerator
 
-    from lcm_ds import ds_config
+    from lcm_ds import deepspeed_config
 
     mistakes = Collector()
     with mistakes:
-        ds_config.check_device(job.ds, job.config.deepspeed if isinstance(job.config.deepspeed, str) else "deepspeed")
+        deepspeed_config.check_device(
+            job.ds, job.config.deepspeed if isinstance(job.config.deepspeed, str) else "deepspeed"
+        )
     device = get_accelerator()
     if device.device_name() != "cpu" and processes > device.device_count():
         mistakes.mistakes.append(
@@ -219,6 +221,6 @@ def _check_devices(job: Job, processes: int) -> None:
 
 
 def _rendezvous(master_addr: str | None, master_port: int | None) -> Mapping[str, str]:
-    """Where the workers meet, as far as the call says it; the workers work out the rest (see train/place.py)."""
+    """Where the workers meet, as far as the call says it; the rest is found by distributed/environment.py."""
     said = {"MASTER_ADDR": master_addr, "MASTER_PORT": str(master_port) if master_port else None}
     return {name: value for name, value in said.items() if value}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from lcm_ds.errors import InputError
-from lcm_ds.quiet import without_warnings
+from lcm_ds.terminal import without_warnings
 
 STOPPED = 75
 
@@ -24,9 +24,9 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     without_warnings()
     from lcm_ds.config import PrepareConfig, load
-    from lcm_ds.prepare.peers import PeerFailed
+    from lcm_ds.distributed.environment import end_with_launcher
+    from lcm_ds.prepare.coordinator import PeerFailed
     from lcm_ds.prepare.pipeline import prepare
-    from lcm_ds.train.place import end_with_launcher
 
     end_with_launcher(os.environ)
     for number in (signal.SIGTERM, signal.SIGUSR1):

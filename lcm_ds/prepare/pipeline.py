@@ -25,24 +25,27 @@ import numpy as np
 import torch
 
 from lcm_ds.config import PrepareConfig, dump
-from lcm_ds.data.format import DatasetInfo, EndOfText, Steps, Supervised, finish, read_shards, write_normalizer
+from lcm_ds.data.format import SPLITS, DatasetInfo, EndOfText, Steps, Supervised, finish, read_shards, write_normalizer
 from lcm_ds.data.normalizer import Constants, constant, draw, fit
 from lcm_ds.data.quantization import Quantization
-from lcm_ds.data.reader import Shard
+from lcm_ds.data.shard import Shard
+from lcm_ds.distributed.environment import Place, free_port, read_place
 from lcm_ds.encoders import Encoder, load_encoder
 from lcm_ds.errors import InputError
 from lcm_ds.files import sync, write_whole
-from lcm_ds.prepare import space
-from lcm_ds.prepare.clerk import Clerk
-from lcm_ds.prepare.duplicates import drop_duplicates, forget_ids, has_ids
-from lcm_ds.prepare.encoding import Rank, encode_units, full_disk, storable
-from lcm_ds.prepare.output import (
+from lcm_ds.prepare import disk_space
+from lcm_ds.prepare.committer import Clerk
+from lcm_ds.prepare.coordinator import PeerFailed, Peers
+from lcm_ds.prepare.deduplicate import drop_duplicates, forget_ids, has_ids
+from lcm_ds.prepare.encode import Rank, encode_units, full_disk, storable
+from lcm_ds.prepare.progress import Progress
+from lcm_ds.prepare.readers import Range, Reader, Readers, open_reader
+from lcm_ds.prepare.state import (
     CONFIG,
     IDS,
     PARTS,
     QUANTIZATION,
     SOURCE,
-    SPLITS,
     Unit,
     check_files,
     check_parts,
@@ -53,13 +56,10 @@ from lcm_ds.prepare.output import (
     summary,
     tidy,
 )
-from lcm_ds.prepare.peers import PeerFailed, Peers
-from lcm_ds.prepare.progress import Progress
-from lcm_ds.prepare.reading import Range, Reader, Readers, open_reader
 from lcm_ds.processes import die_with_parent
-from lcm_ds.text.sentences import Splitter
-from lcm_ds.text.sources import Source, open_source
-from lcm_ds.train.place import Place, free_port, read_place
+from lcm_ds.text.base import Source
+from lcm_ds.text.open import open_source
+from lcm_ds.text.splitter import Splitter
 
 # For int8: from how many sentences at the beginning the steps of the dimensions are told.
 _PILOT_SENTENCES = 4096
@@ -178,7 +178,7 @@ class _Leader:
         """Note in the output what is made of what; returns the units that are done."""
         out = self.out
         units = [unit for unit in read_units(out) if has_ids(out, unit.unit)]
-        space.check(self.config, source, encoder.embed_dim, sum(unit.given for unit in units))
+        disk_space.check(self.config, source, encoder.embed_dim, sum(unit.given for unit in units))
         write_whole(out / CONFIG, dump(self.config))
         if (out / SOURCE).exists():
             begun = json.loads((out / SOURCE).read_text(encoding="utf-8"))

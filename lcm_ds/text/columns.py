@@ -8,7 +8,7 @@ from typing import Any
 
 from lcm_ds.config import SourceConfig
 from lcm_ds.errors import InputError, first_line
-from lcm_ds.text.sources import UNREADABLE, TextDocument
+from lcm_ds.text.base import UNREADABLE, TextDocument
 
 
 class Columns:

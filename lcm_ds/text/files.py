@@ -10,7 +10,7 @@ from typing import Any
 
 from lcm_ds.config import SourceConfig
 from lcm_ds.errors import InputError
-from lcm_ds.text.sources import UNREADABLE, TextDocument, even_units, window
+from lcm_ds.text.base import UNREADABLE, TextDocument, even_units, window
 
 
 class FilesSource:

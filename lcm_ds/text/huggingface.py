@@ -17,11 +17,11 @@ from typing import Any
 
 from lcm_ds.config import SourceConfig
 from lcm_ds.errors import Collector, InputError
+from lcm_ds.text.base import TextDocument, even_units, window
 from lcm_ds.text.columns import Columns
 from lcm_ds.text.files import expand
 from lcm_ds.text.jsonl import JsonlFile
 from lcm_ds.text.parquet import ParquetFile
-from lcm_ds.text.sources import TextDocument, even_units, window
 from lcm_ds.text.stream import Stream
 
 _LOOKED_AT_A_TIME = 16  # files, for their footers are elsewhere and small

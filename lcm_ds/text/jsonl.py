@@ -10,9 +10,9 @@ from typing import Any
 import fsspec
 
 from lcm_ds.errors import InputError, first_line
+from lcm_ds.text.base import TextDocument
 from lcm_ds.text.columns import Columns
 from lcm_ds.text.files import check_size
-from lcm_ds.text.sources import TextDocument
 
 _MARKED = 500  # rows from one mark to the next
 _LOOKED_AT = 100  # rows that tell which columns there are: a row may lack what others have

@@ -9,9 +9,9 @@ from typing import Any
 import fsspec
 
 from lcm_ds.errors import InputError, first_line
+from lcm_ds.text.base import TextDocument
 from lcm_ds.text.columns import Columns, rows_of
 from lcm_ds.text.files import check_size
-from lcm_ds.text.sources import TextDocument
 
 # Rows decoded at a time: few enough for very long documents, enough that pyarrow's share of the time is small.
 _ROWS = 256

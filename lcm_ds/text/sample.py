@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from lcm_ds.config import SentencesConfig, SourceConfig
+from lcm_ds.text.base import TextDocument, even_units, window
 from lcm_ds.text.prose import is_prose, prose
-from lcm_ds.text.sentences import Splitter
-from lcm_ds.text.sources import TextDocument, even_units, window
+from lcm_ds.text.splitter import Splitter
 
 # A document with a larger share of sentences that earlier documents have is taken for a copy.
 MAX_SEEN = 0.3

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from lcm_ds.errors import InputError, first_line
+from lcm_ds.text.base import TextDocument
 from lcm_ds.text.columns import Columns, rows_of
-from lcm_ds.text.sources import TextDocument
 
 _ROWS = 256
 

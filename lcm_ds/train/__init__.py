@@ -14,9 +14,9 @@ def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False,
 
     dry_run: only say what the run would be, on as many `ranks` (default: those of the environment).
     """
-    from lcm_ds.train.console import console
-    from lcm_ds.train.place import end_with_launcher, read_place
-    from lcm_ds.train.stop import StopRequest
+    from lcm_ds.distributed.environment import end_with_launcher, read_place
+    from lcm_ds.train.monitoring.console import console
+    from lcm_ds.train.reliability.stop_signal import StopRequest
 
     if not dry_run:
         end_with_launcher(os.environ)
@@ -26,8 +26,8 @@ def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False,
     try:
         place = read_place(os.environ)
         speaks = place.local_rank == 0  # one process a host says what is wrong
-        from lcm_ds import ds_config
-        from lcm_ds.train.check import check
+        from lcm_ds import deepspeed_config
+        from lcm_ds.train.job_builder import check
 
         job = check(config_path, overrides, ranks or place.world_size)
         if stop is None:
@@ -37,7 +37,7 @@ def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False,
             if place.rank == 0:
                 say(job, ranks or place.world_size)
             return 0
-        ds_config.check_device(job.ds, config_path)
+        deepspeed_config.check_device(job.ds, config_path)
         from lcm_ds.train.loop import train
 
         speaks = True  # from here on a mistake is known to the rank that finds it

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
-from lcm_ds import ds_config
+from lcm_ds import deepspeed_config
 from lcm_ds.model.flops import training_flops
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.train.check import Job, reach_lines
+from lcm_ds.train.job import Job
+from lcm_ds.train.job_builder import reach_lines
 from lcm_ds.train.memory import lines
 
 
@@ -34,7 +35,7 @@ def _steps(job: Job, ranks: int) -> Iterator[str]:
     config, batch = job.config, job.config.batch
     concepts = batch.rows_per_step * config.data.row_length
     total = sum(shard.concepts for dataset in job.datasets for shard in dataset.shards)
-    accumulated = ds_config.accumulation_steps(batch.rows_per_step, batch.micro_batch_rows, ranks, "the config")
+    accumulated = deepspeed_config.accumulation_steps(batch.rows_per_step, batch.micro_batch_rows, ranks, "the config")
     yield (
         f"step          {concepts:,} concepts: {ranks} rank(s) × {accumulated} micro-batch(es) × "
         f"{batch.micro_batch_rows} rows × {config.data.row_length}"

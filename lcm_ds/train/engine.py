@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from lcm_ds import ds_config
-from lcm_ds.config import OptimConfig, TrainConfig
+from lcm_ds import deepspeed_config
+from lcm_ds.config import TrainConfig
+from lcm_ds.distributed.environment import Place
+from lcm_ds.distributed.rendezvous import meet
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.model.parameter_groups import parameter_groups
 from lcm_ds.processes import keep_freed_memory, remove_left_over_locks
-from lcm_ds.train.meeting import meet
-from lcm_ds.train.place import Place
 
 logger = logging.getLogger("lcm_ds.train")
 
@@ -66,7 +67,7 @@ def build_model(
     The weights are a function of (config, seed) alone: the same for any world size and ZeRO stage. seed None: whoever
     calls this fills them.
     """
-    partitioned = ds_config.zero_stage(ds) == 3
+    partitioned = deepspeed_config.zero_stage(ds) == 3
     with deepspeed.zero.Init(config_dict_or_path=ds, enabled=partitioned):
         model = BaseLCM(config)
     for parameters, fill in model.initialization(seed) if seed is not None else ():
@@ -76,35 +77,13 @@ def build_model(
     return model
 
 
-def parameter_groups(model: BaseLCM, optim: OptimConfig, optimizer: str) -> list[dict[str, Any]]:
-    """The parameters as the optimizer holds them: weight decay on matrices only, not on biases and RMSNorm scales.
-
-    Muon takes the decoder's matrices; all else of it is AdamW's. DeepSpeed itself would take pre-net and post-net, the
-    ends where concepts come in and go out, for the decoder's.
-    """
-    inside = {id(parameter) for layer in model.layers for parameter in layer.parameters()}
-    muon = optimizer.lower() == "muon"
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}  # by whether they are matrices, and Muon's
-    for decay, by_muon in ((True, True), (True, False), (False, False)):
-        groups[decay, by_muon] = {"params": [], "weight_decay": optim.weight_decay if decay else 0.0}
-        if muon:
-            groups[decay, by_muon]["use_muon"] = by_muon
-    for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
-        # Under ZeRO-3 a parameter's own shape is that of its partition; ds_shape is the whole one.
-        matrix = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2
-        groups[matrix, muon and matrix and id(parameter) in inside]["params"].append(parameter)
-    # DeepSpeed's Muon sorts them so; done here, the order is known to those who read a checkpoint.
-    groups[True, True]["params"].sort(key=lambda parameter: parameter.size(), reverse=True)
-    return [group for group in groups.values() if group["params"]]
-
-
 def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
     """The DeepSpeed engine around `model`, with the optimizer and the activation checkpointing that the JSON names."""
     if "activation_checkpointing" in ds:
         deepspeed.checkpointing.configure(None, deepspeed_config=ds)
         model.recompute = deepspeed.checkpointing.checkpoint
         model.recompute_every = config.train.recompute_every or 1
-    if config.train.compile and ds_config.zero_stage(ds) == 3:
+    if config.train.compile and deepspeed_config.zero_stage(ds) == 3:
         logger.warning("train.compile: off, for the hooks with which ZeRO-3 gathers parameters break what is compiled")
     elif config.train.compile:
         model.compile_layers()

@@ -18,35 +18,35 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
-from lcm_ds import ds_config
+from lcm_ds import deepspeed_config
+from lcm_ds.baselines.linear import Linear
+from lcm_ds.checkpoint import format as checkpoints
+from lcm_ds.checkpoint import load as resume
+from lcm_ds.checkpoint.format import Checkpoint
+from lcm_ds.checkpoint.save import Saver, saves_in_background
 from lcm_ds.data.format import read_normalizer
 from lcm_ds.data.loader import Batch, Loader
+from lcm_ds.distributed.environment import Place
 from lcm_ds.errors import InputError
-from lcm_ds.train import checkpoint as checkpoints
-from lcm_ds.train import resume
-from lcm_ds.train.check import Job
-from lcm_ds.train.checkpoint import Checkpoint
-from lcm_ds.train.console import console, set_up_logging
 from lcm_ds.train.engine import build_engine, build_model, connect
-from lcm_ds.train.gradients import GradientMeter
-from lcm_ds.train.guard import GoBack, Guard, LeftOut, tell
-from lcm_ds.train.histograms import histograms
-from lcm_ds.train.initial import take_over
-from lcm_ds.train.linear import Linear
+from lcm_ds.train.init_from import take_over
+from lcm_ds.train.job import Job
 from lcm_ds.train.memory import count_parameters
-from lcm_ds.train.owner import RunOwner
-from lcm_ds.train.place import Place
-from lcm_ds.train.profile import StepProfiler
-from lcm_ds.train.report import bar_line, step_line, summary, validation_line
-from lcm_ds.train.run_folder import announce, identity, prepare_run_folder
-from lcm_ds.train.run_log import RunLog
-from lcm_ds.train.samples import Samples
-from lcm_ds.train.save import Saver, saves_in_background
-from lcm_ds.train.speed import SpeedMeter, memory_gib, peak_tflops
+from lcm_ds.train.monitoring.console import console, set_up_logging
+from lcm_ds.train.monitoring.console_format import bar_line, step_line, summary, validation_line
+from lcm_ds.train.monitoring.gradient_scale import GradientMeter
+from lcm_ds.train.monitoring.histograms import histograms
+from lcm_ds.train.monitoring.metrics_log import RunLog
+from lcm_ds.train.monitoring.profiler import StepProfiler
+from lcm_ds.train.monitoring.text_samples import Samples
+from lcm_ds.train.monitoring.throughput import SpeedMeter, memory_gib, peak_tflops
+from lcm_ds.train.reliability.loss_guard import GoBack, Guard, LeftOut, tell
+from lcm_ds.train.reliability.run_lock import RunOwner
+from lcm_ds.train.reliability.stop_signal import STOPPED, StopRequest
+from lcm_ds.train.reliability.watchdog import Watchdog
+from lcm_ds.train.run_metadata import announce, identity, prepare_run_folder
 from lcm_ds.train.step import StepOutcome, Stepper
-from lcm_ds.train.stop import STOPPED, StopRequest
 from lcm_ds.train.validation import fit_ridge, validate
-from lcm_ds.train.watchdog import Watchdog
 
 logger = logging.getLogger("lcm_ds.train")
 
@@ -123,12 +123,12 @@ def _attempt(
     start = 0 if newest is None else newest.step
     convert = newest is not None and resume.needs_conversion(state, identity(job, place))
     if newest is not None and convert:
-        resume.convert(newest, count_parameters(job.model), config.checkpoint, watchdog.beat)
+        resume.convert(newest, count_parameters(job.model), config.checkpoint, watchdog.beat, console.line)
         ds = {**ds, "checkpoint": {**ds.get("checkpoint", {}), "load_universal": True}}
     watchdog.beat("building the model")
     initial = job.initial if newest is None else None
     model = build_model(job.model, read_normalizer(job.datasets[0].path), config.seed if initial is None else None, ds)
-    begun = None if initial is None else take_over(model, initial, ds_config.zero_stage(ds) == 3)
+    begun = None if initial is None else take_over(model, initial, deepspeed_config.zero_stage(ds) == 3)
     engine = build_engine(model, config, ds)
     if newest is not None:
         resume.restore(engine, newest, convert)
@@ -277,7 +277,7 @@ class Run:
         incident = self.guard.judge(step, outcome.loss, outcome.applied)
         if incident is None:
             return
-        if ds_config.precision(self.job.ds) == "float16" and not outcome.applied and incident.leave_out is None:
+        if deepspeed_config.precision(self.job.ds) == "float16" and not outcome.applied and incident.leave_out is None:
             logger.info("step %d: %s (fp16: the scale of the loss goes down)", step, incident.what)
             return
         where = ""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lcm_ds import ds_config
+from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
@@ -67,7 +67,7 @@ def activations(config: BaseLCMConfig, concepts: int, half: bool, recompute_ever
 def lines(config: TrainConfig, model: BaseLCMConfig, ds: dict[str, Any], ranks: int) -> Iterator[str]:
     """A line for each ZeRO stage, and one for activations: what a rank needs, the run's own stage marked."""
     parameters = count_parameters(model)
-    half = ds_config.precision(ds) != "float32"
+    half = deepspeed_config.precision(ds) != "float32"
     fp32_gradients = ds.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     concepts = config.batch.micro_batch_rows * config.data.row_length
     every = (config.train.recompute_every or 1) if "activation_checkpointing" in ds else None
@@ -76,7 +76,7 @@ def lines(config: TrainConfig, model: BaseLCMConfig, ds: dict[str, Any], ranks: 
     moved = {"parameters": "offload_param", "optimizer": "offload_optimizer"}
     for stage in range(4):
         states = States.of(parameters, stage, ranks, half, fp32_gradients)
-        this = stage == ds_config.zero_stage(ds)
+        this = stage == deepspeed_config.zero_stage(ds)
         places = {name: zero.get(block, {}).get("device", "none") if this else "none" for name, block in moved.items()}
         parts, here = [], float(kept)
         for name, held in states._asdict().items():
@@ -90,5 +90,5 @@ def lines(config: TrainConfig, model: BaseLCMConfig, ds: dict[str, Any], ranks: 
     yield (
         f"activations   of {concepts:,} concepts, "
         + ("every layer's" if every is None else f"one layer in {every} recomputed" if every > 1 else "all recomputed")
-        + ("; compiled layers keep less" if config.train.compile and ds_config.zero_stage(ds) < 3 else "")
+        + ("; compiled layers keep less" if config.train.compile and deepspeed_config.zero_stage(ds) < 3 else "")
     )

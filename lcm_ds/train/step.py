@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 
 from lcm_ds.data.loader import Batch
+from lcm_ds.distributed.environment import Place
 from lcm_ds.model.attention import SegmentLayout
-from lcm_ds.train.check import Job
 from lcm_ds.train.engine import set_learning_rate
+from lcm_ds.train.job import Job
 from lcm_ds.train.loss import dropout_keys, input_noise, squared_error
-from lcm_ds.train.place import Place
 from lcm_ds.train.schedule import learning_rate_factor
 
 

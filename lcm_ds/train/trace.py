@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lcm_ds.checkpoint.format import list_checkpoints
 from lcm_ds.config import TrainConfig, load
 from lcm_ds.data.format import open_for_run
 from lcm_ds.data.loader import TraceLine
 from lcm_ds.data.loader import trace as trace_steps
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.quiet import printable
-from lcm_ds.train.check import plan_of
-from lcm_ds.train.checkpoint import list_checkpoints
-from lcm_ds.train.run_log import read_losses
+from lcm_ds.terminal import printable
+from lcm_ds.train.job_builder import plan_of
+from lcm_ds.train.monitoring.metrics_log import read_losses
 
 FIRST_WORDS = 8
 

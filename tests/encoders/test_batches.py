@@ -18,7 +18,7 @@ from lcm_ds.encoders import load_encoder
 from lcm_ds.encoders.base import in_batches
 from lcm_ds.encoders.sentence_transformer import SentenceTransformerEncoder
 from lcm_ds.encoders.sonar import SonarEncoder
-from lcm_ds.text.sentences import Splitter
+from lcm_ds.text.splitter import Splitter
 
 # For concepts of MiniLM (six layers; vectors of length 1) and of the tiny SONAR (two layers; numbers near 1).
 MINILM, SONAR = rounding(layers(6, 384, 12, 1536, 64), size=384**-0.5), rounding(layers(2, 32, 4, 64, 16))

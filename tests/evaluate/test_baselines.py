@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 
+from lcm_ds.baselines.linear import BEFORE, CONTEXT, LAST, PENALTIES, Linear, Sums, Training, best_of, held_out
+from lcm_ds.baselines.targets import Rows, Targets
 from lcm_ds.data.loader import Batch
+from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.evaluate.baselines import Baselines, Nearest
-from lcm_ds.evaluate.ranks import Ranks
 from lcm_ds.model.normalizer import Normalizer
-from lcm_ds.train.linear import BEFORE, CONTEXT, LAST, PENALTIES, Linear, Sums, Training, best_of, held_out
-from lcm_ds.train.targets import Rows, Targets
 
 CPU = torch.device("cpu")
 

@@ -13,20 +13,20 @@ import torch
 import yaml
 
 from lcm_ds.config import DataConfig
+from lcm_ds.convert.export import export
 from lcm_ds.data.format import DatasetInfo, commit, finish, open_dataset, write_normalizer
-from lcm_ds.data.reader import open_shard
+from lcm_ds.data.shard import open_shard
 from lcm_ds.data.writer import Document, write_shard
+from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.errors import InputError
 from lcm_ds.evaluate import baselines, subject
 from lcm_ds.evaluate import run as evaluation
-from lcm_ds.evaluate.measure import measure
-from lcm_ds.evaluate.ranks import Ranks
+from lcm_ds.evaluate.compute import measure
 from lcm_ds.evaluate.run import evaluate
 from lcm_ds.evaluate.subject import Subject
-from lcm_ds.evaluate.words import Words
+from lcm_ds.evaluate.text_metrics import Words
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.train.export import export
 
 EMBED_DIM = 8
 ENCODER = {"name": "synthetic", "model": "islands", "revision": None}

@@ -1,8 +1,6 @@
 """Small datasets of real sentences, made by `prepare` with real encoders, and a run whose model is untrained."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +11,6 @@ from lcm_ds.files import sha256_of
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.prepare.pipeline import prepare
-
-sys.path.append(str(Path(__file__).parent.parent / "encoders"))
 
 TEXTS = {
     "rain": "Rain falls on the hills. The river rises in the night. By morning the fields are under water. "

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lcm_ds.doctor.run_checks import doctor
 from lcm_ds.errors import InputError
-from lcm_ds.launcher.doctor import doctor
 from lcm_ds.launcher.launch import launch
-from lcm_ds.launcher.restarts import Settings
+from lcm_ds.launcher.multihost.restarts import Settings
 
 ROOT = Path(__file__).parent.parent.parent
 

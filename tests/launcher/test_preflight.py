@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from machine import patience
 
-from lcm_ds.launcher import control
-from lcm_ds.launcher.preflight import Expected, Found, problems_of
-from lcm_ds.launcher.probe import port_is_free, versions, way_to
-from lcm_ds.launcher.restarts import share
-from lcm_ds.launcher.screen import SHOWN, WAITING_LINES, Errors, Screen
+from lcm_ds.launcher.multihost import protocol
+from lcm_ds.launcher.multihost.output import SHOWN, WAITING_LINES, Errors, Screen
+from lcm_ds.launcher.multihost.preflight import Expected, Found, problems_of
+from lcm_ds.launcher.multihost.probe import port_is_free, versions, way_to
+from lcm_ds.launcher.multihost.restarts import share
 
 EXPECTED = Expected(Path("/shared/run/launch"), "config.yaml", {"fingerprint": "aa"}, 2**30, 29500)
 
@@ -62,7 +62,7 @@ def test_a_cpu_takes_as_many_ranks_as_one_likes():
 
 
 def test_a_port_that_somebody_listens_on_is_not_free():
-    with control._any_port() as listener:
+    with protocol._any_port() as listener:
         assert not port_is_free(listener.getsockname()[1])
 
 
@@ -99,21 +99,21 @@ def test_only_who_has_the_token_is_heard_and_who_falls_silent_is_dead():
 
     async def serve(number, reader, writer):
         try:
-            while (message := await control.read(reader, 0.5)) is not None:
+            while (message := await protocol.read(reader, 0.5)) is not None:
                 heard.append((number, message))
-        except control.Silent:
+        except protocol.Silent:
             heard.append((number, "silent"))
 
     async def talk():
-        async with control.Listener() as listener:
+        async with protocol.Listener() as listener:
             listener.expect("right", serve)
             with pytest.raises(ConnectionError, match="not this launcher"):
-                await asyncio.to_thread(control.connect, ["127.0.0.1"], listener.port, "wrong", 1)
-            sock = await asyncio.to_thread(control.connect, ["127.0.0.1"], listener.port, "right", 3)
+                await asyncio.to_thread(protocol.connect, ["127.0.0.1"], listener.port, "wrong", 1)
+            sock = await asyncio.to_thread(protocol.connect, ["127.0.0.1"], listener.port, "right", 3)
             _, writer = await asyncio.open_connection(sock=sock)
-            beating = asyncio.create_task(control.beat(writer, 0.5))
+            beating = asyncio.create_task(protocol.beat(writer, 0.5))
             await asyncio.sleep(0.8)  # alive, though it says nothing
-            control.write(writer, {"rank": 0})
+            protocol.write(writer, {"rank": 0})
             await asyncio.sleep(0.1)
             assert heard == [(3, {"rank": 0})]
             beating.cancel()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lcm_ds.launcher.hosts import read_hostfile
+from lcm_ds.launcher.multihost.hostfile import read_hostfile
 
 LAUNCH = Path(__file__).parent.parent.parent / "launch"
 

@@ -1,31 +1,15 @@
 """A tiny model, and the golden file made with Meta's code."""
 
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
-
-GOLDEN = Path(__file__).parent.parent / "data" / "base_lcm_fairseq2.safetensors"
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def golden_path():
-    return GOLDEN
-
-
-@pytest.fixture(scope="session")
-def golden():
-    """Meta's weights, `input` → `output`, `prompt` → `generated`."""
-    return load_file(GOLDEN)
 
 
 @pytest.fixture

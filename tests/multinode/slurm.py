@@ -15,7 +15,7 @@ from pathlib import Path
 from machine import patience
 from small_run import ENVIRON, ROOT, wait_for, with_variable
 
-from lcm_ds.train.place import free_port
+from lcm_ds.distributed.environment import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")

@@ -20,7 +20,7 @@ from small_run import (
     write_config,
 )
 
-from lcm_ds.train.place import free_port
+from lcm_ds.distributed.environment import free_port
 
 needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs the package openmpi-bin")
 MPIRUN = {

@@ -4,18 +4,18 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 from preparing import HashEncoder, written
+from runs import SUPPORT
 
 from lcm_ds.config import PrepareConfig
 from lcm_ds.data.format import open_dataset
 from lcm_ds.errors import InputError
 from lcm_ds.prepare.pipeline import prepare
 
-SCRIPT = Path(__file__).with_name("preparing.py")
+SCRIPT = SUPPORT / "preparing.py"
 
 
 def write_lines(path, count, sentences=5, wrong=()):

@@ -18,18 +18,19 @@ import webdataset
 import yaml
 from machine import patience
 from preparing import HashEncoder, written
+from runs import SUPPORT
 
 from lcm_ds.config import PrepareConfig
 from lcm_ds.data.format import open_dataset, read_normalizer, read_shards
-from lcm_ds.data.reader import open_shard
+from lcm_ds.data.shard import open_shard
 from lcm_ds.errors import InputError
 from lcm_ds.files import sha256_of
 from lcm_ds.prepare import pipeline
-from lcm_ds.prepare.output import split_of
 from lcm_ds.prepare.pipeline import prepare
+from lcm_ds.prepare.state import split_of
 
 DOCUMENTS = 60
-SCRIPT = Path(__file__).with_name("preparing.py")
+SCRIPT = SUPPORT / "preparing.py"
 
 
 @pytest.fixture(scope="session")

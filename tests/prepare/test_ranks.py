@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pyarrow
@@ -17,16 +16,17 @@ import pytest
 import yaml
 from machine import patience
 from preparing import HashEncoder, written
+from runs import SUPPORT
 
 from lcm_ds.config import PrepareConfig
 from lcm_ds.data.format import open_dataset
+from lcm_ds.distributed import rendezvous
+from lcm_ds.distributed.environment import free_port
 from lcm_ds.errors import Unavailable
-from lcm_ds.prepare import peers
+from lcm_ds.prepare import coordinator
 from lcm_ds.prepare.pipeline import prepare
-from lcm_ds.train import meeting
-from lcm_ds.train.place import free_port
 
-SCRIPT = Path(__file__).with_name("preparing.py")
+SCRIPT = SUPPORT / "preparing.py"
 PROSE = "The {0} mill stood at the {1} river. Nobody had seen it turn for {0} years! Was the {1} water too low? It was."
 WORDS = ["old", "grey", "quiet", "distant", "broken", "wooden", "narrow", "shallow", "frozen", "empty", "golden"]
 
@@ -72,7 +72,7 @@ def config_at(path):
 
 def launcher(ranks, command, **environ):
     """A process that starts `command` in so many ranks and ends with their exit code."""
-    code = f"import sys; from lcm_ds.launcher.local import run_local; sys.exit(run_local({command!r}, {ranks}))"
+    code = f"import sys; from lcm_ds.distributed.workers import run_local; sys.exit(run_local({command!r}, {ranks}))"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([sys.executable, "-c", code], **pipes, env={**os.environ, **environ})
 
@@ -195,9 +195,9 @@ def test_a_rank_that_never_comes_is_named_and_ends_it(write_config, tmp_path, mo
     """RANK and WORLD_SIZE left behind in a notebook's environment."""
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(meeting, "SECONDS_A_REMINDER", 0.5)
-    monkeypatch.setattr(meeting, "PATIENCE_SECONDS", 2.0)
-    monkeypatch.setattr(peers, "SECONDS_TO_END", 0.1)
+    monkeypatch.setattr(rendezvous, "SECONDS_A_REMINDER", 0.5)
+    monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(coordinator, "SECONDS_TO_END", 0.1)
     config = config_at(write_config("out"))
     with pytest.raises(
         Unavailable, match=r"rank 1 of 2 \(WORLD_SIZE=2 in the environment\) did not come in .* unset RANK"
@@ -205,7 +205,7 @@ def test_a_rank_that_never_comes_is_named_and_ends_it(write_config, tmp_path, mo
         prepare(config, HashEncoder())
     assert "waiting for rank 1 of 2 (WORLD_SIZE=2 in the environment), " in capsys.readouterr().out
     assert len((tmp_path / "out/units.jsonl").read_text().splitlines()) == 12  # nothing of it is lost
-    monkeypatch.setattr(meeting, "PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", 1.0)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(Unavailable, match=r"rank 0 of 2 .* at 127\.0\.0\.1:\d+ did not come in"):

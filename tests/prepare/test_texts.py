@@ -7,7 +7,7 @@ from preparing import HashEncoder
 
 from lcm_ds.config import PrepareConfig
 from lcm_ds.data.format import open_dataset
-from lcm_ds.data.reader import open_shard
+from lcm_ds.data.shard import open_shard
 from lcm_ds.errors import InputError
 from lcm_ds.prepare.pipeline import prepare
 

@@ -22,7 +22,7 @@ READ = """
 import json, sys
 from lcm_ds.config import SourceConfig
 from lcm_ds.errors import InputError
-from lcm_ds.text.sources import open_source
+from lcm_ds.text.open import open_source
 
 config = SourceConfig(name="huggingface", **json.loads(sys.argv[1]))
 try:

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from lcm_ds.config import PrepareConfig, SentencesConfig, SourceConfig, load
 from lcm_ds.errors import InputError
+from lcm_ds.text.base import Source, TextDocument
+from lcm_ds.text.open import open_source
 from lcm_ds.text.prose import is_prose, prose
-from lcm_ds.text.sentences import Splitter
-from lcm_ds.text.sources import Source, TextDocument, open_source
+from lcm_ds.text.splitter import Splitter
 
 
 def source(name: str, **settings: object) -> Source:

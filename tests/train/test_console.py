@@ -13,7 +13,7 @@ import pytest
 from machine import patience
 from runs import ROOT, finish, run_dir, start
 
-from lcm_ds.train.report import bar_line, step_line, summary, validation_line
+from lcm_ds.train.monitoring.console_format import bar_line, step_line, summary, validation_line
 
 STEP = r"step +\d+/\d+  loss +\S+  lr \S+  grad norm +\S+ +\S+ concepts/s  eta +\S+"
 LINES = [
@@ -81,7 +81,7 @@ def test_the_bar_is_as_full_as_the_run():
 
 SPEAKER = """
 import os, sys, warnings
-from lcm_ds.train.console import console
+from lcm_ds.train.monitoring.console import console
 print("before")
 console.lead_away()
 os.write(1, b"from C\\n")

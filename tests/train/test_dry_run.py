@@ -5,9 +5,9 @@ import json
 import pytest
 from runs import run_dir
 
-from lcm_ds.data.documents import source_of
 from lcm_ds.data.format import open_dataset
 from lcm_ds.data.plan import Plan
+from lcm_ds.data.supervised import source_of
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import yaml
 from runs import finish, start
 
 from lcm_ds.data.format import open_dataset
-from lcm_ds.data.reader import open_shard
+from lcm_ds.data.shard import open_shard
 
 QUESTIONS = [
     {

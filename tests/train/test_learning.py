@@ -8,7 +8,7 @@ from runs import metrics
 
 from lcm_ds.data.format import DatasetInfo, commit, finish, open_dataset, read_normalizer, write_normalizer
 from lcm_ds.data.normalizer import fit
-from lcm_ds.data.reader import open_shard
+from lcm_ds.data.shard import open_shard
 from lcm_ds.data.writer import Document, write_shard
 
 DIMS, LENGTH, NOISE = 16, 32, 0.5

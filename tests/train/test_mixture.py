@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from runs import finish, metrics, run_dir, start
 
+from lcm_ds.checkpoint.format import load_model
 from lcm_ds.cli import main
 from lcm_ds.data.concepts import ConceptInfo
 from lcm_ds.data.format import open_dataset, read_normalizer, write_normalizer
+from lcm_ds.data.tools.fit_normalizer import fit_normalizer
 from lcm_ds.errors import InputError
 from lcm_ds.files import OpenFile
-from lcm_ds.prepare.refit import fit_normalizer
-from lcm_ds.train.check import check
-from lcm_ds.train.checkpoint import load_model
+from lcm_ds.train.job_builder import check
 from lcm_ds.train.trace import trace
 
 

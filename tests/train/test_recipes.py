@@ -7,8 +7,8 @@ import torch
 
 from lcm_ds.config import TrainConfig, load
 from lcm_ds.model.config import PRESETS
-from lcm_ds.train.gradients import GradientMeter
 from lcm_ds.train.loss import squared_error
+from lcm_ds.train.monitoring.gradient_scale import GradientMeter
 
 CONFIGS = Path(__file__).parents[2] / "configs/train"
 # The quickstart's is a recipe of its own, for 24 thousand sentences.

@@ -15,14 +15,14 @@ from runs import launch_workers
 from safetensors.torch import load_file
 from steps_worker import CONFIG, EMBED_DIM, ROWS, rows
 
-from lcm_ds import ds_config
+from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
 from lcm_ds.data.loader import target_mask
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.config import resolve_model
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.train.histograms import group_of
 from lcm_ds.train.loss import dropout_keys, input_noise
+from lcm_ds.train.monitoring.histograms import group_of
 
 ROOT = Path(__file__).parent.parent.parent
 SHIPPED = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
@@ -61,7 +61,7 @@ def results(tmp_path_factory):
         shipped[name] = {"deepspeed": json.loads(text)}
     (folder / "variants.json").write_text(json.dumps({**VARIANTS, **shipped}))
     outputs = [folder / "results.json", folder / "gradients.safetensors"]
-    launch_workers(Path(__file__).with_name("steps_worker.py"), folder / "variants.json", *outputs)
+    launch_workers("steps_worker.py", folder / "variants.json", *outputs)
     gradients = {}
     for key, gradient in load_file(outputs[1]).items():
         name, parameter = key.rsplit("/", 1)
@@ -171,12 +171,12 @@ def test_every_shipped_config_takes_ten_steps_or_is_refused_with_a_reason(result
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_config_is_right_and_is_what_its_name_says(name):
-    mapping = ds_config.read(str(ROOT / "ds_configs" / f"{name}.json"))
+    mapping = deepspeed_config.read(str(ROOT / "ds_configs" / f"{name}.json"))
     clips = 0.0 if name == "zero1_muon" else 25.0
     config = TrainConfig.model_validate({**CONFIG, "optim": {"lr": 3e-4, "max_grad_norm": clips}})
-    resolved = ds_config.resolve(mapping, config, 2, name, hidden_size=256)
+    resolved = deepspeed_config.resolve(mapping, config, 2, name, hidden_size=256)
     assert "auto" not in json.dumps(resolved)
     what, _, precision = name.partition("_")
-    assert f"zero{ds_config.zero_stage(resolved)}" == what.replace("pp", "3")
+    assert f"zero{deepspeed_config.zero_stage(resolved)}" == what.replace("pp", "3")
     known = {"fp32": "float32", "fp16": "float16"}
-    assert ds_config.precision(resolved) == known.get(precision, "bfloat16")
+    assert deepspeed_config.precision(resolved) == known.get(precision, "bfloat16")

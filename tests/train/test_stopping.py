@@ -11,7 +11,7 @@ import pytest
 from machine import patience
 from runs import ROOT, metrics, run_dir
 
-from lcm_ds.train.place import free_port
+from lcm_ds.distributed.environment import free_port
 
 LAUNCHERS = {
     "deepspeed": [

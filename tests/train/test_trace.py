@@ -4,7 +4,7 @@ import json
 
 from runs import metrics, run_dir
 
-from lcm_ds.train.check import check
+from lcm_ds.train.job_builder import check
 from lcm_ds.train.trace import trace
 
 

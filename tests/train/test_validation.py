@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from runs import run_dir
 
+from lcm_ds.baselines.linear import RIDGES, Training, best_of
+from lcm_ds.baselines.targets import Reader
+from lcm_ds.checkpoint.format import load_model
 from lcm_ds.config import DataConfig
 from lcm_ds.data.format import open_dataset
 from lcm_ds.data.loader import validation_batches
 from lcm_ds.model.attention import SegmentLayout
-from lcm_ds.train.checkpoint import load_model
-from lcm_ds.train.linear import RIDGES, Training, best_of
-from lcm_ds.train.targets import Reader
 
 ROWS = 16  # evaluate.rows of these runs
 

@@ -6,22 +6,20 @@ ds_configs is tested, too.
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from runs import ROOT, launch_workers, metrics, run_dir
 from safetensors.torch import load_file
 
-from lcm_ds import ds_config
+from lcm_ds import deepspeed_config
+from lcm_ds.checkpoint.format import load_model
+from lcm_ds.convert.export import export
 from lcm_ds.errors import InputError
-from lcm_ds.generate.autoregressive import generate
 from lcm_ds.generate.origin import find_origin
+from lcm_ds.generate.sampler import generate
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.train.checkpoint import load_model
-from lcm_ds.train.export import export
 
-WORKER = Path(__file__).with_name("whole_way_worker.py")
 SAVED_AT, LAST = 4, 6
 JSONS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))}
 JSONS["zero0_fp32"] = {"zero_optimization": {"stage": 0}}
@@ -83,7 +81,7 @@ def way(make_config, tmp_path_factory):
     def launch(configs, folder, ranks):
         folder.mkdir()
         (folder / "plan.json").write_text(json.dumps({name: str(config) for name, config in configs.items()}))
-        launch_workers(WORKER, folder / "plan.json", folder, ranks=ranks)
+        launch_workers("whole_way_worker.py", folder / "plan.json", folder, ranks=ranks)
         results = json.loads((folder / "results.json").read_text())
         return {(folder.name, name): result for name, result in results.items()}
 
@@ -102,7 +100,7 @@ def way(make_config, tmp_path_factory):
 def missing(name):
     """What this machine's device has not got of what a JSON asks for; None: it runs."""
     try:
-        ds_config.check_device(JSONS[name], name)
+        deepspeed_config.check_device(JSONS[name], name)
     except InputError as error:
         return str(error)
     return None
@@ -110,7 +108,7 @@ def missing(name):
 
 def refusal(name):
     """Why a checkpoint under a JSON is not converted for other ranks; None: it is, or need not be."""
-    if ds_config.offloads_to_nvme(JSONS[name]):
+    if deepspeed_config.offloads_to_nvme(JSONS[name]):
         return "what is offloaded to NVMe cannot be converted"
     return "DeepSpeed converts the states of Adam alone" if name == "zero1_muon" else None
 
@@ -155,7 +153,9 @@ def test_it_resumes_on_other_ranks_or_is_refused_with_the_reason_and_left_as_it_
     assert same(model, load_file(folder / "other" / f"{name}.safetensors"))
     # The sums of gradients are rounded in another order: to 24 bits of a number, or to 8.
     losses = [[metrics(config, "loss")[step] for step in (5, 6)] for config in (firsts[name], others[name])]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5 if ds_config.precision(JSONS[name]) == "float32" else 0.01)
+    assert losses[1] == pytest.approx(
+        losses[0], rel=1e-5 if deepspeed_config.precision(JSONS[name]) == "float32" else 0.01
+    )
 
 
 @pytest.mark.parametrize(("name", "ranks"), CASES)

@@ -1,0 +1,272 @@
+"""Shards that are elsewhere, kept in a folder by their checksum: one copy for all processes of a node.
+
+A file has the name of its sha256 and was compared with it before it got that name, so it is never half a shard. Who
+fetches one holds a lock on its `.partial`, the others wait for that. Who has one open holds a lock on it, and it is not
+taken out meanwhile: it would take its room all the same. A kill frees the locks. When a file came is its mtime, when it
+was last used its atime; that of one that was not used yet lies ahead, as far as it is kept for its use.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from threading import Event
+from typing import BinaryIO
+
+from lcm_ds.data.remote import fetch as remote
+from lcm_ds.errors import InputError
+from lcm_ds.files import OpenFile, sync
+
+logger = logging.getLogger(__name__)
+
+FREE_SHARE = 0.1  # of the disk, left free where there is no limit
+PATIENCE = 600.0  # seconds that a shard waits for room before that is an error
+_LOCK = "lock"
+_TO_BE_USED = 7 * 86_400 * 10**9  # ns that what was fetched ahead is kept before all that was used
+_PAUSE = 0.1  # seconds between two looks for room, or for what another process fetches
+# The files that are the cache's own: whatever else is in the folder is somebody's and stays.
+_KEPT = re.compile(r"[0-9a-f]{64}\.tar")
+_COMING = re.compile(r"[0-9a-f]{64}\.(\d+)\.partial")
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Shards in `folder`, those of least recent use taken out to stay within `limit` bytes.
+
+    limit: None takes what the disk has, less a tenth of it. The folder has to be on a disk of the node's own.
+    """
+
+    folder: str
+    limit: int | None = None
+
+    @classmethod
+    def of(cls, cache_dir: str | Path | None, cache_gb: float | None = None) -> Cache | None:
+        """What a config's `data` block says; None where it names no folder. cache_gb: limit in 10⁹ bytes."""
+        if cache_dir is None:
+            return None
+        return cls(str(cache_dir), None if cache_gb is None else int(cache_gb * 1e9))
+
+    def open(self, url: str, sha256: str, size: int, stopped: Event | None = None) -> OpenFile:
+        """The shard at `url`, fetched if it is not here; as long as it is open it is not taken out.
+
+        sha256, size (bytes): what shards.jsonl lists. stopped: when set, it is given up with Stopped. Raises InputError
+        where it cannot be had, came as something else, or there is no room; Unavailable where its server gives no
+        answer.
+        """
+        target = self._place(sha256)
+        full, since = False, time.monotonic()
+        while (file := self._held(target, size)) is None:
+            try:
+                waits = not self._bring(url, target, sha256, size, stopped, full=full)
+                full = False
+            except remote.NoSpace:  # others write to the disk, too
+                full = True
+                continue
+            if not waits:
+                since = time.monotonic()
+            elif time.monotonic() - since > PATIENCE:
+                raise self._no_room(size, f"what is there has been in use for {PATIENCE / 60:g} minutes")
+            else:
+                _pause(stopped)
+        with suppress(OSError):  # that of another user has the time of its last reading
+            os.utime(file.descriptor, ns=(time.time_ns(), file.status().st_mtime_ns))
+        return file
+
+    def open_ahead(self, url: str, sha256: str, size: int, stopped: Event) -> OpenFile | None:
+        """A shard that will be wanted, as `open` does; None where there is no room now, or another is fetching it."""
+        target = self._place(sha256)
+        file = self._held(target, size)
+        if file is None:
+            with suppress(remote.NoSpace):
+                self._bring(url, target, sha256, size, stopped, ahead=True)
+            file = self._held(target, size)
+        return file
+
+    def forget(self, file: OpenFile) -> None:
+        """Take a shard out whose bytes have changed since it came."""
+        logger.warning("%s: its bytes have changed since it was fetched; it is fetched again", file.path)
+        self._take_out(file)
+
+    def check_room(self, shards: int, largest: int) -> None:
+        """Raise InputError where so many shards, each of up to `largest` bytes, cannot be here at a time."""
+        least = shards * largest
+        if self.limit is not None and self.limit < least:
+            raise InputError(
+                f"data.cache_gb: {self.limit / 1e9:g} is too little: a node has {shards} shards of up to {largest:,} "
+                f"bytes open at a time (of each rank one a lane, one a worker, two in validation): at least "
+                f"{least / 1e9:.4g}"
+            )
+
+    def _place(self, sha256: str) -> Path:
+        return Path(self.folder) / f"{sha256}.tar"
+
+    def _held(self, target: Path, size: int) -> OpenFile | None:
+        """The file, open and locked against its removal; None where it is not there."""
+        try:
+            file = OpenFile(target)
+            fcntl.flock(file.descriptor, fcntl.LOCK_SH)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise InputError(f"data.cache_dir: {target}: cannot be read: {error.strerror}") from None
+        if not file.status().st_nlink:
+            return None
+        if len(file) != size:
+            self._take_out(file)
+            return None
+        return file
+
+    def _take_out(self, file: OpenFile) -> None:
+        """Remove a file if it is still the one that was looked at, and not one that has come in its place."""
+        seen = file.status()
+        with self._alone(), suppress(FileNotFoundError):
+            there = os.stat(file.path)
+            if (there.st_ino, there.st_mtime_ns) == (seen.st_ino, seen.st_mtime_ns):
+                os.unlink(file.path)
+
+    def _bring(
+        self,
+        url: str,
+        target: Path,
+        sha256: str,
+        size: int,
+        stopped: Event | None,
+        ahead: bool = False,
+        full: bool = False,
+    ) -> bool:
+        """Fetch a shard, or wait until another process has; False where there is no room now.
+
+        ahead, full: as of `_make_room`; ahead waits for nobody. Raises as remote.copy.
+        """
+        partial = target.with_name(f"{sha256}.{size}.partial")
+        with self._alone():
+            if target.exists():
+                return True
+            file = partial.open("ab")
+            ours, room = _lock(file, fcntl.LOCK_EX), False
+            try:
+                room = ours and self._make_room(partial, size, ahead, full)
+            finally:
+                if ours and not room:
+                    partial.unlink()
+                    file.close()
+        if ours and not room:
+            return False
+        with file:
+            if ours:
+                self._fill(url, partial, target, sha256, size, stopped)
+            elif not ahead:
+                while not _lock(file, fcntl.LOCK_SH):  # until whoever fetches it is done, or dead
+                    _pause(stopped)
+        return True
+
+    def _fill(self, url: str, partial: Path, target: Path, sha256: str, size: int, stopped: Event | None) -> None:
+        try:
+            remote.copy(url, partial, sha256, size, stopped)
+            now = time.time_ns()
+            os.utime(partial, ns=(now + _TO_BE_USED, now))
+        except BaseException:
+            with self._alone():
+                partial.unlink(missing_ok=True)
+            raise
+        with self._alone():
+            os.replace(partial, target)
+            sync(target.parent)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process or thread changes the folder meanwhile. Raises InputError where nobody can."""
+        try:
+            Path(self.folder).mkdir(parents=True, exist_ok=True)
+            with (Path(self.folder) / _LOCK).open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield
+        except OSError as error:
+            raise InputError(f"data.cache_dir: {self.folder}: cannot be used: {error.strerror}") from None
+
+    def _make_room(self, own: Path, size: int, ahead: bool, full: bool) -> bool:
+        """Take out what was not used for longest, until `size` more bytes (of the partial `own`) fit.
+
+        What was fetched and not used yet goes last, for no shard that is fetched `ahead`, and not for a free tenth.
+        full: the disk has no room, whatever it says. False where room may come. Raises InputError where it will not.
+        """
+        kept: list[tuple[int, int, str]] = []  # last use, size, path
+        now = time.time_ns()
+        coming, written, others = size, 0, 0
+        for entry in os.scandir(self.folder):
+            with suppress(FileNotFoundError):  # somebody tidies up here
+                if _KEPT.fullmatch(entry.name):
+                    kept.append((entry.stat().st_atime_ns, entry.stat().st_size, entry.path))
+                elif (partial := _COMING.fullmatch(entry.name)) and entry.name != own.name and not _remove(entry.path):
+                    coming += int(partial[1])
+                    written += entry.stat().st_size
+                    others += 1
+        disk = shutil.disk_usage(self.folder)
+        needed = coming - written - (0 if full else disk.free)
+        wanted = needed + int(FREE_SHARE * disk.total)
+        if self.limit is not None:
+            needed = wanted = max(needed, sum(held for _, held, _ in kept) + coming - self.limit)
+        in_use = False
+        for last_use, held, path in sorted(kept):
+            unused = last_use > now
+            if (needed if unused else wanted) <= 0 or (unused and ahead):
+                break
+            if _remove(path):
+                needed, wanted = needed - held, wanted - held
+            else:
+                in_use = True
+        if needed > 0 and not (ahead or in_use or others):
+            free = 0 if full else disk.free
+            have = f"data.cache_gb is {self.limit / 1e9:g}, " if self.limit is not None else ""
+            raise self._no_room(size, f"{have}{free:,} bytes are free")
+        if wanted > 0 >= needed:
+            _warn_of_a_full_disk(self.folder)
+        return needed <= 0
+
+    def _no_room(self, size: int, why: str) -> InputError:
+        return InputError(f"data.cache_dir: {self.folder}: no room for a shard of {size:,} bytes: {why}")
+
+
+@cache
+def _warn_of_a_full_disk(folder: str) -> None:
+    """Once a process."""
+    logger.warning(
+        "%s: its disk is fuller than %.0f %%: shards are kept only until they have been read",
+        folder,
+        100 * (1 - FREE_SHARE),
+    )
+
+
+def _remove(path: str) -> bool:
+    """Remove a file that nobody has locked; False where somebody has, or it is not ours to remove."""
+    try:
+        with open(path, "rb") as file:
+            if not _lock(file, fcntl.LOCK_EX):
+                return False
+            os.unlink(path)
+    except PermissionError:
+        return False
+    return True
+
+
+def _lock(file: BinaryIO, how: int) -> bool:
+    """Lock a file (see fcntl.flock) without waiting; False where it is locked."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _pause(stopped: Event | None) -> None:
+    if (stopped or Event()).wait(_PAUSE):
+        raise remote.Stopped

@@ -1,0 +1,248 @@
+"""`lcm-ds index`: WebDataset tars made elsewhere become a dataset; they stay where and as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from webdataset.shardlists import expand_urls
+
+from lcm_ds.config import validate
+from lcm_ds.data.format import DATASET, SHARDS, DatasetInfo, ShardInfo, Supervised, finish, read_info, write_normalizer
+from lcm_ds.data.normalizer import Constants, UniformSample, fit
+from lcm_ds.data.quantization import BFloat16
+from lcm_ds.data.remote import fetch as remote
+from lcm_ds.data.shard import Shard
+from lcm_ds.errors import Collector, InputError
+from lcm_ds.files import sha256_of, write_whole
+
+THREADS = 4
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the members of the tars are to be read."""
+
+    extension: str = "npy"
+    texts: str = "json:sentences"
+    bf16: bool = False
+    supervised: Supervised | None = None
+    constants: Constants = field(default_factory=Constants)
+
+    def shard(self, file: Path, name: str, embed_dim: int | None, dtype: str | None) -> Shard:
+        """The tar in `file`, known as `name`. Raises InputError."""
+        storage = BFloat16() if self.bf16 else None
+        supervised = self.supervised is not None
+        return Shard(file, None, embed_dim, dtype, storage, self.extension, self.texts, name, supervised)
+
+
+def index(
+    shards: str,
+    output: str | Path,
+    encoder: Mapping[str, Any] | None = None,
+    like: str | None = None,
+    extension: str = "npy",
+    texts: str = "json:sentences",
+    bf16: bool = False,
+    samples: int = 1_000_000,
+    threads: int = THREADS,
+    supervised: Supervised | None = None,
+) -> None:
+    """Write dataset.json, shards.jsonl and the normaliser for existing tars into the folder `output`.
+
+    shards: a path or a URL that fsspec opens, braces for many ("a-{000..099}.tar"). A sample of them is
+    `<key>.<extension>`, an .npy file of fp16 or fp32 [n, embed_dim], or with `bf16` uint16 that is bf16's bits; other
+    members are left alone. texts: where the sentences are, if anywhere: EXTENSION:FIELD of a JSON object, or EXTENSION
+    of a text with one a line. encoder: what made the concepts; like: a dataset that the same encoder made, whose
+    encoder, splitter, language and end of text are taken. samples: how many concepts the normaliser is fitted to.
+    threads: tars read at a time. supervised: the JSON of each document has source_sentences and target_sentences. Every
+    tar is read once, whole: for its checksum, counts and values.
+    Raises InputError with every mistake: tars that cannot be read or are not whole, that disagree about embed_dim or
+    dtype, or hold concepts that are not finite; an output that is a dataset already or no folder; `pipe:`, which would
+    run a shell.
+    Nothing is written then.
+    """
+    output = Path(output)
+    places = _places(shards)
+    about = _about(encoder, like)
+    for name in (DATASET, SHARDS):
+        if (output / name).exists():
+            raise InputError(f"{output}: is a dataset already; name another folder, or remove its {name} first")
+    sample = UniformSample(samples)
+    constants = Constants.of(about.get("end_of_text"), supervised)
+    reading = Reading(extension.lower(), _checked(texts), bf16, supervised, constants)
+    with _folder(output):
+        infos, embed_dim, dtype = _read(places, output, reading, sample, threads)
+        if embed_dim is None or dtype is None:
+            raise InputError(f"{shards}: hold no documents: samples are <key>.{extension}")
+        if like is not None and about["embed_dim"] != embed_dim:
+            raise InputError(f"{shards}: has embed_dim {embed_dim}, {like} has {about['embed_dim']}")
+        center, scale = fit(sample.concepts())
+        mapping = {
+            **about,
+            "embed_dim": embed_dim,
+            "dtype": "bfloat16" if bf16 else dtype,
+            "extension": reading.extension,
+            "texts": reading.texts,
+            "supervised": supervised,
+            "source": {"name": "index", "shards": shards},
+        }
+        info = validate(DatasetInfo, mapping, output / DATASET)
+        concepts = sum(info.concepts for info in infos)
+        statistics = {"samples": min(samples, sample.count), "left_out": constants.names, "concepts": concepts}
+        write_normalizer(output, center, scale, statistics)
+        lines = sorted(infos, key=lambda info: info.name)
+        write_whole(output / SHARDS, "".join(info.line() + "\n" for info in lines))
+        finish(output, info)
+    documents = sum(info.documents for info in infos)
+    print(f"{output}: {len(infos)} shards, {documents:,} documents, {concepts:,} concepts of {embed_dim} × {dtype}")
+
+
+def _places(shards: str) -> list[str]:
+    """The paths and URLs that a brace pattern stands for. Raises InputError naming those that are not there."""
+    remote.is_remote(shards)  # refuses pipe:
+    try:
+        places = list(dict.fromkeys(expand_urls(shards)))
+    except (ValueError, AssertionError) as error:  # braces; variables, which webdataset puts in
+        raise InputError(f"{shards}: cannot be expanded: {error}") from None
+    mistakes: list[str] = []
+    names: dict[Path, str] = {}
+    for place in places:
+        if remote.is_remote(place):
+            continue
+        if not Path(place).is_file():
+            hint = ": a URL has //, as in file:///folder/a.tar" if place.startswith("file:") else ""
+            mistakes.append(f"{place}: no such file{hint}")
+        elif (first := names.setdefault(Path(place).resolve(), place)) != place:
+            mistakes.append(f"{place}: is the same file as {first}: name it once")
+    if mistakes:
+        raise InputError(mistakes)
+    return places
+
+
+def _checked(texts: str) -> str:
+    """EXTENSION:FIELD or EXTENSION, the extension in lower case as those of members are. Raises InputError."""
+    extension, colon, field = texts.partition(":")
+    if not extension or (colon and not field):
+        raise InputError(
+            f"--texts: {texts!r} has to be EXT:FIELD of a JSON object, or EXT of a text with a sentence a line"
+        )
+    return f"{extension.lower()}{colon}{field}"
+
+
+def _about(encoder: Mapping[str, Any] | None, like: str | None) -> dict[str, Any]:
+    """What dataset.json says of the encoder."""
+    if like is None:
+        return {"encoder": dict(encoder or {"name": "unknown"})}
+    if encoder is not None:
+        raise InputError("--like and --encoder both say what made the concepts: give one of them")
+    other = read_info(like)
+    return other.model_dump(include={"encoder", "language", "splitter", "end_of_text", "embed_dim"})
+
+
+@contextmanager
+def _folder(output: Path) -> Iterator[None]:
+    """The folder is there in the context, and gone after it where it was made for nothing."""
+    made = not output.exists()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{output}: no such folder can be made: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        if made:
+            with suppress(OSError):
+                output.rmdir()  # which an empty one alone allows
+
+
+def _read(
+    places: Sequence[str], output: Path, reading: Reading, sample: UniformSample, threads: int
+) -> tuple[list[ShardInfo], int | None, str | None]:
+    """Lines for shards.jsonl in order, embed_dim and dtype. Raises InputError with all that is wrong."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    found: tuple[int | None, str | None] = (None, None)
+    lock = Lock()
+
+    def read(place: str) -> tuple[Collector, ShardInfo | None]:
+        nonlocal found
+        wrong = Collector()
+        info: ShardInfo | None = None
+        with wrong, _open(place, output, reading, *found) as (shard, listed):
+            _check_type(shard, place, reading)
+            _scan(shard, place, reading, sample, lock)
+            info = listed
+            if shard.supervised:  # raises where a document lacks one of its parts
+                info = replace(listed, lengths=shard.lengths.tolist(), given=shard.given.tolist())
+            if shard.dtype is not None:
+                found = (shard.embed_dim, shard.dtype.name)
+        return wrong, info
+
+    results: list[tuple[Collector, ShardInfo | None]] = []
+    with Progress(transient=True, disable=not Console().is_terminal) as progress, ThreadPoolExecutor(threads) as pool:
+        task = progress.add_task("reading", total=len(places))
+        while len(results) < len(places) and found == (None, None):  # until one says what the others have to be
+            results.append(read(places[len(results)]))
+            progress.advance(task)
+        for result in pool.map(read, places[len(results) :]):
+            results.append(result)
+            progress.advance(task)
+    mistakes = Collector()
+    for wrong, _ in results:
+        mistakes.add(wrong)
+    mistakes.raise_if_any()
+    return [info for _, info in results if info is not None], *found
+
+
+@contextmanager
+def _open(
+    place: str, output: Path, reading: Reading, embed_dim: int | None, dtype: str | None
+) -> Iterator[tuple[Shard, ShardInfo]]:
+    """A tar that agrees with the ones before it, and its line for shards.jsonl."""
+    if not remote.is_remote(place):
+        file = Path(place).resolve()
+        name = file.name if file.parent == output.resolve() else str(file)
+        yield _listed(reading.shard(file, place, embed_dim, dtype), file, name)
+        return
+    with TemporaryDirectory(dir=output, prefix="index-") as temporary:
+        file = Path(temporary) / "shard.tar"
+        sha256, _ = remote.copy(place, file)
+        yield _listed(reading.shard(file, place, embed_dim, dtype), file, place, sha256)
+
+
+def _listed(shard: Shard, file: Path, name: str, sha256: str | None = None) -> tuple[Shard, ShardInfo]:
+    size = file.stat().st_size
+    return shard, ShardInfo(name, len(shard), int(shard.lengths.sum()), size, sha256 or sha256_of(file))
+
+
+def _check_type(shard: Shard, place: str, reading: Reading) -> None:
+    """Raise InputError where the numbers are not of a kind that concepts are kept in."""
+    if shard.dtype is None:
+        return
+    wanted = (np.uint16,) if reading.bf16 else (np.float16, np.float32)
+    if shard.embed_dim == 0 or shard.dtype not in wanted:
+        expected = "bf16 kept as uint16" if reading.bf16 else "fp16 or fp32 (bf16 kept as uint16: --bf16)"
+        raise InputError(f"{place}: holds {shard.dtype} [n, {shard.embed_dim}]; concepts are {expected}")
+
+
+def _scan(shard: Shard, place: str, reading: Reading, sample: UniformSample, lock: Lock) -> None:
+    """Put the shard's concepts to the sample, and look at its texts. Raises InputError for the first mistake."""
+    shard.given  # noqa: B018 (raises where a supervised document lacks one of its parts)
+    for document, key in enumerate(shard.keys):
+        concepts = shard.concepts(document)
+        if not np.isfinite(concepts).all():
+            raise InputError(f"{place}: {key}: has a concept that is not finite")
+        shard.meta(document)
+        positions = np.arange(len(concepts))
+        among = reading.constants.leaves(shard, np.full_like(positions, document), positions)
+        with lock:
+            sample.add(f"{place}/{key}", concepts, among)

@@ -1,0 +1,33 @@
+"""DeepSpeed's JSON: what of it a run may set, and every "auto" filled in."""
+
+from lcm_ds.deepspeed_config.resolver import (
+    accumulation_steps,
+    check,
+    check_device,
+    find,
+    layout,
+    offloads_optimizer,
+    offloads_to_nvme,
+    precision,
+    read,
+    resolve,
+    shuffles_parameters,
+    without_owned,
+    zero_stage,
+)
+
+__all__ = [
+    "accumulation_steps",
+    "check",
+    "check_device",
+    "find",
+    "layout",
+    "offloads_optimizer",
+    "offloads_to_nvme",
+    "precision",
+    "read",
+    "resolve",
+    "shuffles_parameters",
+    "without_owned",
+    "zero_stage",
+]

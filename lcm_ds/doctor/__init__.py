@@ -1,0 +1,1 @@
+"""`lcm-ds doctor`: what this machine has, and what would stop a run."""

@@ -1,0 +1,182 @@
+"""Reading and splitting the documents of a unit, in processes of their own or in a thread."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache, cached_property, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from lcm_ds.config import PrepareConfig
+from lcm_ds.prepare.state import SOURCE, split_of
+from lcm_ds.processes import die_with_parent
+from lcm_ds.text.base import Source, TextDocument
+from lcm_ds.text.open import open_source
+from lcm_ds.text.splitter import Splitter
+
+
+class Range(NamedTuple):
+    """A unit: documents `start` up to, not including, `stop` of the source."""
+
+    unit: int
+    start: int
+    stop: int
+
+
+class Text(NamedTuple):
+    """A document of a unit, cut into sentences."""
+
+    number: int  # in the source, from 0
+    id: str
+    source: str
+    sentences: list[str]
+    refused: str | None  # why it is left out
+    given: int | None = None  # of a supervised document: how many of the sentences are its source, the suffix included
+    problem: str | None = None  # what is wrong with a document that could not be read
+    split: str = ""  # of a document that is not refused
+
+
+class Reader:
+    """Reads units of a source."""
+
+    def __init__(self, config: PrepareConfig, source: Source) -> None:
+        self.config, self.source = config, source
+
+    @cached_property
+    def splitter(self) -> Splitter:
+        """Cuts texts into sentences; made when it is first asked for, which takes seconds."""
+        return Splitter(self.config.sentences)
+
+    def read(self, unit: Range) -> list[Text]:
+        """The documents of a unit in order; none where the source has ended. Raises InputError."""
+        texts: list[Text] = []
+        ids: set[str] = set()
+        for number, document in enumerate(self.source.documents(unit.start, unit.stop), start=unit.start):
+            sentences: list[str] = []
+            given, refused = None, document.refused
+            if refused is None and document.id in ids:
+                refused = "duplicate_id"
+            if refused is None:
+                sentences, given, refused = self._split(document)
+            if refused is None:
+                ids.add(document.id)
+            split = "" if refused is not None else split_of(document.split_key, self.config.validation)
+            sentences = sentences if refused is None else []
+            texts.append(Text(number, document.id, document.source, sentences, refused, given, document.problem, split))
+        return texts
+
+    def _split(self, document: TextDocument) -> tuple[list[str], int | None, str | None]:
+        """The sentences of a document, how many are its source where it is supervised, and why it is refused."""
+        sentences, refused = self._sentences(document.text), None
+        if document.target is None:
+            return sentences, None, self._refused(sentences)
+        target = self._sentences(document.target)
+        suffix = [] if self.config.source_suffix is None else [self.config.source_suffix]
+        refused = "empty" if not (sentences and target) else self._refused([*sentences, *target])
+        return [*sentences, *suffix, *target], len(sentences) + len(suffix), refused
+
+    def _sentences(self, text: str | list[str]) -> list[str]:
+        """The sentences of a text; those of a list as they are."""
+        if isinstance(text, list):
+            return text
+        return self.splitter.split(text) if text.strip() else []
+
+    def _refused(self, sentences: list[str]) -> str | None:
+        """Why a document of these sentences is left out."""
+        if not sentences:
+            return "empty"
+        if len(sentences) < self.config.min_sentences:
+            return "too_few_sentences"
+        if self.config.max_sentences is not None and len(sentences) > self.config.max_sentences:
+            return "too_many_sentences"
+        return None
+
+
+class Readers:
+    """Reads units ahead, in `split_workers` processes, or in a thread where that is 0.
+
+    The processes get ready at once; the first unit may be asked for when the source's index is in the output. Make it
+    in a thread that lasts: the processes end with it.
+    """
+
+    def __init__(self, config: PrepareConfig) -> None:
+        self.ahead = max(1, config.split_workers) + 1  # units in the making
+        self._pool: Executor
+        if config.split_workers == 0:
+            self._pool = ThreadPoolExecutor(1, "lcm-ds-reader")
+            self._in_thread = cache(partial(open_reader, config))
+            return
+        context = multiprocessing.get_context("spawn")
+        arguments = (config.model_dump(mode="json"), os.getpid())
+        self._pool = ProcessPoolExecutor(config.split_workers, context, initializer=_start, initargs=arguments)
+        with _no_main_module():
+            for _ in range(config.split_workers):
+                self._pool.submit(_get_ready)
+
+    def submit(self, unit: Range) -> Future[list[Text]]:
+        """What `Reader.read` gives, when it is there."""
+        if isinstance(self._pool, ThreadPoolExecutor):
+            return self._pool.submit(lambda: self._in_thread().read(unit))
+        return self._pool.submit(_read, unit)
+
+    def close(self) -> None:
+        """End the processes; what they have not begun is dropped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _no_main_module() -> Iterator[None]:
+    """While inside, new processes do not import the main module, of which these need nothing.
+
+    It may be a script that prepares as it is imported.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+_config: PrepareConfig  # in a process of Readers
+
+
+def _start(mapping: dict[str, Any], parent: int) -> None:
+    global _config
+    die_with_parent(parent=parent)()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent to answer
+    _config = PrepareConfig(**mapping)
+
+
+def _get_ready() -> None:
+    _splitter()
+
+
+@cache
+def _splitter() -> Splitter:
+    return Splitter(_config.sentences)
+
+
+@cache
+def _reader() -> Reader:
+    reader = open_reader(_config)
+    reader.splitter = _splitter()
+    return reader
+
+
+def _read(unit: Range) -> list[Text]:
+    return _reader().read(unit)
+
+
+def open_reader(config: PrepareConfig) -> Reader:
+    """The reader of a preparation that has been begun: what rank 0 found out about the source is in its output."""
+    index = json.loads((Path(config.output) / SOURCE).read_text(encoding="utf-8"))
+    return Reader(config, open_source(config.source, config.sentences, index))

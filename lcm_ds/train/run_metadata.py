@@ -1,0 +1,89 @@
+"""What a run says of itself: in its folder, in its checkpoints, and in its first lines."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+
+import lcm_ds
+from lcm_ds import deepspeed_config
+from lcm_ds.config import dump
+from lcm_ds.distributed.environment import Place
+from lcm_ds.files import write_whole
+from lcm_ds.train.job import Job
+from lcm_ds.train.job_builder import reach_lines
+from lcm_ds.train.monitoring.console import console
+
+
+def identity(job: Job, place: Place) -> dict[str, Any]:
+    """What a checkpoint has to agree with to be resumed (see checkpoint/load.py), and what it was made with."""
+    return {
+        "fingerprint": job.fingerprint,
+        "model": job.model.sizes(),
+        "init_from": job.config.model.init_from,
+        "precision": deepspeed_config.precision(job.ds),
+        "optimizer": job.ds["optimizer"]["type"],
+        "zero_stage": deepspeed_config.zero_stage(job.ds),
+        "nvme": deepspeed_config.offloads_to_nvme(job.ds),
+        "world_size": place.world_size,
+        "config": job.config.model_dump(mode="json"),
+        "deepspeed": job.ds,
+        "config_sha256": hashlib.sha256((dump(job.config) + json.dumps(job.ds)).encode()).hexdigest(),
+        "versions": versions(),
+    }
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of what decides a run's numbers, and the project's git commit where it runs from a checkout."""
+    commit = ""
+    with contextlib.suppress(OSError):  # no git on this machine
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "lcm_ds": lcm_ds.__version__,
+        "git_commit": commit or "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": deepspeed.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def prepare_run_folder(job: Job, place: Place) -> None:
+    """The config as resolved comes, with versions and world size (rank 0)."""
+    write_whole(job.run_dir / "config.yaml", dump(job.config, world_size=place.world_size, **versions()))
+    write_whole(job.run_dir / "ds_config.json", json.dumps(job.ds, indent=2) + "\n")
+
+
+def announce(job: Job, place: Place, engine: deepspeed.DeepSpeedEngine, start: int, begun: str | None = None) -> None:
+    """The few lines a run begins with; `begun`: what its first weights are, where they are not fresh."""
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+    lanes = job.plan.lanes_per_source
+    reads = ", ".join(
+        f"{dataset.path} ({sum(shard.concepts for shard in dataset.shards):,} concepts, {count} of {sum(lanes)} lanes)"
+        for dataset, count in zip(job.datasets, lanes, strict=True)
+    )
+    lines = [
+        f"{job.run_dir}: {parameters:,} parameters, {place.world_size} rank(s), "
+        f"ZeRO {deepspeed_config.zero_stage(job.ds)}, {deepspeed_config.precision(job.ds)}",
+        f"reads {reads}",
+        *reach_lines(job),
+        f"step {start} of {job.total_steps}, {job.config.batch.rows_per_step} rows of "
+        f"{job.config.data.row_length} concepts a step" + (", resumed" if start else ""),
+        f"in all {job.length()}",
+    ]
+    for line in lines if begun is None else [lines[0], begun, *lines[1:]]:
+        console.line(line)
+    if wrong := job.warmup_warning():
+        console.warning(wrong)

@@ -1,0 +1,386 @@
+"""Runs go on from what is whole, on as many ranks and under whichever ZeRO stage there is now."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from runs import ROOT, finish, metrics, run_dir, start
+
+from lcm_ds.checkpoint import load as resume
+from lcm_ds.checkpoint.format import Checkpoint
+from lcm_ds.errors import InputError
+from lcm_ds.train.reliability.run_lock import RunOwner
+
+STEPS = [2, 4, 6, 8, 10, 12]
+OF_A_RANK = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+ROUND = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+MUON = {"zero_optimization": {"stage": 1}, "optimizer": {"type": "Muon"}, "bf16": {"enabled": True}}
+CONSTANT = {"lr": 2.0e-3, "schedule": {"name": "constant"}}
+
+
+def folders(config):
+    return sorted(path.name for path in (run_dir(config) / "checkpoints").glob("step_*"))
+
+
+def launch(config, *overrides, ranks=2):
+    return finish(start("launch", "--local", ranks, config, *overrides))
+
+
+def launched(config, *overrides, ranks=2):
+    code, out, err = launch(config, *overrides, ranks=ranks)
+    assert code == 0, out + err
+    return out + err
+
+
+# --- which checkpoint -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(make_config):
+    """A finished run of 12 steps with a checkpoint every 2 of them."""
+    config = make_config(steps=12, optim=CONSTANT, checkpoint={"every": 2, "keep": 6}, evaluate={"every": None})
+    launched(config)
+    assert folders(config) == [f"step_{step:08d}" for step in STEPS]
+    return config
+
+
+def damaged_copy(saved, tmp_path, damage):
+    """A copy of the run with {step: (what is done to a file, its name)} done to its checkpoints."""
+    mapping = yaml.safe_load(saved.read_text())
+    mapping["run_dir"] = shutil.copytree(mapping["run_dir"], tmp_path / "run")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({**mapping, "run_dir": str(mapping["run_dir"])}))
+    for step, (harm, name) in damage.items():
+        harm(tmp_path / f"run/checkpoints/step_{step:08d}" / name)
+    return config
+
+
+def flip_a_byte(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def remove(path):
+    path.unlink()
+
+
+def cut_short(path):
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def test_the_newest_checkpoint_that_is_whole_is_used_and_the_others_are_named_and_set_aside(saved, tmp_path):
+    damage = {12: (flip_a_byte, OF_A_RANK), 10: (remove, OF_A_RANK), 8: (cut_short, OF_A_RANK)}
+    damage |= {6: (flip_a_byte, "state.json"), 4: (lambda path: path.write_text('{"files": []}'), "COMPLETE")}
+    config = damaged_copy(saved, tmp_path, damage)
+    (tmp_path / "run/checkpoints/step_00000015.partial").mkdir()
+    said = launched(config)
+    assert f"step_00000012 is not whole: {OF_A_RANK} is not what was written" in said
+    assert f"step_00000010 is not whole: {OF_A_RANK} is missing" in said
+    assert f"step_00000008 is not whole: {OF_A_RANK} has " in said
+    assert "step_00000006 is not whole: state.json is not what was written" in said
+    assert "step_00000004 is not whole: COMPLETE cannot be read" in said
+    assert f"going on from {run_dir(config)}/checkpoints/step_00000002" in said
+    assert folders(config) == sorted(
+        [f"step_{step:08d}" for step in STEPS] + [f"step_{step:08d}.bad" for step in STEPS[1:]]
+    )
+    assert metrics(config, "loss") == metrics(saved, "loss")
+
+
+def test_where_no_checkpoint_is_whole_the_run_ends_with_1_and_nothing_is_overwritten(saved, tmp_path):
+    config = damaged_copy(
+        saved, tmp_path, dict.fromkeys(STEPS[:-1], (remove, OF_A_RANK)) | {12: (flip_a_byte, OF_A_RANK)}
+    )
+    before = {
+        path: path.read_bytes()
+        for path in run_dir(config).rglob("*")
+        if path.is_file() and path.name not in ("log.txt", "LOCK")
+    }
+    code, _, err = launch(config)
+    assert code == 1
+    assert "no checkpoint is whole" in err
+    assert all(f"step_{step:08d}" in err for step in STEPS)
+    assert "Traceback" not in err
+    assert all(path.read_bytes() == data for path, data in before.items())
+    assert {path for path in run_dir(config).rglob("*") if path.is_file()} == {
+        *before,
+        run_dir(config) / "log.txt",
+        run_dir(config) / "LOCK",
+    }
+
+
+@pytest.mark.slow
+def test_without_comparing_checksums_sizes_alone_tell_what_is_whole(saved, tmp_path):
+    config = damaged_copy(saved, tmp_path, {12: (cut_short, OF_A_RANK)})
+    (run_dir(config) / "metrics.jsonl").unlink()
+    said = launched(config, "checkpoint.verify=size")
+    assert "step_00000012 is not whole" in said
+    assert list(metrics(config, "loss")) == [11, 12]
+
+
+# --- elastic ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_ranks_zero_stages_and_micro_batches(make_config):
+    whole = make_config(steps=24, optim=CONSTANT, deepspeed="ds_configs/zero1_fp32.json")
+    launched(whole, ranks=1)
+    config = make_config(steps=24, optim=CONSTANT)
+    for ranks, stage, rows, steps in ((4, 3, 2, 8), (2, 2, 4, 16), (1, 1, 8, 24)):
+        deepspeed = f"deepspeed=ds_configs/zero{stage}_fp32.json"
+        said = launched(config, deepspeed, f"batch.micro_batch_rows={rows}", f"steps={steps}", ranks=ranks)
+        assert ("converting" in said) == (steps > 8)
+    assert metrics(config, "loss") == pytest.approx(metrics(whole, "loss"), rel=1e-4)
+    assert metrics(config, "concepts") == metrics(whole, "concepts")
+    assert folders(config) == [
+        "step_00000008", "step_00000008.universal", "step_00000016", "step_00000016.universal", "step_00000024",
+    ]  # fmt: skip
+    # Converted once, and again where that has rotted.
+    checkpoints = run_dir(config) / "checkpoints"
+    shutil.rmtree(checkpoints / "step_00000024")
+    flip_a_byte(checkpoints / "step_00000016.universal/zero/norm.weight/exp_avg.pt")
+    said = launched(config, "deepspeed=ds_configs/zero1_fp32.json", "batch.micro_batch_rows=8", ranks=1)
+    assert "step_00000016.universal is not whole: zero/norm.weight/exp_avg.pt is not what was written" in said
+    assert metrics(config, "loss") == pytest.approx(metrics(whole, "loss"), rel=1e-4)
+
+
+def test_another_precision_model_or_optimizer_is_refused_with_both_named(saved):
+    before = folders(saved)
+    changes = ["deepspeed=ds_configs/zero2_bf16.json", "model.num_hidden_layers=3", "seed=8"]
+    code, _, err = launch(saved, "steps=20", *changes)
+    assert code == 2
+    lines = [line for line in err.splitlines() if "step_00000012" in line]
+    for told in ("'float32' and is now 'bfloat16'", "'num_hidden_layers': 3", "the data plan's fingerprint"):
+        assert any(told in line for line in lines), err
+    assert len(lines) == 3  # said once, by one rank
+    assert folders(saved) == before
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [
+        ({"world_size": 4}, None),
+        ({"zero_stage": 3}, None),
+        ({"zero_stage": 0}, "ZeRO 0 keeps the optimizer whole"),
+        ({"world_size": 4, "optimizer": "Muon"}, "the states of Adam alone"),
+        ({"world_size": 4, "nvme": True}, "offloaded to NVMe"),
+        ({"optimizer": "Muon"}, None),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_with_the_reason(tmp_path, now, told):
+    then = {"fingerprint": "a", "model": {}, "precision": "float32", "world_size": 2, "zero_stage": 2, "nvme": False}
+    then["optimizer"] = now.get("optimizer", "AdamW")
+    (tmp_path / "state.json").write_text(json.dumps(then))
+    lines = resume.mistakes(Checkpoint(tmp_path, 5), {**then, **now})
+    if told is None:
+        assert lines == []
+    else:
+        (line,) = lines
+        assert "was saved by 2 rank(s) under ZeRO 2 and would go on with" in line
+        assert told in line
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "told"),
+    [
+        ({"zero_optimization": {"stage": 3}}, {"zero_optimization": {"stage": 3, "sub_group_size": 10}}, None),
+        (ROUND, {"zero_optimization": {"stage": 2}}, "mixes parameters up under round_robin_gradients"),
+        (ROUND, ROUND, None),
+        (MUON, {**MUON, "data_types": {"grad_accum_dtype": "fp32"}}, "the states of Adam alone"),
+    ],
+)
+def test_another_layout_of_the_files_is_converted_or_refused(tmp_path, then, now, told):
+    state = {"fingerprint": "a", "model": {}, "precision": "bfloat16", "world_size": 2, "nvme": False}
+    states = [
+        {
+            **state,
+            "deepspeed": ds,
+            "zero_stage": ds["zero_optimization"]["stage"],
+            "optimizer": ds.get("optimizer", {"type": "AdamW"})["type"],
+        }
+        for ds in (then, now)
+    ]
+    (tmp_path / "state.json").write_text(json.dumps(states[0]))
+    assert resume.needs_conversion(*states) == (then != now)
+    lines = resume.mistakes(Checkpoint(tmp_path, 5), states[1])
+    assert lines == [] if told is None else told in lines[0]
+    older = {key: value for key, value in states[0].items() if key != "deepspeed"}
+    assert not resume.needs_conversion(older, states[1])
+
+
+def test_what_the_config_says_otherwise_than_the_checkpoint_is_one_line(tmp_path):
+    zero = {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 2}
+    now = {
+        "config": {
+            "run_dir": "moved",
+            "optim": {"betas": [0.9, 0.95], "weight_decay": 0.0},
+            "new": 1,
+            "deepspeed": "b",
+        },
+        "deepspeed": {**zero, "gradient_accumulation_steps": 4, "wall_clock_breakdown": True},
+        "world_size": 1,
+    }
+    then = {
+        "config": {
+            "run_dir": "runs/a",
+            "optim": {"betas": [0.9, 0.98], "weight_decay": 0.1},
+            "gone": 2,
+            "deepspeed": "a",
+        },
+        "deepspeed": zero,
+        "world_size": 2,
+    }
+    line = (
+        "changed since step 5: optim.betas [0.9, 0.98] → [0.9, 0.95], optim.weight_decay 0.1 → 0.0, "
+        "deepspeed.wall_clock_breakdown null → true, ranks 2 → 1"
+    )
+    checkpoint = Checkpoint(tmp_path / "step", 5)
+    checkpoint.path.mkdir()
+    state = checkpoint.path / "state.json"
+    state.write_text(json.dumps(then))
+    assert resume.changes(checkpoint, tmp_path, now) == line
+    state.write_text(json.dumps(now))
+    assert resume.changes(checkpoint, tmp_path, now) is None
+    # One of an older version: the run's files tell, or nobody does.
+    state.write_text(json.dumps({"world_size": 2}))
+    assert resume.changes(checkpoint, tmp_path, now) is None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(then["config"]))
+    (tmp_path / "ds_config.json").write_text(json.dumps(zero))
+    assert resume.changes(checkpoint, tmp_path, now) == line
+
+
+def test_a_dynamic_scale_of_the_loss_stays_where_it_was_within_the_limits_of_the_config():
+    settings = {"delayed_shift": 2, "consecutive_hysteresis": False}
+    loaded = DynamicLossScaler(2.0**16, scale_window=1000, min_scale=1, **settings)
+    loaded.cur_scale, loaded.cur_iter, loaded.last_overflow_iter, loaded.cur_hysteresis = 64.0, 70, 66, 1
+    own = DynamicLossScaler(2.0**20, scale_window=50, min_scale=1, **settings)
+    found = resume.scaler_as_configured(own, loaded)
+    assert (found.cur_scale, found.cur_iter, found.last_overflow_iter, found.cur_hysteresis) == (64.0, 70, 66, 1)
+    assert found.scale_window == 50
+    own = DynamicLossScaler(2.0**20, scale_window=50, min_scale=128.0, **settings)
+    assert resume.scaler_as_configured(own, loaded).cur_scale == 128.0
+    assert resume.scaler_as_configured(LossScaler(256.0), loaded).cur_scale == 256.0
+    assert resume.scaler_as_configured(LossScaler(256.0), LossScaler(8.0)).cur_scale == 256.0
+
+
+# --- retention, disks, owners -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_after_200_steps_the_folders_are_those_that_the_rules_name(make_config):
+    config = make_config(
+        steps=200,
+        checkpoint={"every": 5, "keep": 3, "keep_every": 60},
+        evaluate={"every": None},
+        log={"every": 50},
+    )
+    launched(config)
+    assert folders(config) == [f"step_{step:08d}" for step in (60, 120, 180, 190, 195, 200)]
+    stalls = metrics(config, "checkpoint_time")
+    assert len(stalls) >= 39  # two may be made at one step: the one that was being written, and the last
+    assert all(seconds > 0 for seconds in stalls.values())
+    assert 0 < list(metrics(config, "checkpoint_share").values())[-1] < 1
+
+
+DISK = """
+mount -t tmpfs -o size={size}k tmpfs {folder} || exit 99
+head -c {filler}k /dev/zero > {folder}/filler
+{python} -m lcm_ds.cli launch --local 2 {config} &
+until [ -n "$(grep -s 'was not written' {folder}/run/log.txt {stderr})" ]; do sleep 0.05; kill -0 $! || exit 98; done
+rm {folder}/filler
+wait $!
+code=$?
+cp -r {folder}/run {kept}
+exit $code
+"""
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_the_disk_is_full_and_saves_when_it_is_not(make_config, trained, tmp_path):
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs user namespaces")
+    disk, kept, stderr = tmp_path / "disk", tmp_path / "kept", tmp_path / "stderr"
+    disk.mkdir()
+    config = make_config(
+        run_dir=str(disk / "run"), checkpoint={"every": 3, "keep": 2}, evaluate={"every": 20, "rows": 16}
+    )
+    size = 3000  # KiB: room for the metrics and for two checkpoints, and then for none
+    script = DISK.format(
+        size=size, filler=size - 1100, folder=disk, python=sys.executable, config=config, kept=kept, stderr=stderr
+    )
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    with stderr.open("w") as file:
+        done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, env=env, stderr=file, check=False)
+    said = stderr.read_text()
+    assert done.returncode == 0, said
+    assert "was not written: rank " in said
+    assert "No space left on device" in said
+    mapping = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({**mapping, "run_dir": str(kept)}))
+    assert folders(config) == ["step_00000039", "step_00000040"]
+    assert metrics(config, "losses") == metrics(trained(2), "losses")
+
+
+@pytest.mark.slow
+def test_a_run_folder_has_one_owner_and_who_died_owns_nothing(make_config):
+    every = {"every": None, "every_minutes": 0.01}
+    config = make_config(steps=100_000, checkpoint=every, evaluate={"every": None})
+    first = start("launch", "--local", 2, config)
+    while not list((run_dir(config) / "checkpoints").glob("step_*/COMPLETE")):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    owner = json.loads((run_dir(config) / "LOCK").read_text())
+    code, _, err = launch(config)
+    assert code == 2
+    assert f"process {owner['pid']} of host {owner['host']} trains here" in err
+    assert first.poll() is None
+    first.kill()
+    first.communicate()
+    # Its workers die with the launcher; nobody has to take the lock away.
+    third = start("launch", "--local", 2, config, "steps=1", "optim.schedule.warmup_steps=0")
+    code, out, err = finish(third)
+    assert code == 0, out + err
+
+
+def test_a_lock_that_a_file_server_holds_for_a_dead_machine_is_taken_over(tmp_path):
+    """As of one that is cut off: its lock is there, and nobody writes the file any more."""
+    (tmp_path / "LOCK").write_text(json.dumps({"host": "far", "pid": 7, "machine": "other", "beat": 3}))
+    with (tmp_path / "LOCK").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with RunOwner(tmp_path, beat=0.1, watch=1.0):
+            assert json.loads((tmp_path / "LOCK").read_text())["pid"] == os.getpid()
+            with pytest.raises(InputError, match=f"process {os.getpid()} of host"):
+                RunOwner(tmp_path).__enter__()
+
+
+def test_an_owner_on_another_machine_is_believed_to_live_as_long_as_it_writes(tmp_path):
+    (tmp_path / "LOCK").write_text(json.dumps({"host": "far", "pid": 7, "machine": "other", "beat": 0}))
+    started = time.monotonic()
+    with RunOwner(tmp_path, beat=0.1, watch=1.0):
+        assert time.monotonic() - started > 1.0
+        owner = json.loads((tmp_path / "LOCK").read_text())
+        assert owner["pid"] == os.getpid()
+    writer = f"""
+import itertools, json, time
+for beat in itertools.count():
+    text = json.dumps({{"host": "far", "pid": 7, "machine": "other", "beat": beat}})
+    open({str(tmp_path / "LOCK")!r}, "w").write(text)
+    time.sleep(0.2)
+"""
+    far = subprocess.Popen([sys.executable, "-c", writer])
+    try:
+        while not (tmp_path / "LOCK").read_text():
+            time.sleep(0.01)
+        with pytest.raises(InputError, match="process 7 of host far"):
+            RunOwner(tmp_path, beat=0.1, watch=5.0).__enter__()
+    finally:
+        far.send_signal(signal.SIGKILL)
+        far.wait()

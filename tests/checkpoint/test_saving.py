@@ -1,0 +1,87 @@
+"""What is saved while the run goes on is the step it was saved at, and steps that are not finite change nothing.
+
+All ZeRO stages and precisions share one launch of two ranks (saving_worker.py).
+"""
+
+import json
+from collections import OrderedDict
+
+import pytest
+import torch
+from runs import launch_workers
+from saving_worker import CHANGED, CONVERTED, VARIANTS
+
+from lcm_ds.checkpoint.save import on_host, saves_in_background
+from lcm_ds.config import CheckpointConfig
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saving")
+    launch_workers("saving_worker.py", folder)
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_was_written_while_the_run_went_on_is_the_step_it_was_saved_at(results, name):
+    found = results[name]
+    assert found["busy"]
+    assert found["saved"]
+    assert found["again"] == found["went on"]
+    assert found["weights again"] == found["weights"]
+    assert len(set(found["again"])) > 1  # the model moves
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "in turn" not in name])
+def test_the_weights_of_a_checkpoint_are_the_live_masters_to_the_last_bit(results, name):
+    assert results[name]["read"] == []  # names of those that are not
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_resumed_run_has_the_settings_of_its_config_and_not_those_of_the_checkpoint(results, name):
+    found = results[name]["changed"]
+    groups, clip_grad = found["new"]
+    assert {group["weight_decay"] for group in groups} == {CHANGED["weight_decay"], 0.0}
+    by_adam = [group for group in groups if not group.get("use_muon")]
+    assert all(group["betas"] == CHANGED["betas"] and group["eps"] == CHANGED["eps"] for group in by_adam)
+    assert clip_grad in (None, 0.0, 0.3)  # None: DeepSpeed's engine clips
+    assert found["resumed"] == found["after a step"] == found["new"]
+
+
+@pytest.mark.parametrize(("name", "other"), [(name, other) for name, some in CONVERTED.items() for other in some])
+def test_what_was_saved_under_one_zero_stage_goes_on_under_another(results, name, other):
+    found = results[name]["converted"][other]
+    close = 0.01 if "bf16" in name else 1e-5
+    assert found["losses"] == pytest.approx(results[name]["went on"], rel=close)
+    assert found["weight decay"] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_number_that_is_not_finite_on_one_rank_changes_no_weight_on_any(results, name):
+    assert results[name]["poisoned"] == ["nan", False, True]
+    assert results[name]["skipped"] == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "zero", "background"),
+    [
+        (None, {"stage": 3}, True),
+        (None, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, False),
+        (True, {"stage": 3, "offload_optimizer": {"device": "nvme"}}, True),
+        (False, {"stage": 1}, False),
+    ],
+)
+def test_a_save_waits_by_default_where_the_optimizer_is_offloaded(said, zero, background):
+    assert saves_in_background(CheckpointConfig(background=said), {"zero_optimization": zero}) is background
+
+
+def test_a_copy_on_the_host_holds_no_more_than_the_tensor_and_follows_nothing():
+    buffer = torch.arange(1000.0)
+    state = OrderedDict(part=buffer[10:20], again=[buffer[10:20]], same=(buffer, buffer), plain={"a": 1})
+    copied = on_host(state, {})
+    assert type(copied) is OrderedDict
+    assert copied["part"].untyped_storage().nbytes() == 40
+    assert copied["same"][0] is copied["same"][1]
+    buffer.zero_()
+    assert copied["part"].tolist() == copied["again"][0].tolist() == list(range(10, 20))
+    assert copied["plain"] == {"a": 1}

@@ -1,0 +1,34 @@
+"""A rank that reads a dataset at a URL through a cache: cache_worker.py URL CACHE RANK WORLD_SIZE OUT."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from lcm_ds.data.format import open_dataset
+from lcm_ds.data.loader import Loader
+from lcm_ds.data.plan import Plan, Source
+from lcm_ds.data.remote import fetch as remote
+from lcm_ds.data.remote.cache import Cache
+from lcm_ds.errors import InputError
+
+ROWS, LENGTH, MAX_SEGMENT = 8, 16, 8
+
+
+def main(url: str, folder: str, rank: str, world_size: str, out: str) -> int:
+    remote.FIRST_PAUSE = 0.01
+    dataset = open_dataset(url, Cache(folder))
+    plan = Plan([Source([shard.concepts for shard in dataset.shards])], 0, ROWS, LENGTH, epochs=1)
+    try:
+        loader = Loader([dataset], plan, MAX_SEGMENT, int(rank), int(world_size), 2, workers=2)
+        np.save(Path(out), np.concatenate([batch.concepts.numpy().copy() for batch in loader]))
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    finally:
+        loader.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,50 @@
+"""Starting runs as a user does, and reading what they leave."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+from machine import patience
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def start(*arguments, **environment):
+    """`lcm-ds …` as a process of its own, on the CPU, one thread a process."""
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", "lcm_ds.cli", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process, timeout=240):
+    """(exit code, stdout, stderr) of a started process."""
+    out, err = process.communicate(timeout=patience(timeout))
+    return process.returncode, out, err
+
+
+def run_dir(config):
+    return Path(yaml.safe_load(config.read_text())["run_dir"])
+
+
+def metrics(config, key):
+    """{step: value} of one metric of the run."""
+    path = run_dir(config) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+SUPPORT = Path(__file__).parent  # on sys.path of the tests (pyproject.toml), not of what they start
+
+
+def launch_workers(script, *arguments, ranks=2):
+    """Workers of tests/support, started as `launch --local` starts a run's; they have to end well."""
+    command = [sys.executable, str(SUPPORT / script), *map(str, arguments)]
+    launcher = (
+        f"import sys; from lcm_ds.distributed.workers import run_local; sys.exit(run_local({command!r}, {ranks}))"
+    )
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", launcher], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

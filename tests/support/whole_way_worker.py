@@ -1,0 +1,79 @@
+"""One rank that makes one run after another, each by the real loop, and keeps the fp32 weights that each ends with.
+
+python whole_way_worker.py PLAN.json FOLDER: the plan is name → config; FOLDER/results.json has name → the exit code or
+why the run was refused, FOLDER/NAME.safetensors the master weights as the live engine has held them.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import save_file
+
+from lcm_ds.distributed.environment import read_place
+from lcm_ds.errors import InputError
+from lcm_ds.processes import end_with
+from lcm_ds.train import loop
+from lcm_ds.train.engine import connect
+from lcm_ds.train.job_builder import check
+from lcm_ds.train.monitoring.console import set_up_logging
+from lcm_ds.train.reliability.stop_signal import StopRequest
+from lcm_ds.train.reliability.watchdog import Watchdog
+
+
+def live_masters(engine):
+    """name → fp32 master weight, gathered from all ranks of a live engine; all of them call this."""
+    optimizer = engine.optimizer
+    whole = {}  # of ZeRO 0 in half precision, where every rank holds them
+    if hasattr(optimizer, "fp32_groups"):
+        for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            whole.update(zip(weights, masters, strict=True))
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        full = whole[parameter] if parameter in whole else safe_get_full_fp32_param(parameter)
+        found[name] = (parameter if full is None else full).detach().clone().cpu()
+        assert str(found[name].dtype) == "torch.float32", name
+    return found
+
+
+class Run(loop.Run):
+    """Keeps what it ends with in `masters`, and lets its engine go."""
+
+    def end(self, done, total):
+        Run.masters = live_masters(self.engine)
+        code = super().end(done, total)
+        self.engine.destroy()
+        return code
+
+
+def train(config, place, device):
+    """The exit code of a run and its masters, or why it was refused."""
+    job = check(config, [], place.world_size)
+    job.run_dir.mkdir(parents=True, exist_ok=True)
+    set_up_logging(job.run_dir, place.rank)
+    try:
+        return loop._train(job, place, device, StopRequest(), Watchdog(None)), Run.masters
+    except InputError as error:
+        return error.mistakes, {}
+
+
+def main():
+    plan, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    loop.Run = Run
+    place = read_place(os.environ)
+    device = connect(place)
+    results = {}
+    for name, config in plan.items():
+        results[name], masters = train(config, place, device)
+        if place.rank == 0:
+            save_file({key: tensor.contiguous() for key, tensor in masters.items()}, folder / f"{name}.safetensors")
+    if place.rank == 0:
+        (folder / "results.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    end_with(main)
