@@ -25,7 +25,7 @@ from typing import Any
 from lcm_ds.config import PrepareConfig, TrainConfig, dump, load
 from lcm_ds.data.format import Dataset, open_dataset
 from lcm_ds.deepspeed_config import find
-from lcm_ds.errors import CannotGoOn, InputError
+from lcm_ds.errors import InputError, RunFailedError
 
 __all__ = ["InputError", "PrepareConfig", "Prepared", "Run", "TrainConfig", "evaluate", "load", "prepare", "train"]
 
@@ -65,7 +65,7 @@ def prepare(config: PrepareConfig) -> Prepared:
     """Text → dataset, as `lcm-ds prepare`; what is finished already is opened.
 
     Where a launcher has set RANK and WORLD_SIZE, this is one of its ranks, and all of them have to call it. Raises
-    InputError, CannotGoOn if another rank or process fails.
+    InputError, RunFailedError if another rank or process fails.
     """
     from lcm_ds.prepare.coordinator import PeerFailed
     from lcm_ds.prepare.pipeline import prepare
@@ -73,7 +73,7 @@ def prepare(config: PrepareConfig) -> Prepared:
     try:
         prepare(config)
     except PeerFailed as error:
-        raise CannotGoOn(error.message or f"{config.output}: another rank has failed") from None
+        raise RunFailedError(error.message or f"{config.output}: another rank has failed") from None
     out = Path(config.output)
     validation = out / "validation"
     return Prepared(open_dataset(out / "train"), open_dataset(validation) if validation.is_dir() else None)
@@ -84,7 +84,7 @@ def train(config: TrainConfig, processes: int = 1) -> Run:
 
     What the workers say is printed here. Interrupting it saves, and so does the file RUN/STOP: `stopped` of what is
     returned says so, and called again, the run goes on. Call it from the main thread. Raises InputError for what is
-    wrong with the config, CannotGoOn if the run fails.
+    wrong with the config, RunFailedError if the run fails.
     """
     from lcm_ds.distributed.workers import STOPPED
     from lcm_ds.launcher.launch import launch
@@ -98,11 +98,13 @@ def train(config: TrainConfig, processes: int = 1) -> Run:
         try:
             code = launch(path, local=processes, output=output)
         except InputError as error:
-            raise type(error)(line.replace(str(path), "config") for line in error.mistakes) from None
+            raise type(error)(line.replace(str(path), "config") for line in error.errors) from None
     if code == 2:
         raise InputError(f"{config.run_dir}: the workers refused to start; what they said is above")
     if code == 1:
-        raise CannotGoOn(f"{config.run_dir}: failed; what the workers said is above and in {config.run_dir}/log.txt")
+        raise RunFailedError(
+            f"{config.run_dir}: failed; what the workers said is above and in {config.run_dir}/log.txt"
+        )
     return Run(Path(config.run_dir), stopped=code == STOPPED)
 
 

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 from lcm_ds import __version__
 from lcm_ds.errors import InputError, nearest
 from lcm_ds.evaluate import add_arguments as add_evaluation
-from lcm_ds.processes import end_with
-from lcm_ds.terminal import without_warnings
+from lcm_ds.processes import exit_with
+from lcm_ds.terminal import hide_warnings
 
 EXAMPLES = """\
 examples:
@@ -36,15 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help(sys.stderr)
         return 2
-    verbs = parser.get_default("verbs")
-    if arguments[0] not in verbs and not arguments[0].startswith("-"):
-        others = nearest(arguments[0], verbs, "; `lcm-ds --help` lists the verbs")
+    commands = parser.get_default("commands")
+    if arguments[0] not in commands and not arguments[0].startswith("-"):
+        others = nearest(arguments[0], commands, "; `lcm-ds --help` lists the verbs")
         print(f"lcm-ds: {arguments[0]}: there is no such verb{others}", file=sys.stderr)
         return 2
     parsed, rest = parser.parse_known_args(arguments)
     # argparse takes the overrides from one place alone; they may stand behind options, too.
     if unknown := [text for text in rest if text.startswith("-")]:
-        known = verbs[arguments[0]]._option_string_actions
+        known = commands[arguments[0]]._option_string_actions
         for option in unknown:
             others = nearest(option.partition("=")[0], known, f"; `lcm-ds {arguments[0]} --help` lists them")
             print(f"lcm-ds {arguments[0]}: {option}: there is no such option{others}", file=sys.stderr)
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         parsed.overrides = [*parsed.overrides, *rest]
     if parsed.verb is not train:  # a worker keeps warnings in RUN/log.txt
-        without_warnings()
+        hide_warnings()
     try:
         return parsed.verb(parsed) or 0
     except InputError as error:
@@ -78,14 +78,14 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"lcm-ds {__version__}")
-    verbs = parser.add_subparsers(required=True, title="verbs", metavar="VERB")
-    parser.set_defaults(verbs=verbs.choices)
+    commands = parser.add_subparsers(required=True, title="verbs", metavar="VERB")
+    parser.set_defaults(commands=commands.choices)
 
-    verb = _verb(verbs, "prepare", prepare, "text → dataset; after a kill, goes on where it was",
+    verb = _verb(commands, "prepare", prepare, "text → dataset; after a kill, goes on where it was",
                  "lcm-ds prepare configs/prepare/quickstart.yaml output=datasets/mine")  # fmt: skip
     _config(verb)
 
-    verb = _verb(verbs, "index", index, "adopt WebDataset tars made elsewhere as a dataset",
+    verb = _verb(commands, "index", index, "adopt WebDataset tars made elsewhere as a dataset",
                  "lcm-ds index 'embeddings-{000..099}.tar' datasets/adopted")  # fmt: skip
     verb.add_argument("shards", metavar="SHARDS", help="a path or URL, with braces for many")
     verb.add_argument("output", metavar="OUT", help="folder for dataset.json, shards.jsonl and the normaliser")
@@ -99,12 +99,12 @@ def build_parser() -> argparse.ArgumentParser:
                       help="JSON has source_sentences (that end with SUFFIX) and target_sentences")  # fmt: skip
     verb.add_argument("--threads", type=int, default=4, metavar="N", help="tars read at a time; default: 4")
 
-    verb = _verb(verbs, "inspect", inspect, "what a dataset holds", "lcm-ds inspect datasets/quickstart --verify")
+    verb = _verb(commands, "inspect", inspect, "what a dataset holds", "lcm-ds inspect datasets/quickstart --verify")
     verb.add_argument("dataset", metavar="DATASET")
     verb.add_argument("--verify", action="store_true", help="re-read every shard against its checksum")
     verb.add_argument("--sample", type=int, default=0, metavar="N", help="print N of its documents")
 
-    verb = _verb(verbs, "fit-normalizer", fit_normalizer, "one normaliser for a mixture of datasets",
+    verb = _verb(commands, "fit-normalizer", fit_normalizer, "one normaliser for a mixture of datasets",
                  "lcm-ds fit-normalizer datasets/web/train=3 datasets/books/train=1")  # fmt: skip
     verb.add_argument("datasets", metavar="DATASET[=WEIGHT]", nargs="+")
     verb.add_argument(
@@ -112,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verb.add_argument("--output", metavar="FILE", help="write it there; default: into every dataset")
 
-    verb = _verb(verbs, "trace", trace, "the documents that a step sees", "lcm-ds trace runs/quickstart --step 120")
+    verb = _verb(commands, "trace", trace, "the documents that a step sees", "lcm-ds trace runs/quickstart --step 120")
     verb.add_argument("run", metavar="RUN|CONFIG", help="a run folder or a train config")
     which = verb.add_mutually_exclusive_group(required=True)
     which.add_argument("--step", type=int, metavar="N", help="from 0")
@@ -120,13 +120,13 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--text", action="store_true", help="print the sentences as well")
     _overrides(verb)
 
-    verb = _verb(verbs, "train", train, "a worker: one process of a run",
+    verb = _verb(commands, "train", train, "a worker: one process of a run",
                  "lcm-ds train configs/train/quickstart.yaml steps=20")  # fmt: skip
     verb.add_argument("--dry-run", action="store_true", help="say what the run would be: sizes, memory, steps; and end")
     verb.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: on so many")
     _config(verb)
 
-    verb = _verb(verbs, "launch", launch, "start all workers of a run, here or on many hosts",
+    verb = _verb(commands, "launch", launch, "start all workers of a run, here or on many hosts",
                  "lcm-ds launch --local 2 configs/train/quickstart.yaml")  # fmt: skip
     verb.usage = "lcm-ds launch (--local N | --hostfile F | --slurm | --openmpi N) [option ...] CONFIG [key=value ...]"
     where = verb.add_argument_group("where, one of").add_mutually_exclusive_group(required=True)
@@ -153,12 +153,12 @@ def build_parser() -> argparse.ArgumentParser:
     hosts.add_argument("--silence", type=float, metavar="S", help="seconds until a silent host is lost; default: 15")
     _config(verb)
 
-    verb = _verb(verbs, "evaluate", evaluate, "the model against its baselines on the validation split",
+    verb = _verb(commands, "evaluate", evaluate, "the model against its baselines on the validation split",
                  "lcm-ds evaluate runs/quickstart --json metrics.json")  # fmt: skip
     add_evaluation(verb)
     verb.add_argument("--processes", type=int, metavar="N", help="that share the work; default: one a GPU")
 
-    verb = _verb(verbs, "generate", generate, "go on from a text, concept by concept",
+    verb = _verb(commands, "generate", generate, "go on from a text, concept by concept",
                  "lcm-ds generate runs/quickstart --prompt 'Lists are mutable. They grow.'")  # fmt: skip
     verb.add_argument("run", metavar="RUN|FOLDER", help="a run, or an exported model")
     verb.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="again for further prompts")
@@ -177,7 +177,7 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", metavar="FILE", help="write what is printed there, too")
 
     verb = _verb(
-        verbs, "export", export, "a run's model as a Hugging Face folder", "lcm-ds export runs/quickstart model"
+        commands, "export", export, "a run's model as a Hugging Face folder", "lcm-ds export runs/quickstart model"
     )
     verb.add_argument("run", metavar="RUN")
     verb.add_argument("output", metavar="OUT", help="a new folder")
@@ -185,13 +185,13 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
     verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights; default: 5GB")
 
-    verb = _verb(verbs, "import-meta", import_meta, "Meta's Base-LCM checkpoint as a Hugging Face folder",
+    verb = _verb(commands, "import-meta", import_meta, "Meta's Base-LCM checkpoint as a Hugging Face folder",
                  "lcm-ds import-meta base_lcm.pt model")  # fmt: skip
     verb.add_argument("checkpoint", metavar="CKPT", help=".pt or .safetensors")
     verb.add_argument("output", metavar="OUT")
     verb.add_argument("--heads", type=int, metavar="N", help="attention heads, where the file does not say")
 
-    verb = _verb(verbs, "import-sonar", import_sonar, "SONAR's encoder and decoder from Meta's fairseq2 checkpoints",
+    verb = _verb(commands, "import-sonar", import_sonar, "SONAR's encoder and decoder from Meta's fairseq2 checkpoints",
                  "lcm-ds import-sonar sonar_text_encoder.pt sonar_text_decoder.pt sonar "
                  "--tokenizer sentencepiece.source.256000.model")  # fmt: skip
     verb.add_argument("encoder", metavar="ENCODER", help=".pt or .safetensors")
@@ -200,13 +200,13 @@ def build_parser() -> argparse.ArgumentParser:
     verb.add_argument("--tokenizer", metavar="HUB|FOLDER|FILE", help="NLLB's, or its sentencepiece model")
     verb.add_argument("--heads", type=int, metavar="N", help="attention heads; default: one for 64 dimensions")
 
-    verb = _verb(verbs, "configs", configs, "the files that come with lcm-ds: list them, copy them",
+    verb = _verb(commands, "configs", configs, "the files that come with lcm-ds: list them, copy them",
                  "lcm-ds configs configs/train/150m.yaml mine.yaml")  # fmt: skip
     verb.add_argument("name", metavar="NAME", nargs="?", help="the file to copy; default: list all")
     verb.add_argument("destination", metavar="DEST", nargs="?", help="file or folder; default: NAME, from here")
     verb.add_argument("--all", metavar="FOLDER", help="copy all of them there")
 
-    verb = _verb(verbs, "doctor", doctor, "what this machine lacks; what would stop a run",
+    verb = _verb(commands, "doctor", doctor, "what this machine lacks; what would stop a run",
                  "lcm-ds doctor configs/train/quickstart.yaml")  # fmt: skip
     verb.add_argument("--hostfile", metavar="F", help="ask its hosts what launch would ask them")
     verb.add_argument("--bandwidth", action="store_true", help="measure an all-reduce over all devices")
@@ -218,8 +218,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(verbs: Any, name: str, run: Verb, says: str, example: str) -> argparse.ArgumentParser:
-    verb: argparse.ArgumentParser = verbs.add_parser(
+def _verb(commands: Any, name: str, run: Verb, says: str, example: str) -> argparse.ArgumentParser:
+    verb: argparse.ArgumentParser = commands.add_parser(
         name,
         help=says,
         description=says,
@@ -306,9 +306,9 @@ def train(arguments: argparse.Namespace) -> int:
 
 def launch(arguments: argparse.Namespace) -> int:
     from lcm_ds.launcher.launch import launch
-    from lcm_ds.launcher.multihost.restarts import Settings
+    from lcm_ds.launcher.multihost.restarts import LaunchOptions
 
-    said = {name: vars(arguments)[name] for name in Settings.__dataclass_fields__}
+    said = {name: vars(arguments)[name] for name in LaunchOptions.__dataclass_fields__}
     return launch(
         arguments.config,
         arguments.overrides,
@@ -318,17 +318,17 @@ def launch(arguments: argparse.Namespace) -> int:
         openmpi=arguments.openmpi,
         include=arguments.include,
         exclude=arguments.exclude,
-        settings=Settings(**{name: value for name, value in said.items() if value is not None}),
+        settings=LaunchOptions(**{name: value for name, value in said.items() if value is not None}),
     )
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    from lcm_ds.distributed.environment import read_place
+    from lcm_ds.distributed.environment import detect_environment
     from lcm_ds.evaluate import main, worker
 
     if arguments.processes is not None and arguments.processes < 1:
         raise InputError(f"--processes: {arguments.processes} is below 1")
-    if read_place(os.environ).world_size > 1:
+    if detect_environment(os.environ).world_size > 1:
         return main(arguments)  # a launcher has started this process and others
     processes = arguments.processes
     if processes is None:
@@ -406,9 +406,9 @@ def doctor(arguments: argparse.Namespace) -> int:
 
         return examine()
     from lcm_ds.doctor.run_checks import doctor
-    from lcm_ds.launcher.multihost.restarts import Settings
+    from lcm_ds.launcher.multihost.restarts import LaunchOptions
 
-    settings = Settings(
+    settings = LaunchOptions(
         master_addr=arguments.master_addr, master_port=arguments.master_port, ssh_port=arguments.ssh_port
     )
     return doctor(arguments.config, arguments.overrides, arguments.hostfile, arguments.bandwidth, settings)
@@ -416,7 +416,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def entry() -> NoReturn:
     """What the command `lcm-ds` is."""
-    end_with(main)
+    exit_with(main)
 
 
 if __name__ == "__main__":

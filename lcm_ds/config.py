@@ -360,24 +360,24 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     Where there is no such file, the one of that name that came with lcm-ds is read.
     Raises InputError where the file is missing, is not YAML or is not a mapping, or an override is not key=value.
     """
-    mistakes = [
+    errors = [
         f"{text!r}: an override is key=value, a dotted path into the YAML" for text in overrides if "=" not in text
     ]
     try:
         loaded = OmegaConf.load(resources.find(path) or Path(path))
     except FileNotFoundError:
-        raise InputError([resources.missing_file(path), *mistakes]) from None
+        raise InputError([resources.missing_file(path), *errors]) from None
     except OSError as error:
-        raise InputError([f"{path}: cannot be read: {error.strerror}", *mistakes]) from None
+        raise InputError([f"{path}: cannot be read: {error.strerror}", *errors]) from None
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise InputError([f"{path}: not YAML: {' '.join(str(error).split())}", *mistakes]) from None
-    for text in overrides if not mistakes else ():
+        raise InputError([f"{path}: not YAML: {' '.join(str(error).split())}", *errors]) from None
+    for text in overrides if not errors else ():
         try:
             OmegaConf.from_dotlist([text])
         except (yaml.YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
-            mistakes.append(f"{text!r}: not a value in YAML: {first_line(error)}")
-    if mistakes:
-        raise InputError(mistakes)
+            errors.append(f"{text!r}: not a value in YAML: {first_line(error)}")
+    if errors:
+        raise InputError(errors)
     try:
         merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
         mapping = OmegaConf.to_container(merged, resolve=True)

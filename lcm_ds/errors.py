@@ -14,18 +14,18 @@ class InputError(Exception):
 
     exit_code = 2
 
-    def __init__(self, mistakes: str | Iterable[str]) -> None:
-        self.mistakes: list[str] = [mistakes] if isinstance(mistakes, str) else list(mistakes)
-        super().__init__("\n".join(self.mistakes))
+    def __init__(self, errors: str | Iterable[str]) -> None:
+        self.errors: list[str] = [errors] if isinstance(errors, str) else list(errors)
+        super().__init__("\n".join(self.errors))
 
 
-class Unavailable(InputError):
+class TransientError(InputError):
     """What is elsewhere gives no answer: nobody's mistake, and another try may find it."""
 
     exit_code = 1
 
 
-class CannotGoOn(InputError):
+class RunFailedError(InputError):
     """A run that was right to start and cannot go on; no other call would help, and another try may not."""
 
     exit_code = 1
@@ -43,7 +43,7 @@ class Collector:
     """
 
     def __init__(self) -> None:
-        self.mistakes: list[str] = []
+        self.errors: list[str] = []
         self._outages: set[str] = set()  # those of them that are nobody's mistake
 
     def __enter__(self) -> Collector:
@@ -51,22 +51,22 @@ class Collector:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
         if isinstance(error, InputError):
-            self.mistakes.extend(error.mistakes)
-            if isinstance(error, Unavailable):
-                self._outages.update(error.mistakes)
+            self.errors.extend(error.errors)
+            if isinstance(error, TransientError):
+                self._outages.update(error.errors)
             return True
         return False
 
     def add(self, other: Collector) -> None:
         """Take over what another has gathered."""
-        self.mistakes.extend(other.mistakes)
+        self.errors.extend(other.errors)
         self._outages.update(other._outages)
 
     def raise_if_any(self) -> None:
-        """Raise one `InputError` with everything gathered so far, each mistake once; `Unavailable` if all are that."""
-        if self.mistakes:
-            kind = Unavailable if self._outages.issuperset(self.mistakes) else InputError
-            raise kind(dict.fromkeys(self.mistakes))
+        """Raise one `InputError` with all gathered errors, each once; `TransientError` if all of them are that."""
+        if self.errors:
+            kind = TransientError if self._outages.issuperset(self.errors) else InputError
+            raise kind(dict.fromkeys(self.errors))
 
 
 def nearest(word: str, known: Iterable[str], otherwise: str | None = None) -> str:

@@ -22,7 +22,7 @@ LEFT_OVER_SECONDS = 600.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
 
-def die_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> Callable[[], None]:
+def set_parent_death_signal(number: int = signal.SIGKILL, parent: int | None = None) -> Callable[[], None]:
     """For the child to call first (`preexec_fn`): the kernel sends it this signal when its parent ends.
 
     More exactly, when the thread that started it ends: start such children from a thread that lasts. parent: the
@@ -38,11 +38,11 @@ def die_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> 
     return set_death_signal
 
 
-def end_with_parent(every: float = 1.0) -> None:
+def exit_with_parent(every: float = 1.0) -> None:
     """Have this process kill itself when the one that started it has ended; looked for every so many seconds.
 
-    For children of programs that cannot be told to call `die_with_parent`, nor trusted to start them from a thread that
-    lasts.
+    For children of programs that cannot be told to call `set_parent_death_signal`, nor trusted to start them from a
+    thread that lasts.
     """
     parent = os.getppid()
 
@@ -54,7 +54,7 @@ def end_with_parent(every: float = 1.0) -> None:
     Thread(target=watch, name="lcm-ds-parent", daemon=True).start()
 
 
-def end_with(main: Callable[[], int | None]) -> NoReturn:
+def exit_with(main: Callable[[], int | None]) -> NoReturn:
     """Run a program's main and end the process with the code it returns, without taking the interpreter apart.
 
     While Python does that, a thread of C++ that asks for the interpreter is ended where it stands: gloo's may hold a

@@ -82,10 +82,10 @@ def copy(chosen: Sequence[str], destination: str | Path | None = None) -> list[P
         pairs = {chosen[0]: Path(destination, Path(chosen[0]).name) if into else Path(destination)}
     else:
         pairs = {name: Path(destination or ".", name) for name in chosen}
-    mistakes = [missing_file(name) for name in chosen if name not in names()]
-    mistakes += [f"{path}: is there already, and is not overwritten" for path in pairs.values() if path.exists()]
-    if mistakes:
-        raise InputError(mistakes)
+    errors = [missing_file(name) for name in chosen if name not in names()]
+    errors += [f"{path}: is there already, and is not overwritten" for path in pairs.values() if path.exists()]
+    if errors:
+        raise InputError(errors)
     for name, path in pairs.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-def without_warnings() -> None:
+def hide_warnings() -> None:
     """What libraries warn programmers of stays away from users, unless Python was asked for it (-W, PYTHONWARNINGS)."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 
 
-def without_deprecations() -> None:
+def hide_deprecations() -> None:
     """What libraries will rename stays out of a run's log, unless Python was asked for it (-W, PYTHONWARNINGS).
 
     A user can change nothing about what DeepSpeed calls of torch.
@@ -25,7 +25,7 @@ def without_deprecations() -> None:
 
 
 @contextmanager
-def quiet(reports: bool = False) -> Iterator[None]:
+def silence_transformers(reports: bool = False) -> Iterator[None]:
     """Loading without transformers' bars, and unless they are asked for, without its reports of missing weights."""
     from transformers.utils import logging
 
@@ -45,6 +45,6 @@ def quiet(reports: bool = False) -> Iterator[None]:
 _JOINERS = "\u200c\u200d"
 
 
-def printable(text: str) -> str:
+def strip_control_chars(text: str) -> str:
     """The text without what a terminal would obey: texts of the web hold escape sequences, too."""
     return "".join(letter if letter.isprintable() or letter in _JOINERS else "�" for letter in text)

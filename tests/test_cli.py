@@ -7,7 +7,7 @@ import pytest
 
 from lcm_ds.cli import build_parser, main
 
-VERBS = sorted(build_parser().get_default("verbs"))
+VERBS = sorted(build_parser().get_default("commands"))
 SCREEN = 45  # lines
 
 

@@ -44,7 +44,7 @@ deepspeed: 3
     )
     with pytest.raises(InputError) as caught:
         load(TrainConfig, path, ["seed=-1"])
-    lines = caught.value.mistakes
+    lines = caught.value.errors
     assert all(line.startswith(f"{path}: ") and "\n" not in line for line in lines)
     told = {line.removeprefix(f"{path}: ").split(": ")[0]: line for line in lines}
     assert set(told) == {
@@ -82,19 +82,19 @@ def test_a_run_without_an_end_is_refused(tmp_path):
 def test_what_is_not_a_mapping_in_yaml_is_refused_in_one_line(tmp_path, text):
     with pytest.raises(InputError) as caught:
         load(TrainConfig, written(tmp_path, text))
-    assert len(caught.value.mistakes) == 1
+    assert len(caught.value.errors) == 1
 
 
 def test_a_missing_file_and_a_bad_override_are_told_together(tmp_path):
     with pytest.raises(InputError) as caught:
         load(TrainConfig, tmp_path / "none.yaml", ["steps"])
-    assert len(caught.value.mistakes) == 2
+    assert len(caught.value.errors) == 2
 
 
 def test_an_override_that_is_no_yaml_is_named_itself(tmp_path):
     with pytest.raises(InputError) as caught:
         load(TrainConfig, CONFIGS / "train/quickstart.yaml", ["steps=[1", "seed={"])
-    assert [line.split(": ")[0] for line in caught.value.mistakes] == ["'steps=[1'", "'seed={'"]
+    assert [line.split(": ")[0] for line in caught.value.errors] == ["'steps=[1'", "'seed={'"]
 
 
 def test_a_dumped_config_loads_again(tmp_path):

@@ -31,7 +31,7 @@ def train_config(rows_per_step=16, micro_batch_rows=2, **optim):
 def mistakes_of(call, *arguments, **keywords):
     with pytest.raises(InputError) as caught:
         call(*arguments, **keywords)
-    return caught.value.mistakes
+    return caught.value.errors
 
 
 def mistakes_in(mapping):

@@ -96,7 +96,7 @@ def check(path, key, lines):
     print(f"lcm-ds launch: {said}", file=sys.stderr)
     print("done")
     raise ValueError("a mistake of the programmer's")
-    raise CannotGoOn(f"{path}: {error}") from error
+    raise RunFailedError(f"{path}: {error}") from error
 
 def damage(path):
     return None if path else "COMPLETE is missing"

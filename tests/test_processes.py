@@ -78,7 +78,7 @@ def test_a_program_ends_with_its_code_and_its_last_words_and_the_interpreter_is_
 import atexit, sys
 from threading import Thread
 from time import sleep
-from lcm_ds.processes import end_with
+from lcm_ds.processes import exit_with
 
 class Part:
     def __del__(self, write=sys.stderr.write):
@@ -96,7 +96,7 @@ def main():
     print("main")
     {ends}
 
-end_with(main)
+exit_with(main)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == code

@@ -24,7 +24,7 @@ def elsewhere(tmp_path, monkeypatch):
 def mistakes_of(function, *arguments):
     with pytest.raises(InputError) as caught:
         function(*arguments)
-    return caught.value.mistakes
+    return caught.value.errors
 
 
 def test_a_config_that_is_not_here_is_the_one_that_came_along_and_its_json_too(elsewhere):

@@ -54,7 +54,7 @@ class Checkpoint:
         except (KeyError, TypeError, AttributeError):
             raise ValueError("COMPLETE does not list files") from None
 
-    def damage(self) -> str | None:
+    def integrity_error(self) -> str | None:
         """Why it is not whole, as far as names and sizes tell; None where it is."""
         try:
             files = self.files()
@@ -78,7 +78,7 @@ class Checkpoint:
         os.rename(self.path, partial)
         shutil.rmtree(partial)
 
-    def set_aside(self) -> Path:
+    def quarantine(self) -> Path:
         """Give it a name under which nobody looks for checkpoints; returns that."""
         shutil.rmtree(self.universal, ignore_errors=True)
         aside = self.path.with_name(self.path.name + BAD)
@@ -102,7 +102,7 @@ def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
     """The run's complete checkpoints, oldest first. Those that are not whole are named in the log and left out."""
     found = []
     for checkpoint in candidates(run_dir):
-        wrong = checkpoint.damage()
+        wrong = checkpoint.integrity_error()
         if wrong:
             logger.error("checkpoint %s is not whole and is not used: %s", checkpoint.path, wrong)
         else:

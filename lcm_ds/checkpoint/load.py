@@ -28,10 +28,10 @@ from lcm_ds.checkpoint.format import BAD, PARTIAL, Checkpoint, candidates
 from lcm_ds.checkpoint.save import restore_random_states
 from lcm_ds.config import CheckpointConfig
 from lcm_ds.distributed.collectives import from_first
-from lcm_ds.errors import CannotGoOn
+from lcm_ds.errors import RunFailedError
 from lcm_ds.files import sha256_of, sync, write_whole
 from lcm_ds.model.normalizer import Normalizer
-from lcm_ds.processes import die_with_parent
+from lcm_ds.processes import set_parent_death_signal
 
 logger = logging.getLogger("lcm_ds.train")
 
@@ -43,36 +43,38 @@ CONVERTED_BYTES = 24
 MODEL_STATES = {"mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"}
 
 
-def newest_whole(run_dir: Path, rules: CheckpointConfig) -> Checkpoint | None:
+def newest_complete(run_dir: Path, rules: CheckpointConfig) -> Checkpoint | None:
     """The run's newest checkpoint that is whole, None where it has none at all yet.
 
-    Those that are not are told at ERROR and set aside as `.bad`. Raises CannotGoOn, and leaves everything as it is,
+    Those that are not are told at ERROR and set aside as `.bad`. Raises RunFailedError, and leaves everything as it is,
     where there are some and none is whole.
     """
     found = from_first(candidates(run_dir) if dist.get_rank() == 0 else [])
     bad: list[tuple[Checkpoint, str]] = []
     for checkpoint in reversed(found):
-        damage = _damage(checkpoint, full=rules.verify == "full")
-        if damage is None:
+        integrity_error = _integrity_error(checkpoint, full=rules.verify == "full")
+        if integrity_error is None:
             if dist.get_rank() == 0:
-                _set_aside(bad, [older for older in found if older.step < checkpoint.step], checkpoint)
+                _quarantine(bad, [older for older in found if older.step < checkpoint.step], checkpoint)
             return checkpoint
-        bad.append((checkpoint, damage))
+        bad.append((checkpoint, integrity_error))
     aside = from_first(sorted(map(str, (run_dir / "checkpoints").glob(f"step_*{BAD}"))))
     if bad or aside:
-        told = [f"{checkpoint.path}: {damage}" for checkpoint, damage in bad] + [f"{path}: set aside" for path in aside]
-        raise CannotGoOn(
+        told = [f"{checkpoint.path}: {integrity_error}" for checkpoint, integrity_error in bad] + [
+            f"{path}: set aside" for path in aside
+        ]
+        raise RunFailedError(
             f"{run_dir}: no checkpoint is whole ({'; '.join(told)}); nothing was changed; take another run_dir to "
             f"start anew, or move {run_dir / 'checkpoints'} away"
         )
     return None
 
 
-def _damage(checkpoint: Checkpoint, full: bool) -> str | None:
+def _integrity_error(checkpoint: Checkpoint, full: bool) -> str | None:
     """Why a checkpoint is not whole, None where it is; `full`: every file's checksum, shared out among the ranks."""
-    damage = from_first(checkpoint.damage() if dist.get_rank() == 0 else None)
-    if damage is not None or not full:
-        return damage
+    integrity_error = from_first(checkpoint.integrity_error() if dist.get_rank() == 0 else None)
+    if integrity_error is not None or not full:
+        return integrity_error
     mine = None
     try:
         files = sorted(checkpoint.files().items())
@@ -83,13 +85,15 @@ def _damage(checkpoint: Checkpoint, full: bool) -> str | None:
         mine = str(error)
     every: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
-    return next((damage for damage in every if damage is not None), None)
+    return next((integrity_error for integrity_error in every if integrity_error is not None), None)
 
 
-def _set_aside(bad: list[tuple[Checkpoint, str]], older: list[Checkpoint], used: Checkpoint) -> None:
-    for checkpoint, damage in bad:
-        aside = checkpoint.set_aside()
-        logger.error("checkpoint %s is not whole: %s; it is set aside as %s", checkpoint.path, damage, aside.name)
+def _quarantine(bad: list[tuple[Checkpoint, str]], older: list[Checkpoint], used: Checkpoint) -> None:
+    for checkpoint, integrity_error in bad:
+        aside = checkpoint.quarantine()
+        logger.error(
+            "checkpoint %s is not whole: %s; it is set aside as %s", checkpoint.path, integrity_error, aside.name
+        )
     if bad:
         logger.error("going on from %s", used.path)
     for checkpoint in older:
@@ -101,7 +105,7 @@ def _set_aside(bad: list[tuple[Checkpoint, str]], older: list[Checkpoint], used:
 # --- may it go on -----------------------------------------------------------------------------------------------------
 
 
-def mistakes(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
+def errors(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
     """What keeps a run with the identity `now` (run_folder.py) from going on there: a line each, both values shown."""
     then = checkpoint.state()
     what = {
@@ -208,14 +212,16 @@ def convert(
     """Convert a checkpoint to DeepSpeed's universal format, beside it, unless that was done before and is whole.
 
     Rank 0 does it and tells how far it is; the others wait, in no collective, for it may take longer than those wait.
-    moved: is told what goes on, again and again; say: lines for people. Raises CannotGoOn on all ranks if it fails.
+    moved: is told what goes on, again and again; say: lines for people. Raises RunFailedError on all ranks if it fails.
     """
     if checkpoint.universal.exists():
-        damage = _damage(Checkpoint(checkpoint.universal, checkpoint.step), full=rules.verify == "full")
-        if damage is None:
+        integrity_error = _integrity_error(
+            Checkpoint(checkpoint.universal, checkpoint.step), full=rules.verify == "full"
+        )
+        if integrity_error is None:
             return
         if dist.get_rank() == 0:
-            logger.error("%s is not whole: %s; it is made again", checkpoint.universal, damage)
+            logger.error("%s is not whole: %s; it is made again", checkpoint.universal, integrity_error)
             shutil.rmtree(checkpoint.universal)
         dist.barrier()
     store, key = dist.distributed_c10d._get_default_store(), f"lcm-ds/converted/{checkpoint.step}"
@@ -223,20 +229,20 @@ def convert(
         try:
             _convert(checkpoint, parameters, moved, say)
             store.set(key, "")
-        except (CannotGoOn, OSError, RuntimeError) as error:
+        except (RunFailedError, OSError, RuntimeError) as error:
             store.set(key, str(error) or repr(error))
     while not store.check([key]):  # raises where rank 0 has died
         moved("waiting for the conversion")
         time.sleep(POLL_SECONDS)
     if error_text := store.get(key).decode():
-        raise CannotGoOn(error_text)
+        raise RunFailedError(error_text)
     dist.barrier()
 
 
 def _convert(checkpoint: Checkpoint, parameters: int, moved: Callable[[str], None], say: Callable[[str], None]) -> None:
     free = shutil.disk_usage(checkpoint.path).free
     if free < parameters * CONVERTED_BYTES:
-        raise CannotGoOn(
+        raise RunFailedError(
             f"{checkpoint.path}: to be converted it needs about {parameters * CONVERTED_BYTES / 1e9:,.1f} GB, "
             f"and {free / 1e9:,.1f} GB are free"
         )
@@ -247,7 +253,7 @@ def _convert(checkpoint: Checkpoint, parameters: int, moved: Callable[[str], Non
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     say(f"converting {checkpoint.path.name} to DeepSpeed's universal format, once")
     with tempfile.TemporaryFile() as log:
-        child = subprocess.Popen(command, stdout=log, stderr=log, env=environ, preexec_fn=die_with_parent())
+        child = subprocess.Popen(command, stdout=log, stderr=log, env=environ, preexec_fn=set_parent_death_signal())
         told = started = time.monotonic()
         while child.poll() is None:
             time.sleep(POLL_SECONDS)
@@ -259,9 +265,9 @@ def _convert(checkpoint: Checkpoint, parameters: int, moved: Callable[[str], Non
         log.seek(0)
         said = log.read().decode("utf-8", errors="replace")
     if child.returncode:
-        raise CannotGoOn(f"{checkpoint.path}: cannot be converted to DeepSpeed's universal format:\n{said[-4000:]}")
+        raise RunFailedError(f"{checkpoint.path}: cannot be converted to DeepSpeed's universal format:\n{said[-4000:]}")
     (partial.parent / "latest_universal").unlink()
-    _suit_every_stage(partial)
+    normalize_universal_checkpoint(partial)
     files = {}
     for path in sorted(partial.rglob("*")):
         if path.is_file():
@@ -274,7 +280,7 @@ def _convert(checkpoint: Checkpoint, parameters: int, moved: Callable[[str], Non
     sync(checkpoint.universal.parent)
 
 
-def _suit_every_stage(folder: Path) -> None:
+def normalize_universal_checkpoint(folder: Path) -> None:
     """What DeepSpeed looks for besides weights and moments has other names under ZeRO 3 than under ZeRO 1 and 2."""
     found, *others = sorted(folder.glob("*model_states.pt"))
     for name in MODEL_STATES - {found.name}:
@@ -310,7 +316,7 @@ def restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, universal
         universal: From what `convert` made of it, into an engine that was built for that.
     """
     path = checkpoint.universal if universal else checkpoint.path
-    settings = Settings(engine)
+    settings = LaunchOptions(engine)
     loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
     if loaded is None:
         raise RuntimeError(f"DeepSpeed could not load the checkpoint {path}")
@@ -326,7 +332,7 @@ def restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, universal
         restore_random_states(checkpoint.path, dist.get_rank())
 
 
-class Settings:
+class LaunchOptions:
     """What the config says of a fresh engine's optimizer, which DeepSpeed's loading replaces by the checkpoint's."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:

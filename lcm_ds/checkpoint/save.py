@@ -136,9 +136,9 @@ class Saver:
     def _complete(self, step: int, files: dict[str, Any]) -> None:
         partial, final = self._partial(step), self._final(step)
         write_whole(partial / "COMPLETE", json.dumps({"files": files}, indent=1))
-        damage = Checkpoint(partial, step).damage()
-        if damage:  # of another rank's: a folder that not all hosts share
-            raise OSError(f"{partial}: {damage}")
+        integrity_error = Checkpoint(partial, step).integrity_error()
+        if integrity_error:  # of another rank's: a folder that not all hosts share
+            raise OSError(f"{partial}: {integrity_error}")
         for former in (final, Checkpoint(final, step).universal):
             shutil.rmtree(former, ignore_errors=True)
         os.rename(partial, final)

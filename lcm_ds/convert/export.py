@@ -86,14 +86,14 @@ def export(
     above which the weights are cut into several files. The folder is whole or not there. Raises InputError where there
     is no such run or checkpoint, `output` is a file or a folder that is not empty, and for a size that is none.
     """
-    mistakes = Collector()
+    errors = Collector()
     if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|KiB|MiB|GiB)", max_shard_size):
-        mistakes.mistakes.append(f"--max-shard-size {max_shard_size}: has to be a whole number and a unit, as in 5GB")
-    with mistakes:
+        errors.errors.append(f"--max-shard-size {max_shard_size}: has to be a whole number and a unit, as in 5GB")
+    with errors:
         check_new(output)
-    with mistakes:
+    with errors:
         find(run_dir, step)
-    mistakes.raise_if_any()
+    errors.raise_if_any()
     model, config, step = load_model(run_dir, step)
     model.to(getattr(torch, dtype))
     datasets = [_dataset_at(source.path, config) for source in config.data.train]

@@ -36,15 +36,15 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def check_names(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], origin: Any, kind: str) -> None:
     """Raise InputError with a line for every weight that a model of `kind` lacks, does not know, or has otherwise."""
-    mistakes = [f"{origin}: {name} is missing" for name in expected.keys() - weights.keys()]
-    mistakes += [f"{origin}: {name}: unknown to {kind}" for name in weights.keys() - expected.keys()]
-    mistakes += [
+    errors = [f"{origin}: {name} is missing" for name in expected.keys() - weights.keys()]
+    errors += [f"{origin}: {name}: unknown to {kind}" for name in weights.keys() - expected.keys()]
+    errors += [
         f"{origin}: {name} has shape {list(tensor.shape)}, {list(expected[name].shape)} fits the others"
         for name, tensor in weights.items()
         if name in expected and tensor.shape != expected[name].shape
     ]
-    if mistakes:
-        raise InputError(sorted(mistakes))
+    if errors:
+        raise InputError(sorted(errors))
 
 
 def number_in(header: Mapping[str, str], key: str, kind: type, default: Any, origin: Any) -> Any:

@@ -16,7 +16,7 @@ from lcm_ds.convert.fairseq2 import check_names, number_in, read_checkpoint
 from lcm_ds.encoders.base import unreachable
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import check_new, new_folder
-from lcm_ds.terminal import quiet
+from lcm_ds.terminal import silence_transformers
 
 # fairseq2's names → transformers', within the encoder or the decoder
 RENAMED = (
@@ -62,21 +62,21 @@ def import_sonar(
     `output` is whole or not there. Raises InputError with every mistake, for files that are no such checkpoints, and
     for a tokenizer of another vocabulary.
     """
-    mistakes = Collector()
-    with mistakes:
+    errors = Collector()
+    with errors:
         check_new(output)
     models: dict[str, Any] = {}
     for part, path in (("encoder", encoder), ("decoder", decoder)):
-        with mistakes:
+        with errors:
             models[part] = _model(part, Path(path), heads)
     tokens = None
     if tokenizer is not None:
-        with mistakes:
+        with errors:
             tokens = _tokenizer(tokenizer)
             for part, model in models.items():
                 _check_vocabulary(tokens, tokenizer, model.config.vocab_size, part)
-    mistakes.raise_if_any()
-    with new_folder(output) as folder, quiet():
+    errors.raise_if_any()
+    with new_folder(output) as folder, silence_transformers():
         for part, path in (("encoder", encoder), ("decoder", decoder)):
             models[part].save_pretrained(folder / part)
             if tokens is not None:

@@ -99,7 +99,7 @@ class Supervised(Schema):
     source_suffix: str | None = None  # the sentence that ends every source
 
 
-class Steps(Schema):
+class QuantParams(Schema):
     """How concepts are stored in 8 bits: see lcm_ds.data.quantization."""
 
     center: list[float]  # [embed_dim], raw space
@@ -115,7 +115,7 @@ class DatasetInfo(Schema):
     threads: int | None = Field(None, gt=0)
     embed_dim: int = Field(gt=0)
     dtype: Literal["float16", "float32", "bfloat16", "int8"]  # of the numbers in the shards; bfloat16 lies in uint16
-    quantization: Steps | None = None  # what int8 stands for
+    quantization: QuantParams | None = None  # what int8 stands for
     extension: str = "npy"  # of the members that hold concepts
     # where sentences are, if anywhere: EXTENSION:FIELD of a JSON object, or EXTENSION of a text with one a line
     texts: str = "json:sentences"
@@ -169,14 +169,14 @@ class Dataset:
         """Where shard `index` is: a path or a URL."""
         return remote.join(self.path, self.shards[index].name)
 
-    def is_elsewhere(self, index: int) -> bool:
+    def is_remote(self, index: int) -> bool:
         """Whether shard `index` is not on this machine."""
         return remote.is_remote(self.place(index))
 
     @cached_property
     def any_elsewhere(self) -> bool:
         """Whether some of its shards are not on this machine."""
-        return any(self.is_elsewhere(index) for index in range(len(self.shards)))
+        return any(self.is_remote(index) for index in range(len(self.shards)))
 
     def open_file(self, index: int, stopped: Event | None = None) -> OpenFile:
         """The file of shard `index` on this machine; one that is elsewhere is fetched.
@@ -194,7 +194,7 @@ class Dataset:
 
     def open_file_ahead(self, index: int, stopped: Event) -> OpenFile | None:
         """As `open_file`, before the shard is used; None where there is no room now, or another is fetching it."""
-        if not self.is_elsewhere(index):
+        if not self.is_remote(index):
             return self.open_file(index)
         shard = self.shards[index]
         assert self.cache is not None
@@ -217,30 +217,30 @@ def open_dataset(
     """
     folder = str(path)
     text = _read_info(folder)
-    mistakes = Collector()
+    errors = Collector()
     info: DatasetInfo | None = None
-    with mistakes:
+    with errors:
         info = _parse_info(text, remote.join(folder, DATASET))
     shards: list[ShardInfo] = []
-    with mistakes:
+    with errors:
         shards = read_shards(folder)
         if cache is None and any(remote.is_remote(remote.join(folder, shard.name)) for shard in shards):
-            mistakes.mistakes.append(
+            errors.errors.append(
                 f"{folder}: has shards that are not on this machine: data.cache_dir has to name a folder to keep them"
             )
         if sizes and not skip_bad:
-            mistakes.mistakes.extend(_missing_shards(folder, shards))
+            errors.errors.extend(_missing_shards(folder, shards))
         if info is not None and info.totals != (found := Totals.of(shards)):
             raise InputError(f"{folder}: {DATASET} counts {info.totals}, the lines of {SHARDS} add up to {found}")
         if not any(shard.concepts for shard in shards):
             raise InputError(f"{folder}: holds no concepts")
-    with mistakes:
+    with errors:
         center, _ = read_normalizer(folder)
         if info is not None and len(center) != info.embed_dim:
             raise InputError(
                 f"{folder}: {NORMALIZER} has {len(center)} dimensions, {DATASET} says embed_dim {info.embed_dim}"
             )
-    mistakes.raise_if_any()
+    errors.raise_if_any()
     assert info is not None
     return Dataset(folder, info, tuple(shards), cache, checksums, skip_bad)
 
@@ -274,21 +274,21 @@ def read_shards(folder: str | Path) -> list[ShardInfo]:
     """
     path = remote.join(str(folder), SHARDS)
     lines = (remote.read_bytes(path) or b"").split(b"\n")[:-1]
-    mistakes, shards = [], {}
+    errors, shards = [], {}
     for number, line in enumerate(lines, start=1):
         try:
             shard = _SHARD_INFO.validate_json(line)
         except ValidationError as error:
             reasons = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
-            mistakes.append(f"{path}, line {number}: {reasons}")
+            errors.append(f"{path}, line {number}: {reasons}")
             continue
         if wrong := shard.mistake():
-            mistakes.append(f"{path}, line {number}: {wrong}")
+            errors.append(f"{path}, line {number}: {wrong}")
         if shard.name in shards:
-            mistakes.append(f"{path}, line {number}: {shard.name} is listed twice")
+            errors.append(f"{path}, line {number}: {shard.name} is listed twice")
         shards[shard.name] = shard
-    if mistakes:
-        raise InputError(mistakes)
+    if errors:
+        raise InputError(errors)
     return [shards[name] for name in sorted(shards)]
 
 

@@ -27,10 +27,10 @@ from lcm_ds.data.buffers import Buffers
 from lcm_ds.data.format import Dataset
 from lcm_ds.data.plan import Piece, Plan, document_order
 from lcm_ds.data.remote.fetch import Stopped
-from lcm_ds.data.rows import Row, Segment, ShardInOrder, blank, cut, fill
-from lcm_ds.data.shard import Shard, look_ahead, open_shard
+from lcm_ds.data.rows import Row, Segment, ShuffledShard, blank, cut, fill
+from lcm_ds.data.shard import Shard, open_shard, prefetch
 from lcm_ds.data.supervised import longest_segment, source_of
-from lcm_ds.errors import InputError, Unavailable
+from lcm_ds.errors import InputError, TransientError
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ class Loader:
         )
         self._ahead = max(2 * workers + 2, self.micro_batches)
         self._pool = ThreadPoolExecutor(workers, "lcm-ds-loader") if workers else None
-        self._looking = _LookingAhead(datasets, plan, self.lanes, workers, self._stopped)
+        self._looking = ShardPrefetcher(datasets, plan, self.lanes, workers, self._stopped)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._pool is None:
@@ -255,7 +255,7 @@ def trace(
 def _trace_row(rows: _Rows, step: int, lane: int) -> list[TraceLine]:
     lines: list[TraceLine] = []
     for piece in rows.plan.pieces(step, lane):
-        with rows.leaving_out(piece):
+        with rows.skipping(piece):
             lines += [
                 _trace_line(lane, number, rows.datasets[piece.source].path, segment)
                 for number, segment in enumerate(rows.segments(piece), start=len(lines))
@@ -297,14 +297,16 @@ class _Rows:
         elsewhere = any(dataset.any_elsewhere for dataset in datasets)
         self._most = _open_files(least, least if elsewhere else max(most, FEWEST_OPEN))
         # Futures, so that a thread that needs a shard waits for the one that is opening it, and for no other.
-        self._open: OrderedDict[tuple[int, int, int], Future[ShardInOrder]] = OrderedDict()
+        self._open: OrderedDict[tuple[int, int, int], Future[ShuffledShard]] = OrderedDict()
         # The same shards by (source, shard): the next epoch of a small dataset finds them open.
         self._shards: WeakValueDictionary[tuple[int, int], Shard] = WeakValueDictionary()
         self._lock = Lock()
         self._stopped = stopped
         self._tried = set[tuple[int, int]]()
         self._left_out: dict[tuple[int, int], InputError] = {}
-        self._away: dict[tuple[int, int], tuple[float, Unavailable]] = {}  # until when it is not tried again, and why
+        self._away: dict[
+            tuple[int, int], tuple[float, TransientError]
+        ] = {}  # until when it is not tried again, and why
         self._supervised = any(dataset.info.supervised is not None for dataset in datasets)
         # Documents before each shard of a dataset.
         self._before = [[*accumulate((s.documents for s in d.shards), initial=0)] for d in datasets]
@@ -330,7 +332,7 @@ class _Rows:
         filled = number = missing = 0
         for piece in pieces:
             part = row.part(slice(filled, filled := filled + piece.stop - piece.start))
-            with self.leaving_out(piece) as left_out:
+            with self.skipping(piece) as left_out:
                 number = fill(self.segments(piece), part, number)
                 if part.origins is not None:
                     part.origins[:, 0] += self._before[piece.source][piece.shard]
@@ -345,7 +347,7 @@ class _Rows:
         return cut(self._in_order(piece), piece.start, piece.stop, self._longest[piece.source])
 
     @contextmanager
-    def leaving_out(self, piece: Piece) -> Iterator[list[InputError]]:
+    def skipping(self, piece: Piece) -> Iterator[list[InputError]]:
         """What cannot be read of the piece's shard is noted, and in the list that is yielded.
 
         Raised all the same where its dataset does not skip bad shards, or too many of them are.
@@ -357,12 +359,12 @@ class _Rows:
             self._leave_out(piece, error)
             left_out.append(error)
 
-    def _in_order(self, piece: Piece) -> ShardInOrder:
+    def _in_order(self, piece: Piece) -> ShuffledShard:
         """A shard in the order of an epoch; the one that nobody has used for longest is closed before it is opened."""
         key = (piece.source, piece.epoch, piece.shard)
         with self._lock:
             future = self._open.get(key)
-            if future is not None and future.done() and isinstance(future.exception(), Unavailable):
+            if future is not None and future.done() and isinstance(future.exception(), TransientError):
                 future = None
             if opener := future is None:
                 if len(self._open) >= self._most:
@@ -375,7 +377,7 @@ class _Rows:
             try:
                 shard = self._shard(piece.source, piece.shard)
                 order = document_order(self.plan.seed, piece.epoch, piece.source, piece.shard, len(shard))
-                future.set_result(ShardInOrder.of(shard, order))
+                future.set_result(ShuffledShard.of(shard, order))
             except BaseException as error:
                 future.set_exception(error)
         return future.result()
@@ -396,7 +398,7 @@ class _Rows:
         if found is None:
             try:
                 found = open_shard(self.datasets[source], shard, self._stopped)
-            except Unavailable as error:
+            except TransientError as error:
                 self._away[source, shard] = time.monotonic() + AGAIN_SECONDS, error
                 raise
             with self._lock:
@@ -413,14 +415,14 @@ class _Rows:
         with self._lock:
             before, self._left_out[key] = self._left_out.get(key), error
             bad, tried = len(self._left_out), len(self._tried)
-        if before is not None and isinstance(before, Unavailable) == isinstance(error, Unavailable):
+        if before is not None and isinstance(before, TransientError) == isinstance(error, TransientError):
             return
         if bad > max(1, MOST_BAD * tried):
             raise type(error)(
-                [*error.mistakes, f"{bad} of {tried} shards could not be read: too many to leave out (on_bad_shard)"]
+                [*error.errors, f"{bad} of {tried} shards could not be read: too many to leave out (on_bad_shard)"]
             ) from error
-        for line in error.mistakes:
-            logger.error("left out for now: %s" if isinstance(error, Unavailable) else "left out: %s", line)
+        for line in error.errors:
+            logger.error("left out for now: %s" if isinstance(error, TransientError) else "left out: %s", line)
 
 
 def _open_files(least: int, most: int) -> int:
@@ -442,7 +444,7 @@ def _open_files(least: int, most: int) -> int:
     return min(most, soft // 2)
 
 
-class _LookingAhead:
+class ShardPrefetcher:
     """Makes the coming shards of lanes ready: fetched where they are elsewhere, and their checksums compared."""
 
     def __init__(self, datasets: Sequence[Dataset], plan: Plan, lanes: range, workers: int, stopped: Event) -> None:
@@ -466,7 +468,7 @@ class _LookingAhead:
         with suppress(InputError, Stopped):
             if shard not in self._asked[lane] or self._stopped.is_set():  # the lane is past it
                 return
-            if not look_ahead(self.datasets[self.plan.source_of(lane)], shard, self._stopped):
+            if not prefetch(self.datasets[self.plan.source_of(lane)], shard, self._stopped):
                 self._again.add((lane, shard))
 
     def close(self) -> None:

@@ -78,7 +78,7 @@ class Plan:
         epochs: int | None = None,
     ) -> None:
         self.seed, self.rows_per_step, self.row_length, self.epochs = seed, rows_per_step, row_length, epochs
-        self.lanes_per_source = share_lanes([source.weight for source in sources], rows_per_step)
+        self.lanes_per_source = allocate_lanes([source.weight for source in sources], rows_per_step)
         self._streams = [
             _Stream(number, source, lanes, seed, epochs, row_length)
             for number, (source, lanes) in enumerate(zip(sources, self.lanes_per_source, strict=True))
@@ -128,7 +128,7 @@ class Plan:
         return sum(int(stream.sizes(0).sum()) for stream in self._streams)
 
 
-def share_lanes(weights: Sequence[float], lanes: int) -> list[int]:
+def allocate_lanes(weights: Sequence[float], lanes: int) -> list[int]:
     """`lanes` shared out in proportion to `weights`: whole parts, then by largest remainder (first of equals).
 
     Raises InputError where a weight is so small that it gets none.
@@ -328,12 +328,12 @@ class _Stream:
             return
         with self._extending:
             while len(self._epochs) != self.limit and (stop is None or self._lane_ends[-1][lane] < stop):
-                epoch, lane_ends = self._hand_out(len(self._epochs), self._lane_ends[-1])
+                epoch, lane_ends = self._assign_shards(len(self._epochs), self._lane_ends[-1])
                 # In this order: a reader without the lock sees an end only with the epoch that reaches it.
                 self._epochs.append(epoch)
                 self._lane_ends.append(lane_ends)
 
-    def _hand_out(self, number: int, lane_ends: list[int]) -> tuple[Epoch, list[int]]:
+    def _assign_shards(self, number: int, lane_ends: list[int]) -> tuple[Epoch, list[int]]:
         """An epoch's shards, permuted, each to the lane that is the shortest so far (the lowest of equals)."""
         order = _permutation(f"shards/{self.seed}/{number}/{self.number}", len(self.concepts))
         heap = [(end, lane) for lane, end in enumerate(lane_ends)]

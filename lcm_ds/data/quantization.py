@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import numpy as np
 
-REACH = 8.0  # standard deviations; what lies beyond is cut off there
+CLIP_SIGMA = 8.0  # standard deviations; what lies beyond is cut off there
 STEPS = 127
 
 
@@ -30,7 +30,7 @@ class Quantization:
     @classmethod
     def of(cls, center: np.ndarray, scale: np.ndarray) -> Quantization:
         """From a normaliser's numbers, [embed_dim] each."""
-        return cls(np.asarray(center, np.float32), np.asarray(scale, np.float32) * np.float32(REACH / STEPS))
+        return cls(np.asarray(center, np.float32), np.asarray(scale, np.float32) * np.float32(CLIP_SIGMA / STEPS))
 
     def encode(self, concepts: np.ndarray) -> np.ndarray:
         """int8 [n, embed_dim] of finite concepts [n, embed_dim], raw space."""

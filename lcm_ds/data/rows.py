@@ -20,7 +20,7 @@ class Segment(NamedTuple):
     stop: int
 
 
-class ShardInOrder(NamedTuple):
+class ShuffledShard(NamedTuple):
     """A shard with its documents in the order in which an epoch reads them."""
 
     shard: Shard
@@ -28,12 +28,12 @@ class ShardInOrder(NamedTuple):
     ends: list[int]  # concepts up to the end of documents[i], in that order
 
     @classmethod
-    def of(cls, shard: Shard, order: np.ndarray) -> ShardInOrder:
+    def of(cls, shard: Shard, order: np.ndarray) -> ShuffledShard:
         """`order`: int64 [documents], as lcm_ds.data.plan.document_order gives it."""
         return cls(shard, order.tolist(), np.cumsum(shard.lengths[order]).tolist())
 
 
-def cut(read: ShardInOrder, start: int, stop: int, max_segment: int) -> Iterator[Segment]:
+def cut(read: ShuffledShard, start: int, stop: int, max_segment: int) -> Iterator[Segment]:
     """Segments of the concepts `start` to `stop` of a shard, counted in the order in which it is read.
 
     A document longer than max_segment is wrapped: cut at multiples of max_segment counted from its first concept,

@@ -280,9 +280,9 @@ def open_shard(dataset: Dataset, index: int, stopped: Event | None = None) -> Sh
     info, listed = dataset.info, dataset.shards[index]
     file = dataset.open_file(index, stopped)
     sha256 = _checksum(file) if dataset.checksums else listed.sha256
-    if sha256 != listed.sha256 and dataset.is_elsewhere(index):  # it has changed since it came
+    if sha256 != listed.sha256 and dataset.is_remote(index):  # it has changed since it came
         assert dataset.cache is not None
-        dataset.cache.forget(file)
+        dataset.cache.invalidate(file)
         file = dataset.open_file(index, stopped)
         sha256 = _checksum(file)
     supervised = info.supervised is not None
@@ -293,7 +293,7 @@ def open_shard(dataset: Dataset, index: int, stopped: Event | None = None) -> Sh
     return shard
 
 
-def look_ahead(dataset: Dataset, index: int, stopped: Event) -> bool:
+def prefetch(dataset: Dataset, index: int, stopped: Event) -> bool:
     """Do what takes long about opening a shard, and keep nothing open: fetch it, compare its checksum, have it read.
 
     stopped: as of `open_shard`. False where that could not be done now. Raises InputError.
@@ -322,17 +322,17 @@ def verify(dataset: Dataset, threads: int = 4) -> Iterator[list[str]]:
     """
 
     def check(index: int) -> list[str]:
-        mistakes = Collector()
-        with mistakes, _keeping_nothing(replace(dataset, checksums=False)) as passing:
+        errors = Collector()
+        with errors, _keeping_nothing(replace(dataset, checksums=False)) as passing:
             shard = open_shard(passing, index)
-            with mistakes:
+            with errors:
                 _compare(shard, _hashed(shard.file), dataset.shards[index])
             for document in range(len(shard)):
-                with mistakes:
+                with errors:
                     shard.meta(document)
-            if not mistakes.mistakes:
+            if not errors.errors:
                 shard.given  # noqa: B018 (raises where it is not what is listed)
-        return mistakes.mistakes
+        return errors.errors
 
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(check, range(len(dataset.shards)))

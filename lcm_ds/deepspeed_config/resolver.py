@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # deepspeed takes seconds to import: only `check` and `resolve` do, and only when they are called.
 
 # Where "auto" may stand: what the run's YAML says …
-OWNED = (
+FILLED_FROM_YAML = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
@@ -35,7 +35,7 @@ OWNED = (
     "optimizer.params.weight_decay",
 )
 # … and what follows from the model's width, as in the Hugging Face Trainer: factors of hidden_size² and hidden_size.
-WIDTH = {
+FILLED_FROM_HIDDEN_SIZE = {
     "zero_optimization.reduce_bucket_size": lambda width: width * width,
     "zero_optimization.stage3_prefetch_bucket_size": lambda width: width * width * 9 // 10,
     "zero_optimization.stage3_param_persistence_threshold": lambda width: width * 10,
@@ -85,16 +85,16 @@ def read(value: str | dict[str, Any], config_path: Path | None = None) -> dict[s
 
 def _parse(path: Path, origin: str) -> dict[str, Any]:
     """A JSON file as a mapping; no key twice, no NaN."""
-    mistakes: list[str] = []
+    errors: list[str] = []
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
         keys = [key for key, _ in pairs]
-        mistakes.extend(f"{origin}: {key}: stands twice in one block" for key in mapping if keys.count(key) > 1)
+        errors.extend(f"{origin}: {key}: stands twice in one block" for key in mapping if keys.count(key) > 1)
         return mapping
 
     def no_number(text: str) -> None:
-        mistakes.append(f"{origin}: {text}: is no JSON number")
+        errors.append(f"{origin}: {text}: is no JSON number")
 
     try:
         text = path.read_text(encoding="utf-8")
@@ -104,9 +104,9 @@ def _parse(path: Path, origin: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{origin}: cannot be read: {error}") from None
     if not isinstance(mapping, dict):
-        mistakes.append(f"{origin}: has to be a JSON object, not a {type(mapping).__name__}")
-    if mistakes:
-        raise InputError(mistakes)
+        errors.append(f"{origin}: has to be a JSON object, not a {type(mapping).__name__}")
+    if errors:
+        raise InputError(errors)
     assert isinstance(mapping, dict)
     return mapping
 
@@ -123,28 +123,28 @@ def check(mapping: dict[str, Any], origin: str | Path) -> None:
 
     from lcm_ds.deepspeed_config.schema import REFUSED, DeepSpeedJson
 
-    mistakes: list[str] = []
+    errors: list[str] = []
     rest = copy.deepcopy(mapping)
     for key, value in list(_leaves_and_blocks(mapping)):
         dotted = ".".join(key)
         if dotted in REFUSED:
-            mistakes.append(f"{dotted}: {REFUSED[dotted]}")
+            errors.append(f"{dotted}: {REFUSED[dotted]}")
             _take_out(rest, key)
         elif value == "auto":
-            if dotted in OWNED or dotted in WIDTH:
+            if dotted in FILLED_FROM_YAML or dotted in FILLED_FROM_HIDDEN_SIZE:
                 _take_out(rest, key)
             elif dotted != "data_types.keep_in_fp32_modules" and "zenflow" not in key:
-                mistakes.append(f'{dotted}: "auto" cannot be filled in here: give a value or leave it out')
+                errors.append(f'{dotted}: "auto" cannot be filled in here: give a value or leave it out')
                 _take_out(rest, key)
     try:
         DeepSpeedJson.model_validate(rest)
     except ValidationError as error:
-        mistakes.extend(_mistake(DeepSpeedJson, item) for item in error.errors())
-    mistakes.extend(_optimizer_mistakes(rest))
-    told = {mistake.split(": ")[0] for mistake in mistakes}
-    mistakes.extend(mistake for mistake in _combinations(rest) if mistake.split(": ")[0] not in told)
-    if mistakes:
-        raise InputError([f"{origin}: {mistake}" for mistake in mistakes])
+        errors.extend(_mistake(DeepSpeedJson, item) for item in error.errors())
+    errors.extend(_optimizer_mistakes(rest))
+    told = {mistake.split(": ")[0] for mistake in errors}
+    errors.extend(mistake for mistake in _combinations(rest) if mistake.split(": ")[0] not in told)
+    if errors:
+        raise InputError([f"{origin}: {mistake}" for mistake in errors])
 
 
 def _optimizer_mistakes(mapping: dict[str, Any]) -> Iterator[str]:
@@ -238,7 +238,7 @@ def resolve(
     from lcm_ds.deepspeed_config.schema import optimizer_params
 
     resolved = copy.deepcopy(mapping)
-    mistakes = Collector()
+    errors = Collector()
     batch, optim = config.batch, config.optim
     said: dict[str, tuple[Any, str]] = {
         "train_batch_size": (batch.rows_per_step, "batch.rows_per_step"),
@@ -249,7 +249,7 @@ def resolve(
         "optimizer.params.eps": (optim.eps, "optim.eps"),
         "optimizer.params.weight_decay": (optim.weight_decay, "optim.weight_decay"),
     }
-    with mistakes:
+    with errors:
         steps = accumulation_steps(batch.rows_per_step, batch.micro_batch_rows, world_size, config_path)
         said["gradient_accumulation_steps"] = steps, f"rows_per_step / ({world_size} ranks * micro_batch_rows)"
     optimizer = resolved.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
@@ -263,22 +263,22 @@ def resolve(
             block.pop(key, None)  # "auto", of an optimizer that does not take it
             continue
         if block.get(key, "auto") != "auto" and block[key] != value:
-            mistakes.mistakes.append(
+            errors.errors.append(
                 f"{origin}: {dotted}: {block[key]!r} contradicts {yaml_key} = {value!r} of {config_path}; "
                 'write "auto" in the JSON'
             )
         block[key] = value
     if optimizer["type"].lower() == "muon" and optim.max_grad_norm:
-        mistakes.mistakes.append(f"{config_path}: optim.max_grad_norm: {optim.max_grad_norm}: {MUON_CLIPS}")
-    for dotted, from_width in WIDTH.items():
+        errors.errors.append(f"{config_path}: optim.max_grad_norm: {optim.max_grad_norm}: {MUON_CLIPS}")
+    for dotted, from_width in FILLED_FROM_HIDDEN_SIZE.items():
         *path, key = dotted.split(".")
         block = _block(resolved, *path)
         if block.get(key) == "auto":
             block.pop(key)
             if hidden_size is not None:
                 block[key] = from_width(hidden_size)
-    mistakes.raise_if_any()
-    _last_word(resolved, origin)
+    errors.raise_if_any()
+    _validate_with_deepspeed(resolved, origin)
     return resolved
 
 
@@ -343,7 +343,7 @@ def shuffles_parameters(mapping: dict[str, Any]) -> bool:
 def without_owned(mapping: dict[str, Any]) -> dict[str, Any]:
     """A copy of a resolved JSON without what the run's YAML owns."""
     rest = copy.deepcopy(mapping)
-    for dotted in OWNED:
+    for dotted in FILLED_FROM_YAML:
         _take_out(rest, tuple(dotted.split(".")))
     return rest
 
@@ -357,27 +357,27 @@ def check_device(mapping: dict[str, Any], origin: str | Path) -> None:
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator()
-    mistakes = []
+    errors = []
     supported = {"float16": device.is_fp16_supported, "bfloat16": device.is_bf16_supported}
     kind = precision(mapping)
     if kind in supported and not supported[kind]():
         other = "fp32" if kind == "bfloat16" else "bf16 or fp32"
-        mistakes.append(f"DeepSpeed has no {kind} on this device ({device.device_name()}); use {other}")
+        errors.append(f"DeepSpeed has no {kind} on this device ({device.device_name()}); use {other}")
     zero = _block(mapping, "zero_optimization")
     for key in ("offload_optimizer", "offload_param"):
         on_disk = _block(zero, key).get("device") == "nvme"
         if on_disk and not device.create_op_builder("AsyncIOBuilder").is_compatible(verbose=False):
-            mistakes.append(f"zero_optimization.{key}.device: 'nvme' needs libaio with its headers (libaio-dev)")
+            errors.append(f"zero_optimization.{key}.device: 'nvme' needs libaio with its headers (libaio-dev)")
     for key in ("zero_quantized_weights", "zero_quantized_gradients"):
         if zero.get(key) and type(device.create_op_builder("QuantizerBuilder")).__name__ == "NotImplementedBuilder":
-            mistakes.append(
+            errors.append(
                 f"zero_optimization.{key}: DeepSpeed has no kernels for it on this device ({device.device_name()})"
             )
-    if mistakes:
-        raise InputError([f"{origin}: {mistake}" for mistake in mistakes])
+    if errors:
+        raise InputError([f"{origin}: {mistake}" for mistake in errors])
 
 
-def _last_word(resolved: dict[str, Any], origin: str | Path) -> None:
+def _validate_with_deepspeed(resolved: dict[str, Any], origin: str | Path) -> None:
     """DeepSpeed's own reading of the resolved JSON, for what it asserts across blocks."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.utils import logger

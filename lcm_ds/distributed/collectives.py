@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lcm_ds.distributed.environment import Place
+from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.distributed.rendezvous import meet
 
 T = TypeVar("T")
@@ -30,8 +30,8 @@ def from_first(value: T) -> T:
 class Ranks:
     """All of them together; one alone needs no others. Inside a `with`, all call the same methods in the same order."""
 
-    def __init__(self, place: Place | None = None) -> None:
-        self.place = place or Place(0, 1, 0, 1, "127.0.0.1", 0)
+    def __init__(self, place: DistEnv | None = None) -> None:
+        self.place = place or DistEnv(0, 1, 0, 1, "127.0.0.1", 0)
         self.rank, self.size = self.place.rank, self.place.world_size
         if torch.cuda.is_available():
             # Under srun --gpus-per-task=1 each process sees one device, whatever its local rank.

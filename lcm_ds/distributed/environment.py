@@ -13,8 +13,8 @@ import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from lcm_ds.errors import CannotGoOn, InputError
-from lcm_ds.processes import end_with_parent
+from lcm_ds.errors import InputError, RunFailedError
+from lcm_ds.processes import exit_with_parent
 
 DEFAULT_PORT = 29500  # torch.distributed's and DeepSpeed's
 QUIET_PORTS = (20_000, 29_000)  # below Linux's net.ipv4.ip_local_port_range, and DEFAULT_PORT
@@ -22,7 +22,7 @@ LEAVE_BEHIND = ("OMPI_COMM_WORLD_RANK", "TORCHELASTIC_RUN_ID")  # what mpirun an
 
 
 @dataclass(frozen=True)
-class Place:
+class DistEnv:
     """One process of a run."""
 
     rank: int
@@ -52,7 +52,7 @@ def _of_torchrun(name: str) -> bool:
     return name.startswith("TORCHELASTIC_")
 
 
-def read_place(environ: Mapping[str, str]) -> Place:
+def detect_environment(environ: Mapping[str, str]) -> DistEnv:
     """This process's place.
 
     Raises InputError where variables are missing, are no numbers, or contradict one another.
@@ -61,25 +61,25 @@ def read_place(environ: Mapping[str, str]) -> Place:
     place = outer = _place_given_by_scheduler(scheduled)
     if "RANK" in environ or "WORLD_SIZE" in environ:
         place = _from_rank(numbers)
-        if outer is not None and not scheduled.mistakes:
-            _check_within(place, outer, numbers.mistakes)
+        if outer is not None and not scheduled.errors:
+            _check_within(place, outer, numbers.errors)
     else:
         numbers = scheduled
     if place is None:
-        return Place(0, 1, 0, 1, "127.0.0.1", free_port())
-    _check_ranges(place, numbers.mistakes)
-    if numbers.mistakes:
-        raise InputError(numbers.mistakes)
+        return DistEnv(0, 1, 0, 1, "127.0.0.1", free_port())
+    _check_ranges(place, numbers.errors)
+    if numbers.errors:
+        raise InputError(numbers.errors)
     return place
 
 
-def end_with_launcher(environ: Mapping[str, str]) -> None:
+def exit_with_launcher(environ: Mapping[str, str]) -> None:
     """Where mpirun or torchrun started this process: end it with them, however they end.
 
     torchrun that is killed leaves its workers at work; so does Open MPI 4.1's mpirun at a SIGTERM on a busy host.
     """
     if any(name in environ for name in LEAVE_BEHIND):
-        end_with_parent()
+        exit_with_parent()
 
 
 def free_port() -> int:
@@ -91,7 +91,7 @@ def free_port() -> int:
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind(("", port))
             return port
-    raise CannotGoOn(f"no free port of this host among 100 from {QUIET_PORTS[0]} to {QUIET_PORTS[1]}")
+    raise RunFailedError(f"no free port of this host among 100 from {QUIET_PORTS[0]} to {QUIET_PORTS[1]}")
 
 
 def first_host(nodelist: str) -> str:
@@ -116,23 +116,23 @@ class _Numbers:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.environ = environ
-        self.mistakes: list[str] = []
+        self.errors: list[str] = []
 
     def __call__(self, name: str, default: int | Callable[[], int] | None = None) -> int:
         """The number in variable `name`; a missing one without a default, or one that is no number, is a mistake."""
         text = self.environ.get(name)
         if text is None:
             if default is None:
-                self.mistakes.append(f"environment: {name} is missing")
+                self.errors.append(f"environment: {name} is missing")
                 return 0
             return default() if callable(default) else default
         if not re.fullmatch(r"\d+", text.strip()):
-            self.mistakes.append(f"environment: {name}={text!r}: has to be a whole number from 0")
+            self.errors.append(f"environment: {name}={text!r}: has to be a whole number from 0")
             return 0
         return int(text)
 
 
-def _from_rank(numbers: _Numbers) -> Place:
+def _from_rank(numbers: _Numbers) -> DistEnv:
     environ = numbers.environ
     rank, world_size = numbers("RANK"), numbers("WORLD_SIZE")
     # A PyTorchJob starts one process in each pod, and says nothing of local ranks.
@@ -140,8 +140,8 @@ def _from_rank(numbers: _Numbers) -> Place:
     local_size = numbers("LOCAL_SIZE", world_size if "LOCAL_RANK" in environ else 1)  # DeepSpeed's name for it
     alone = world_size <= 1
     if not alone and "MASTER_ADDR" not in environ:
-        numbers.mistakes.append("environment: MASTER_ADDR is missing: the host of rank 0")
-    return Place(
+        numbers.errors.append("environment: MASTER_ADDR is missing: the host of rank 0")
+    return DistEnv(
         rank,
         world_size,
         local_rank,
@@ -151,7 +151,7 @@ def _from_rank(numbers: _Numbers) -> Place:
     )
 
 
-def _place_given_by_scheduler(numbers: _Numbers) -> Place | None:
+def _place_given_by_scheduler(numbers: _Numbers) -> DistEnv | None:
     environ = numbers.environ
     if "OMPI_COMM_WORLD_RANK" in environ:
         return _from_mpirun(numbers)
@@ -161,14 +161,14 @@ def _place_given_by_scheduler(numbers: _Numbers) -> Place | None:
     return None
 
 
-def _from_mpirun(numbers: _Numbers) -> Place:
+def _from_mpirun(numbers: _Numbers) -> DistEnv:
     environ = numbers.environ
     world_size = numbers("OMPI_COMM_WORLD_SIZE")
     local_size = numbers("OMPI_COMM_WORLD_LOCAL_SIZE", world_size)
     address = environ.get("MASTER_ADDR")
     if address is None and local_size < world_size:
-        numbers.mistakes.append("environment: MASTER_ADDR is missing: mpirun -x MASTER_ADDR=<host of rank 0>")
-    return Place(
+        numbers.errors.append("environment: MASTER_ADDR is missing: mpirun -x MASTER_ADDR=<host of rank 0>")
+    return DistEnv(
         numbers("OMPI_COMM_WORLD_RANK"),
         world_size,
         numbers("OMPI_COMM_WORLD_LOCAL_RANK", 0),
@@ -178,7 +178,7 @@ def _from_mpirun(numbers: _Numbers) -> Place:
     )
 
 
-def _from_srun(numbers: _Numbers) -> Place:
+def _from_srun(numbers: _Numbers) -> DistEnv:
     environ = numbers.environ
     world_size = numbers("SLURM_STEP_NUM_TASKS", lambda: numbers("SLURM_NTASKS"))
     local_rank = numbers("SLURM_LOCALID", 0)
@@ -187,9 +187,9 @@ def _from_srun(numbers: _Numbers) -> Place:
     if address is None:
         nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST"))
         if nodes is None and world_size > 1:
-            numbers.mistakes.append("environment: neither MASTER_ADDR nor SLURM_JOB_NODELIST says where rank 0 is")
+            numbers.errors.append("environment: neither MASTER_ADDR nor SLURM_JOB_NODELIST says where rank 0 is")
         address = first_host(nodes) if nodes is not None else "127.0.0.1"
-    return Place(
+    return DistEnv(
         numbers("SLURM_PROCID"),
         world_size,
         local_rank,
@@ -200,32 +200,30 @@ def _from_srun(numbers: _Numbers) -> Place:
     )
 
 
-def _check_within(place: Place, outer: Place, mistakes: list[str]) -> None:
+def _check_within(place: DistEnv, outer: DistEnv, errors: list[str]) -> None:
     """Under torchrun in tasks of mpirun or srun each task has at least one process.
 
     Fewer, or the same number in another order, are variables left over in a shell: every task would believe in them.
     """
     same = (place.rank, place.world_size) == (outer.rank, outer.world_size)
     if not same and place.world_size <= outer.world_size:
-        mistakes.append(
+        errors.append(
             f"environment: RANK={place.rank} and WORLD_SIZE={place.world_size} contradict the scheduler, for which "
             f"this is process {outer.rank} of {outer.world_size}; unset RANK and WORLD_SIZE"
         )
 
 
-def _check_ranges(place: Place, mistakes: list[str]) -> None:
-    if mistakes:
+def _check_ranges(place: DistEnv, errors: list[str]) -> None:
+    if errors:
         return  # the numbers are not those that were meant
     if place.world_size < 1:
-        mistakes.append(f"environment: the world size is {place.world_size}: has to be 1 or more")
+        errors.append(f"environment: the world size is {place.world_size}: has to be 1 or more")
     elif place.rank >= place.world_size:
-        mistakes.append(
-            f"environment: rank {place.rank} of {place.world_size}: ranks go from 0 to the world size less 1"
-        )
+        errors.append(f"environment: rank {place.rank} of {place.world_size}: ranks go from 0 to the world size less 1")
     elif place.local_rank >= place.local_world_size:
-        mistakes.append(
+        errors.append(
             f"environment: local rank {place.local_rank} of {place.local_world_size}: "
             "local ranks go from 0 to the local world size less 1"
         )
     if not 0 < place.master_port < 2**16:
-        mistakes.append(f"environment: MASTER_PORT={place.master_port}: has to be from 1 to 65535")
+        errors.append(f"environment: MASTER_PORT={place.master_port}: has to be from 1 to 65535")

@@ -16,8 +16,8 @@ from datetime import timedelta
 
 from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, Store, TCPStore
 
-from lcm_ds.distributed.environment import Place
-from lcm_ds.errors import Unavailable, first_line
+from lcm_ds.distributed.environment import DistEnv
+from lcm_ds.errors import TransientError, first_line
 
 logger = logging.getLogger("lcm_ds.train")
 
@@ -30,11 +30,11 @@ _LOOK_SECONDS_AT_MOST = 1.0  # at a port that nobody listens on: thousands of ra
 
 # Of rank 0; kept to the end of the process, for the others may come to its next meeting before it does.
 _servers: list[Store] = []
-_meetings: Counter[tuple[str, Place]] = Counter()  # of this process so far
+_meetings: Counter[tuple[str, DistEnv]] = Counter()  # of this process so far
 
 
 class Meeting:
-    """One process of several that look for one another. Raises Unavailable if rank 0 does not come, or ends.
+    """One process of several that look for one another. Raises TransientError if rank 0 does not come, or ends.
 
     Args:
         place: This process among them.
@@ -44,7 +44,7 @@ class Meeting:
         timeout: How long a value is waited for in `store`.
     """
 
-    def __init__(self, place: Place, purpose: str, timeout: timedelta = timedelta(seconds=PATIENCE_SECONDS)) -> None:
+    def __init__(self, place: DistEnv, purpose: str, timeout: timedelta = timedelta(seconds=PATIENCE_SECONDS)) -> None:
         self.place = place
         self._since = self._reminded = time.monotonic()
         prefix = f"lcm-ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{purpose}/{_meetings[purpose, place]}"
@@ -72,7 +72,7 @@ class Meeting:
         return False
 
     def check_patience(self) -> None:
-        """Raise Unavailable once somebody has been waited for too long."""
+        """Raise TransientError once somebody has been waited for too long."""
         if time.monotonic() - self._since >= PATIENCE_SECONDS and self.arrived() < self.place.world_size:
             raise self._too_late(self._absent())
 
@@ -86,8 +86,8 @@ class Meeting:
         told = f" (WORLD_SIZE={size} in the environment)" if "WORLD_SIZE" in os.environ else ""
         return f"rank{'s' * (len(ranks) > 1)} {some} of {size}{told}"
 
-    def _too_late(self, absent: str) -> Unavailable:
-        return Unavailable(f"{absent} did not come in {PATIENCE_SECONDS / 60:g} minutes; {_REMEDY}")
+    def _too_late(self, absent: str) -> TransientError:
+        return TransientError(f"{absent} did not come in {PATIENCE_SECONDS / 60:g} minutes; {_REMEDY}")
 
     def _open(self, timeout: timedelta) -> Store:
         place = self.place
@@ -109,7 +109,7 @@ class Meeting:
             )
         except DistNetworkError as error:
             where = f"{place.master_addr}:{place.master_port}"
-            raise Unavailable(f"MASTER_PORT: no store at {where}: {first_line(error)}") from None
+            raise TransientError(f"MASTER_PORT: no store at {where}: {first_line(error)}") from None
         store.set_timeout(timeout)
         if holds:
             _servers.append(store)
@@ -135,10 +135,10 @@ class Meeting:
             pause = min(2 * pause, _LOOK_SECONDS_AT_MOST)
 
 
-def meet(place: Place, purpose: str) -> Meeting | None:
+def meet(place: DistEnv, purpose: str) -> Meeting | None:
     """Wait until all processes of a job are there, before they join a process group: that would not say who is missing.
 
-    Returns None if there are no others. Raises Unavailable, in rank 0 with the ranks that did not come.
+    Returns None if there are no others. Raises TransientError, in rank 0 with the ranks that did not come.
     """
     if place.world_size == 1:
         return None
@@ -147,14 +147,14 @@ def meet(place: Place, purpose: str) -> Meeting | None:
         if place.rank > 0:
             meeting.store.wait([_MET], timedelta(seconds=PATIENCE_SECONDS + SECONDS_A_REMINDER))
             if meeting.store.get(_MET) != b"all":
-                raise Unavailable([])  # rank 0 says it
+                raise TransientError([])  # rank 0 says it
             return meeting
     except (DistStoreError, DistNetworkError):
         raise _no_answer(place) from None
     while not meeting.complete(logger.error):
         try:
             meeting.check_patience()
-        except Unavailable:
+        except TransientError:
             meeting.store.set(_MET, "not all")
             time.sleep(1.0)  # for the others to read it
             raise
@@ -163,5 +163,5 @@ def meet(place: Place, purpose: str) -> Meeting | None:
     return meeting
 
 
-def _no_answer(place: Place) -> Unavailable:
-    return Unavailable(f"rank {place.rank}: rank 0 has ended, or does not answer")
+def _no_answer(place: DistEnv) -> TransientError:
+    return TransientError(f"rank {place.rank}: rank 0 has ended, or does not answer")

@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 
-from lcm_ds.distributed.environment import Place, free_port
-from lcm_ds.processes import die_with_parent
+from lcm_ds.distributed.environment import DistEnv, free_port
+from lcm_ds.processes import set_parent_death_signal
 
 STOPPED = 75
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -53,7 +53,7 @@ def run_local(
     with _forwarding(workers) as received:
         try:
             for rank in range(processes):
-                workers.start(command, environ, Place(rank, processes, rank, processes, "127.0.0.1", port), output)
+                workers.start(command, environ, DistEnv(rank, processes, rank, processes, "127.0.0.1", port), output)
             for number, told in received:  # while some were not there yet
                 workers.send_signal(number, told)
             while not workers.gone():
@@ -62,7 +62,7 @@ def run_local(
                 for rank, code in workers.look().items():
                     if workers.first == rank and code not in PATIENCE_SECONDS:
                         pid = workers.processes[rank].pid
-                        said = f"lcm-ds launch: rank {rank} (process {pid}) {how_it_ended(code)}"
+                        said = f"lcm-ds launch: rank {rank} (process {pid}) {describe_exit(code)}"
                         print(said, file=sys.stderr, flush=True)
                 time.sleep(POLL_SECONDS)
             return workers.code()
@@ -70,7 +70,7 @@ def run_local(
             workers.kill()
 
 
-def run_again(
+def run_with_restarts(
     run: Callable[[list[int]], int], progress: Callable[[], int], restarts: int = 0, back_off: float = 10.0
 ) -> int:
     """Run something until it ends well, as often as `restarts` more times where it fails; returns the last exit code.
@@ -111,7 +111,7 @@ def exit_code(returncode: int) -> int:
     return returncode if returncode in (0, 2, STOPPED) else 1
 
 
-def how_it_ended(returncode: int) -> str:
+def describe_exit(returncode: int) -> str:
     """What a process came to, in words."""
     if returncode < 0:
         return f"was killed by {signal.Signals(-returncode).name}"
@@ -139,7 +139,7 @@ class Workers:
         self._ends_at = self._kills_at = float("inf")
 
     def start(
-        self, command: Sequence[str], environ: Mapping[str, str], place: Place, output: int | None = None
+        self, command: Sequence[str], environ: Mapping[str, str], place: DistEnv, output: int | None = None
     ) -> Worker:
         """Start one more; `output` is what subprocess takes as stdout and stderr. Call it from a thread that lasts."""
         # A session of its own: a Ctrl-C on the terminal reaches the launcher alone, which passes it on once.
@@ -149,7 +149,7 @@ class Workers:
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=die_with_parent(),
+            preexec_fn=set_parent_death_signal(),
         )
         self._alive.add(len(self.processes))
         self.processes.append(worker)

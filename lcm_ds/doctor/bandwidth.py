@@ -8,9 +8,9 @@ import time
 import torch
 import torch.distributed as dist
 
-from lcm_ds.distributed.environment import read_place
-from lcm_ds.processes import end_with
-from lcm_ds.train.engine import connect
+from lcm_ds.distributed.environment import detect_environment
+from lcm_ds.processes import exit_with
+from lcm_ds.train.engine import init_distributed
 
 # Bytes; the largest is of the order of a ZeRO bucket.
 SIZES = {"cpu": (1 << 20, 1 << 24), "accelerator": (1 << 20, 1 << 25, 1 << 30)}
@@ -38,8 +38,8 @@ def main() -> None:
     Bandwidths as NCCL's tests define them: of the algorithm, bytes by time; of the bus, that times 2 (n - 1) / n, which
     does not depend on the number of ranks n and can be held against what the hardware has.
     """
-    place = read_place(os.environ)
-    device = connect(place, stall_minutes=0.0)
+    place = detect_environment(os.environ)
+    device = init_distributed(place, stall_minutes=0.0)
     for size in SIZES["cpu" if device.type == "cpu" else "accelerator"]:
         seconds = measure(size, device)
         if place.rank == 0:
@@ -54,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    end_with(main)
+    exit_with(main)

@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 
 import lcm_ds
 from lcm_ds.launcher.multihost.probe import PACKAGES
-from lcm_ds.processes import die_with_parent
+from lcm_ds.processes import set_parent_death_signal
 
 OK = "ok"
 WARN = "warn"  # some uses are slower or not possible: the finding says which
@@ -70,7 +70,7 @@ def examine() -> int:
     """Print the table; returns 0, or 2 where something is missing without which no run can start."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         command = [sys.executable, "-m", KERNELS]  # first, for it is the slowest
-        child = subprocess.Popen(command, stdout=out, stderr=err, preexec_fn=die_with_parent(signal.SIGKILL))
+        child = subprocess.Popen(command, stdout=out, stderr=err, preexec_fn=set_parent_death_signal(signal.SIGKILL))
         sections = {
             "software": [*software(), *extras()],
             "devices and kernels": [],

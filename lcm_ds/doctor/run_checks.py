@@ -17,12 +17,12 @@ from lcm_ds.doctor.machine import programs, software
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.launcher.multihost.hostfile import read_hostfile, select
 from lcm_ds.launcher.multihost.pdsh import mistakes_of_call
-from lcm_ds.launcher.multihost.preflight import Expected, ask, checkpoint_bytes
-from lcm_ds.launcher.multihost.restarts import DEFAULTS, Settings, Work, run_on_hosts
+from lcm_ds.launcher.multihost.preflight import LaunchRequirements, ask, checkpoint_bytes
+from lcm_ds.launcher.multihost.restarts import DEFAULTS, LaunchOptions, Work, run_on_hosts
 from lcm_ds.launcher.schedulers import environment_of_workers, resolve_config
 
 if TYPE_CHECKING:
-    from lcm_ds.train.job import Job
+    from lcm_ds.train.job import TrainJob
 
 MEASUREMENT = "lcm_ds.doctor.bandwidth"
 
@@ -32,7 +32,7 @@ def doctor(
     overrides: Sequence[str] = (),
     hostfile: str | Path | None = None,
     bandwidth: bool = False,
-    settings: Settings = DEFAULTS,
+    settings: LaunchOptions = DEFAULTS,
 ) -> int:
     """Print a few lines about this machine and, with a config, everything that is wrong with it and its memory.
 
@@ -42,43 +42,45 @@ def doctor(
     """
     for row in (*software(), *accelerator(), *programs()):
         print(f"{row.name:13} {row.found}")
-    mistakes = Collector()
+    errors = Collector()
     hosts: dict[str, list[int]] = {}
-    job: Job | None = None
-    with mistakes:
+    job: TrainJob | None = None
+    with errors:
         if hostfile is not None:
             hosts = select(read_hostfile(hostfile))
     if config_path is not None:
-        with mistakes:
+        with errors:
             job = _run(config_path, overrides, sum(map(len, hosts.values())) or _devices(), on_this_host=not hosts)
     work: Work | None = None
     if hosts and hostfile is not None:
-        with mistakes:
+        with errors:
             work = _work(job, config_path, settings)
-            if not bandwidth or mistakes.mistakes:
+            if not bandwidth or errors.errors:
                 found = ask(hosts, work.expected, work.environment, settings.ssh_port)
-                mistakes.mistakes += [f"{hostfile}: {host.name}: {text}" for host in found for text in host.problems]
-    if bandwidth and not mistakes.mistakes:
-        with mistakes:
+                errors.errors += [f"{hostfile}: {host.name}: {text}" for host in found for text in host.problems]
+    if bandwidth and not errors.errors:
+        with errors:
             return _measure(work, hosts, hostfile, settings)
-    for mistake in dict.fromkeys(mistakes.mistakes):
+    for mistake in dict.fromkeys(errors.errors):
         print(mistake, file=sys.stderr)
-    return 2 if mistakes.mistakes else 0
+    return 2 if errors.errors else 0
 
 
-def _work(job: Job | None, config_path: str | Path | None, settings: Settings) -> Work:
+def _work(job: TrainJob | None, config_path: str | Path | None, settings: LaunchOptions) -> Work:
     """A measurement on hosts, with what is to be expected of them: of a run, or without one."""
     port = settings.master_port or DEFAULT_PORT
     if wrong := mistakes_of_call(job.run_dir if job else Path.cwd()):
         raise InputError(wrong)
-    config, expected = Path("-"), Expected()
+    config, expected = Path("-"), LaunchRequirements()
     if job is not None and config_path is not None:
         config = resolve_config(job.config, Path(config_path), job.run_dir, "doctor.yaml").resolve()
-        expected = Expected.of(job, config, port, settings.master_addr)
+        expected = LaunchRequirements.of(job, config, port, settings.master_addr)
     return Work(MEASUREMENT, config, expected, environment_of_workers(os.environ), None, lambda: 0, lambda ranks: True)
 
 
-def _measure(work: Work | None, hosts: dict[str, list[int]], hostfile: str | Path | None, settings: Settings) -> int:
+def _measure(
+    work: Work | None, hosts: dict[str, list[int]], hostfile: str | Path | None, settings: LaunchOptions
+) -> int:
     """An all-reduce over all devices of the hosts, or of this one. Raises InputError where there is nothing to do."""
     if work is not None and hostfile is not None:
         if work.expected.folder is None:
@@ -97,11 +99,11 @@ def _devices() -> int:
     return 1 if device.device_name() == "cpu" else max(1, device.device_count())
 
 
-def _run(config_path: str | Path, overrides: Sequence[str], ranks: int, on_this_host: bool) -> Job:
+def _run(config_path: str | Path, overrides: Sequence[str], ranks: int, on_this_host: bool) -> TrainJob:
     """Check a run for so many ranks and print what it needs; raises InputError with every mistake."""
-    from lcm_ds.train.job_builder import check
+    from lcm_ds.train.job_builder import build_job
 
-    job = check(config_path, overrides, ranks)
+    job = build_job(config_path, overrides, ranks)
     for line in _needs(job, ranks):
         print(line)
     if on_this_host:
@@ -109,7 +111,7 @@ def _run(config_path: str | Path, overrides: Sequence[str], ranks: int, on_this_
     return job
 
 
-def _needs(job: Job, ranks: int) -> Iterator[str]:
+def _needs(job: TrainJob, ranks: int) -> Iterator[str]:
     from lcm_ds.train.memory import GIB, count_parameters, lines
 
     parameters, precision = count_parameters(job.model), deepspeed_config.precision(job.ds)

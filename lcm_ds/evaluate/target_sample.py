@@ -20,7 +20,7 @@ CANDIDATES = 2048  # that are compared with as many predictions at a time: a mat
 
 
 @dataclass(frozen=True)
-class Held:
+class TargetSample:
     """Targets in order of their numbers, [n] of each; raw space, fp32, on the CPU."""
 
     number: Tensor  # int64
@@ -32,13 +32,13 @@ class Held:
     def __len__(self) -> int:
         return len(self.number)
 
-    def smallest(self, size: int) -> Held:
+    def smallest(self, size: int) -> TargetSample:
         """The `size` first ones."""
         return self.some(self.number.sort(stable=True).indices[:size])
 
-    def some(self, which: Tensor | slice) -> Held:
+    def some(self, which: Tensor | slice) -> TargetSample:
         """Those at some places."""
-        return Held(
+        return TargetSample(
             self.number[which],
             self.document[which],
             self.position[which],
@@ -46,15 +46,15 @@ class Held:
             {name: values[which] for name, values in self.predicted.items()},
         )
 
-    def to(self, device: torch.device) -> Held:
+    def to(self, device: torch.device) -> TargetSample:
         """The same on another device."""
         predicted = {name: values.to(device) for name, values in self.predicted.items()}
-        return Held(
+        return TargetSample(
             self.number.to(device), self.document.to(device), self.position.to(device), self.truth.to(device), predicted
         )
 
     @classmethod
-    def joined(cls, parts: list[Held]) -> Held:
+    def joined(cls, parts: list[TargetSample]) -> TargetSample:
         """All of them together."""
         return cls(
             torch.cat([part.number for part in parts]),
@@ -65,38 +65,38 @@ class Held:
         )
 
 
-class Holder:
+class BottomKSampler:
     """Takes targets as they come and keeps the `size` with the smallest numbers; at most a quarter more in between."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._parts: list[Held] = []
+        self._parts: list[TargetSample] = []
         self._count = 0
         self._below = torch.iinfo(torch.int64).max  # larger numbers are out of the running
 
     def add(self, targets: Targets, truth: Tensor, predicted: Mapping[str, Tensor]) -> None:
         """Consider targets; truth and each prediction [n, embed_dim], raw space."""
-        numbers = stirred(targets.document, targets.position)
-        found = Held(numbers, targets.document, targets.position, truth, dict(predicted))
+        numbers = splitmix64(targets.document, targets.position)
+        found = TargetSample(numbers, targets.document, targets.position, truth, dict(predicted))
         found = found.some((numbers <= self._below).nonzero().flatten()).to(torch.device("cpu")).smallest(self.size)
         self._parts.append(found)
         self._count += len(found)
         if self._count > 1.25 * self.size:
             self._shrink()
 
-    def gathered(self, ranks: Ranks) -> Held:
+    def gathered(self, ranks: Ranks) -> TargetSample:
         """Those with the smallest numbers of all ranks, the same on each."""
         self._shrink()
-        return Held.joined(ranks.gather(self._parts[0])).smallest(self.size)
+        return TargetSample.joined(ranks.gather(self._parts[0])).smallest(self.size)
 
     def _shrink(self) -> None:
-        self._parts = [Held.joined(self._parts).smallest(self.size)]
+        self._parts = [TargetSample.joined(self._parts).smallest(self.size)]
         self._count = len(self._parts[0])
         if self._count == self.size:
             self._below = int(self._parts[0].number[-1])
 
 
-def stirred(document: Tensor, position: Tensor) -> Tensor:
+def splitmix64(document: Tensor, position: Tensor) -> Tensor:
     """A number from 0 for each target, which looks drawn at random (the finalizer of splitmix64): int64 [n]."""
     x = (document << 24) + position + 1
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
@@ -104,7 +104,7 @@ def stirred(document: Tensor, position: Tensor) -> Tensor:
     return (x ^ (x >> 31)) & torch.iinfo(torch.int64).max
 
 
-def count_nearer(held: Held, candidates: Iterable[Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def count_nearer(held: TargetSample, candidates: Iterable[Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """How many candidates of all ranks are strictly nearer to each held prediction than its truth is, by predictor.
 
     candidates: this rank's, block by block, [m, embed_dim], raw space. Returns int64 [n]. What is in memory at a time

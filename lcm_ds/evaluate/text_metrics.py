@@ -22,9 +22,9 @@ from lcm_ds.encoders.base import unreachable
 from lcm_ds.encoders.from_dataset import decoder_name, decoder_of, encoder_of
 from lcm_ds.encoders.sonar import SonarDecoder
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.evaluate.target_sample import Held
+from lcm_ds.evaluate.target_sample import TargetSample
 from lcm_ds.metrics import l2, mutual_information
-from lcm_ds.terminal import quiet
+from lcm_ds.terminal import silence_transformers
 
 BEFORE = 10  # sentences that mutual information is told with: the paper's k
 AT_A_TIME = 16  # texts that the language model reads together
@@ -41,11 +41,11 @@ class CausalLM:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
-            with quiet():
+            with silence_transformers():
                 self._tokenizer = AutoTokenizer.from_pretrained(model)
                 self._model = AutoModelForCausalLM.from_pretrained(model).eval().to(device)
         except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"--causal-lm: {mistake}" for mistake in unreachable(model, error).mistakes) from None
+            raise InputError(f"--causal-lm: {mistake}" for mistake in unreachable(model, error).errors) from None
         self.device = device
         self.longest = int(getattr(self._model.config, "max_position_embeddings", 1024))
 
@@ -88,7 +88,7 @@ class CausalLM:
 
 
 @dataclass(frozen=True)
-class Words:
+class TextMetrics:
     """What text is told with; None of each that there is not."""
 
     encoder: Encoder | None
@@ -96,7 +96,7 @@ class Words:
     causal_lm: CausalLM | None
     notes: tuple[str, ...]  # why some figures are missing
 
-    def agreed(self, ranks: Ranks) -> Words:
+    def agreed(self, ranks: Ranks) -> TextMetrics:
         """The same on all ranks, which decode together: without a decoder if one of them has none. All call this."""
         if all(ranks.gather(self.decoder is not None)) or self.decoder is None:
             return self
@@ -104,7 +104,7 @@ class Words:
             self, encoder=None, decoder=None, notes=(*self.notes, "ℓ2-r, MI: some processes have no decoder")
         )
 
-    def figures(self, held: Held, validation: Dataset, ranks: Ranks) -> dict[str, dict[str, Tensor]]:
+    def figures(self, held: TargetSample, validation: Dataset, ranks: Ranks) -> dict[str, dict[str, Tensor]]:
         """The figures of held targets, by predictor and by name: fp64 [n]. Each rank takes its share of them.
 
         "truth" is among the predictors: what a round trip of the true concepts loses, and what the true sentences have
@@ -151,13 +151,13 @@ def _spread(values: Tensor, mine: slice, count: int) -> Tensor:
     return found
 
 
-def load_words(validation: Dataset, decoder: str | None, causal_lm: str | None, device: torch.device) -> Words:
+def load_words(validation: Dataset, decoder: str | None, causal_lm: str | None, device: torch.device) -> TextMetrics:
     """What the text of the dataset's concepts is told with.
 
     decoder, causal_lm: hub ids or folders; default: the encoder's own decoder where it has one, and no language model.
     Raises InputError where what is named cannot be loaded.
     """
-    described, mistakes = validation.info.encoder, Collector()
+    described, errors = validation.info.encoder, Collector()
     named, where = decoder or decoder_name(described), f"{validation.path}/{DATASET}"
     speaks: SonarDecoder | None = None
     encoder: Encoder | None = None
@@ -172,15 +172,15 @@ def load_words(validation: Dataset, decoder: str | None, causal_lm: str | None, 
         except InputError as error:
             speaks = None
             if decoder is not None:
-                mistakes.mistakes.extend(f"--decoder: {mistake}" for mistake in error.mistakes)
+                errors.errors.extend(f"--decoder: {mistake}" for mistake in error.errors)
             notes.append(f"ℓ2-r, MI: no decoder: {error}")
     if causal_lm is None:
         notes.append("MI: no language model is named; --causal-lm openai-community/gpt2 is the paper's")
     else:
-        with mistakes:
+        with errors:
             reads = CausalLM(causal_lm, device)
-    mistakes.raise_if_any()
-    return Words(encoder, speaks, reads, tuple(notes))
+    errors.raise_if_any()
+    return TextMetrics(encoder, speaks, reads, tuple(notes))
 
 
 def sentences_of(

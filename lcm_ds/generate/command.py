@@ -13,7 +13,7 @@ from lcm_ds.files import no_file_mistake, write_named
 from lcm_ds.generate.origin import find_origin
 from lcm_ds.generate.sampler import END_OF_TEXT, MAX_CONCEPTS, REPEATS
 from lcm_ds.generate.text_generator import GeneratedText, TextGenerator
-from lcm_ds.terminal import printable
+from lcm_ds.terminal import strip_control_chars
 
 
 def run(
@@ -35,23 +35,23 @@ def run(
     path, loading: as TextGenerator.from_pretrained takes them. stop_end, stop_repeat: a cosine, or "off". json_path:
     what is printed is written there, too. Raises InputError with every mistake of the call, before anything is loaded.
     """
-    mistakes = Collector()
-    texts = _given(prompts, prompt_files, mistakes)
+    errors = Collector()
+    texts = _given(prompts, prompt_files, errors)
     if not (prompts or prompt_files or interactive):
-        mistakes.mistakes.append("generate: needs a --prompt, a --prompt-file, or --interactive")
+        errors.errors.append("generate: needs a --prompt, a --prompt-file, or --interactive")
     for name, value in (("--max-concepts", max_concepts), ("--beams", beams)):
         if value < 1:
-            mistakes.mistakes.append(f"{name}: has to be at least 1, not {value}")
+            errors.errors.append(f"{name}: has to be at least 1, not {value}")
     settings: dict[str, Any] = {"max_concepts": max_concepts, "language": language, "beams": beams}
     for name, said in (("stop_end", stop_end), ("stop_repeat", stop_repeat)):
-        with mistakes:
+        with errors:
             settings[name] = _threshold(f"--{name.replace('_', '-')}", said)
     if json_path is not None:
-        with mistakes:
+        with errors:
             _check_json(json_path, interactive)
-    with mistakes:
+    with errors:
         find_origin(path, loading.get("step"), loading.get("dataset"))
-    mistakes.raise_if_any()
+    errors.raise_if_any()
 
     generator = TextGenerator.from_pretrained(path, **loading)
     generator.check_language(language)
@@ -70,17 +70,17 @@ def run(
             print(error, file=sys.stderr, flush=True)
 
 
-def _given(prompts: Sequence[str], files: Sequence[str], mistakes: Collector) -> list[str]:
+def _given(prompts: Sequence[str], files: Sequence[str], errors: Collector) -> list[str]:
     """The prompts of the call, each file being one."""
     named = [(f"--prompt {number}" if len(prompts) > 1 else "--prompt", p) for number, p in enumerate(prompts, start=1)]
     for file in files:
         try:
             named.append((file, Path(file).read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError) as error:
-            mistakes.mistakes.append(f"{file}: cannot be read as UTF-8 text: {error}")
+            errors.errors.append(f"{file}: cannot be read as UTF-8 text: {error}")
     for name, text in named:
         if not text.strip():
-            mistakes.mistakes.append(f"{name}: is empty; generation goes on from at least one sentence")
+            errors.errors.append(f"{name}: is empty; generation goes on from at least one sentence")
     return [text for _, text in named]
 
 
@@ -109,7 +109,7 @@ def _introduce(generator: TextGenerator, settings: dict[str, Any]) -> None:
     origin = generator.origin
     print(origin.path if origin.step is None else f"{origin.path}: step {origin.step}")
     for note in generator.notes:
-        print(printable(note))
+        print(strip_control_chars(note))
     if origin.info.end_of_text is None and settings["stop_end"] is not None:
         print(f"{origin.says_so} knows no end-of-text concept: no text ends there")
     sys.stdout.flush()
@@ -123,15 +123,15 @@ def _print(made: GeneratedText, generator: TextGenerator, settings: dict[str, An
     else:
         print(f"{name}: {len(made.prompt)} sentence{'s' if len(made.prompt) > 1 else ''}")
     for sentence in made.prompt:
-        print(f"      {printable(sentence)}")
+        print(f"      {strip_control_chars(sentence)}")
     for sentence in generator.after:
-        print(f"      {printable(sentence)}  (put behind every prompt, as in fine-tuning)")
+        print(f"      {strip_control_chars(sentence)}  (put behind every prompt, as in fine-tuning)")
     seen = len(made.prompt) + len(generator.after)
     for number, sentence in enumerate(made.sentences, start=1):
         if seen + number == longest + 1:
             print(f"from here on the text is longer than the {longest} concepts that the model was trained on")
         source = "decoded         " if made.cosines is None else f"retrieved {made.cosines[number - 1]:6.3f}"
-        print(f"{number:4}  {source} {printable(sentence)}")
+        print(f"{number:4}  {source} {strip_control_chars(sentence)}")
     print(f"stopped: {_reason(made.reason, settings)}", flush=True)
 
 

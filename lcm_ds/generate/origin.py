@@ -41,14 +41,14 @@ class Origin:
 
     def open_datasets(self) -> list[Dataset]:
         """The datasets to retrieve sentences from. Raises InputError where one is not there or has other concepts."""
-        mistakes, opened = Collector(), []
+        errors, opened = Collector(), []
         for place in self.places:
-            with mistakes:
+            with errors:
                 opened.append(open_dataset(place) if self.data is None else open_for_run(place, self.data))
         for dataset in opened:
-            with mistakes:
+            with errors:
                 self._check(dataset)
-        mistakes.raise_if_any()
+        errors.raise_if_any()
         return opened
 
     def _check(self, dataset: Dataset) -> None:
@@ -78,20 +78,20 @@ def find_origin(path: str | Path, step: int | None = None, dataset: str | None =
 def _of_run(run: Path, step: int | None, named: str | None) -> Origin:
     from lcm_ds.checkpoint.format import find
 
-    mistakes = Collector()
+    errors = Collector()
     config = load(TrainConfig, run / "config.yaml")
     path = config.data.train[0].path
-    with mistakes:
+    with errors:
         checkpoint = find(run, step)
-    with mistakes:
+    with errors:
         try:
             info = read_info(path)
         except InputError as error:
             if named is None:
                 hint = ": --dataset has to name one that the model's encoder made"
-                raise InputError(f"{mistake}{hint}" for mistake in error.mistakes) from None
+                raise InputError(f"{mistake}{hint}" for mistake in error.errors) from None
             path, info = named, read_info(named)
-    mistakes.raise_if_any()
+    errors.raise_if_any()
     mixed = []
     for other in config.data.train[1:]:
         with suppress(InputError):  # one that is not at hand any more
@@ -108,13 +108,13 @@ def _of_run(run: Path, step: int | None, named: str | None) -> Origin:
 
 
 def _of_folder(folder: Path, step: int | None, named: str | None) -> Origin:
-    mistakes = Collector()
+    errors = Collector()
     if step is not None:
-        mistakes.mistakes.append(f"--step {step}: {folder} is an exported model, which has one step only")
+        errors.errors.append(f"--step {step}: {folder} is an exported model, which has one step only")
     info, says_so = None, folder / CONCEPTS
-    with mistakes:
+    with errors:
         sizes = read_object(folder / "config.json")
-    with mistakes:
+    with errors:
         info = ConceptInfo.read(folder)
         if info is None and named is not None:
             info, says_so = ConceptInfo.of(read_info(named)), Path(named, DATASET)
@@ -123,7 +123,7 @@ def _of_folder(folder: Path, step: int | None, named: str | None) -> Origin:
                 f"{folder}: {CONCEPTS} is missing, which says what encoder made the model's concepts: "
                 "--dataset has to name a dataset of that encoder"
             )
-    mistakes.raise_if_any()
+    errors.raise_if_any()
     assert info is not None
     embed_dim = sizes.get("embed_dim", BaseLCMConfig.embed_dim)
     return Origin(str(folder), None, embed_dim, info, str(says_so), [] if named is None else [named])

@@ -92,26 +92,26 @@ class TextGenerator:
         Raises InputError with every mistake that can be told before anything is loaded, and then for an encoder or
         decoder that cannot be loaded, and where there is neither a decoder nor a dataset to retrieve from.
         """
-        mistakes, origin = Collector(), None
-        with mistakes:
+        errors, origin = Collector(), None
+        with errors:
             resolve_device(device)
-        with mistakes:
+        with errors:
             origin = find_origin(path, step, dataset)
             from_dataset.encoder_config(origin.info.encoder, origin.says_so, device, prompt_language)
         if origin is not None:
-            with mistakes:
+            with errors:
                 _check_language(origin.info.encoder, prompt_language)
-        mistakes.raise_if_any()
+        errors.raise_if_any()
         assert origin is not None
-        with mistakes:
+        with errors:
             speaks, notes = _decoder_of(origin, decoder, device, prompt_language)
             datasets = [] if speaks else _to_retrieve_from(origin, notes)
-        with mistakes:
+        with errors:
             splitter = Splitter.from_settings(origin.info.splitter, origin.info.language, origin.says_so)
             encoder = from_dataset.encoder_of(
                 origin.info.encoder, origin.embed_dim, origin.says_so, device, prompt_language
             )
-        mistakes.raise_if_any()
+        errors.raise_if_any()
         model = origin.load().to(resolve_device(device))  # type: ignore[arg-type]
         return cls(model, encoder, splitter, origin, speaks, datasets, notes)
 
@@ -203,7 +203,7 @@ def _decoder_of(
         return from_dataset.decoder_of(model, described, origin.embed_dim, device, language), []
     except InputError as error:
         if named is not None:
-            raise InputError(f"--decoder: {mistake}" for mistake in error.mistakes) from None
+            raise InputError(f"--decoder: {mistake}" for mistake in error.errors) from None
         return None, [f"no decoder, so the nearest sentences instead: {error}"]
 
 

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 
 from lcm_ds.config import PrepareConfig, TrainConfig, load, read_yaml
 from lcm_ds.distributed.environment import DEFAULT_PORT
-from lcm_ds.distributed.workers import run_again, run_local
+from lcm_ds.distributed.workers import run_local, run_with_restarts
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.launcher import schedulers
 from lcm_ds.launcher.multihost.hostfile import is_this_host, read_hostfile, select
 from lcm_ds.launcher.multihost.pdsh import mistakes_of_call
-from lcm_ds.launcher.multihost.preflight import Expected
-from lcm_ds.launcher.multihost.restarts import DEFAULTS, Settings, Work, run_on_hosts
+from lcm_ds.launcher.multihost.preflight import LaunchRequirements
+from lcm_ds.launcher.multihost.restarts import DEFAULTS, LaunchOptions, Work, run_on_hosts
 
 if TYPE_CHECKING:
-    from lcm_ds.train.job import Job
+    from lcm_ds.train.job import TrainJob
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _Task:
     missing: Callable[[], str | None]  # what is not there although all workers ended well
     progress: Callable[[], int]  # how far it has come: a number that grows
     divides: Callable[[int], bool]  # whether so many ranks can share the work
-    job: Job | None = None  # of a run
+    job: TrainJob | None = None  # of a run
 
 
 def launch(
@@ -48,7 +48,7 @@ def launch(
     openmpi: int | None = None,
     include: str = "",
     exclude: str = "",
-    settings: Settings = DEFAULTS,
+    settings: LaunchOptions = DEFAULTS,
     output: int | None = None,
 ) -> int:
     """Start the workers of a run, or of a preparation, in one of four ways, and wait for them; returns their exit code.
@@ -62,16 +62,16 @@ def launch(
     """
     if sum((local is not None, hostfile is not None, slurm, openmpi is not None)) != 1:
         raise InputError("launch: exactly one of --local, --hostfile, --slurm and --openmpi has to be given")
-    mistakes = Collector()
+    errors = Collector()
     devices: dict[str, list[int]] = {}
     world_size = 1
-    with mistakes:
+    with errors:
         if hostfile is not None:
             devices = select(read_hostfile(hostfile), include, exclude)
             world_size = sum(len(slots) for slots in devices.values())
-            if wrong := settings.mistakes(len(devices)):
+            if wrong := settings.errors(len(devices)):
                 raise InputError(wrong)
-        elif wrong := settings.mistakes(1):
+        elif wrong := settings.errors(1):
             raise InputError(wrong)
         elif wrong := [
             *(option for option, said in (("--include", include), ("--exclude", exclude)) if said),
@@ -83,9 +83,9 @@ def launch(
         else:
             world_size = _processes(local, "--local") if local is not None else _processes(openmpi, "--openmpi")
     task: _Task | None = None
-    with mistakes:
+    with errors:
         task = _task(config_path, overrides, world_size)
-    mistakes.raise_if_any()
+    errors.raise_if_any()
     assert task is not None
 
     worker = [sys.executable, "-u", "-m", task.module, str(config_path), *overrides]
@@ -95,7 +95,7 @@ def launch(
         task.check_local(world_size)
         if here:  # nothing to reach over ssh: the same as --local, on the devices that the hostfile leaves
             environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, next(iter(devices.values()))))
-        return run_again(
+        return run_with_restarts(
             lambda asked: run_local(worker, world_size, environ, settings.master_port, settings.grace, asked, output),
             task.progress,
             settings.max_restarts,
@@ -120,7 +120,7 @@ def launch(
 
 
 def _on_hosts(
-    task: _Task, config_path: Path, devices: dict[str, list[int]], hostfile: str | Path, settings: Settings
+    task: _Task, config_path: Path, devices: dict[str, list[int]], hostfile: str | Path, settings: LaunchOptions
 ) -> int:
     """Start the workers over pdsh and ssh, and watch them."""
     if wrong := mistakes_of_call(task.folder):
@@ -130,9 +130,9 @@ def _on_hosts(
     work = Work(
         module=task.module,
         config=config,
-        expected=Expected.of(task.job, config, port, settings.master_addr)
+        expected=LaunchRequirements.of(task.job, config, port, settings.master_addr)
         if task.job
-        else Expected(config.parent, master_port=port, master_addr=settings.master_addr),
+        else LaunchRequirements(config.parent, master_port=port, master_addr=settings.master_addr),
         environment=schedulers.environment_of_workers(os.environ),
         stop_file=task.folder.resolve() / "STOP" if task.stops else None,
         progress=task.progress,
@@ -145,9 +145,9 @@ def _task(config_path: str | Path, overrides: Sequence[str], world_size: int) ->
     """What the config is for, checked as far as can be before its workers are there."""
     if "source" in read_yaml(config_path, overrides):
         return _preparation(load(PrepareConfig, config_path, overrides))
-    from lcm_ds.train.job_builder import check
+    from lcm_ds.train.job_builder import build_job
 
-    return _run(check(config_path, overrides, world_size))
+    return _run(build_job(config_path, overrides, world_size))
 
 
 def _preparation(config: PrepareConfig) -> _Task:
@@ -170,7 +170,7 @@ def _preparation(config: PrepareConfig) -> _Task:
     return _Task("lcm_ds.prepare", config, out, False, check_local, missing, units, lambda ranks: True)
 
 
-def _run(job: Job) -> _Task:
+def _run(job: TrainJob) -> _Task:
     rows, micro_batch = job.config.batch.rows_per_step, job.config.batch.micro_batch_rows
 
     def newest() -> int:
@@ -201,23 +201,23 @@ def _processes(number: int | None, option: str) -> int:
     return number
 
 
-def _check_devices(job: Job, processes: int) -> None:
+def _check_devices(job: TrainJob, processes: int) -> None:
     """Refuse, on the host that trains, more processes than devices and a precision that the device has not got."""
     from deepspeed.accelerator import get_accelerator
 
     from lcm_ds import deepspeed_config
 
-    mistakes = Collector()
-    with mistakes:
+    errors = Collector()
+    with errors:
         deepspeed_config.check_device(
             job.ds, job.config.deepspeed if isinstance(job.config.deepspeed, str) else "deepspeed"
         )
     device = get_accelerator()
     if device.device_name() != "cpu" and processes > device.device_count():
-        mistakes.mistakes.append(
+        errors.errors.append(
             f"--local {processes}: this host has {device.device_count()} {device.device_name()} devices"
         )
-    mistakes.raise_if_any()
+    errors.raise_if_any()
 
 
 def _rendezvous(master_addr: str | None, master_port: int | None) -> Mapping[str, str]:

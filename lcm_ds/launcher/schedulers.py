@@ -20,7 +20,7 @@ from lcm_ds.deepspeed_config import find
 from lcm_ds.distributed.workers import GRACE_SECONDS, STOPPED, exit_code
 from lcm_ds.errors import InputError
 from lcm_ds.files import write_whole
-from lcm_ds.processes import die_with_parent
+from lcm_ds.processes import set_parent_death_signal
 
 # Variables that change what a worker does.
 TRAVELS = (
@@ -142,7 +142,7 @@ def follow(command: Sequence[str], environ: Mapping[str, str], stop_file: Path |
     try:
         # A session of its own: a Ctrl-C on the terminal reaches this process alone.
         child = subprocess.Popen(
-            command, env=dict(environ), start_new_session=True, preexec_fn=die_with_parent(signal.SIGTERM)
+            command, env=dict(environ), start_new_session=True, preexec_fn=set_parent_death_signal(signal.SIGTERM)
         )
     except FileNotFoundError:
         raise InputError(f"{command[0]}: is not installed here") from None

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from lcm_ds.errors import InputError
 from lcm_ds.files import new_folder
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.terminal import quiet
+from lcm_ds.terminal import silence_transformers
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -26,7 +26,7 @@ def write_folder(
     InputError where the folder is there already or cannot be written.
     """
     with new_folder(output) as folder:
-        with quiet():
+        with silence_transformers():
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         for name, text in (more or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -38,7 +38,7 @@ def read_folder(path: str | Path) -> BaseLCM:
     transformers gives weights that it does not find random values and goes on; here that is a mistake.
     """
     try:
-        with quiet():
+        with silence_transformers():
             loading: Any = BaseLCM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be loaded as a Base-LCM: {str(error).splitlines()[0]}") from None

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from lcm_ds.errors import InputError
-from lcm_ds.terminal import without_warnings
+from lcm_ds.terminal import hide_warnings
 
 STOPPED = 75
 
@@ -22,13 +22,13 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> int:
     """
     # A rank that ends closes its connections, about which the others' libraries print whole stacks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    without_warnings()
+    hide_warnings()
     from lcm_ds.config import PrepareConfig, load
-    from lcm_ds.distributed.environment import end_with_launcher
+    from lcm_ds.distributed.environment import exit_with_launcher
     from lcm_ds.prepare.coordinator import PeerFailed
     from lcm_ds.prepare.pipeline import prepare
 
-    end_with_launcher(os.environ)
+    exit_with_launcher(os.environ)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _interrupt)
     try:

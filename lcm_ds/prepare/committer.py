@@ -14,15 +14,15 @@ from typing import Any
 from lcm_ds.config import PrepareConfig
 from lcm_ds.data.format import ShardInfo, commit
 from lcm_ds.errors import InputError
-from lcm_ds.prepare.coordinator import Peers
+from lcm_ds.prepare.coordinator import Coordinator
 from lcm_ds.prepare.encode import full_disk
 from lcm_ds.prepare.progress import Progress
-from lcm_ds.prepare.state import Unit, add_unit
+from lcm_ds.prepare.state import UnitResult, add_unit
 
 SECONDS_A_LOOK = 0.1
 
 
-class Clerk:
+class Committer:
     """Commits units in a thread until all ranks have left.
 
     units: those that are done, which it adds to; check: called again and again, it raises where a rank is gone.
@@ -33,8 +33,8 @@ class Clerk:
     def __init__(
         self,
         config: PrepareConfig,
-        peers: Peers,
-        units: list[Unit],
+        peers: Coordinator,
+        units: list[UnitResult],
         progress: Progress,
         check: Callable[[], None],
     ) -> None:
@@ -76,7 +76,7 @@ class Clerk:
             self.peers.fail(self._error)
 
     def _commit(self, message: dict[str, Any]) -> None:
-        unit = Unit(**message["unit"])
+        unit = UnitResult(**message["unit"])
         for problem in unit.problems:
             self.progress.say(problem)
         self._check_refused(unit)
@@ -87,7 +87,7 @@ class Clerk:
         self.units.append(unit)
         self.progress.add(unit.given)
 
-    def _check_refused(self, unit: Unit) -> None:
+    def _check_refused(self, unit: UnitResult) -> None:
         """Raise InputError once too many documents cannot be read or encoded, of all that the source has, or has given.
 
         One is never too many.

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.distributed import DistNetworkError, DistStoreError, HashStore, Store
 
-from lcm_ds.distributed.environment import Place
+from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.distributed.rendezvous import Meeting
 from lcm_ds.errors import InputError
 
@@ -34,10 +34,10 @@ class PeerFailed(Exception):
         self.code, self.message = code, message
 
 
-class Peers:
+class Coordinator:
     """The other ranks, as one of them sees them. Safe to use from several threads."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: DistEnv) -> None:
         self.place = place
         self._meeting = None if place.world_size == 1 else Meeting(place, "prepare", PATIENCE)
         self._store: Store = HashStore() if self._meeting is None else self._meeting.store
@@ -114,7 +114,7 @@ class Peers:
     def check_arrivals(self, left: int, say: Callable[[str], None]) -> None:
         """Rank 0: tell `say` now and then of ranks that have not come.
 
-        left: how many ranks have left. Raises Unavailable if they are all that have come, and the others are late.
+        left: how many ranks have left. Raises TransientError if they are all that have come, and the others are late.
         """
         if self._meeting is not None and not self._meeting.complete(say) and left >= self._meeting.arrived():
             self._meeting.check_patience()

@@ -19,7 +19,7 @@ from lcm_ds.data.format import SPLITS, commit
 from lcm_ds.data.shard import Shard
 from lcm_ds.data.writer import copy_shard
 from lcm_ds.files import write_whole
-from lcm_ds.prepare.state import IDS, Unit, add_unit, keep_units, shard_name
+from lcm_ds.prepare.state import IDS, UnitResult, add_unit, keep_units, shard_name
 
 REASON = "duplicate_id"
 
@@ -39,7 +39,7 @@ def forget_ids(out: Path) -> None:
     shutil.rmtree(out / IDS, ignore_errors=True)
 
 
-def drop_duplicates(out: Path, units: list[Unit], supervised: bool = False) -> list[Unit]:
+def drop_duplicates(out: Path, units: list[UnitResult], supervised: bool = False) -> list[UnitResult]:
     """Take documents whose id occurs in an earlier unit out of the shards.
 
     Args:
@@ -70,7 +70,9 @@ def drop_duplicates(out: Path, units: list[Unit], supervised: bool = False) -> l
     return _rewritten(out, units, changed, supervised)
 
 
-def _rewritten(out: Path, units: list[Unit], changed: dict[int, dict[str, list[int]]], supervised: bool) -> list[Unit]:
+def _rewritten(
+    out: Path, units: list[UnitResult], changed: dict[int, dict[str, list[int]]], supervised: bool
+) -> list[UnitResult]:
     """Write the shards of the changed units again, without the documents that go."""
     # Mapped: what is renamed over them does not touch them.
     shards = {unit: _shards(out, unit, supervised) for unit in changed}
@@ -99,7 +101,7 @@ def _rewritten(out: Path, units: list[Unit], changed: dict[int, dict[str, list[i
     return result
 
 
-def _repeated(out: Path, units: list[Unit]) -> dict[int, list[int]]:
+def _repeated(out: Path, units: list[UnitResult]) -> dict[int, list[int]]:
     """Units and those of their ids' hashes that occur in several units."""
     own = {unit.unit: np.frombuffer(_file(out, unit.unit).read_bytes(), np.uint64) for unit in units}
     if not own:

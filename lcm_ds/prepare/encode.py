@@ -24,10 +24,10 @@ from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.encoders import Encoder
 from lcm_ds.encoders.base import TokenBatch
 from lcm_ds.errors import InputError
-from lcm_ds.prepare.coordinator import Peers
+from lcm_ds.prepare.coordinator import Coordinator
 from lcm_ds.prepare.deduplicate import write_ids
-from lcm_ds.prepare.readers import Range, Readers, Text
-from lcm_ds.prepare.state import Unit, shard_name
+from lcm_ds.prepare.readers import Readers, SplitDocument, WorkUnit
+from lcm_ds.prepare.state import UnitResult, shard_name
 
 SECONDS_A_REPORT = 1.0
 # Units whose shards are being written while the next one is encoded.
@@ -46,14 +46,14 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Rank:
+class WorkerContext:
     """What a rank works with."""
 
     config: PrepareConfig
     encoder: Encoder
     end: np.ndarray  # fp32 [embed_dim]: the end-of-text concept
     quantization: Quantization | None
-    peers: Peers
+    peers: Coordinator
     figures: Figures = field(default_factory=Figures)
 
     @property
@@ -63,22 +63,22 @@ class Rank:
 
 
 @dataclass
-class _Pool:
+class TokenizedUnit:
     """A unit's texts, with its different sentences as batches."""
 
-    unit: Range
-    texts: list[Text]
+    unit: WorkUnit
+    texts: list[SplitDocument]
     sentences: list[str]  # each once, in the order in which they first occur
     batches: list[TokenBatch]
 
 
-def encode_units(rank: Rank, readers: Readers, pending: Iterator[Range]) -> None:
+def encode_units(rank: WorkerContext, readers: Readers, pending: Iterator[WorkUnit]) -> None:
     """Make the units that this rank can claim, and report each to rank 0.
 
     pending: the units that are to be made, in an order that is the same in all ranks; a claim is for a place in it.
     Raises InputError where the source cannot be read, the disk is full or too many documents cannot be encoded.
     """
-    coming: deque[Future[_Pool]] = deque()
+    coming: deque[Future[TokenizedUnit]] = deque()
     written: deque[Future[None]] = deque()
     tokenizer = ThreadPoolExecutor(1, "lcm-ds-tokenizer")
     writer = ThreadPoolExecutor(1, "lcm-ds-writer")
@@ -109,7 +109,7 @@ def encode_units(rank: Rank, readers: Readers, pending: Iterator[Range]) -> None
         writer.shutdown(wait=True, cancel_futures=True)
 
 
-def _claimed(peers: Peers, pending: Iterator[Range]) -> Iterator[Range]:
+def _claimed(peers: Coordinator, pending: Iterator[WorkUnit]) -> Iterator[WorkUnit]:
     """The units that this rank gets, one whenever it asks."""
     at = 0
     while True:
@@ -121,7 +121,7 @@ def _claimed(peers: Peers, pending: Iterator[Range]) -> Iterator[Range]:
         yield unit
 
 
-def _tokenized(encoder: Encoder, unit: Range, texts: Future[list[Text]]) -> _Pool:
+def _tokenized(encoder: Encoder, unit: WorkUnit, texts: Future[list[SplitDocument]]) -> TokenizedUnit:
     found = texts.result()
     # A sentence that stands in a unit several times is encoded once.
     sentences = list(dict.fromkeys(sentence for text in found for sentence in text.sentences))
@@ -129,10 +129,10 @@ def _tokenized(encoder: Encoder, unit: Range, texts: Future[list[Text]]) -> _Poo
         batches = encoder.tokenize(sentences)
     except Exception:  # some sentence cannot be: which one shows when they are encoded one by one
         batches = [TokenBatch(list(range(len(sentences))), {}, 0, 0)]
-    return _Pool(unit, found, sentences, batches)
+    return TokenizedUnit(unit, found, sentences, batches)
 
 
-def _embedded(rank: Rank, pool: _Pool) -> tuple[np.ndarray, dict[int, str]]:
+def _embedded(rank: WorkerContext, pool: TokenizedUnit) -> tuple[np.ndarray, dict[int, str]]:
     """Concepts of the pool's sentences, float32 [n, embed_dim], and why sentence i has none."""
     figures = rank.figures
     concepts = np.empty((len(pool.sentences), rank.encoder.embed_dim), np.float32)
@@ -163,7 +163,7 @@ def _embedded(rank: Rank, pool: _Pool) -> tuple[np.ndarray, dict[int, str]]:
     return concepts, failed
 
 
-def _one_by_one(rank: Rank, sentences: list[str], rows: list[int], concepts: np.ndarray) -> dict[int, str]:
+def _one_by_one(rank: WorkerContext, sentences: list[str], rows: list[int], concepts: np.ndarray) -> dict[int, str]:
     """Encode the sentences of a batch that failed one by one; returns those that fail again, and why."""
     failed = {}
     for row in rows:
@@ -177,7 +177,7 @@ def _one_by_one(rank: Rank, sentences: list[str], rows: list[int], concepts: np.
     return failed
 
 
-def _write(rank: Rank, pool: _Pool, concepts: np.ndarray, failed: dict[int, str]) -> None:
+def _write(rank: WorkerContext, pool: TokenizedUnit, concepts: np.ndarray, failed: dict[int, str]) -> None:
     """Write the unit's shards and report them."""
     unit, documents = _documents(rank, pool, concepts, failed)
     shards = {}
@@ -204,12 +204,12 @@ def full_disk(out: Path, error: OSError) -> Exception:
 
 
 def _documents(
-    rank: Rank, pool: _Pool, concepts: np.ndarray, failed: dict[int, str]
-) -> tuple[Unit, dict[str, list[Document]]]:
+    rank: WorkerContext, pool: TokenizedUnit, concepts: np.ndarray, failed: dict[int, str]
+) -> tuple[UnitResult, dict[str, list[Document]]]:
     """The documents of a unit by split, and what became of them all."""
     config = rank.config
     row = {sentence: index for index, sentence in enumerate(pool.sentences)}
-    unit = Unit(pool.unit.unit, given=len(pool.texts), encoded=len(pool.sentences))
+    unit = UnitResult(pool.unit.unit, given=len(pool.texts), encoded=len(pool.sentences))
     refused: Counter[str] = Counter()
     documents: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for text in pool.texts:

@@ -25,28 +25,37 @@ import numpy as np
 import torch
 
 from lcm_ds.config import PrepareConfig, dump
-from lcm_ds.data.format import SPLITS, DatasetInfo, EndOfText, Steps, Supervised, finish, read_shards, write_normalizer
+from lcm_ds.data.format import (
+    SPLITS,
+    DatasetInfo,
+    EndOfText,
+    QuantParams,
+    Supervised,
+    finish,
+    read_shards,
+    write_normalizer,
+)
 from lcm_ds.data.normalizer import Constants, constant, draw, fit
 from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.shard import Shard
-from lcm_ds.distributed.environment import Place, free_port, read_place
+from lcm_ds.distributed.environment import DistEnv, detect_environment, free_port
 from lcm_ds.encoders import Encoder, load_encoder
 from lcm_ds.errors import InputError
 from lcm_ds.files import sync, write_whole
 from lcm_ds.prepare import disk_space
-from lcm_ds.prepare.committer import Clerk
-from lcm_ds.prepare.coordinator import PeerFailed, Peers
+from lcm_ds.prepare.committer import Committer
+from lcm_ds.prepare.coordinator import Coordinator, PeerFailed
 from lcm_ds.prepare.deduplicate import drop_duplicates, forget_ids, has_ids
-from lcm_ds.prepare.encode import Rank, encode_units, full_disk, storable
+from lcm_ds.prepare.encode import WorkerContext, encode_units, full_disk, storable
 from lcm_ds.prepare.progress import Progress
-from lcm_ds.prepare.readers import Range, Reader, Readers, open_reader
+from lcm_ds.prepare.readers import Reader, Readers, WorkUnit, open_reader
 from lcm_ds.prepare.state import (
     CONFIG,
     IDS,
     PARTS,
     QUANTIZATION,
     SOURCE,
-    Unit,
+    UnitResult,
     check_files,
     check_parts,
     counts,
@@ -56,7 +65,7 @@ from lcm_ds.prepare.state import (
     summary,
     tidy,
 )
-from lcm_ds.processes import die_with_parent
+from lcm_ds.processes import set_parent_death_signal
 from lcm_ds.text.base import Source
 from lcm_ds.text.open import open_source
 from lcm_ds.text.splitter import Splitter
@@ -74,7 +83,7 @@ def prepare(config: PrepareConfig, encoder: Encoder | None = None) -> None:
     that is not what it was when the dataset was begun, a disk that is full or will be, and a source that gives no
     documents to train on.
     """
-    place = read_place(os.environ)
+    place = detect_environment(os.environ)
     with _threads(config.encoder.threads):
         if place.rank == 0:
             _Leader(config, place, encoder).prepare()
@@ -99,20 +108,20 @@ def _threads(count: int) -> Iterator[None]:
 class _Leader:
     """Rank 0: looks at everything first, commits what all ranks make, and finishes the dataset."""
 
-    def __init__(self, config: PrepareConfig, place: Place, encoder: Encoder | None) -> None:
+    def __init__(self, config: PrepareConfig, place: DistEnv, encoder: Encoder | None) -> None:
         self.config, self.place, self.out = config, place, Path(config.output)
         self.started = time.monotonic()
         self._given_encoder = encoder
         self._children: list[subprocess.Popen[bytes]] = []
         self._launched = place.world_size > 1
         if not self._launched and encoder is None and (processes := _processes(config)) > 1:
-            self.place = Place(0, processes, 0, processes, "127.0.0.1", free_port())
+            self.place = DistEnv(0, processes, 0, processes, "127.0.0.1", free_port())
 
     def prepare(self) -> None:
         """All of it."""
         if not self._launched and self._is_there():
             return
-        peers = Peers(self.place)
+        peers = Coordinator(self.place)
         try:
             if self._launched and self._is_there():
                 peers.begin({"done": None})
@@ -136,7 +145,7 @@ class _Leader:
         print(f"{self.out}: already prepared: {summary(read_units(self.out))}")
         return True
 
-    def _prepare(self, peers: Peers) -> None:
+    def _prepare(self, peers: Coordinator) -> None:
         config, out = self.config, self.out
         # Before the output is there: a mistake in the config leaves nothing behind. A dataset of the hub stays as it is
         # under its commit; what is on this machine is looked at again.
@@ -148,7 +157,7 @@ class _Leader:
             encoder = self._given_encoder or _load(config, self.place)
             self._prepare_with(encoder, reader, readers, peers)
 
-    def _prepare_with(self, encoder: Encoder, reader: Reader, readers: Readers, peers: Peers) -> None:
+    def _prepare_with(self, encoder: Encoder, reader: Reader, readers: Readers, peers: Coordinator) -> None:
         config, out, source = self.config, self.out, reader.source
         end = _end_of_text(config, encoder)
         try:
@@ -161,7 +170,7 @@ class _Leader:
             is_finished(out, config)
             try:
                 units = self._begin(source, reader, encoder)
-                rank = Rank(config, encoder, end, self._quantization(reader, encoder), peers)
+                rank = WorkerContext(config, encoder, end, self._quantization(reader, encoder), peers)
                 progress = self._encode(rank, source, readers, units)
                 tidy(out, {unit.unit for unit in units})
                 units = drop_duplicates(out, units, config.source.supervised)
@@ -174,7 +183,7 @@ class _Leader:
             print(told)
         print(f"{out}: {summary(units)}")
 
-    def _begin(self, source: Source, reader: Reader, encoder: Encoder) -> list[Unit]:
+    def _begin(self, source: Source, reader: Reader, encoder: Encoder) -> list[UnitResult]:
         """Note in the output what is made of what; returns the units that are done."""
         out = self.out
         units = [unit for unit in read_units(out) if has_ids(out, unit.unit)]
@@ -216,14 +225,14 @@ class _Leader:
             write_whole(path, found.model_dump_json())
         return _read_quantization(path)
 
-    def _encode(self, rank: Rank, source: Source, readers: Readers, units: list[Unit]) -> Progress:
+    def _encode(self, rank: WorkerContext, source: Source, readers: Readers, units: list[UnitResult]) -> Progress:
         """Make the units that are not done yet, with all ranks, and add them to `units`."""
         total = source.total
         peers, done = rank.peers, {unit.unit for unit in units}
         peers.begin({"done": _ranges(sorted(done))})
         given = sum(unit.given for unit in units)
         with Progress(total, given, self.place.world_size, self.started) as progress:
-            clerk = Clerk(self.config, peers, units, progress, self._check_children)
+            clerk = Committer(self.config, peers, units, progress, self._check_children)
             try:
                 _take_part(rank, source, readers, done)
                 clerk.close()
@@ -235,7 +244,7 @@ class _Leader:
                 raise
         return progress
 
-    def _finish(self, source: Source, splitter: Splitter, rank: Rank, units: list[Unit]) -> None:
+    def _finish(self, source: Source, splitter: Splitter, rank: WorkerContext, units: list[UnitResult]) -> None:
         """The normaliser, fitted on the training split, and dataset.json of both, which makes them datasets."""
         config, out, end = self.config, self.out, rank.end
         given, kept, refused = counts(units)
@@ -278,14 +287,16 @@ class _Leader:
         if self._launched:
             return
         for rank in range(1, self.place.world_size):
-            place = Place(rank, self.place.world_size, rank, self.place.world_size, "127.0.0.1", self.place.master_port)
+            place = DistEnv(
+                rank, self.place.world_size, rank, self.place.world_size, "127.0.0.1", self.place.master_port
+            )
             command = [sys.executable, "-m", "lcm_ds.prepare", "-"]
             child = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 env=place.within(os.environ),
                 start_new_session=True,
-                preexec_fn=die_with_parent(),
+                preexec_fn=set_parent_death_signal(),
             )
             assert child.stdin is not None
             with contextlib.suppress(BrokenPipeError):
@@ -308,9 +319,9 @@ class _Leader:
                 child.wait()
 
 
-def _follow(config: PrepareConfig, place: Place, encoder: Encoder | None) -> None:
+def _follow(config: PrepareConfig, place: DistEnv, encoder: Encoder | None) -> None:
     """Any other rank: makes units until there are none left."""
-    peers = Peers(place)
+    peers = Coordinator(place)
     try:
         with contextlib.closing(Readers(config)) as readers:
             encoder = encoder or _load(config, place)
@@ -325,23 +336,25 @@ def _follow(config: PrepareConfig, place: Place, encoder: Encoder | None) -> Non
                 raise InputError(f"rank {place.rank}: its encoder is {encoder.describe()}, that of rank 0 {begun}")
             quantization = _read_quantization(out / QUANTIZATION) if config.dtype == "int8" else None
             done = {unit for first, last in said["done"] for unit in range(first, last)}
-            _take_part(Rank(config, encoder, end, quantization, peers), open_reader(config).source, readers, done)
+            _take_part(
+                WorkerContext(config, encoder, end, quantization, peers), open_reader(config).source, readers, done
+            )
         peers.await_finish()
     except BaseException as error:
         raise peers.fail(error) from None
 
 
-def _take_part(rank: Rank, source: Source, readers: Readers, done: set[int]) -> None:
+def _take_part(rank: WorkerContext, source: Source, readers: Readers, done: set[int]) -> None:
     """Make units until there are none left to claim."""
     encode_units(rank, readers, _pending(source, rank.config.documents_per_shard, done))
     rank.peers.leave()
 
 
-def _pending(source: Source, size: int, done: set[int]) -> Iterator[Range]:
+def _pending(source: Source, size: int, done: set[int]) -> Iterator[WorkUnit]:
     """The units that are not done, in order."""
     for number, (start, stop) in enumerate(source.units(size)):
         if number not in done:
-            yield Range(number, start, stop)
+            yield WorkUnit(number, start, stop)
 
 
 def _processes(config: PrepareConfig) -> int:
@@ -355,7 +368,7 @@ def _processes(config: PrepareConfig) -> int:
     return max(1, len(os.sched_getaffinity(0)) // config.encoder.threads)
 
 
-def _load(config: PrepareConfig, place: Place) -> Encoder:
+def _load(config: PrepareConfig, place: DistEnv) -> Encoder:
     """This rank's encoder, on its own device."""
     encoder = config.encoder
     if encoder.device is None and torch.cuda.is_available():
@@ -405,8 +418,8 @@ def _sentences(reader: Reader) -> Iterator[str]:
             yield from text.sentences
 
 
-def _steps(quantization: Quantization) -> Steps:
-    return Steps(center=quantization.center.tolist(), step=quantization.step.tolist())
+def _steps(quantization: Quantization) -> QuantParams:
+    return QuantParams(center=quantization.center.tolist(), step=quantization.step.tolist())
 
 
 def _read_quantization(path: Path) -> Quantization:

@@ -69,11 +69,11 @@ class Progress:
         sums, seconds = self._sums, self._seconds()
         if not sums.get("sentences"):
             return None
-        spared = 1 - sums["encoded"] / sums["sentences"]
+        deduplicated = 1 - sums["encoded"] / sums["sentences"]
         processes = f" in {self.ranks} processes" if self.ranks > 1 else ""
         return (
             f"encoded {sums['sentences']:,.0f} sentences in {seconds:.0f} s{processes}, {self._speed()}; "
-            f"{spared:.1%} of them repeat others and were spared; "
+            f"{deduplicated:.1%} of them repeat others and were spared; "
             f"padding {1 - sums['tokens'] / max(1, sums['places']):.1%} of {sums['places']:,.0f} token places; "
             f"encoder busy {sums['busy'] / (seconds * self.ranks):.0%} of the time"
         )

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 from lcm_ds.config import PrepareConfig
 from lcm_ds.prepare.state import SOURCE, split_of
-from lcm_ds.processes import die_with_parent
+from lcm_ds.processes import set_parent_death_signal
 from lcm_ds.text.base import Source, TextDocument
 from lcm_ds.text.open import open_source
 from lcm_ds.text.splitter import Splitter
 
 
-class Range(NamedTuple):
+class WorkUnit(NamedTuple):
     """A unit: documents `start` up to, not including, `stop` of the source."""
 
     unit: int
@@ -31,7 +31,7 @@ class Range(NamedTuple):
     stop: int
 
 
-class Text(NamedTuple):
+class SplitDocument(NamedTuple):
     """A document of a unit, cut into sentences."""
 
     number: int  # in the source, from 0
@@ -55,9 +55,9 @@ class Reader:
         """Cuts texts into sentences; made when it is first asked for, which takes seconds."""
         return Splitter(self.config.sentences)
 
-    def read(self, unit: Range) -> list[Text]:
+    def read(self, unit: WorkUnit) -> list[SplitDocument]:
         """The documents of a unit in order; none where the source has ended. Raises InputError."""
-        texts: list[Text] = []
+        texts: list[SplitDocument] = []
         ids: set[str] = set()
         for number, document in enumerate(self.source.documents(unit.start, unit.stop), start=unit.start):
             sentences: list[str] = []
@@ -70,7 +70,9 @@ class Reader:
                 ids.add(document.id)
             split = "" if refused is not None else split_of(document.split_key, self.config.validation)
             sentences = sentences if refused is None else []
-            texts.append(Text(number, document.id, document.source, sentences, refused, given, document.problem, split))
+            texts.append(
+                SplitDocument(number, document.id, document.source, sentences, refused, given, document.problem, split)
+            )
         return texts
 
     def _split(self, document: TextDocument) -> tuple[list[str], int | None, str | None]:
@@ -121,7 +123,7 @@ class Readers:
             for _ in range(config.split_workers):
                 self._pool.submit(_get_ready)
 
-    def submit(self, unit: Range) -> Future[list[Text]]:
+    def submit(self, unit: WorkUnit) -> Future[list[SplitDocument]]:
         """What `Reader.read` gives, when it is there."""
         if isinstance(self._pool, ThreadPoolExecutor):
             return self._pool.submit(lambda: self._in_thread().read(unit))
@@ -151,7 +153,7 @@ _config: PrepareConfig  # in a process of Readers
 
 def _start(mapping: dict[str, Any], parent: int) -> None:
     global _config
-    die_with_parent(parent=parent)()
+    set_parent_death_signal(parent=parent)()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent to answer
     _config = PrepareConfig(**mapping)
 
@@ -172,7 +174,7 @@ def _reader() -> Reader:
     return reader
 
 
-def _read(unit: Range) -> list[Text]:
+def _read(unit: WorkUnit) -> list[SplitDocument]:
     return _reader().read(unit)
 
 

@@ -24,11 +24,11 @@ CONFIG, PARTS, SOURCE, QUANTIZATION = "prepare.yaml", "parts.json", "source.json
 UNITS, IDS, LOCK = "units.jsonl", "ids", "prepare.lock"
 
 # What decides how a dataset is made, not what is in it.
-FREE = ("output", "processes", "split_workers", "max_refused", "check_space", "encoder.device")
+RUNTIME_ONLY_KEYS = ("output", "processes", "split_workers", "max_refused", "check_space", "encoder.device")
 
 
 @dataclass
-class Unit:
+class UnitResult:
     """What became of a unit's documents: a line of units.jsonl."""
 
     unit: int
@@ -90,14 +90,14 @@ def check_files(out: Path, before: dict[str, int], now: dict[str, int]) -> None:
     """
     remedy = "restore it, or choose a new output (rows that cannot be read need no mending: see max_refused)"
     new = now.keys() - before.keys()
-    mistakes = [f"{name}: new since {out} was begun: take it away, or choose a new output" for name in new]
+    errors = [f"{name}: new since {out} was begun: take it away, or choose a new output" for name in new]
     for name, size in before.items():
         if name not in now:
-            mistakes.append(f"{name}: gone since {out} was begun: {remedy}")
+            errors.append(f"{name}: gone since {out} was begun: {remedy}")
         elif now[name] != size:
-            mistakes.append(f"{name}: has {now[name]} bytes, but had {size} when {out} was begun: {remedy}")
-    if mistakes:
-        raise InputError(sorted(mistakes))
+            errors.append(f"{name}: has {now[name]} bytes, but had {size} when {out} was begun: {remedy}")
+    if errors:
+        raise InputError(sorted(errors))
 
 
 def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -119,22 +119,22 @@ def _flat(mapping: dict[str, Any], above: str = "") -> dict[str, Any]:
         name = f"{above}{key}"
         if isinstance(value, dict) and value:
             flat.update(_flat(value, f"{name}."))
-        elif name not in FREE:
+        elif name not in RUNTIME_ONLY_KEYS:
             flat[name] = value
     return flat
 
 
-def read_units(out: Path) -> list[Unit]:
+def read_units(out: Path) -> list[UnitResult]:
     """The units whose line is whole; a line that a crash cut short is removed."""
     path = out / UNITS
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     whole, _, torn = text.rpartition("\n")
     if torn:
         write_whole(path, whole + "\n" if whole else "")
-    return [Unit(**json.loads(line)) for line in whole.splitlines()]
+    return [UnitResult(**json.loads(line)) for line in whole.splitlines()]
 
 
-def add_unit(out: Path, unit: Unit) -> None:
+def add_unit(out: Path, unit: UnitResult) -> None:
     """Append the unit's line and sync it: from then on the unit is done."""
     with (out / UNITS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(unit)) + "\n")
@@ -142,7 +142,7 @@ def add_unit(out: Path, unit: Unit) -> None:
         os.fsync(file.fileno())
 
 
-def keep_units(out: Path, units: Iterable[Unit]) -> None:
+def keep_units(out: Path, units: Iterable[UnitResult]) -> None:
     """Make these the units that are done; the shards of all others are taken back, to be made again."""
     units = list(units)
     write_whole(out / UNITS, "".join(json.dumps(asdict(unit)) + "\n" for unit in units))
@@ -194,7 +194,7 @@ def owned(out: Path) -> Iterator[None]:
         yield
 
 
-def counts(units: Iterable[Unit]) -> tuple[int, Counter[str], Counter[str]]:
+def counts(units: Iterable[UnitResult]) -> tuple[int, Counter[str], Counter[str]]:
     """Documents of the units: given, kept by split, refused by reason."""
     given, kept, refused = 0, Counter[str](), Counter[str]()
     for unit in units:
@@ -204,7 +204,7 @@ def counts(units: Iterable[Unit]) -> tuple[int, Counter[str], Counter[str]]:
     return given, kept, refused
 
 
-def summary(units: list[Unit]) -> str:
+def summary(units: list[UnitResult]) -> str:
     """Documents and sentences of the units, in a line."""
     given, kept, refused = counts(units)
     reasons = "".join(f", {count:,} refused ({reason})" for reason, count in sorted(refused.items()))

@@ -81,7 +81,7 @@ class Columns:
         """Raise InputError with a line for each column that is missing or of the wrong type; a pyarrow schema."""
         import pyarrow
 
-        mistakes = self._missing(part, schema.names)
+        errors = self._missing(part, schema.names)
         config, types = self.config, pyarrow.types
         for key, name in self._text_keys():
             if name in schema.names:
@@ -92,21 +92,21 @@ class Columns:
                     kind = kind.value_type
                 strings = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
                 if not any(is_kind(kind) for is_kind in strings):
-                    mistakes.append(f"source.{key}: {name!r} of {part} holds {whole}, not {self._meant}")
+                    errors.append(f"source.{key}: {name!r} of {part} holds {whole}, not {self._meant}")
         for name in config.filter:
             if name in schema.names:
                 kind = schema.field(name).type
                 if not (types.is_integer(kind) or types.is_floating(kind)):
-                    mistakes.append(f"source.filter: {name!r} of {part} holds {kind}, not numbers")
-        if mistakes:
-            raise InputError(mistakes)
+                    errors.append(f"source.filter: {name!r} of {part} holds {kind}, not numbers")
+        if errors:
+            raise InputError(errors)
 
     def check_rows(self, part: str, rows: Sequence[dict[str, Any]]) -> None:
         """The same for rows that have no schema: a column is there where any of them has it.
 
         A text column of the wrong type is one that holds no text at all: single rows are refused when they are read.
         """
-        mistakes = self._missing(part, {name: None for row in rows for name in row})
+        errors = self._missing(part, {name: None for row in rows for name in row})
         texts = (str, list) if self.config.supervised else (str,)
         wanted: list[tuple[str, str, tuple[type, ...], str]] = [
             (key, name, texts, self._meant) for key, name in self._text_keys()
@@ -116,9 +116,9 @@ class Columns:
             there = [value for row in rows if (value := row.get(name)) is not None]
             wrong = [value for value in there if not isinstance(value, kinds)]
             if wrong and (key == "filter" or len(wrong) == len(there)):
-                mistakes.append(f"source.{key}: {name!r} of {part} holds {wrong[0]!r:.60}, not {meant}")
-        if mistakes:
-            raise InputError(mistakes)
+                errors.append(f"source.{key}: {name!r} of {part} holds {wrong[0]!r:.60}, not {meant}")
+        if errors:
+            raise InputError(errors)
 
     def _text_keys(self) -> list[tuple[str, str]]:
         """The columns of texts with the keys that name them."""
@@ -130,12 +130,12 @@ class Columns:
         listed, config = ", ".join(names), self.config
         keys = {**dict(self._text_keys()), "id_column": config.id_column, "language_column": config.language_column}
         wanted: Sequence[tuple[str, str | None]] = [*keys.items(), *(("filter", name) for name in config.filter)]
-        mistakes = []
+        errors = []
         for key, name in wanted:
             if name is not None and name not in names:
                 hint = " (null: documents are named by file and row)" if key == "id_column" else ""
-                mistakes.append(f"source.{key}: {part} has no column {name!r}; its columns: {listed}{hint}")
-        return mistakes
+                errors.append(f"source.{key}: {part} has no column {name!r}; its columns: {listed}{hint}")
+        return errors
 
 
 def rows_of(table: Any) -> Iterator[dict[str, Any] | ValueError]:

@@ -79,21 +79,21 @@ def expand(paths: Sequence[str]) -> list[Path]:
 
     Raises InputError with a line for every path that names no file.
     """
-    mistakes = []
+    errors = []
     found: dict[str, Path] = {}  # by absolute path: a file may be named in several ways
     for pattern in paths:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            mistakes.append(f"source.paths: {pattern} is a folder; name files, or a glob such as {path}/*")
+            errors.append(f"source.paths: {pattern} is a folder; name files, or a glob such as {path}/*")
             continue
         matches = {path} if path.is_file() else {Path(name) for name in glob.glob(str(path), recursive=True)}
         files = {match for match in matches if match.is_file()}
         if not files:
-            mistakes.append(f"source.paths: {pattern}: no such file")
+            errors.append(f"source.paths: {pattern}: no such file")
         for file in sorted(files):
             found.setdefault(os.path.abspath(file), file)
-    if mistakes:
-        raise InputError(mistakes)
+    if errors:
+        raise InputError(errors)
     return sorted(found.values())
 
 

@@ -162,7 +162,7 @@ def _places(paths: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _look(columns: Columns, places: Sequence[str], names: Sequence[str]) -> list[ParquetFile | JsonlFile]:
     """The files, each looked at. Raises InputError with every mistake in any of them."""
-    mistakes = Collector()
+    errors = Collector()
 
     def look(place: str, name: str) -> ParquetFile | JsonlFile | InputError:
         try:
@@ -174,8 +174,8 @@ def _look(columns: Columns, places: Sequence[str], names: Sequence[str]) -> list
         found = list(pool.map(look, places, names))
     for each in found:
         if isinstance(each, InputError):
-            mistakes.mistakes.extend(each.mistakes)
-    mistakes.raise_if_any()
+            errors.errors.extend(each.errors)
+    errors.raise_if_any()
     return [each for each in found if not isinstance(each, InputError)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from lcm_ds.processes import end_with
+from lcm_ds.processes import exit_with
 from lcm_ds.train import main
 
 if __name__ == "__main__":
@@ -13,4 +13,4 @@ if __name__ == "__main__":
     parser.add_argument("overrides", metavar="key=value", nargs="*")
     parser.add_argument("--local_rank", type=int, help="given by DeepSpeed's launcher; LOCAL_RANK says the same")
     arguments = parser.parse_args()
-    end_with(lambda: main(arguments.config, arguments.overrides))
+    exit_with(lambda: main(arguments.config, arguments.overrides))

@@ -9,12 +9,12 @@ import torch
 from lcm_ds import deepspeed_config
 from lcm_ds.model.flops import training_flops
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.train.job import Job
+from lcm_ds.train.job import TrainJob
 from lcm_ds.train.job_builder import reach_lines
 from lcm_ds.train.memory import lines
 
 
-def dry_run(job: Job, ranks: int) -> None:
+def dry_run(job: TrainJob, ranks: int) -> None:
     """Print shapes, parameters, memory a rank, and concepts and steps of the run."""
     with torch.device("meta"):
         model = BaseLCM(job.model)
@@ -31,7 +31,7 @@ def _shapes(model: BaseLCM) -> Iterator[str]:
     yield f"parameters    {sum(parameter.numel() for parameter in model.parameters()):,}"
 
 
-def _steps(job: Job, ranks: int) -> Iterator[str]:
+def _steps(job: TrainJob, ranks: int) -> Iterator[str]:
     config, batch = job.config, job.config.batch
     concepts = batch.rows_per_step * config.data.row_length
     total = sum(shard.concepts for dataset in job.datasets for shard in dataset.shards)

@@ -17,7 +17,7 @@ from deepspeed.accelerator import get_accelerator
 
 from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
-from lcm_ds.distributed.environment import Place
+from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.distributed.rendezvous import meet
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
@@ -27,10 +27,11 @@ from lcm_ds.processes import keep_freed_memory, remove_left_over_locks
 logger = logging.getLogger("lcm_ds.train")
 
 
-def connect(place: Place, stall_minutes: float | None = None) -> torch.device:
+def init_distributed(place: DistEnv, stall_minutes: float | None = None) -> torch.device:
     """Join the process group as `place` says and return this rank's device.
 
-    stall_minutes: after how long a watchdog ends a rank that stands still. Raises Unavailable if a rank does not come.
+    stall_minutes: after how long a watchdog ends a rank that stands still. Raises TransientError if a
+    rank does not come.
     """
     meet(place, "train")
     os.environ.update(place.environment())

@@ -29,7 +29,7 @@ CENTER, SCALE = "normalizer.center", "normalizer.scale"
 
 
 @dataclass(frozen=True)
-class Initial:
+class InitFrom:
     """A model to start from: its sizes, and its weights once they are asked for."""
 
     says: str  # what it is, for people
@@ -38,23 +38,23 @@ class Initial:
     has_normalizer: bool  # that does something; else the run takes that of its training data
 
 
-def find_initial(model: ModelConfig) -> Initial:
+def resolve_init_from(model: ModelConfig) -> InitFrom:
     """What `model.init_from` names. Raises InputError where that is none of the three."""
     path = Path(str(model.init_from))
     if (path / "config.yaml").is_file():
         checkpoint = find(path)
         config = BaseLCMConfig(**checkpoint.state()["model"])
-        return Initial(f"{path} (step {checkpoint.step})", config, lambda: fp32_weights(checkpoint), True)
+        return InitFrom(f"{path} (step {checkpoint.step})", config, lambda: fp32_weights(checkpoint), True)
     if (path / "config.json").is_file():
         try:
             config = BaseLCMConfig.from_pretrained(path)
         except (OSError, ValueError, json.JSONDecodeError) as error:
             raise InputError(f"{path}: its config.json cannot be read: {str(error).splitlines()[0]}") from None
-        return Initial(str(path), config, lambda: dict(read_folder(path).state_dict()), _folder_has_normalizer(path))
+        return InitFrom(str(path), config, lambda: dict(read_folder(path).state_dict()), _folder_has_normalizer(path))
     if path.is_file():
         config, weights = read_meta(path, model.num_attention_heads)
         own = _has_normalizer(weights)
-        return Initial(f"{path} (Meta's)", config, lambda: read_meta(path, model.num_attention_heads)[1], own)
+        return InitFrom(f"{path} (Meta's)", config, lambda: read_meta(path, model.num_attention_heads)[1], own)
     raise InputError(
         f"{path}: no run here (config.yaml is missing), no exported model (config.json is missing) and no checkpoint "
         "of Meta's (no such file)"
@@ -64,12 +64,12 @@ def find_initial(model: ModelConfig) -> Initial:
 def sizes_of_run(run_dir: Path) -> BaseLCMConfig | None:
     """The model of a run that has a checkpoint of its own, from which it goes on; None where it has none yet."""
     for checkpoint in reversed(candidates(run_dir)):
-        if checkpoint.damage() is None:
+        if checkpoint.integrity_error() is None:
             return BaseLCMConfig(**checkpoint.state()["model"])
     return None
 
 
-def take_over(model: BaseLCM, initial: Initial, partitioned: bool) -> str:
+def load_initial_weights(model: BaseLCM, initial: InitFrom, partitioned: bool) -> str:
     """Fill a model with the weights of another one; all ranks call this. Returns what was done, for people.
 
     Rank 0 reads them; the others get theirs from it, here (partitioned: under ZeRO-3) or, as all first weights, when

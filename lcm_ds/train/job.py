@@ -10,13 +10,13 @@ from lcm_ds.config import TrainConfig
 from lcm_ds.data.format import Dataset
 from lcm_ds.data.plan import Plan
 from lcm_ds.model.config import BaseLCMConfig
-from lcm_ds.train.init_from import Initial
+from lcm_ds.train.init_from import InitFrom
 
 LONG_WARMUP = 0.2  # of the run's steps
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainJob:
     """A run that has passed its checks."""
 
     config: TrainConfig
@@ -26,7 +26,7 @@ class Job:
     validation: Dataset | None
     plan: Plan
     fingerprint: str
-    initial: Initial | None = None  # where its first weights are from; None: they are fresh, or its own checkpoint's
+    initial: InitFrom | None = None  # where its first weights are from; None: they are fresh, or its own checkpoint's
 
     @property
     def run_dir(self) -> Path:

@@ -18,8 +18,8 @@ from lcm_ds.data.supervised import limit, missing_targets, reach, source_of
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import why_not_writable
 from lcm_ds.model.config import BaseLCMConfig, resolve_model
-from lcm_ds.train.init_from import Initial, find_initial, sizes_of_run
-from lcm_ds.train.job import Job
+from lcm_ds.train.init_from import InitFrom, resolve_init_from, sizes_of_run
+from lcm_ds.train.job import TrainJob
 from lcm_ds.train.monitoring.trackers import missing_packages
 
 # Two ends of text differ if their distance is more of their length than this: another device or precision changes the
@@ -27,58 +27,58 @@ from lcm_ds.train.monitoring.trackers import missing_packages
 OTHER_END = 0.1
 
 
-def check(path: str | Path, overrides: Sequence[str], world_size: int) -> Job:
+def build_job(path: str | Path, overrides: Sequence[str], world_size: int) -> TrainJob:
     """Read and check a run's config against its datasets, its DeepSpeed JSON and the number of ranks.
 
     Raises InputError with every mistake of all of them, one line each.
     """
     mapping = read_yaml(path, overrides)
-    mistakes = Collector()
+    errors = Collector()
     config: TrainConfig | None = None
-    with mistakes:
+    with errors:
         config = validate(TrainConfig, mapping, path)
     # The parts are looked at even where the config as a whole is wrong, so that nobody has to come back twice.
     ds: dict[str, Any] | None = None
-    with mistakes:
+    with errors:
         ds = _read_ds(mapping.get("deepspeed"), Path(path))
     data = mapping.get("data") if isinstance(mapping.get("data"), dict) else {}
     assert isinstance(data, dict)
-    datasets = [_open(entry, "data.train", data, path, mistakes) for entry in _train_paths(data)]
-    validation = _open(data.get("validation"), "data.validation", data, path, mistakes)
+    datasets = [_open(entry, "data.train", data, path, errors) for entry in _train_paths(data)]
+    validation = _open(data.get("validation"), "data.validation", data, path, errors)
     if config is None or ds is None:
-        mistakes.raise_if_any()
+        errors.raise_if_any()
     assert config is not None
     assert ds is not None
     model: BaseLCMConfig | None = None
-    initial: Initial | None = None
-    with mistakes:
+    initial: InitFrom | None = None
+    with errors:
         model, initial = _model(config, path)
     resolved: dict[str, Any] = {}
-    with mistakes:
+    with errors:
         width = None if model is None else model.hidden_size
         resolved = deepspeed_config.resolve(ds, config, world_size, _ds_origin(config, path), path, width)
     if wrong := why_not_writable(config.run_dir):
-        mistakes.mistakes.append(f"{path}: run_dir: {wrong}")
+        errors.errors.append(f"{path}: run_dir: {wrong}")
     training = [dataset for dataset in datasets if dataset is not None]
     opened = training if validation is None else [*training, validation]
-    mistakes.mistakes.extend(_disagreements(opened, model, path))
+    errors.errors.extend(_disagreements(opened, model, path))
     if config.model.init_from is None or (initial is not None and not initial.has_normalizer):
-        mistakes.mistakes.extend(_normalizer_disagreements(training, validation, config, path))
+        errors.errors.extend(_normalizer_disagreements(training, validation, config, path))
     for key, some in (("data.train", datasets), ("data.validation", [validation])):
         for dataset in (each for each in some if each is not None):
-            with mistakes:
+            with errors:
                 if wrong := missing_targets(dataset, config.data.row_length, config.data.max_segment):
                     raise InputError(f"{path}: {key}: {wrong}")
-    mistakes.raise_if_any()
+    errors.raise_if_any()
     assert model is not None
     plan, mark = plan_of(config, training)
-    job = Job(config, resolved, model, training, validation, plan, mark, initial)
+    job = TrainJob(config, resolved, model, training, validation, plan, mark, initial)
     if lines := _step_mistakes(job, path):
         raise InputError(lines)
     return job
 
 
-def _model(config: TrainConfig, path: str | Path) -> tuple[BaseLCMConfig, Initial | None]:
+def _model(config: TrainConfig, path: str | Path) -> tuple[BaseLCMConfig, InitFrom | None]:
     """The model, and what its first weights are from. A run that has begun no longer needs that."""
     if config.model.init_from is None:
         return resolve_model(config.model, str(path)), None
@@ -86,9 +86,9 @@ def _model(config: TrainConfig, path: str | Path) -> tuple[BaseLCMConfig, Initia
     if own is not None:
         return resolve_model(config.model, str(path), own), None
     try:
-        initial = find_initial(config.model)
+        initial = resolve_init_from(config.model)
     except InputError as error:
-        raise type(error)(f"{path}: model.init_from: {line}" for line in error.mistakes) from None
+        raise type(error)(f"{path}: model.init_from: {line}" for line in error.errors) from None
     return resolve_model(config.model, str(path), initial.config), initial
 
 
@@ -103,7 +103,7 @@ def plan_of(config: TrainConfig, datasets: Sequence[Dataset]) -> tuple[Plan, str
     return Plan(sources, config.seed, rows, length, config.epochs), mark
 
 
-def reach_lines(job: Job) -> list[str]:
+def reach_lines(job: TrainJob) -> list[str]:
     """A line for each supervised dataset: how many of its targets are reached.
 
     An unsupervised one loses the first concept of each segment only; how many those are its shards' counts do not tell.
@@ -122,7 +122,7 @@ def reach_lines(job: Job) -> list[str]:
     return lines
 
 
-def _step_mistakes(job: Job, path: str | Path) -> list[str]:
+def _step_mistakes(job: TrainJob, path: str | Path) -> list[str]:
     """Settings of `train` and `log` that would do nothing, and a warm-up that never ends."""
     train, lines = job.config.train, []
     warmup = job.config.optim.schedule.warmup_steps
@@ -158,18 +158,18 @@ def _train_paths(data: dict[str, Any]) -> list[Any]:
     return [train]
 
 
-def _open(value: Any, key: str, data: dict[str, Any], path: str | Path, mistakes: Collector) -> Dataset | None:
+def _open(value: Any, key: str, data: dict[str, Any], path: str | Path, errors: Collector) -> Dataset | None:
     if not isinstance(value, str):
         return None
     cache_dir, cache_gb = data.get("cache_dir"), data.get("cache_gb")
     limit = cache_gb if isinstance(cache_gb, int | float) else None
     cache = Cache.of(cache_dir, limit) if isinstance(cache_dir, str) else None
     checksums, skip_bad = data.get("verify") != "size", data.get("on_bad_shard") == "skip"
-    with mistakes:
+    with errors:
         try:
             return open_dataset(value, cache, checksums, skip_bad=skip_bad)
         except InputError as error:
-            raise type(error)(f"{path}: {key}: {line}" for line in error.mistakes) from None
+            raise type(error)(f"{path}: {key}: {line}" for line in error.errors) from None
     return None
 
 

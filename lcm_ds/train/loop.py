@@ -26,11 +26,11 @@ from lcm_ds.checkpoint.format import Checkpoint
 from lcm_ds.checkpoint.save import Saver, saves_in_background
 from lcm_ds.data.format import read_normalizer
 from lcm_ds.data.loader import Batch, Loader
-from lcm_ds.distributed.environment import Place
+from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.errors import InputError
-from lcm_ds.train.engine import build_engine, build_model, connect
-from lcm_ds.train.init_from import take_over
-from lcm_ds.train.job import Job
+from lcm_ds.train.engine import build_engine, build_model, init_distributed
+from lcm_ds.train.init_from import load_initial_weights
+from lcm_ds.train.job import TrainJob
 from lcm_ds.train.memory import count_parameters
 from lcm_ds.train.monitoring.console import console, set_up_logging
 from lcm_ds.train.monitoring.console_format import bar_line, step_line, summary, validation_line
@@ -39,12 +39,12 @@ from lcm_ds.train.monitoring.histograms import histograms
 from lcm_ds.train.monitoring.metrics_log import RunLog
 from lcm_ds.train.monitoring.profiler import StepProfiler
 from lcm_ds.train.monitoring.text_samples import Samples
-from lcm_ds.train.monitoring.throughput import SpeedMeter, memory_gib, peak_tflops
-from lcm_ds.train.reliability.loss_guard import GoBack, Guard, LeftOut, tell
-from lcm_ds.train.reliability.run_lock import RunOwner
+from lcm_ds.train.monitoring.throughput import ThroughputMeter, memory_gib, peak_tflops
+from lcm_ds.train.reliability.loss_guard import Rollback, SkippedSteps, StepMonitor, tell
+from lcm_ds.train.reliability.run_lock import RunLock
 from lcm_ds.train.reliability.stop_signal import STOPPED, StopRequest
 from lcm_ds.train.reliability.watchdog import Watchdog
-from lcm_ds.train.run_metadata import announce, identity, prepare_run_folder
+from lcm_ds.train.run_metadata import identity, log_run_header, prepare_run_folder
 from lcm_ds.train.step import StepOutcome, Stepper
 from lcm_ds.train.validation import fit_ridge, validate
 
@@ -53,21 +53,21 @@ logger = logging.getLogger("lcm_ds.train")
 DONE, FAILED = 0, 1
 
 
-def train(job: Job, place: Place, stop: StopRequest) -> int:
+def train(job: TrainJob, place: DistEnv, stop: StopRequest) -> int:
     """Train until the run is done or somebody asks it to stop; returns the exit code: 0, 75, or 1 where what was to be
     saved could not be.
 
     Raises InputError where the run's folder has an owner, its checkpoints belong to another run, or a shard turns out
-    not to be what was written; CannotGoOn where no checkpoint is whole, or going back did not help.
+    not to be what was written; RunFailedError where no checkpoint is whole, or going back did not help.
     """
     job.run_dir.mkdir(parents=True, exist_ok=True)
     set_up_logging(job.run_dir, place.rank)
     with contextlib.ExitStack() as stack:
         if place.rank == 0:
-            stack.enter_context(RunOwner(job.run_dir))
+            stack.enter_context(RunLock(job.run_dir))
         watchdog = Watchdog(job.config.guard.stall_minutes)
         stack.callback(watchdog.close)
-        device = connect(place, job.config.guard.stall_minutes)
+        device = init_distributed(place, job.config.guard.stall_minutes)
         if place.rank == 0:
             checkpoints.clear_partial(job.run_dir)
             stop.watch(job.run_dir / "STOP")
@@ -77,13 +77,13 @@ def train(job: Job, place: Place, stop: StopRequest) -> int:
     return code
 
 
-def _train(job: Job, place: Place, device: torch.device, stop: StopRequest, watchdog: Watchdog) -> int:
+def _train(job: TrainJob, place: DistEnv, device: torch.device, stop: StopRequest, watchdog: Watchdog) -> int:
     """Go on from the newest checkpoint, as often as the guard asks for it."""
-    newest = resume.newest_whole(job.run_dir, job.config.checkpoint)
+    newest = resume.newest_complete(job.run_dir, job.config.checkpoint)
     if newest is not None:
-        mistakes = resume.mistakes(newest, identity(job, place))
-        if mistakes:
-            raise InputError(mistakes if place.rank == 0 else [])  # said once
+        errors = resume.errors(newest, identity(job, place))
+        if errors:
+            raise InputError(errors if place.rank == 0 else [])  # said once
         if newest.step >= job.total_steps:
             if place.rank == 0:
                 console.line(f"{job.run_dir}: already trained for {newest.step} steps, nothing to do")
@@ -93,22 +93,22 @@ def _train(job: Job, place: Place, device: torch.device, stop: StopRequest, watc
         prepare_run_folder(job, place)
         if changed is not None:
             console.line(changed)
-    left_out = LeftOut(job.run_dir)
+    left_out = SkippedSteps(job.run_dir)
     while True:
         try:
             return _attempt(job, place, device, stop, watchdog, newest, left_out.ranges)
-        except GoBack as back:
+        except Rollback as back:
             incident = back.incident
         # Out here nothing holds the engine any more.
         gc.collect()
         get_accelerator().empty_cache()
-        newest = resume.newest_whole(job.run_dir, job.config.checkpoint)
+        newest = resume.newest_complete(job.run_dir, job.config.checkpoint)
         left_out.add(incident, 0 if newest is None else newest.step)
 
 
 def _attempt(
-    job: Job,
-    place: Place,
+    job: TrainJob,
+    place: DistEnv,
     device: torch.device,
     stop: StopRequest,
     watchdog: Watchdog,
@@ -128,12 +128,12 @@ def _attempt(
     watchdog.beat("building the model")
     initial = job.initial if newest is None else None
     model = build_model(job.model, read_normalizer(job.datasets[0].path), config.seed if initial is None else None, ds)
-    begun = None if initial is None else take_over(model, initial, deepspeed_config.zero_stage(ds) == 3)
+    begun = None if initial is None else load_initial_weights(model, initial, deepspeed_config.zero_stage(ds) == 3)
     engine = build_engine(model, config, ds)
     if newest is not None:
         resume.restore(engine, newest, convert)
     if place.rank == 0:
-        announce(job, place, engine, start, begun)
+        log_run_header(job, place, engine, start, begun)
     with contextlib.ExitStack() as stack:
         run_log = RunLog(job, place.world_size, start) if place.rank == 0 else None
         if run_log is not None:
@@ -158,7 +158,7 @@ def _attempt(
         run = Run(Stepper(job, place, engine, device), loader, saver, watchdog, run_log, stop, state, left_out)
         try:
             return run.steps(start)
-        except GoBack:
+        except Rollback:
             if saver.pending:
                 saver.finish()
             engine.destroy()
@@ -190,14 +190,14 @@ class Run:
         self.losses: list[float | None] = []  # of the steps since the last report
         self.targets = 0  # of the last step
         self.learned: bool = state.get("learned", True)  # whether a step has had targets; earlier versions did not say
-        self.guard = Guard(self.job.config.guard, state["losses"])
+        self.guard = StepMonitor(self.job.config.guard, state["losses"])
         self.save_is_due = False
         self.ridge: Linear | None = None  # from the first validation on
         self.samples: Samples | None = None  # from then on, too
         self.started = self.last_save = time.monotonic()
         self.stalled = self.stalled_by_this_save = 0.0  # seconds
         peak = peak_tflops(stepper.device, self.job.config.log.peak_tflops)
-        self.speed = SpeedMeter(self.job.model, self.place.world_size, peak)
+        self.speed = ThroughputMeter(self.job.model, self.place.world_size, peak)
         parameters, eps = count_parameters(self.job.model), self.job.ds["optimizer"]["params"].get("eps")
         self.gradients = GradientMeter(parameters, eps, self.job.config.optim.max_grad_norm)
         self.profiler = StepProfiler(
@@ -252,7 +252,7 @@ class Run:
         self.targets, self.learned = outcome.targets, self.learned or outcome.targets > 0
         self.speed.add(outcome.concepts, outcome.pairs, outcome.waited)
         self.show_bar(step + 1)
-        self.judge(step, outcome)
+        self.check(step, outcome)
         stops, saves, busy = outcome.asked
         if self.saver.pending and not busy:
             self.finish_save(step + 1)
@@ -272,9 +272,9 @@ class Run:
             seconds = (total - done) * self.speed.read(overall=True)["step_time"]
             console.bar(bar_line(done, total, seconds, doing), now=bool(doing))
 
-    def judge(self, step: int, outcome: StepOutcome) -> None:
+    def check(self, step: int, outcome: StepOutcome) -> None:
         """Say what is wrong with a step, and go back where that is what the guard wants. Raises GoBack."""
-        incident = self.guard.judge(step, outcome.loss, outcome.applied)
+        incident = self.guard.check(step, outcome.loss, outcome.applied)
         if incident is None:
             return
         if deepspeed_config.precision(self.job.ds) == "float16" and not outcome.applied and incident.leave_out is None:
@@ -286,7 +286,7 @@ class Run:
             where = f": back to the last checkpoint, and on without the steps {first} to {last}"
         tell(incident, self.job, self.loader, where)
         if incident.leave_out is not None:
-            raise GoBack(incident)
+            raise Rollback(incident)
 
     def report(self, done: int) -> None:
         """A line of metrics after `done` steps."""

@@ -18,14 +18,14 @@ import transformers
 import lcm_ds
 from lcm_ds import deepspeed_config
 from lcm_ds.config import dump
-from lcm_ds.distributed.environment import Place
+from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.files import write_whole
-from lcm_ds.train.job import Job
+from lcm_ds.train.job import TrainJob
 from lcm_ds.train.job_builder import reach_lines
 from lcm_ds.train.monitoring.console import console
 
 
-def identity(job: Job, place: Place) -> dict[str, Any]:
+def identity(job: TrainJob, place: DistEnv) -> dict[str, Any]:
     """What a checkpoint has to agree with to be resumed (see checkpoint/load.py), and what it was made with."""
     return {
         "fingerprint": job.fingerprint,
@@ -60,13 +60,15 @@ def versions() -> dict[str, str]:
     }
 
 
-def prepare_run_folder(job: Job, place: Place) -> None:
+def prepare_run_folder(job: TrainJob, place: DistEnv) -> None:
     """The config as resolved comes, with versions and world size (rank 0)."""
     write_whole(job.run_dir / "config.yaml", dump(job.config, world_size=place.world_size, **versions()))
     write_whole(job.run_dir / "ds_config.json", json.dumps(job.ds, indent=2) + "\n")
 
 
-def announce(job: Job, place: Place, engine: deepspeed.DeepSpeedEngine, start: int, begun: str | None = None) -> None:
+def log_run_header(
+    job: TrainJob, place: DistEnv, engine: deepspeed.DeepSpeedEngine, start: int, begun: str | None = None
+) -> None:
     """The few lines a run begins with; `begun`: what its first weights are, where they are not fresh."""
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     lanes = job.plan.lanes_per_source

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from lcm_ds.data.loader import Batch
-from lcm_ds.distributed.environment import Place
+from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.train.engine import set_learning_rate
-from lcm_ds.train.job import Job
+from lcm_ds.train.job import TrainJob
 from lcm_ds.train.loss import dropout_keys, input_noise, squared_error
 from lcm_ds.train.schedule import learning_rate_factor
 
@@ -36,7 +36,7 @@ class StepOutcome:
 class Stepper:
     """Takes steps with an engine; all ranks together."""
 
-    def __init__(self, job: Job, place: Place, engine: deepspeed.DeepSpeedEngine, device: torch.device) -> None:
+    def __init__(self, job: TrainJob, place: DistEnv, engine: deepspeed.DeepSpeedEngine, device: torch.device) -> None:
         self.job, self.place, self.engine, self.device = job, place, engine, device
 
     def step(

@@ -13,7 +13,7 @@ from lcm_ds.data.format import open_for_run
 from lcm_ds.data.loader import TraceLine
 from lcm_ds.data.loader import trace as trace_steps
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.terminal import printable
+from lcm_ds.terminal import strip_control_chars
 from lcm_ds.train.job_builder import plan_of
 from lcm_ds.train.monitoring.metrics_log import read_losses
 
@@ -34,12 +34,12 @@ def trace(
     if is_run and not (Path(run) / "config.yaml").is_file():
         raise InputError(f"{run}: no run here (config.yaml is missing)")
     config = load(TrainConfig, Path(run) / "config.yaml" if is_run else Path(run), overrides)
-    mistakes = Collector()
+    errors = Collector()
     datasets = []
     for entry in config.data.train:
-        with mistakes:
+        with errors:
             datasets.append(replace(open_for_run(entry.path, config.data), checksums=False))
-    mistakes.raise_if_any()
+    errors.raise_if_any()
     plan, mark = plan_of(config, datasets)
     saved = list_checkpoints(Path(run)) if is_run else []
     if saved and saved[-1].state()["fingerprint"] != mark:
@@ -73,7 +73,7 @@ def _print(line: TraceLine, text: bool, named: bool) -> None:
     dataset = f"{line.dataset}  " if named else ""
     where = f"lane {line.lane:>3}  {dataset}{line.shard} {line.key}  concepts {line.start}-{line.stop}  {line.id}"
     words = [] if text else " ".join(line.sentences).split()[:FIRST_WORDS]
-    print(printable("  ".join([where, *([" ".join(words)] if words else [])])))
+    print(strip_control_chars("  ".join([where, *([" ".join(words)] if words else [])])))
     if text:
         for number, sentence in enumerate(line.sentences, start=line.start):
-            print(printable(f"    {number:>5}  {sentence}"))
+            print(strip_control_chars(f"    {number:>5}  {sentence}"))

@@ -17,7 +17,7 @@ from runs import ROOT, finish, metrics, run_dir, start
 from lcm_ds.checkpoint import load as resume
 from lcm_ds.checkpoint.format import Checkpoint
 from lcm_ds.errors import InputError
-from lcm_ds.train.reliability.run_lock import RunOwner
+from lcm_ds.train.reliability.run_lock import RunLock
 
 STEPS = [2, 4, 6, 8, 10, 12]
 OF_A_RANK = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -52,13 +52,13 @@ def saved(make_config):
     return config
 
 
-def damaged_copy(saved, tmp_path, damage):
+def damaged_copy(saved, tmp_path, integrity_error):
     """A copy of the run with {step: (what is done to a file, its name)} done to its checkpoints."""
     mapping = yaml.safe_load(saved.read_text())
     mapping["run_dir"] = shutil.copytree(mapping["run_dir"], tmp_path / "run")
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({**mapping, "run_dir": str(mapping["run_dir"])}))
-    for step, (harm, name) in damage.items():
+    for step, (harm, name) in integrity_error.items():
         harm(tmp_path / f"run/checkpoints/step_{step:08d}" / name)
     return config
 
@@ -78,9 +78,9 @@ def cut_short(path):
 
 
 def test_the_newest_checkpoint_that_is_whole_is_used_and_the_others_are_named_and_set_aside(saved, tmp_path):
-    damage = {12: (flip_a_byte, OF_A_RANK), 10: (remove, OF_A_RANK), 8: (cut_short, OF_A_RANK)}
-    damage |= {6: (flip_a_byte, "state.json"), 4: (lambda path: path.write_text('{"files": []}'), "COMPLETE")}
-    config = damaged_copy(saved, tmp_path, damage)
+    integrity_error = {12: (flip_a_byte, OF_A_RANK), 10: (remove, OF_A_RANK), 8: (cut_short, OF_A_RANK)}
+    integrity_error |= {6: (flip_a_byte, "state.json"), 4: (lambda path: path.write_text('{"files": []}'), "COMPLETE")}
+    config = damaged_copy(saved, tmp_path, integrity_error)
     (tmp_path / "run/checkpoints/step_00000015.partial").mkdir()
     said = launched(config)
     assert f"step_00000012 is not whole: {OF_A_RANK} is not what was written" in said
@@ -179,7 +179,7 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(tmp_path, now, told
     then = {"fingerprint": "a", "model": {}, "precision": "float32", "world_size": 2, "zero_stage": 2, "nvme": False}
     then["optimizer"] = now.get("optimizer", "AdamW")
     (tmp_path / "state.json").write_text(json.dumps(then))
-    lines = resume.mistakes(Checkpoint(tmp_path, 5), {**then, **now})
+    lines = resume.errors(Checkpoint(tmp_path, 5), {**then, **now})
     if told is None:
         assert lines == []
     else:
@@ -210,7 +210,7 @@ def test_another_layout_of_the_files_is_converted_or_refused(tmp_path, then, now
     ]
     (tmp_path / "state.json").write_text(json.dumps(states[0]))
     assert resume.needs_conversion(*states) == (then != now)
-    lines = resume.mistakes(Checkpoint(tmp_path, 5), states[1])
+    lines = resume.errors(Checkpoint(tmp_path, 5), states[1])
     assert lines == [] if told is None else told in lines[0]
     older = {key: value for key, value in states[0].items() if key != "deepspeed"}
     assert not resume.needs_conversion(older, states[1])
@@ -355,16 +355,16 @@ def test_a_lock_that_a_file_server_holds_for_a_dead_machine_is_taken_over(tmp_pa
     (tmp_path / "LOCK").write_text(json.dumps({"host": "far", "pid": 7, "machine": "other", "beat": 3}))
     with (tmp_path / "LOCK").open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with RunOwner(tmp_path, beat=0.1, watch=1.0):
+        with RunLock(tmp_path, beat=0.1, watch=1.0):
             assert json.loads((tmp_path / "LOCK").read_text())["pid"] == os.getpid()
             with pytest.raises(InputError, match=f"process {os.getpid()} of host"):
-                RunOwner(tmp_path).__enter__()
+                RunLock(tmp_path).__enter__()
 
 
 def test_an_owner_on_another_machine_is_believed_to_live_as_long_as_it_writes(tmp_path):
     (tmp_path / "LOCK").write_text(json.dumps({"host": "far", "pid": 7, "machine": "other", "beat": 0}))
     started = time.monotonic()
-    with RunOwner(tmp_path, beat=0.1, watch=1.0):
+    with RunLock(tmp_path, beat=0.1, watch=1.0):
         assert time.monotonic() - started > 1.0
         owner = json.loads((tmp_path / "LOCK").read_text())
         assert owner["pid"] == os.getpid()
@@ -380,7 +380,7 @@ for beat in itertools.count():
         while not (tmp_path / "LOCK").read_text():
             time.sleep(0.01)
         with pytest.raises(InputError, match="process 7 of host far"):
-            RunOwner(tmp_path, beat=0.1, watch=5.0).__enter__()
+            RunLock(tmp_path, beat=0.1, watch=5.0).__enter__()
     finally:
         far.send_signal(signal.SIGKILL)
         far.wait()

@@ -157,7 +157,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(golden, tmp_path, told):
         torch.save(content, path)
     with pytest.raises(InputError) as refused:
         import_meta(path, tmp_path / "model", heads=4)
-    (line,) = refused.value.mistakes
+    (line,) = refused.value.errors
     assert line.startswith(f"{path}: ")
     assert told in line
     assert "\n" not in line

@@ -191,8 +191,8 @@ def test_every_mistake_comes_at_once_and_nothing_is_written(
     (tmp_path / "sonar" / "mine").touch()
     with pytest.raises(InputError) as refused:
         import_sonar(*paths, tmp_path / "sonar", heads=4)
-    told = "\n".join(refused.value.mistakes)
-    assert len(refused.value.mistakes) == 4
+    told = "\n".join(refused.value.errors)
+    assert len(refused.value.errors) == 4
     assert "sonar: is there already" in told
     assert "encoder.pt: layers.1.fc1.bias is missing" in told
     assert "encoder.pt: pooler.weight: unknown to SONAR's encoder" in told
@@ -206,9 +206,9 @@ def test_a_tokenizer_that_does_not_fit_is_refused(whole: tuple[Path, ...], tmp_p
     name = str({"spm": whole[2], "text": tmp_path / "text", "gone": tmp_path / "gone"}[tokenizer])
     with pytest.raises(InputError, match=re.escape(name)) as refused:
         import_sonar(GOLDEN, GOLDEN, tmp_path / "sonar", tokenizer=name)
-    assert all("--tokenizer" in line and "\n" not in line for line in refused.value.mistakes)
+    assert all("--tokenizer" in line and "\n" not in line for line in refused.value.errors)
     if tokenizer == "spm":
-        assert refused.value.mistakes == [f"--tokenizer {name}: goes with 326 tokens, the encoder has 128"]
+        assert refused.value.errors == [f"--tokenizer {name}: goes with 326 tokens, the encoder has 128"]
     assert not (tmp_path / "sonar").exists()
 
 
@@ -219,7 +219,7 @@ def test_the_parts_are_not_taken_for_one_another_and_heads_are_asked_for(
     with pytest.raises(InputError) as refused:
         import_sonar(decoder, encoder, tmp_path / "sonar", heads=4)
     assert [f"no text {part} of SONAR's in here" in line for part, line in
-            zip(("encoder", "decoder"), refused.value.mistakes, strict=True)] == [True, True]  # fmt: skip
+            zip(("encoder", "decoder"), refused.value.errors, strict=True)] == [True, True]  # fmt: skip
     with pytest.raises(InputError, match="--heads: the weights do not tell how many attention heads share 32"):
         import_sonar(encoder, decoder, tmp_path / "sonar")
     with pytest.raises(InputError, match="--heads 5: has to divide the width 32"):

@@ -26,15 +26,15 @@ from machine import patience
 
 from lcm_ds.data import loader
 from lcm_ds.data.format import Dataset, open_dataset
-from lcm_ds.data.loader import Loader, _LookingAhead
+from lcm_ds.data.loader import Loader, ShardPrefetcher
 from lcm_ds.data.plan import Plan, Source
 from lcm_ds.data.remote import cache
 from lcm_ds.data.remote import fetch as remote
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.data.shard import open_shard
-from lcm_ds.errors import InputError, Unavailable
+from lcm_ds.errors import InputError, TransientError
 from lcm_ds.files import OpenFile, sha256_of
-from lcm_ds.train.job_builder import check
+from lcm_ds.train.job_builder import build_job
 
 WORKER = Path(__file__).with_name("cache_worker.py")
 
@@ -162,7 +162,7 @@ def test_what_cannot_pass_is_an_error_at_once(
     served.faults[name].append(status)
     with pytest.raises(InputError, match=said) as caught:
         open_shard(there(served, tmp_path), 3)
-    (line,) = caught.value.mistakes
+    (line,) = caught.value.errors
     assert line.startswith(f"{served.url}/{name}: ")
     assert "\n" not in line
     assert caught.value.exit_code == 2
@@ -173,7 +173,7 @@ def test_what_cannot_pass_is_an_error_at_once(
 def test_an_outage_that_lasts_is_no_mistake_of_the_users(served: Server, dataset: Dataset, tmp_path: Path) -> None:
     name = dataset.shards[3].name
     served.faults[name].extend(["503", "short"] * 5)
-    with pytest.raises(Unavailable, match=f"{name}: cannot be read, tried {remote.ATTEMPTS} times: ") as caught:
+    with pytest.raises(TransientError, match=f"{name}: cannot be read, tried {remote.ATTEMPTS} times: ") as caught:
         open_shard(there(served, tmp_path), 3)
     assert caught.value.exit_code == 1
     assert served.requests[name] == remote.ATTEMPTS
@@ -208,7 +208,7 @@ def test_an_outage_leaves_out_the_rows_of_its_time_and_no_shard_for_good(
     shutil.rmtree(tmp_path)
     for shard in dataset.shards:
         served.faults[shard.name].extend(failures * 20)
-    with pytest.raises(Unavailable, match=r"2 of \d+ shards could not be read: too many to leave out") as caught:
+    with pytest.raises(TransientError, match=r"2 of \d+ shards could not be read: too many to leave out") as caught:
         list(Loader([skipping], plan, 10, 0, 1, 2))
     assert caught.value.exit_code == 1
 
@@ -228,15 +228,15 @@ def test_an_outage_stays_one_through_the_checks_of_a_run(
         "deepspeed": "ds_configs/zero1_fp32.json",
     }
     config.write_text(json.dumps(run))
-    assert len(check(config, [], 1).datasets) == 1
+    assert len(build_job(config, [], 1).datasets) == 1
     served.faults[name].extend(["503"] * remote.ATTEMPTS)
-    with pytest.raises(Unavailable, match=f"train.yaml: data.train: .*{name}: cannot be read") as caught:
-        check(config, [], 1)
+    with pytest.raises(TransientError, match=f"train.yaml: data.train: .*{name}: cannot be read") as caught:
+        build_job(config, [], 1)
     assert caught.value.exit_code == 1
     served.faults[name].extend(["503"] * remote.ATTEMPTS)
     with pytest.raises(InputError) as caught:  # with a mistake beside it
-        check(config, ["noise_std=-1"], 1)
-    assert (caught.value.exit_code, len(caught.value.mistakes)) == (2, 2)
+        build_job(config, ["noise_std=-1"], 1)
+    assert (caught.value.exit_code, len(caught.value.errors)) == (2, 2)
 
 
 def test_what_keeps_coming_wrong_is_an_error(served: Server, dataset: Dataset, tmp_path: Path) -> None:
@@ -346,9 +346,9 @@ def test_a_good_copy_is_not_forgotten_for_the_bad_one_before_it(
     """Two processes have seen the rotten bytes; one of them has fetched the shard again when the other takes it out."""
     elsewhere, folder_cache = there(served, tmp_path), Cache(str(tmp_path))
     rotten = elsewhere.open_file(0)
-    folder_cache.forget(rotten)
+    folder_cache.invalidate(rotten)
     same(dataset, elsewhere, 0)
-    folder_cache.forget(rotten)
+    folder_cache.invalidate(rotten)
     assert kept(tmp_path, dataset) == [0]
     assert served.whole[dataset.shards[0].name] == 2
 
@@ -481,7 +481,7 @@ def test_what_found_no_room_ahead_is_asked_for_again(served: Server, dataset: Da
     limit = max(sum(dataset.shards[index].bytes for index in two) for two in ((first, second), others))
     elsewhere = there(served, Cache(str(tmp_path), limit))
     used = [open_shard(elsewhere, index) for index in others]
-    looking = _LookingAhead([elsewhere], plan, range(1), 1, threading.Event())
+    looking = ShardPrefetcher([elsewhere], plan, range(1), 1, threading.Event())
     looking.reach(0)
     wait_until(lambda: looking._again == {(0, first), (0, second)})
     used.clear()

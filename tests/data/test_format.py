@@ -32,10 +32,10 @@ from lcm_ds.errors import InputError
 SHARDS = [ShardInfo(f"{i}.tar", documents=i, concepts=10 * i, bytes=10240, sha256="f" * 64) for i in range(4)]
 
 
-def mistakes(path: Path | str, cache_dir: Path | None = None) -> list[str]:
+def errors(path: Path | str, cache_dir: Path | None = None) -> list[str]:
     with pytest.raises(InputError) as caught:
         open_dataset(path, Cache.of(cache_dir))
-    return caught.value.mistakes
+    return caught.value.errors
 
 
 # --- shards.jsonl ---
@@ -82,7 +82,7 @@ def test_a_line_that_is_not_one_of_ours_is_named_with_its_number(tmp_path: Path)
     (tmp_path / "shards.jsonl").write_text("\n".join([good, *bad]) + "\n")
     with pytest.raises(InputError) as caught:
         read_shards(tmp_path)
-    lines = caught.value.mistakes
+    lines = caught.value.errors
     assert [line.split(":")[0] for line in lines] == [f"{tmp_path}/shards.jsonl, line {n}" for n in (2, 3, 4, 5)]
     assert "documents" in lines[1]
     assert "docs" in lines[1]
@@ -103,10 +103,10 @@ def test_a_finished_dataset_opens_with_its_totals(synthetic_dataset: Callable[..
 
 def test_a_folder_without_dataset_json_is_not_finished(own_dataset: Path) -> None:
     (own_dataset / "dataset.json").unlink()
-    assert mistakes(own_dataset) == [
+    assert errors(own_dataset) == [
         f"{own_dataset}: not a finished dataset (it has no dataset.json): run lcm-ds prepare again"
     ]
-    assert mistakes(own_dataset / "nowhere") == [f"{own_dataset}/nowhere: no such dataset folder"]
+    assert errors(own_dataset / "nowhere") == [f"{own_dataset}/nowhere: no such dataset folder"]
 
 
 def test_a_dataset_is_not_finished_without_its_normaliser(own_dataset: Path) -> None:
@@ -125,7 +125,7 @@ def test_every_mistake_is_reported_at_once(own_dataset: Path) -> None:
     del info["encoder"]
     (own_dataset / "dataset.json").write_text(json.dumps(info | {"dtype": "int3", "embed_dims": 4}))
     write_normalizer(own_dataset, np.zeros(3), np.array([1, 0, 1]), {})
-    found = mistakes(own_dataset)
+    found = errors(own_dataset)
     assert len(found) == 6
     for text in (
         f"{own_dataset}/dataset.json: encoder: is missing",
@@ -149,19 +149,19 @@ def test_every_mistake_is_reported_at_once(own_dataset: Path) -> None:
 )
 def test_a_dataset_json_that_cannot_be_read_is_refused(own_dataset: Path, content: str, message: str) -> None:
     (own_dataset / "dataset.json").write_text(content)
-    assert message in mistakes(own_dataset)[0]
+    assert message in errors(own_dataset)[0]
 
 
 def test_a_shard_list_edited_by_hand_does_not_add_up(own_dataset: Path) -> None:
     path = own_dataset / "shards.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    assert "dataset.json counts" in mistakes(own_dataset)[0]
+    assert "dataset.json counts" in errors(own_dataset)[0]
 
 
 def test_a_dataset_without_concepts_is_refused(own_dataset: Path) -> None:
     (own_dataset / "shards.jsonl").write_text("")
     finish(own_dataset, DatasetInfo(encoder={}, embed_dim=16, dtype="float16"))
-    assert mistakes(own_dataset) == [f"{own_dataset}: holds no concepts"]
+    assert errors(own_dataset) == [f"{own_dataset}: holds no concepts"]
 
 
 def test_the_fingerprint_is_that_of_the_shards_and_not_of_their_order_or_place(own_dataset: Path) -> None:
@@ -215,13 +215,13 @@ def test_nothing_that_came_wrong_is_kept(elsewhere: str, tmp_path: Path) -> None
 
 
 def test_a_dataset_elsewhere_needs_a_cache_and_a_protocol_that_is_known(elsewhere: str, tmp_path: Path) -> None:
-    assert "data.cache_dir has to name a folder" in mistakes(elsewhere)[0]
-    assert "not a finished dataset" in mistakes(elsewhere + "/nowhere", tmp_path)[0]
-    assert "cannot be read" in mistakes("nosuchprotocol://host/dataset", tmp_path)[0]
+    assert "data.cache_dir has to name a folder" in errors(elsewhere)[0]
+    assert "not a finished dataset" in errors(elsewhere + "/nowhere", tmp_path)[0]
+    assert "cannot be read" in errors("nosuchprotocol://host/dataset", tmp_path)[0]
 
 
 def test_pipe_is_refused_and_runs_nothing(tmp_path: Path) -> None:
-    assert "is refused" in mistakes(f"pipe:touch {tmp_path}/ran", tmp_path)[0]
+    assert "is refused" in errors(f"pipe:touch {tmp_path}/ran", tmp_path)[0]
     assert not (tmp_path / "ran").exists()
 
 

@@ -105,7 +105,7 @@ def test_every_tar_that_cannot_be_adopted_is_named(tmp_path: Path, foreign: Fore
     (tmp_path / "4.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:1024])
     with pytest.raises(InputError) as caught:
         index(str(tmp_path / "{0..4}.tar"), tmp_path / "out")
-    lines = caught.value.mistakes
+    lines = caught.value.errors
     assert len(lines) == 4
     for line, text in zip(
         lines,
@@ -133,7 +133,7 @@ def test_bad_calls_are_refused(tmp_path: Path, foreign: Foreign) -> None:
     foreign(tmp_path / "0.tar")
     with pytest.raises(InputError) as caught:
         index(str(tmp_path / "{0..2}.tar"), tmp_path / "out")
-    assert caught.value.mistakes == [f"{tmp_path}/{n}.tar: no such file" for n in (1, 2)]
+    assert caught.value.errors == [f"{tmp_path}/{n}.tar: no such file" for n in (1, 2)]
     for shards in (f"pipe:touch {tmp_path}/ran", f"{tmp_path}/0.tar::pipe:touch {tmp_path}/ran"):
         with pytest.raises(InputError, match="pipe: runs a shell command and is refused"):
             index(shards, tmp_path / "out")

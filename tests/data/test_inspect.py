@@ -100,7 +100,7 @@ def test_verify_reads_all_again_and_names_every_shard_that_changed(dataset, caps
     inspect(dataset)  # without verify nothing is read again
     with pytest.raises(InputError) as caught:
         inspect(dataset, verify=True)
-    assert [Path(line.split(": ")[0]).name for line in caught.value.mistakes] == ["00000001.tar", "00000002.tar"]
+    assert [Path(line.split(": ")[0]).name for line in caught.value.errors] == ["00000001.tar", "00000002.tar"]
     assert main(["inspect", str(dataset), "--verify"]) == 2
 
 
@@ -112,7 +112,7 @@ def test_verify_names_all_that_is_wrong_at_once_missing_and_shortened_shards_too
     changed.write_bytes(one_sentence_less)
     with pytest.raises(InputError) as caught:
         inspect(dataset, verify=True)
-    told = [line.removeprefix(str(dataset / "train") + "/") for line in caught.value.mistakes]
+    told = [line.removeprefix(str(dataset / "train") + "/") for line in caught.value.errors]
     assert told[0].startswith("00000000.tar: cannot be read: No such file")
     assert "00000001.tar: has" in told[1]
     assert "bytes, shards.jsonl lists" in told[1]
@@ -237,7 +237,7 @@ def test_mistakes_in_a_mixture_are_told_at_once_and_nothing_is_written(dataset, 
     before = (other / "normalizer.safetensors").read_bytes()
     with pytest.raises(InputError) as caught:
         fit_normalizer([str(dataset / "train"), f"{other}=2", f"{other}=none", str(tmp_path / "absent")])
-    weight, absent, encoder = caught.value.mistakes
+    weight, absent, encoder = caught.value.errors
     assert "the weight behind = has to be a number above 0, not 'none'" in weight
     assert "no such dataset folder" in absent
     assert "'revision': 'b'" in encoder

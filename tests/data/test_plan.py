@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcm_ds.data.plan import Piece, Plan, Source, document_order, fingerprint, rows_of, share_lanes
+from lcm_ds.data.plan import Piece, Plan, Source, allocate_lanes, document_order, fingerprint, rows_of
 from lcm_ds.errors import InputError
 
 shard_sizes = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(lambda sizes: sum(sizes) > 9)
@@ -248,15 +248,15 @@ def test_places_are_those_of_the_rows_of_the_first_epoch() -> None:
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=5), st.integers(300, 500))
 def test_lanes_are_shared_out_by_weight(weights: list[float], lanes: int) -> None:
-    counts = share_lanes(weights, lanes)
+    counts = allocate_lanes(weights, lanes)
     assert sum(counts) == lanes
     assert all(abs(c - w * lanes / sum(weights)) < 1 + 1e-6 for c, w in zip(counts, weights, strict=True))
 
 
 def test_largest_remainder_gets_the_odd_lane() -> None:
-    assert share_lanes([0.7, 0.2, 0.1], 16) == [11, 3, 2]  # 11.2, 3.2, 1.6
-    assert share_lanes([1, 1, 1], 8) == [3, 3, 2]  # the first of equals
-    assert share_lanes([0.1, 0.3], 4) == [1, 3]
+    assert allocate_lanes([0.7, 0.2, 0.1], 16) == [11, 3, 2]  # 11.2, 3.2, 1.6
+    assert allocate_lanes([1, 1, 1], 8) == [3, 3, 2]  # the first of equals
+    assert allocate_lanes([0.1, 0.3], 4) == [1, 3]
 
 
 def test_a_dataset_without_a_lane_or_without_concepts_is_refused() -> None:

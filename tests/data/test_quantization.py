@@ -14,7 +14,7 @@ import webdataset
 import yaml
 from machine import patience
 
-from lcm_ds.data.format import DatasetInfo, Steps, commit, finish, open_dataset, read_normalizer, write_normalizer
+from lcm_ds.data.format import DatasetInfo, QuantParams, commit, finish, open_dataset, read_normalizer, write_normalizer
 from lcm_ds.data.loader import Loader, validation_batches
 from lcm_ds.data.normalizer import Constants, UniformSample, draw, fit
 from lcm_ds.data.plan import Plan, Source
@@ -81,7 +81,7 @@ def in_8_bits(folder: Path, out: Path) -> Path:
             documents.append(Document(key, meta["id"], meta["source"], meta["sentences"], shard.concepts(number)))
         commit(out, write_shard(out, info.name, documents, "int8", quantization))
     write_normalizer(out, *read_normalizer(folder), {})
-    steps = Steps(center=quantization.center.tolist(), step=quantization.step.tolist())
+    steps = QuantParams(center=quantization.center.tolist(), step=quantization.step.tolist())
     finish(out, dataset.info.model_copy(update={"dtype": "int8", "quantization": steps}))
     return out
 
@@ -162,7 +162,7 @@ def test_what_is_wrong_with_the_steps_is_named(synthetic_dataset, tmp_path: Path
         open_dataset(int8)
     info = DatasetInfo.model_validate_json(text)
     assert info.quantization is not None
-    short = info.model_copy(update={"quantization": Steps(center=info.quantization.center[1:], step=[1.0] * 16)})
+    short = info.model_copy(update={"quantization": QuantParams(center=info.quantization.center[1:], step=[1.0] * 16)})
     (int8 / "dataset.json").write_text(short.model_dump_json())
     with pytest.raises(InputError, match=r"quantization\.center has 15 numbers, embed_dim is 16"):
         open_dataset(int8)

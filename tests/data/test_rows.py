@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lcm_ds.data.format import open_dataset
 from lcm_ds.data.plan import document_order
-from lcm_ds.data.rows import Row, Segment, ShardInOrder, blank, cut, fill
+from lcm_ds.data.rows import Row, Segment, ShuffledShard, blank, cut, fill
 from lcm_ds.data.shard import Shard, open_shard
 
 
@@ -27,7 +27,7 @@ def test_segments_are_the_concepts_asked_for_cut_at_documents_and_at_multiples_o
     shard: Shard, lengths: list[int], max_segment: int, data: st.DataObject
 ) -> None:
     order = data.draw(st.permutations(range(len(lengths))))
-    read = ShardInOrder(shard, order, list(accumulate(lengths[d] for d in order)))
+    read = ShuffledShard(shard, order, list(accumulate(lengths[d] for d in order)))
     start, stop = sorted(data.draw(st.tuples(*[st.integers(0, sum(lengths))] * 2)))
     everything = [(document, concept) for document in order for concept in range(lengths[document])]
     segments = list(cut(read, start, stop, max_segment))
@@ -43,7 +43,7 @@ def test_segments_are_the_concepts_asked_for_cut_at_documents_and_at_multiples_o
 def test_the_end_of_a_row_does_not_move_where_a_document_is_wrapped(
     shard: Shard, max_segment: int, data: st.DataObject
 ) -> None:
-    read = ShardInOrder.of(shard, document_order(0, 0, 0, 0, len(shard)))
+    read = ShuffledShard.of(shard, document_order(0, 0, 0, 0, len(shard)))
     end = data.draw(st.integers(0, read.ends[-1]))
     whole = list(cut(read, 0, read.ends[-1], max_segment))
     first, second = list(cut(read, 0, end, max_segment)), list(cut(read, end, read.ends[-1], max_segment))

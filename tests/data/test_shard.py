@@ -48,7 +48,7 @@ def tar_of(path: Path, members: dict[str, bytes], **options: object) -> Path:
 def mistake(*arguments: object) -> str:
     with pytest.raises(InputError) as caught:
         Shard(*arguments)  # type: ignore[arg-type]
-    assert len(caught.value.mistakes) == 1
+    assert len(caught.value.errors) == 1
     return str(caught.value)
 
 
@@ -59,7 +59,7 @@ def test_a_file_that_becomes_shorter_is_an_error_that_names_shard_and_key(tmp_pa
     assert shard.concepts(0).shape == (3, 4)
     with pytest.raises(InputError) as caught:
         shard.concepts(1, 20)
-    assert caught.value.mistakes == [f"{tmp_path}/a.tar: b: is cut off: the file has become shorter"]
+    assert caught.value.errors == [f"{tmp_path}/a.tar: b: is cut off: the file has become shorter"]
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])

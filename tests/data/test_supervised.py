@@ -90,7 +90,7 @@ def test_the_json_of_a_document_has_both_parts_and_readers_see_all_sentences(mak
     assert [len(stored[part]) for part in ("source_sentences", "target_sentences")] == [3, 2]
     assert shard.meta(0)["sentences"] == [f"Sentence {position} of 0." for position in range(5)]
     assert shard.given.tolist() == [known for known, _ in PARTS[:3]]
-    assert [mistakes for mistakes in verify(dataset) if mistakes] == []
+    assert [errors for errors in verify(dataset) if errors] == []
 
 
 def test_targets_are_the_target_part_alone_its_first_concept_included(make: Callable[..., Dataset]) -> None:
@@ -236,7 +236,7 @@ def test_lists_that_are_not_those_of_the_tar_are_named(make: Callable[..., Datas
 
     def verified(**lists: list[int]) -> list[str]:
         changed = replace(dataset, shards=(replace(first, **lists), *dataset.shards[1:]))  # type: ignore[arg-type]
-        return [line for mistakes in verify(changed) for line in mistakes]
+        return [line for errors in verify(changed) for line in errors]
 
     assert verified() == []
     where = f"{dataset.path}/{first.name}: its documents have other"

@@ -8,7 +8,7 @@ import sys
 import pytest
 from runs import ROOT, SUPPORT
 
-from lcm_ds.distributed.environment import Place, first_host, read_place, tasks_on_node
+from lcm_ds.distributed.environment import DistEnv, detect_environment, first_host, tasks_on_node
 from lcm_ds.errors import InputError
 
 RENDEZVOUS = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29512"}
@@ -33,50 +33,50 @@ SRUN = {
 
 def mistakes_of(environ):
     with pytest.raises(InputError) as caught:
-        read_place(environ)
-    return caught.value.mistakes
+        detect_environment(environ)
+    return caught.value.errors
 
 
 def test_without_any_variable_the_run_has_one_process():
-    place = read_place({})
-    assert place == Place(0, 1, 0, 1, "127.0.0.1", place.master_port)
+    place = detect_environment({})
+    assert place == DistEnv(0, 1, 0, 1, "127.0.0.1", place.master_port)
     assert 0 < place.master_port < 2**16
 
 
 def test_torchrun():
-    assert read_place(TORCHRUN) == Place(3, 4, 1, 2, "10.0.0.1", 29512)
+    assert detect_environment(TORCHRUN) == DistEnv(3, 4, 1, 2, "10.0.0.1", 29512)
 
 
 def test_deepspeeds_launcher_has_another_name_for_the_local_world_size():
     environ = {**TORCHRUN, "LOCAL_SIZE": "2"}
     del environ["LOCAL_WORLD_SIZE"]
-    assert read_place(environ) == read_place(TORCHRUN)
+    assert detect_environment(environ) == detect_environment(TORCHRUN)
 
 
 def test_a_pytorchjob_has_one_process_in_each_pod():
-    assert read_place({"RANK": "3", "WORLD_SIZE": "4", **RENDEZVOUS}) == Place(3, 4, 0, 1, "10.0.0.1", 29512)
+    assert detect_environment({"RANK": "3", "WORLD_SIZE": "4", **RENDEZVOUS}) == DistEnv(3, 4, 0, 1, "10.0.0.1", 29512)
 
 
 def test_srun():
-    assert read_place(SRUN) == Place(3, 4, 1, 2, "gpu07", 20000 + 41234 % 12000)
-    assert read_place({**SRUN, **RENDEZVOUS}) == Place(3, 4, 1, 2, "10.0.0.1", 29512)
+    assert detect_environment(SRUN) == DistEnv(3, 4, 1, 2, "gpu07", 20000 + 41234 % 12000)
+    assert detect_environment({**SRUN, **RENDEZVOUS}) == DistEnv(3, 4, 1, 2, "10.0.0.1", 29512)
 
 
 def test_a_batch_script_outside_srun_is_one_process_although_slurm_numbers_it():
     script = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}
-    assert read_place({**script, "SLURM_PROCID": "0"}).world_size == 1
+    assert detect_environment({**script, "SLURM_PROCID": "0"}).world_size == 1
 
 
 def test_mpirun():
-    assert read_place({**OPENMPI, **RENDEZVOUS}) == Place(3, 4, 1, 2, "10.0.0.1", 29512)
+    assert detect_environment({**OPENMPI, **RENDEZVOUS}) == DistEnv(3, 4, 1, 2, "10.0.0.1", 29512)
     (line,) = mistakes_of(OPENMPI)
     assert "MASTER_ADDR" in line
     on_one_host = {**OPENMPI, "OMPI_COMM_WORLD_LOCAL_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
-    assert read_place(on_one_host) == Place(3, 4, 3, 4, "127.0.0.1", 29500)
+    assert detect_environment(on_one_host) == DistEnv(3, 4, 3, 4, "127.0.0.1", 29500)
 
 
 def test_torchrun_inside_srun_counts_for_itself():
-    assert read_place({**SRUN, **TORCHRUN, "WORLD_SIZE": "8"}).world_size == 8
+    assert detect_environment({**SRUN, **TORCHRUN, "WORLD_SIZE": "8"}).world_size == 8
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ from machine import patience
 
 from lcm_ds.distributed import rendezvous
 from lcm_ds.distributed.collectives import Ranks
-from lcm_ds.distributed.environment import Place, free_port
-from lcm_ds.errors import Unavailable
-from lcm_ds.train.engine import connect
+from lcm_ds.distributed.environment import DistEnv, free_port
+from lcm_ds.errors import TransientError
+from lcm_ds.train.engine import init_distributed
 
 
-def places(size: int) -> list[Place]:
+def places(size: int) -> list[DistEnv]:
     port = free_port()
-    return [Place(rank, size, rank, size, "127.0.0.1", port) for rank in range(size)]
+    return [DistEnv(rank, size, rank, size, "127.0.0.1", port) for rank in range(size)]
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +44,9 @@ def test_all_that_come_have_met() -> None:
 
 def test_processes_meet_again_and_for_something_else_in_one_store() -> None:
     """As torchrun's workers do, whose store their agent holds."""
-    code = "import os; from lcm_ds.train import meeting; from lcm_ds.distributed.environment import read_place\n"
-    code += "for purpose in ('prepare', 'prepare', 'train'): assert rendezvous.meet(read_place(os.environ), purpose)"
+    code = "import os; from lcm_ds.distributed.environment import detect_environment\n"
+    code += "from lcm_ds.distributed.rendezvous import meet\n"
+    code += "for purpose in ('prepare', 'prepare', 'train'): assert meet(detect_environment(os.environ), purpose)"
     command = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), "--no-python"]
     done = subprocess.run([sys.executable, "-m", *command, sys.executable, "-c", code], timeout=patience(120))
     assert done.returncode == 0
@@ -79,23 +80,25 @@ def test_children_of_a_worker_of_torchrun_have_a_store_of_their_own(monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("purpose", "join"), [("train", connect), ("evaluate", lambda place: Ranks(place).__enter__())]
+    ("purpose", "join"), [("train", init_distributed), ("evaluate", lambda place: Ranks(place).__enter__())]
 )
 def test_a_rank_that_never_comes_is_named(purpose, join, impatient: None, caplog: pytest.LogCaptureFixture) -> None:
     first, _, last = places(3)
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(rendezvous.meet, last, purpose)
-        with pytest.raises(Unavailable, match=r"rank 1 of 3 did not come in .* minutes; .*unset RANK and WORLD_SIZE"):
+        with pytest.raises(
+            TransientError, match=r"rank 1 of 3 did not come in .* minutes; .*unset RANK and WORLD_SIZE"
+        ):
             join(first)
-        with pytest.raises(Unavailable) as told:
+        with pytest.raises(TransientError) as told:
             other.result()
-    assert told.value.mistakes == []  # rank 0 says it
+    assert told.value.errors == []  # rank 0 says it
     assert any(line.startswith("waiting for rank 1 of 3, ") for line in caplog.messages)
 
 
 def test_so_is_rank_0(impatient: None, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(Unavailable, match=r"rank 0 of 2 at 127\.0\.0\.1:\d+ did not come"):
-        connect(places(2)[1])
+    with pytest.raises(TransientError, match=r"rank 0 of 2 at 127\.0\.0\.1:\d+ did not come"):
+        init_distributed(places(2)[1])
     assert any(line.startswith("waiting for rank 0 of 2 at 127.0.0.1:") for line in caplog.messages)
 
 

@@ -12,7 +12,7 @@ import pytest
 from machine import patience
 from runs import ROOT, SUPPORT
 
-from lcm_ds.distributed.workers import run_again
+from lcm_ds.distributed.workers import run_with_restarts
 
 
 def start(what, folder, processes=2, grace=5.0, **environment):
@@ -146,7 +146,7 @@ def test_what_a_worker_started_ends_with_it(tmp_path):
 )
 def test_a_run_that_fails_is_started_again_as_long_as_that_helps(codes, came_to, expected):
     codes, came_to = iter(codes), iter(came_to)
-    assert run_again(lambda asked: next(codes), lambda: next(came_to), restarts=3, back_off=0.001) == expected
+    assert run_with_restarts(lambda asked: next(codes), lambda: next(came_to), restarts=3, back_off=0.001) == expected
 
 
 @pytest.mark.parametrize("when", ["while it runs", "between two starts"])

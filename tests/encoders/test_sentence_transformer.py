@@ -65,4 +65,4 @@ def test_a_missing_model_is_one_mistake(tmp_path: Path) -> None:
     for model in ("no/such-model", str(tmp_path)):
         with pytest.raises(InputError, match="is neither a folder with a model") as error:
             minilm(model=model)
-        assert len(error.value.mistakes) == 1
+        assert len(error.value.errors) == 1

@@ -113,8 +113,8 @@ def test_what_an_encoder_cannot_do_is_refused(
 def test_a_missing_or_wrong_model_is_one_mistake(tiny_sonar: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="model 'no/such-model' is neither a folder") as error:
         sonar(Path("no/such-model"))
-    assert len(error.value.mistakes) == 1
-    assert "\n" not in error.value.mistakes[0]
+    assert len(error.value.errors) == 1
+    assert "\n" not in error.value.errors[0]
     with pytest.raises(InputError, match="is neither a folder with a model"):
         sonar(tmp_path)
     with pytest.raises(InputError, match="is no M2M100Encoder: it lacks 35 weights"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lcm_ds.evaluate.accumulator import BUCKETS, GROUPS, Tally, bucket_of, draw, interval
+from lcm_ds.evaluate.accumulator import BUCKETS, GROUPS, Accumulator, bucket_of, draw, interval
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ def whole():
 def test_means_do_not_depend_on_the_batches_and_leave_out_what_is_not_known():
     values, documents = drawn(0, 900), torch.arange(900)
     values[::7] = torch.nan
-    together, apart = Tally(CPU), Tally(CPU)
+    together, apart = Accumulator(CPU), Accumulator(CPU)
     together.add("x", values, documents)
     for part in torch.arange(900).split(130):
         apart.add("x", values[part], documents[part])
@@ -32,7 +32,7 @@ def test_buckets_of_positions_double():
     positions = torch.tensor([1, 2, 3, 4, 5, 8, 9, 512, 513, 9999])
     assert bucket_of(positions).tolist() == [0, 1, 2, 2, 3, 3, 4, 9, 10, 10]
     assert [BUCKETS[number] for number in (0, 1, 2, 3, 10)] == [(1, 1), (2, 2), (3, 4), (5, 8), (513, None)]
-    tally = Tally(CPU)
+    tally = Accumulator(CPU)
     tally.add("x", torch.tensor([1.0, 3.0, 10.0]), torch.tensor([0, 1, 0]), bucket_of(torch.tensor([3, 4, 1])))
     means = tally.means(whole())["x"][0]
     assert means[2] == 2.0
@@ -42,7 +42,7 @@ def test_buckets_of_positions_double():
 
 def test_the_interval_of_a_mean_is_that_of_its_standard_error():
     values = drawn(1, GROUPS)
-    tally = Tally(CPU)
+    tally = Accumulator(CPU)
     tally.add("x", values, torch.arange(GROUPS))
     low, high = interval(tally.means(draw(tally.groups))["x"])
     error = 1.96 * values.std().item() / GROUPS**0.5
@@ -53,7 +53,7 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error():
 def test_targets_of_one_document_are_drawn_together():
     # 64 documents of 50 targets each, which are all the same: no more is known than of 64 targets.
     by_document = drawn(2, 64)
-    one, fifty = Tally(CPU), Tally(CPU)
+    one, fifty = Accumulator(CPU), Accumulator(CPU)
     one.add("x", by_document, torch.arange(64))
     fifty.add("x", by_document.repeat(50), torch.arange(64).repeat(50))
     assert interval(fifty.means(draw(fifty.groups))["x"]) == pytest.approx(interval(one.means(draw(one.groups))["x"]))
@@ -73,7 +73,7 @@ def test_what_is_drawn_is_always_the_same_and_as_many_as_there_are():
 
 def test_a_difference_of_the_same_documents_is_known_better_than_either():
     documents, hard = torch.arange(200), 5 * drawn(3, 200)
-    ours, theirs = Tally(CPU), Tally(CPU)
+    ours, theirs = Accumulator(CPU), Accumulator(CPU)
     ours.add("mse", hard, documents)
     theirs.add("mse", hard + 0.2 + 0.1 * drawn(4, 200), documents)
     weights = draw(ours.groups)
@@ -85,7 +85,7 @@ def test_a_difference_of_the_same_documents_is_known_better_than_either():
 
 def test_variances_are_those_of_the_vectors():
     vectors, documents = drawn(5, 500, 4) + 3.0, torch.arange(500)
-    tally = Tally(CPU)
+    tally = Accumulator(CPU)
     for part in torch.arange(500).split(120):
         tally.add_vectors("raw", vectors[part], documents[part])
     assert tally.variances(whole())["raw"].item() == pytest.approx(vectors.var(dim=0, correction=0).sum().item())
@@ -93,21 +93,21 @@ def test_variances_are_those_of_the_vectors():
 
 def test_the_effective_rank_has_an_interval_around_it():
     documents = torch.arange(4000)
-    tally, constant = Tally(CPU), Tally(CPU)
+    tally, constant = Accumulator(CPU), Accumulator(CPU)
     tally.add_spectrum(drawn(6, 4000, 6), documents)
     rank, (low, high) = tally.effective_rank()
     assert 5.9 < rank <= 6.0
     assert 5.9 < low < rank < high
     constant.add_spectrum(torch.full((4000, 6), 0.3), documents)
     assert constant.effective_rank() == (None, None)
-    assert Tally(CPU).effective_rank() == (None, None)
+    assert Accumulator(CPU).effective_rank() == (None, None)
 
 
 def test_the_interval_of_the_effective_rank_is_as_wide_as_the_rank_is_uncertain():
     spread = torch.linspace(1, 0.05, 30, dtype=torch.float64)
     ranks, widths = [], []
     for seed in range(40):
-        tally = Tally(CPU)
+        tally = Accumulator(CPU)
         tally.add_spectrum(drawn(seed, 1000, 30) * spread, torch.arange(1000))
         rank, (low, high) = tally.effective_rank()
         ranks.append(rank)

@@ -24,7 +24,7 @@ from lcm_ds.evaluate import run as evaluation
 from lcm_ds.evaluate.compute import measure
 from lcm_ds.evaluate.run import evaluate
 from lcm_ds.evaluate.subject import Subject
-from lcm_ds.evaluate.text_metrics import Words
+from lcm_ds.evaluate.text_metrics import TextMetrics
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
 
@@ -80,7 +80,7 @@ def measured(train, validation, row_length=16):
                            num_attention_heads=2)  # fmt: skip
     model = BaseLCM(config).eval()
     what = Subject(Path("unused"), 1, "", EMBED_DIM, None, data, data.train, str(validation), lambda: model)
-    return measure(model, what, *what.open(), Ranks(), Words(None, None, None, ()), 8)
+    return measure(model, what, *what.open(), Ranks(), TextMetrics(None, None, None, ()), 8)
 
 
 def squared_distance_of_the_mean_concept(figures):
@@ -127,7 +127,7 @@ def test_a_dataset_without_targets_is_refused(run, make_dataset):
     lonely = make_dataset(0.5, documents=3, length=1)
     with pytest.raises(InputError, match="holds nothing to predict") as caught:
         evaluate(run, str(lonely))
-    assert str(lonely) in caught.value.mistakes[0]
+    assert str(lonely) in caught.value.errors[0]
 
 
 def test_all_mistakes_are_told_before_the_model_is_loaded(run, make_dataset, tmp_path, monkeypatch):
@@ -135,7 +135,7 @@ def test_all_mistakes_are_told_before_the_model_is_loaded(run, make_dataset, tmp
     other = make_dataset(0.5, encoder={**ENCODER, "revision": "b"}, embed_dim=4)
     with pytest.raises(InputError) as caught:
         evaluate(run, str(other), str(tmp_path / "nowhere/figures.json"), figure=str(tmp_path), samples=0)
-    json_file, figure, samples, dims, encoder = caught.value.mistakes
+    json_file, figure, samples, dims, encoder = caught.value.errors
     assert "--json" in json_file
     assert "--figure" in figure
     assert "--samples: 0" in samples
@@ -165,7 +165,7 @@ def test_what_was_missing_is_looked_for_again_and_measured_once_it_is_there(run,
 
     def away(*_):
         looked.append("away")
-        return Words(None, None, None, ("ℓ2-r, MI: no decoder: the hub is away",))
+        return TextMetrics(None, None, None, ("ℓ2-r, MI: no decoder: the hub is away",))
 
     monkeypatch.setattr(evaluation, "load_words", away)
     first = evaluate(run, samples=5)
@@ -182,7 +182,7 @@ def test_what_was_missing_is_looked_for_again_and_measured_once_it_is_there(run,
         def encode(self, sentences):
             return np.array([[float(sentence)] * EMBED_DIM for sentence in sentences], np.float32)
 
-    monkeypatch.setattr(evaluation, "load_words", lambda *_: Words(Encoder(), Decoder(), None, ()))
+    monkeypatch.setattr(evaluation, "load_words", lambda *_: TextMetrics(Encoder(), Decoder(), None, ()))
     second = evaluate(run, samples=5)
     assert (first["decoded"], second["decoded"]) == (0, 5)
     assert second["scores"]["Base-LCM"]["raw"]["l2_round_trip"] > 0

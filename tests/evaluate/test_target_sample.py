@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcm_ds.baselines.targets import Targets
 from lcm_ds.distributed.collectives import Ranks
-from lcm_ds.evaluate.target_sample import Held, Holder, count_nearer
+from lcm_ds.evaluate.target_sample import BottomKSampler, TargetSample, count_nearer
 
 
 def targets(documents, length):
@@ -18,7 +18,7 @@ def targets(documents, length):
 
 
 def held_of(parts, size):
-    holder = Holder(size)
+    holder = BottomKSampler(size)
     for part in parts:
         holder.add(part, part.truth, {"model": part.truth + 0.5})
     return holder.gathered(Ranks())
@@ -54,7 +54,7 @@ def random_held(count, dims, seed=0):
     truth = torch.randn(count, dims, generator=generator)
     numbers = torch.arange(count)
     predicted = {"near": truth + 0.5 * torch.randn(count, dims, generator=generator), "copy": truth.clone()}
-    return Held(numbers, numbers, numbers, truth, predicted)
+    return TargetSample(numbers, numbers, numbers, truth, predicted)
 
 
 def test_places_are_those_that_all_distances_give():

@@ -16,7 +16,7 @@ from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.encoders import load_encoder
 from lcm_ds.errors import InputError
-from lcm_ds.evaluate.target_sample import Held
+from lcm_ds.evaluate.target_sample import TargetSample
 from lcm_ds.evaluate.text_metrics import MI, ROUND_TRIP, CausalLM, load_words, sentences_of
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def gpt2(tmp_path_factory):
 def held(dataset, encoder, predicted):
     """Both documents' last concepts, with predictions of them."""
     truth = torch.from_numpy(encoder.encode([sentences[-1] for sentences in TEXTS]))
-    return Held(torch.arange(2), torch.tensor([0, 1]), torch.tensor([2, 3]), truth, predicted(truth))
+    return TargetSample(torch.arange(2), torch.tensor([0, 1]), torch.tensor([2, 3]), truth, predicted(truth))
 
 
 def test_the_round_trip_is_the_distance_of_what_is_decoded_and_encoded_again(sonar):
@@ -132,7 +132,7 @@ def test_what_is_named_and_cannot_be_loaded_is_a_mistake(sonar, tmp_path):
     (_, decoder), dataset, _ = sonar
     with pytest.raises(InputError) as caught:
         load_words(dataset, str(tmp_path), str(tmp_path / "nowhere"), CPU)
-    first, second = caught.value.mistakes
+    first, second = caught.value.errors
     assert first.startswith("--decoder: ")
     assert second.startswith("--causal-lm: ")
     wide = replace(dataset, info=dataset.info.model_copy(update={"embed_dim": 7}))

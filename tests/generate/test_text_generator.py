@@ -129,7 +129,7 @@ def test_prompts_of_a_word_of_other_scripts_and_with_control_characters_are_take
 def test_prompts_without_a_sentence_are_told_all_at_once(generator):
     with pytest.raises(InputError) as refused:
         generator.generate(["", PROMPT, "\u200b"])
-    assert refused.value.mistakes == [
+    assert refused.value.errors == [
         "prompt 1, '': no sentence is found",
         "prompt 3, '\\u200b': no sentence is found",
     ]
@@ -177,8 +177,8 @@ def test_without_its_decoder_sonar_is_shown_by_sentences_and_the_reason_is_told(
     assert made.sentences == [found.text for found in nearest(made.concepts, [dataset])]
     with pytest.raises(InputError) as refused:
         TextGenerator.from_pretrained(folder, device="cpu")
-    assert "no/such-decoder" in refused.value.mistakes[0]
-    assert "--dataset a dataset of this encoder" in refused.value.mistakes[1]
+    assert "no/such-decoder" in refused.value.errors[0]
+    assert "--dataset a dataset of this encoder" in refused.value.errors[1]
 
 
 def test_a_decoder_that_is_named_has_to_be_there_and_to_fit(exported, tiny_sonar):
@@ -232,7 +232,7 @@ def test_a_dataset_of_another_encoder_is_not_retrieved_from(exported, synthetic_
     folder = exported("sonar", decoder=None, model="another")
     with pytest.raises(InputError) as refused:
         TextGenerator.from_pretrained(folder, device="cpu", dataset=sonar)
-    assert re.search(r"is of the encoder sonar .*, the model of sonar another", refused.value.mistakes[0])
+    assert re.search(r"is of the encoder sonar .*, the model of sonar another", refused.value.errors[0])
 
 
 def test_a_training_dataset_that_is_gone_is_named_and_another_may_stand_for_it(run_folder, tmp_path, dataset):
@@ -250,12 +250,12 @@ def test_what_is_no_model_is_told_with_every_mistake(exported, tmp_path, run_fol
         TextGenerator.from_pretrained(tmp_path)
     with pytest.raises(InputError) as refused:
         TextGenerator.from_pretrained(run_folder, step=7, device="cuda:99")
-    assert len(refused.value.mistakes) == 2
+    assert len(refused.value.errors) == 2
     folder = exported("sonar")
     (folder / "concepts.json").write_text(json.dumps({"encoder": {}, "max_segment": "many"}))
     with pytest.raises(InputError) as refused:
         TextGenerator.from_pretrained(folder, step=7)
-    assert [re.search("--step 7|max_segment", line) is not None for line in refused.value.mistakes] == [True, True]
+    assert [re.search("--step 7|max_segment", line) is not None for line in refused.value.errors] == [True, True]
     (folder / "model.safetensors").write_bytes(b"no weights")
     shutil.copy(exported("sonar") / "concepts.json", folder)
     with pytest.raises(InputError, match="cannot be loaded as a Base-LCM"):
@@ -265,7 +265,7 @@ def test_what_is_no_model_is_told_with_every_mistake(exported, tmp_path, run_fol
 def test_an_encoder_of_another_kind_cannot_encode_a_prompt(dataset):
     with pytest.raises(InputError) as refused:
         encoder_like(dataset, name="unknown")
-    (line,) = refused.value.mistakes
+    (line,) = refused.value.errors
     assert f"{dataset.path}/dataset.json: encoder.name: 'unknown'" in line
     assert "sonar, sentence-transformers" in line
 

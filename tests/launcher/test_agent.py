@@ -2,8 +2,8 @@
 
 import pytest
 
-from lcm_ds.launcher.multihost.agent import Node
-from lcm_ds.launcher.multihost.launch_spec import Host, Job
+from lcm_ds.launcher.multihost.agent import HostAgent
+from lcm_ds.launcher.multihost.launch_spec import Host, LaunchSpec
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def make_job(tmp_path):
             "master_port": 29500,
             "hosts": hosts,
         }
-        return Job(**{**said, **changes})
+        return LaunchSpec(**{**said, **changes})
 
     return make
 
@@ -33,7 +33,7 @@ def make_job(tmp_path):
 def test_what_the_launcher_writes_is_what_a_host_reads_and_nobody_else_may(make_job, tmp_path):
     job, path = make_job(environment={"HF_HOME": "/a b"}), tmp_path / "start.json"
     job.write(path)
-    assert Job.read(path) == job
+    assert LaunchSpec.read(path) == job
     assert path.stat().st_mode & 0o777 == 0o600
 
 
@@ -52,14 +52,14 @@ def test_ranks_go_on_from_host_to_host(make_job):
 def test_workers_see_the_devices_of_the_hostfile_and_the_launchers_variables_before_the_hosts(make_job, monkeypatch):
     monkeypatch.setenv("HF_HOME", "/there")
     monkeypatch.setenv("LANG", "C")
-    environ = Node(make_job(environment={"HF_HOME": "/here"}), 1).environment()
+    environ = HostAgent(make_job(environment={"HF_HOME": "/here"}), 1).environment()
     assert (environ["CUDA_VISIBLE_DEVICES"], environ["HF_HOME"], environ["LANG"]) == ("2,3", "/here", "C")
 
 
 def test_the_interface_that_leads_to_the_others_is_set_and_it_alone(make_job, monkeypatch):
     for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
-    environ = Node(make_job(), 0).environment()
+    environ = HostAgent(make_job(), 0).environment()
     assert (environ["NCCL_SOCKET_IFNAME"], environ["GLOO_SOCKET_IFNAME"]) == ("=eth0", "eth0")
 
 
@@ -71,7 +71,7 @@ def test_an_interface_that_the_user_has_said_stays(make_job, monkeypatch, said_b
     if said_by == "host":
         monkeypatch.setenv(*next(iter(given.items())))
         given = {}
-    first, second = (Node(make_job(environment=given), number).environment() for number in (0, 1))
+    first, second = (HostAgent(make_job(environment=given), number).environment() for number in (0, 1))
     assert (first["NCCL_SOCKET_IFNAME"], first["GLOO_SOCKET_IFNAME"]) == ("ib0", "eth0")
     assert second["NCCL_SOCKET_IFNAME"] == "ib0"
     assert "GLOO_SOCKET_IFNAME" not in second  # where the way is not known

@@ -16,7 +16,7 @@ from lcm_ds.launcher.multihost.hostfile import is_this_host, read_hostfile, sele
 def mistakes_of(call, *arguments):
     with pytest.raises(InputError) as caught:
         call(*arguments)
-    return caught.value.mistakes
+    return caught.value.errors
 
 
 # --- hostfiles --------------------------------------------------------------------------------------------------------

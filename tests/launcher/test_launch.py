@@ -11,7 +11,7 @@ import yaml
 from lcm_ds.doctor.run_checks import doctor
 from lcm_ds.errors import InputError
 from lcm_ds.launcher.launch import launch
-from lcm_ds.launcher.multihost.restarts import Settings
+from lcm_ds.launcher.multihost.restarts import LaunchOptions
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -37,7 +37,7 @@ def config(synthetic_dataset, tmp_path):
 def mistakes_of(*arguments, **keywords):
     with pytest.raises(InputError) as caught:
         launch(*arguments, **keywords)
-    return caught.value.mistakes
+    return caught.value.errors
 
 
 def put_first_on_path(folder, monkeypatch, does):
@@ -108,16 +108,16 @@ def test_pdsh_has_to_be_installed(config, tmp_path, monkeypatch):
 
 def test_settings_that_cannot_be_are_refused_all_at_once(config, tmp_path):
     (tmp_path / "hostfile").write_text("a slots=1\nb slots=1\n")
-    wrong = Settings(max_restarts=-1, min_hosts=3, back_off=0, silence=-1, grace=0, master_port=2**16)
+    wrong = LaunchOptions(max_restarts=-1, min_hosts=3, back_off=0, silence=-1, grace=0, master_port=2**16)
     lines = mistakes_of(config, hostfile=tmp_path / "hostfile", settings=wrong)
     options = ("--max-restarts", "--min-hosts", "--back-off", "--silence", "--grace", "--master-port")
     assert [line.split()[0] for line in lines] == list(options)
 
 
 def test_options_for_hosts_are_refused_where_there_are_none(config):
-    lines = mistakes_of(config, openmpi=2, settings=Settings(max_restarts=3, grace=5, master_port=29501))
+    lines = mistakes_of(config, openmpi=2, settings=LaunchOptions(max_restarts=3, grace=5, master_port=29501))
     assert lines == ["--max-restarts: goes with --hostfile", "--grace: goes with --hostfile"]
-    lines = mistakes_of(config, local=2, settings=Settings(max_restarts=3, silence=5))
+    lines = mistakes_of(config, local=2, settings=LaunchOptions(max_restarts=3, silence=5))
     assert lines == ["--silence: goes with --hostfile"]
 
 

@@ -11,12 +11,12 @@ import pytest
 from machine import patience
 
 from lcm_ds.launcher.multihost import protocol
-from lcm_ds.launcher.multihost.output import SHOWN, WAITING_LINES, Errors, Screen
-from lcm_ds.launcher.multihost.preflight import Expected, Found, problems_of
+from lcm_ds.launcher.multihost.output import SHOWN, WAITING_LINES, OutputPrinter, StderrTail
+from lcm_ds.launcher.multihost.preflight import HostReport, LaunchRequirements, problems_of
 from lcm_ds.launcher.multihost.probe import port_is_free, versions, way_to
 from lcm_ds.launcher.multihost.restarts import share
 
-EXPECTED = Expected(Path("/shared/run/launch"), "config.yaml", {"fingerprint": "aa"}, 2**30, 29500)
+EXPECTED = LaunchRequirements(Path("/shared/run/launch"), "config.yaml", {"fingerprint": "aa"}, 2**30, 29500)
 
 
 def host(**differs):
@@ -29,7 +29,7 @@ def host(**differs):
         "time": 1000.0,
         **differs,
     }
-    return Found("worker-1", [], report, arrived=1000.0)
+    return HostReport("worker-1", [], report, arrived=1000.0)
 
 
 def test_a_host_on_which_all_is_well_has_no_problem():
@@ -101,7 +101,7 @@ def test_only_who_has_the_token_is_heard_and_who_falls_silent_is_dead():
         try:
             while (message := await protocol.read(reader, 0.5)) is not None:
                 heard.append((number, message))
-        except protocol.Silent:
+        except protocol.PeerTimeout:
             heard.append((number, "silent"))
 
     async def talk():
@@ -140,7 +140,7 @@ def test_nobody_waits_for_a_terminal_that_stands_still_and_what_is_left_out_is_s
 
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setattr(sys, "stderr", Terminal())
-    screen = Screen()
+    screen = OutputPrinter()
     started = time.monotonic()
     for number in range(WAITING_LINES + 100):
         screen.say(f"line {number}")
@@ -168,7 +168,7 @@ TRACEBACK = ["Traceback (most recent call last):", *["  File x, line 1, in f", "
     ],
 )
 def test_of_what_a_rank_said_the_first_error_is_told(said, told):
-    errors = Errors()
+    errors = StderrTail()
     for line in said:
         errors.add(line)
     assert errors.first() == told

@@ -120,20 +120,20 @@ class running_sshd:
 LAUNCHER = """
 import os, sys
 from pathlib import Path
-from lcm_ds.launcher.multihost.preflight import Expected
+from lcm_ds.launcher.multihost.preflight import LaunchRequirements
 from lcm_ds.launcher.schedulers import environment_of_workers
-from lcm_ds.launcher.multihost.restarts import Settings, Work, run_on_hosts
+from lcm_ds.launcher.multihost.restarts import LaunchOptions, Work, run_on_hosts
 folder, port, restarts = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 work = Work(
     module="toy_worker",
     config=folder / "run/launch/config.yaml",
-    expected=Expected(folder / "run/launch", master_port=port),
+    expected=LaunchRequirements(folder / "run/launch", master_port=port),
     environment=environment_of_workers(os.environ),
     stop_file=folder / "run/STOP" if "TOY_KNOWS_NO_STOP" not in os.environ else None,
     progress=lambda: len(list(folder.glob("progress-*"))),
     divides=lambda ranks: True,
 )
-settings = Settings(silence=3, grace=1, max_restarts=restarts, back_off=0.1)
+settings = LaunchOptions(silence=3, grace=1, max_restarts=restarts, back_off=0.1)
 sys.exit(run_on_hosts(work, {"127.0.0.1": [0], "localhost": [0]}, "hostfile", settings))
 """
 

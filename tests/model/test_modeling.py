@@ -62,7 +62,7 @@ def test_a_configs_own_keys_lie_over_the_preset():
 def test_sizes_that_make_no_model_are_refused_in_one_line(model, told):
     with pytest.raises(InputError) as refused:
         resolve_model(ModelConfig(**model), origin="run.yaml")
-    (line,) = refused.value.mistakes
+    (line,) = refused.value.errors
     assert line.startswith("run.yaml: ")
     for part in told:
         assert part in line

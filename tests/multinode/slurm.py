@@ -62,7 +62,7 @@ def missing():
     return f"needs the packages slurm-wlm and munge: there is no {', '.join(absent)}" if absent else None
 
 
-class Cluster:
+class Supervisor:
     """Entered, it runs; left, however its start or a test went, its daemons and all that they started are gone."""
 
     def __enter__(self):

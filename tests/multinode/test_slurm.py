@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(slurm.missing() is not None, reason=f"{slurm.mis
 
 @pytest.fixture(scope="module")
 def cluster():
-    with slurm.Cluster() as running:
+    with slurm.Supervisor() as running:
         yield running
 
 

@@ -131,7 +131,7 @@ def test_a_dataset_begun_with_other_rules_is_not_continued(make_config, tmp_path
     (tmp_path / "out/parts.json").write_text(json.dumps(parts))
     with pytest.raises(InputError) as caught:
         prepare(make_config(**changes), HashEncoder())
-    assert [line.split(": ")[1] for line in caught.value.mistakes] == ["sentences.rules"] + ["split"] * (not ids)
+    assert [line.split(": ")[1] for line in caught.value.errors] == ["sentences.rules"] + ["split"] * (not ids)
 
 
 def test_the_split_of_a_document_is_a_function_of_its_id_and_about_the_share_asked_for():
@@ -253,7 +253,7 @@ def test_another_config_is_refused_naming_what_differs(make_config):
     changes = {"validation": 0.3, "sentences": {"max_characters": 100}, "encoder": {**encoder, "threads": 2}}
     with pytest.raises(InputError) as caught:
         prepare(make_config(**changes), HashEncoder())
-    named = [line.split(": ")[1] for line in caught.value.mistakes]
+    named = [line.split(": ")[1] for line in caught.value.errors]
     assert named == ["encoder.threads", "sentences.max_characters", "validation"]
 
 

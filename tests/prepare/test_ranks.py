@@ -22,7 +22,7 @@ from lcm_ds.config import PrepareConfig
 from lcm_ds.data.format import open_dataset
 from lcm_ds.distributed import rendezvous
 from lcm_ds.distributed.environment import free_port
-from lcm_ds.errors import Unavailable
+from lcm_ds.errors import TransientError
 from lcm_ds.prepare import coordinator
 from lcm_ds.prepare.pipeline import prepare
 
@@ -200,7 +200,7 @@ def test_a_rank_that_never_comes_is_named_and_ends_it(write_config, tmp_path, mo
     monkeypatch.setattr(coordinator, "SECONDS_TO_END", 0.1)
     config = config_at(write_config("out"))
     with pytest.raises(
-        Unavailable, match=r"rank 1 of 2 \(WORLD_SIZE=2 in the environment\) did not come in .* unset RANK"
+        TransientError, match=r"rank 1 of 2 \(WORLD_SIZE=2 in the environment\) did not come in .* unset RANK"
     ):
         prepare(config, HashEncoder())
     assert "waiting for rank 1 of 2 (WORLD_SIZE=2 in the environment), " in capsys.readouterr().out
@@ -208,7 +208,7 @@ def test_a_rank_that_never_comes_is_named_and_ends_it(write_config, tmp_path, mo
     monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", 1.0)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    with pytest.raises(Unavailable, match=r"rank 0 of 2 .* at 127\.0\.0\.1:\d+ did not come in"):
+    with pytest.raises(TransientError, match=r"rank 0 of 2 .* at 127\.0\.0\.1:\d+ did not come in"):
         prepare(config, HashEncoder())
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")

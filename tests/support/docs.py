@@ -119,13 +119,13 @@ PACKAGE = REPOSITORY / "lcm_ds"
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 # What reaches a user as text: exceptions, what is logged, and in calls of other names an argument by its number, with
 # what they put behind it.
-RAISED = {"InputError", "CannotGoOn", "Unavailable", "NoSpace", "Damaged", "PeerFailed"}
+RAISED = {"InputError", "RunFailedError", "TransientError", "NoSpace", "Damaged", "PeerFailed"}
 RAISED |= {"RuntimeError", "ImportError", "ConnectionError"}
 LOGGED = {"error", "critical", "warning", "exception"}
 PASSED_ON = {"Failure": (1, ""), "attempt": (2, ": …")}
 # Names whose value is given out as it is, and functions that return or yield what goes there.
-COLLECTED = {"mistakes", "wrong", "problems", "failures", "last", "mine"}
-FINDS = re.compile(r"mistake|wrong|problem|damage|disagreement|combinations|missing|how_it_ended|warning")
+COLLECTED = {"errors", "wrong", "problems", "failures", "last", "mine"}
+FINDS = re.compile(r"mistake|error|wrong|problem|damage|disagreement|combinations|missing|describe_exit|warning")
 # Who says it, or of which file: in front of a colon.
 WHOSE = re.compile(r"^(?:lcm-ds launch: |(?:…(?: …)*)?: )+")
 

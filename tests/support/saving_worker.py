@@ -25,11 +25,11 @@ from lcm_ds.checkpoint.format import Checkpoint, folder_name, fp32_weights
 from lcm_ds.checkpoint.save import Saver
 from lcm_ds.config import CheckpointConfig, TrainConfig
 from lcm_ds.data.plan import Plan, Source
-from lcm_ds.distributed.environment import read_place
+from lcm_ds.distributed.environment import detect_environment
 from lcm_ds.model.config import resolve_model
-from lcm_ds.processes import end_with
-from lcm_ds.train.engine import build_engine, build_model, connect
-from lcm_ds.train.job import Job
+from lcm_ds.processes import exit_with
+from lcm_ds.train.engine import build_engine, build_model, init_distributed
+from lcm_ds.train.job import TrainJob
 from lcm_ds.train.run_metadata import identity
 from lcm_ds.train.step import Stepper
 
@@ -81,7 +81,7 @@ def build(deepspeed, place, device, **optim):
     with contextlib.redirect_stdout(io.StringIO()):
         engine = build_engine(build_model(model_config, NORMALIZER, config.seed, ds), config, ds)
     plan = Plan([Source([1_000_000])], config.seed, ROWS, CONFIG["data"]["row_length"])
-    return Stepper(Job(config, ds, model_config, [], None, plan, ""), place, engine, device)
+    return Stepper(TrainJob(config, ds, model_config, [], None, plan, ""), place, engine, device)
 
 
 def weights(stepper):
@@ -129,7 +129,7 @@ def variant(name, folder, place, device):
     stepper.engine.destroy()
     stepper = build(deepspeed, place, device)
     checkpoint = Checkpoint(folder / "checkpoints" / folder_name(SAVED_AT), SAVED_AT)
-    assert resume.newest_whole(folder, CheckpointConfig()) == checkpoint
+    assert resume.newest_complete(folder, CheckpointConfig()) == checkpoint
     read = fp32_weights(checkpoint)
     if "in turn" in name:  # DeepSpeed itself takes one for the other: what it multiplies with is right
         assert all(torch.equal(read[key].bfloat16(), value) for key, value in rounded.items())
@@ -180,8 +180,8 @@ def converted(checkpoint, name, place, device):
 
 def main():
     folder = Path(sys.argv[1])
-    place = read_place(os.environ)
-    device = connect(place)
+    place = detect_environment(os.environ)
+    device = init_distributed(place)
     results = {name: variant(name, folder / name.replace(" ", "_"), place, device) for name in VARIANTS}
     if place.rank == 0:
         (folder / "results.json").write_text(json.dumps(results))
@@ -189,4 +189,4 @@ def main():
 
 
 if __name__ == "__main__":
-    end_with(main)
+    exit_with(main)

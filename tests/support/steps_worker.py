@@ -22,12 +22,12 @@ from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
 from lcm_ds.data.loader import Batch
 from lcm_ds.data.plan import Plan, Source
-from lcm_ds.distributed.environment import read_place
+from lcm_ds.distributed.environment import detect_environment
 from lcm_ds.errors import InputError
 from lcm_ds.model.config import resolve_model
-from lcm_ds.processes import end_with
-from lcm_ds.train.engine import build_engine, build_model, connect
-from lcm_ds.train.job import Job
+from lcm_ds.processes import exit_with
+from lcm_ds.train.engine import build_engine, build_model, init_distributed
+from lcm_ds.train.job import TrainJob
 from lcm_ds.train.monitoring.histograms import histograms
 from lcm_ds.train.step import Stepper
 
@@ -87,7 +87,7 @@ def take_steps(changes, place, device, normalizer):
     model = build_model(model_config, normalizer, config.seed, ds)
     engine = build_engine(model, config, ds)
     plan = Plan([Source([1_000_000])], config.seed, ROWS, LENGTH)
-    job = Job(config, ds, model_config, [], None, plan, "")
+    job = TrainJob(config, ds, model_config, [], None, plan, "")
     stepper = Stepper(job, place, engine, device)
     gradients, found, step = {}, {}, engine.step
 
@@ -112,8 +112,8 @@ def take_steps(changes, place, device, normalizer):
 
 def main():
     variants, results_path, gradients_path = sys.argv[1:]
-    place = read_place(os.environ)
-    device = connect(place)
+    place = detect_environment(os.environ)
+    device = init_distributed(place)
     generator = torch.Generator().manual_seed(2)
     normalizer = (
         torch.randn(EMBED_DIM, generator=generator).numpy() / 10,
@@ -125,7 +125,7 @@ def main():
             with contextlib.redirect_stdout(io.StringIO()):
                 losses, gradients, found = take_steps(changes, place, device, normalizer)
         except InputError as error:
-            results[name] = {"refused": error.mistakes}
+            results[name] = {"refused": error.errors}
             continue
         results[name] = {"losses": losses, "histograms": found}
         all_gradients |= {f"{name}/{parameter}": gradient.cpu() for parameter, gradient in gradients.items()}
@@ -136,4 +136,4 @@ def main():
 
 
 if __name__ == "__main__":
-    end_with(main)
+    exit_with(main)

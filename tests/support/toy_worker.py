@@ -14,11 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-from lcm_ds.distributed.environment import read_place
+from lcm_ds.distributed.environment import detect_environment
 
 
 def main(what, folder):
-    place = read_place(os.environ)
+    place = detect_environment(os.environ)
     deed, _, argument = dict(part.split("=") for part in what.split(",")).get(str(place.rank), "sleep").partition(":")
     folder = Path(folder)
     pids = [os.getpid()]

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import save_file
 
-from lcm_ds.distributed.environment import read_place
+from lcm_ds.distributed.environment import detect_environment
 from lcm_ds.errors import InputError
-from lcm_ds.processes import end_with
+from lcm_ds.processes import exit_with
 from lcm_ds.train import loop
-from lcm_ds.train.engine import connect
-from lcm_ds.train.job_builder import check
+from lcm_ds.train.engine import init_distributed
+from lcm_ds.train.job_builder import build_job
 from lcm_ds.train.monitoring.console import set_up_logging
 from lcm_ds.train.reliability.stop_signal import StopRequest
 from lcm_ds.train.reliability.watchdog import Watchdog
@@ -51,20 +51,20 @@ class Run(loop.Run):
 
 def train(config, place, device):
     """The exit code of a run and its masters, or why it was refused."""
-    job = check(config, [], place.world_size)
+    job = build_job(config, [], place.world_size)
     job.run_dir.mkdir(parents=True, exist_ok=True)
     set_up_logging(job.run_dir, place.rank)
     try:
         return loop._train(job, place, device, StopRequest(), Watchdog(None)), Run.masters
     except InputError as error:
-        return error.mistakes, {}
+        return error.errors, {}
 
 
 def main():
     plan, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     loop.Run = Run
-    place = read_place(os.environ)
-    device = connect(place)
+    place = detect_environment(os.environ)
+    device = init_distributed(place)
     results = {}
     for name, config in plan.items():
         results[name], masters = train(config, place, device)
@@ -76,4 +76,4 @@ def main():
 
 
 if __name__ == "__main__":
-    end_with(main)
+    exit_with(main)

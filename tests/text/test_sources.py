@@ -109,8 +109,8 @@ def test_text_files_are_documents_in_the_order_of_their_names(folder: Path) -> N
 def test_missing_columns_are_named_with_those_that_are_there(folder: Path) -> None:
     with pytest.raises(InputError) as error:
         source("huggingface", paths=[str(folder / "a" / "*")], text_column="content", id_column="url")
-    assert len(error.value.mistakes) == 2
-    assert "source.text_column: part.parquet has no column 'content'; its columns: id, text" in error.value.mistakes
+    assert len(error.value.errors) == 2
+    assert "source.text_column: part.parquet has no column 'content'; its columns: id, text" in error.value.errors
     with pytest.raises(InputError, match=r"source\.id_column: rows\.jsonl has no column 'key'"):
         source("huggingface", paths=[str(folder / "rows.jsonl")], id_column="key")
     parquet(folder / "numbers.parquet", 0, 3, text=[1, 2, 3])
@@ -128,21 +128,21 @@ def test_missing_and_unreadable_files_are_all_named_at_once(folder: Path) -> Non
     (folder / "notes.csv").write_text("text\n")
     with pytest.raises(InputError) as error:
         source("huggingface", paths=[str(folder / "none-*.parquet"), str(folder), "absent.jsonl"])
-    assert error.value.mistakes == [
+    assert error.value.errors == [
         f"source.paths: {folder}/none-*.parquet: no such file",
         f"source.paths: {folder} is a folder; name files, or a glob such as {folder}/*",
         "source.paths: absent.jsonl: no such file",
     ]
     with pytest.raises(InputError) as error:
         source("huggingface", paths=[str(folder / "broken.parquet"), str(folder / "notes.csv")])
-    assert "not a parquet file" in error.value.mistakes[0]
-    assert "neither parquet nor JSONL" in error.value.mistakes[1]
+    assert "not a parquet file" in error.value.errors[0]
+    assert "neither parquet nor JSONL" in error.value.errors[1]
     (folder / "pretty.json").write_text('{\n "text": "One.",\n "id": 1\n}\n')
     (folder / "list.json").write_text('\ufeff[\n{"text": "One.", "id": 1},\n{"text": "Two.", "id": 2}\n]\n')
     with pytest.raises(InputError) as error:
         source("huggingface", paths=[str(folder / "*.json")])
-    assert error.value.mistakes[0].startswith("source.paths: list.json is one JSON list, not JSONL")
-    assert error.value.mistakes[1].startswith("source.paths: pretty.json is no JSONL: none of its first rows is read:")
+    assert error.value.errors[0].startswith("source.paths: list.json is one JSON list, not JSONL")
+    assert error.value.errors[1].startswith("source.paths: pretty.json is no JSONL: none of its first rows is read:")
 
 
 def problems(of: Source) -> list[str | None]:
@@ -407,7 +407,7 @@ def test_rows_are_left_out_by_number_and_language_and_keep_their_place(tmp_path:
         source(
             "huggingface", paths=[str(path)], filter={"text": {"min": 1}, "stars": {"max": 1}}, language_column="lang"
         )
-    assert [line.split(":")[0] for line in error.value.mistakes] == [
+    assert [line.split(":")[0] for line in error.value.errors] == [
         "source.language_column",
         "source.filter",
         "source.filter",
@@ -449,7 +449,7 @@ def test_a_line_may_lack_what_a_filter_asks_for_but_not_every_line(tmp_path: Pat
     path.write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(InputError) as error:
         source("huggingface", paths=[str(path)], filter={"score": {"min": 1}, "stars": {"min": 1}})
-    assert error.value.mistakes == [
+    assert error.value.errors == [
         "source.filter: rows.jsonl has no column 'stars'; its columns: id, text, score",
         "source.filter: 'score' of rows.jsonl holds '3', not numbers",
     ]
@@ -463,7 +463,7 @@ def test_compressed_files_that_cannot_be_unpacked_are_named(tmp_path: Path) -> N
     (tmp_path / "broken.jsonl.gz").write_bytes(whole[:200] + bytes(100) + whole[300:])
     with pytest.raises(InputError) as error:
         source("huggingface", paths=[str(tmp_path / "*")])
-    named = [line.split(": cannot be read: ")[0] for line in error.value.mistakes]
+    named = [line.split(": cannot be read: ")[0] for line in error.value.errors]
     assert named == ["broken.jsonl.gz", "cut.jsonl.gz", "other.jsonl.gz", "other.jsonl.xz"]
 
 

@@ -11,7 +11,7 @@ import time
 import torch
 
 from lcm_ds.data.loader import Loader
-from lcm_ds.processes import end_with
+from lcm_ds.processes import exit_with
 from lcm_ds.train import main
 
 read = Loader.read
@@ -35,4 +35,4 @@ if __name__ == "__main__":
     kind, rank, step = fault.split(":")
     if os.environ["RANK"] == rank:
         Loader.read = read_with(kind, int(step))
-    end_with(lambda: main(config))
+    exit_with(lambda: main(config))

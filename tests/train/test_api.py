@@ -34,7 +34,7 @@ def test_mistakes_in_an_object_are_raised_and_name_no_file_of_ours(make_config):
     wrong = config.model_copy(update={"data": config.data.model_copy(update={"validation": "gone"})})
     with pytest.raises(api.InputError) as refused:
         api.train(wrong)
-    (line,) = refused.value.mistakes
+    (line,) = refused.value.errors
     assert line.startswith("config: data.validation: gone")
 
 

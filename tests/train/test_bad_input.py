@@ -15,7 +15,7 @@ from lcm_ds.data.writer import Document, write_shard
 ENCODER = {"name": "synthetic", "model": "rotation-16", "revision": None}  # that of synthetic_dataset
 
 
-def mistakes(code, out, err):
+def errors(code, out, err):
     """The lines on stderr of a command that has to end with exit code 2."""
     assert code == 2, out + err
     assert "Traceback" not in err
@@ -27,7 +27,7 @@ def mistakes(code, out, err):
 @pytest.fixture
 def refused(call):
     """refused(*arguments) -> the lines on stderr of a call that has to end with exit code 2."""
-    return lambda *arguments: mistakes(*call(*arguments))
+    return lambda *arguments: errors(*call(*arguments))
 
 
 @pytest.mark.parametrize("verb", [["train"], ["launch", "--local", "2"]], ids=["train", "launch"])
@@ -39,7 +39,7 @@ def test_mistakes_of_all_files_come_together(make_config, tmp_path, verb):
         deepspeed=str(bad_json),
         sped=3,
     )
-    lines = mistakes(*finish(start(*verb, config, "noise_std=-1")))
+    lines = errors(*finish(start(*verb, config, "noise_std=-1")))
     text = "\n".join(lines)
     for told in (
         "no/such/dataset",
@@ -123,7 +123,7 @@ def test_a_run_whose_steps_have_no_targets_ends_with_a_mistake_and_nothing_is_a_
         steps=2,
     )
     code, out, err = finish(start("train", config))
-    assert mistakes(code, out, err) == [f"{run_dir(config)}: none of the 2 steps had a target: nothing was learned"]
+    assert errors(code, out, err) == [f"{run_dir(config)}: none of the 2 steps had a target: nothing was learned"]
     assert [line.split("  lr")[0] for line in out.splitlines() if "  lr" in line] == [
         "step 1/2  loss       –",
         "step 2/2  loss       –",
@@ -149,10 +149,10 @@ def test_a_shard_whose_bytes_changed_is_refused_by_name(make_config, concepts, t
         content[700] ^= 1
         path.write_bytes(content)
     config = make_config(data={"train": str(copy), "row_length": 32, "max_segment": 16})
-    lines = mistakes(*finish(start("launch", "--local", 2, config)))
+    lines = errors(*finish(start("launch", "--local", 2, config)))
     assert any("sha256" in line and str(copy) in line for line in lines)
     victim.write_bytes(victim.read_bytes()[:-512])
-    lines = mistakes(*finish(start("train", config)))
+    lines = errors(*finish(start("train", config)))
     assert any(victim.name in line and "bytes" in line for line in lines)
 
 

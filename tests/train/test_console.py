@@ -83,19 +83,19 @@ SPEAKER = """
 import os, sys, warnings
 from lcm_ds.train.monitoring.console import console
 print("before")
-console.lead_away()
+console.redirect()
 os.write(1, b"from C\\n")
 os.system("echo from a compiler >&2")
 print("from Python")
 console.line("ours")
 if len(sys.argv) == 1:
-    console.bring_back(show=True)
+    console.restore(show=True)
     print("after")
 else:
     console.log_to(sys.argv[1])
     os.write(2, b"from C again\\n")
     print("from Python again")
-    console.complain("an error of ours")
+    console.error("an error of ours")
     os.abort()
 """
 

@@ -15,7 +15,7 @@ from lcm_ds.data.format import read_normalizer, write_normalizer
 from lcm_ds.errors import InputError
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.pretrained import write_folder
-from lcm_ds.train.job_builder import check
+from lcm_ds.train.job_builder import build_job
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "base_lcm_fairseq2.safetensors"
 # A step that changes nothing: what is exported after it is what was taken over.
@@ -93,8 +93,8 @@ def test_a_mixture_has_to_have_one_normaliser_where_the_model_brings_none(make_c
     for source in (GOLDEN, tmp_path / "imported"):
         model = {"init_from": str(source)}
         with pytest.raises(InputError) as refused:
-            check(make_config(model=model, data={"train": train, "row_length": 32}), [], 1)
-        (line,) = refused.value.mistakes
+            build_job(make_config(model=model, data={"train": train, "row_length": 32}), [], 1)
+        (line,) = refused.value.errors
         assert line.endswith(f"lcm-ds fit-normalizer {train[0]['path']} {train[1]['path']}")
 
 
@@ -129,8 +129,8 @@ def test_a_run_does_not_go_on_under_the_name_of_another_origin(trained, make_con
 def test_sizes_that_are_not_those_of_the_weights_are_told_all_at_once(exported, make_config):
     model = {"init_from": str(exported), "hidden_size": 48, "num_hidden_layers": 3, "dropout": 0.3}
     with pytest.raises(InputError) as refused:
-        check(make_config(model=model), [], 1)
-    first, second = sorted(refused.value.mistakes)
+        build_job(make_config(model=model), [], 1)
+    first, second = sorted(refused.value.errors)
     assert f"model.hidden_size: is 48, and 32 in {exported}" in first
     assert "model.num_hidden_layers: is 3, and 2 in" in second
 
@@ -139,8 +139,8 @@ def test_what_is_none_of_the_three_is_named(make_config, tmp_path):
     (tmp_path / "config.json").write_text("{")
     for path, told in ((tmp_path / "nowhere", "no run here"), (tmp_path, "config.json cannot be read")):
         with pytest.raises(InputError) as refused:
-            check(make_config(model={"init_from": str(path)}), [], 1)
-        (line,) = refused.value.mistakes
+            build_job(make_config(model={"init_from": str(path)}), [], 1)
+        (line,) = refused.value.errors
         assert "model.init_from: " in line
         assert told in line
 
@@ -177,7 +177,7 @@ def test_mistakes_of_an_export_come_together(tmp_path):
     (tmp_path / "there" / "file").touch()
     with pytest.raises(InputError) as refused:
         export(tmp_path / "none", tmp_path / "there", max_shard_size="much")
-    size, folder, run = refused.value.mistakes
+    size, folder, run = refused.value.errors
     assert "--max-shard-size much" in size
     assert "is there already" in folder
     assert "none: no run here" in run

@@ -19,7 +19,7 @@ from lcm_ds.data.format import finish as finish_dataset
 from lcm_ds.data.shard import open_shard
 from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.train.engine import skip_what_is_not_finite
-from lcm_ds.train.reliability.loss_guard import Guard
+from lcm_ds.train.reliability.loss_guard import StepMonitor
 from lcm_ds.train.trace import trace
 
 MARK = np.full(4, 12344, np.float16)
@@ -173,13 +173,13 @@ def test_a_run_that_stands_still_leaves_the_stacks_of_every_rank_and_ends_with_1
 
 def judged(guard, losses, first=0):
     steps = enumerate(losses, start=first)
-    return [guard.judge(step, loss, loss is None or math.isfinite(loss)) for step, loss in steps]
+    return [guard.check(step, loss, loss is None or math.isfinite(loss)) for step, loss in steps]
 
 
 def test_a_loss_is_a_spike_where_it_is_sigma_above_a_full_window():
-    guard = Guard(GuardConfig(spike_sigma=3, spike_window=4), [])
+    guard = StepMonitor(GuardConfig(spike_sigma=3, spike_window=4), [])
     assert judged(guard, [1.0, 1.1, 9.0]) == [None] * 3  # the window is not full
-    guard = Guard(GuardConfig(spike_sigma=3, spike_window=4), [1.0, 1.1, 0.9, 1.0])
+    guard = StepMonitor(GuardConfig(spike_sigma=3, spike_window=4), [1.0, 1.1, 0.9, 1.0])
     assert judged(guard, [1.2, 0.1]) == [None, None]
     (spike,) = judged(guard, [5.0], first=6)
     assert (spike.step, spike.leave_out) == (6, None)
@@ -189,24 +189,24 @@ def test_a_loss_is_a_spike_where_it_is_sigma_above_a_full_window():
 def test_a_guard_that_is_resumed_judges_as_one_that_was_not():
     config = GuardConfig(spike_sigma=2, spike_window=6)
     losses = [1 + 0.1 * math.sin(step) for step in range(20)] + [1.5]
-    whole = judged(Guard(config, []), losses)
-    first = Guard(config, [])
+    whole = judged(StepMonitor(config, []), losses)
+    first = StepMonitor(config, [])
     judged(first, losses[:11])
-    assert judged(Guard(config, json.loads(json.dumps(first.state()))), losses[11:], first=11) == whole[11:]
+    assert judged(StepMonitor(config, json.loads(json.dumps(first.state()))), losses[11:], first=11) == whole[11:]
     assert whole[-1] is not None
 
 
 def test_a_step_without_targets_is_neither_a_spike_nor_one_that_later_ones_are_compared_with():
-    guard = Guard(GuardConfig(spike_sigma=3, spike_window=4), [1.0, 1.1, 0.9, 1.0])
+    guard = StepMonitor(GuardConfig(spike_sigma=3, spike_window=4), [1.0, 1.1, 0.9, 1.0])
     assert judged(guard, [None] * 9) == [None] * 9
     assert guard.state() == [1.0, 1.1, 0.9, 1.0]
     assert judged(guard, [5.0]) != [None]
-    (incident,) = [guard.judge(9, None, False)]
+    (incident,) = [guard.check(9, None, False)]
     assert incident.what == "the gradient is not finite, the step is skipped"
 
 
 def test_steps_are_counted_in_a_row():
-    guard = Guard(GuardConfig(max_skipped=3), [])
+    guard = StepMonitor(GuardConfig(max_skipped=3), [])
     found = judged(guard, [math.nan, math.nan, 1.0, math.nan, math.nan, math.inf])
     assert [incident and incident.leave_out for incident in found] == [None] * 5 + [range(3, 6)]
 

@@ -14,7 +14,7 @@ from lcm_ds.data.format import open_dataset, read_normalizer, write_normalizer
 from lcm_ds.data.tools.fit_normalizer import fit_normalizer
 from lcm_ds.errors import InputError
 from lcm_ds.files import OpenFile
-from lcm_ds.train.job_builder import check
+from lcm_ds.train.job_builder import build_job
 from lcm_ds.train.trace import trace
 
 
@@ -136,10 +136,10 @@ def test_datasets_that_do_not_belong_together_are_refused_with_both_named(
     for path, said in ((wide, ["24 dimensions", "of 16;"]), (other, ["'revision': 'b'", "'revision': None"])):
         config = make_config(data={"train": [{"path": str(ours)}, {"path": str(path)}]})
         with pytest.raises(InputError) as caught:
-            check(config, [], 1)
+            build_job(config, [], 1)
         assert any(
             all(words in line for words in (f"{config}: data: {path}", str(ours), *said))
-            for line in caught.value.mistakes
+            for line in caught.value.errors
         )
 
 
@@ -155,62 +155,62 @@ def two(concepts, synthetic_dataset, make_config, tmp_path):
         described = json.loads((folder / "dataset.json").read_text())
         (folder / "dataset.json").write_text(json.dumps({**described, **changes}))
 
-    def mistakes(**more):
+    def errors(**more):
         try:
-            check(make_config(data={**data, **more}), [], 1)
+            build_job(make_config(data={**data, **more}), [], 1)
         except InputError as error:
-            return [line.split(".yaml: ", 1)[1] for line in error.mistakes]
+            return [line.split(".yaml: ", 1)[1] for line in error.errors]
         return []
 
-    return one, other, describe, mistakes
+    return one, other, describe, errors
 
 
 def test_a_mixture_with_another_normaliser_is_refused_to_the_bit_with_the_way_out(two):
-    one, other, _, mistakes = two
-    assert mistakes() == []
+    one, other, _, errors = two
+    assert errors() == []
     center, scale = read_normalizer(other)
     scale[3] = np.nextafter(scale[3], np.float32(1))
     write_normalizer(other, center, scale, {})
-    (line,) = mistakes()
+    (line,) = errors()
     assert line == (
         f"data.train: {other} has another normaliser than {one}; a run needs one: lcm-ds fit-normalizer {one} {other}"
     )
     weighted = [{"path": str(one), "weight": 3}, {"path": str(other), "weight": 0.5}]
-    assert mistakes(train=weighted)[0].endswith(f": lcm-ds fit-normalizer {one}=3 {other}=0.5")
+    assert errors(train=weighted)[0].endswith(f": lcm-ds fit-normalizer {one}=3 {other}=0.5")
     fit_normalizer([f"{one}=3", f"{other}=0.5"])
-    assert mistakes(train=weighted) == []
+    assert errors(train=weighted) == []
 
 
 def test_what_is_validated_on_has_the_training_datas_normaliser(two):
-    one, other, _, mistakes = two
+    one, other, _, errors = two
     write_normalizer(other, *(numbers * 2 for numbers in read_normalizer(other)), {})
-    (line,) = mistakes(train=str(one), validation=str(other))
+    (line,) = errors(train=str(one), validation=str(other))
     assert line.startswith(f"data.validation: {other} has another normaliser than {one}; a run needs one: copy ")
     shutil.copy(one / "normalizer.safetensors", other)
-    assert mistakes(train=str(one), validation=str(other)) == []
+    assert errors(train=str(one), validation=str(other)) == []
 
 
 def test_a_mixture_with_another_end_of_text_is_refused(two):
-    one, other, describe, mistakes = two
+    one, other, describe, errors = two
     end = json.loads((one / "dataset.json").read_text())["end_of_text"]
     rounded = {**end, "vector": [number * 1.01 for number in end["vector"]]}  # as another device may have it
     describe(other, end_of_text=rounded)
-    assert mistakes() == []
+    assert errors() == []
     for its in (
         {**end, "text": "Fin."},
         {**end, "vector": [-number for number in end["vector"]]},
         None,
     ):
         describe(other, end_of_text=its)
-        (line,) = mistakes()
+        (line,) = errors()
         assert line.startswith(f"data: documents of {other} end with ")
         assert f", of {one} with 'End of text.' (" in line
-        (line,) = mistakes(train=str(one), validation=str(other))
+        (line,) = errors(train=str(one), validation=str(other))
         assert "a run needs one end of text" in line
 
 
 def test_supervised_datasets_of_a_mixture_have_one_suffix_and_plain_ones_go_with_them(two, synthetic_dataset):
-    one, other, describe, mistakes = two
+    one, other, describe, errors = two
 
     def supervise(folder, seed):
         shutil.rmtree(folder)
@@ -218,9 +218,9 @@ def test_supervised_datasets_of_a_mixture_have_one_suffix_and_plain_ones_go_with
 
     supervise(other, 4)
     describe(other, supervised={"source_suffix": "[MODEL]:"})
-    assert mistakes() == []
+    assert errors() == []
     infos = [open_dataset(path).info for path in (one, other)]
     assert ConceptInfo.of(infos[0], mixed=infos).source_suffix == "[MODEL]:"
     supervise(one, 0)
-    (line,) = mistakes()
+    (line,) = errors()
     assert line == (f"data: sources of {other} end with '[MODEL]:', of {one} with None; a run needs one source_suffix")

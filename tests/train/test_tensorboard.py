@@ -23,10 +23,10 @@ from lcm_ds.data.format import open_dataset
 from lcm_ds.data.shard import open_shard
 from lcm_ds.errors import InputError
 from lcm_ds.generate.retrieval import nearest
-from lcm_ds.train.job_builder import check
+from lcm_ds.train.job_builder import build_job
 from lcm_ds.train.monitoring import trackers
 from lcm_ds.train.monitoring.metrics_log import tag_of
-from lcm_ds.train.monitoring.tensorboard import Board, told
+from lcm_ds.train.monitoring.tensorboard import TensorBoardWriter, told
 from lcm_ds.train.monitoring.text_samples import Sample
 from lcm_ds.train.monitoring.trackers import Trackers
 
@@ -87,7 +87,7 @@ def test_tensorboard_holds_each_step_of_a_resumed_run_once(resumed):
 
 def test_a_resume_with_another_grid_leaves_no_point_of_a_later_step(tmp_path):
     for first, on in ((0, range(1, 11)), (4, (6, 12))):
-        board = Board(tmp_path, {}, first)
+        board = TensorBoardWriter(tmp_path, {}, first)
         for step in on:
             board.scalars(step, {"loss/train": 1.0})
             if (first, step) == (0, 7):
@@ -149,7 +149,7 @@ def test_a_dataset_without_sentences_has_no_samples_and_0_turns_them_off(make_co
 
 
 def test_error_by_position_is_a_figure_with_gaps_where_there_is_no_target(tmp_path):
-    board = Board(tmp_path, {"seed": 1}, start=0)
+    board = TensorBoardWriter(tmp_path, {"seed": 1}, start=0)
     board.errors(5, [0.9, None, 0.7])
     board.close(done=False)
     found = read(tmp_path)
@@ -202,8 +202,8 @@ def test_a_tracker_that_is_not_installed_is_a_mistake_before_the_run(make_config
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     config = make_config(log={"wandb": {"project": "p"}, "mlflow": {"tracking_uri": "x"}})
     with pytest.raises(InputError) as refused:
-        check(config, [], 1)
-    assert [line.partition(": ")[2] for line in refused.value.mistakes] == [
+        build_job(config, [], 1)
+    assert [line.partition(": ")[2] for line in refused.value.errors] == [
         "log.wandb: the package wandb is not installed: pip install 'lcm-ds[wandb]'",
         "log.mlflow: the package mlflow is not installed: pip install 'lcm-ds[mlflow]'",
     ]
@@ -211,7 +211,7 @@ def test_a_tracker_that_is_not_installed_is_a_mistake_before_the_run(make_config
 
 def log_of(make_config, **blocks):
     config = make_config(log=blocks)
-    return check(config, [], 1).config.log
+    return build_job(config, [], 1).config.log
 
 
 def track(log, folder, steps):

@@ -4,7 +4,7 @@ import json
 
 from runs import metrics, run_dir
 
-from lcm_ds.train.job_builder import check
+from lcm_ds.train.job_builder import build_job
 from lcm_ds.train.trace import trace
 
 
@@ -51,7 +51,7 @@ def test_a_run_that_was_trained_in_another_order_is_not_traced(call, make_config
     checkpoint.mkdir(parents=True)
     (run_dir(config) / "config.yaml").write_bytes(config.read_bytes())
     (checkpoint / "COMPLETE").write_text(json.dumps({"files": {}}))
-    for mark, code in ((check(config, (), 1).fingerprint, 0), ("of an earlier version", 2)):
+    for mark, code in ((build_job(config, (), 1).fingerprint, 0), ("of an earlier version", 2)):
         (checkpoint / "state.json").write_text(json.dumps({"fingerprint": mark}))
         found, _, err = call("trace", run_dir(config), "--step", 3)
         assert found == code, err

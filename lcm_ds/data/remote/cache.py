@@ -59,14 +59,14 @@ class Cache:
         """The shard at `url`, fetched if it is not here; as long as it is open it is not taken out.
 
         sha256, size (bytes): what shards.jsonl lists. stopped: when set, it is given up with Stopped. Raises InputError
-        where it cannot be had, came as something else, or there is no room; Unavailable where its server gives no
+        where it cannot be had, came as something else, or there is no room; TransientError where its server gives no
         answer.
         """
         target = self._place(sha256)
         full, since = False, time.monotonic()
         while (file := self._held(target, size)) is None:
             try:
-                waits = not self._bring(url, target, sha256, size, stopped, full=full)
+                waits = not self._fetch(url, target, sha256, size, stopped, full=full)
                 full = False
             except remote.NoSpace:  # others write to the disk, too
                 full = True
@@ -87,14 +87,14 @@ class Cache:
         file = self._held(target, size)
         if file is None:
             with suppress(remote.NoSpace):
-                self._bring(url, target, sha256, size, stopped, ahead=True)
+                self._fetch(url, target, sha256, size, stopped, ahead=True)
             file = self._held(target, size)
         return file
 
-    def forget(self, file: OpenFile) -> None:
+    def invalidate(self, file: OpenFile) -> None:
         """Take a shard out whose bytes have changed since it came."""
         logger.warning("%s: its bytes have changed since it was fetched; it is fetched again", file.path)
-        self._take_out(file)
+        self._evict(file)
 
     def check_room(self, shards: int, largest: int) -> None:
         """Raise InputError where so many shards, each of up to `largest` bytes, cannot be here at a time."""
@@ -121,19 +121,19 @@ class Cache:
         if not file.status().st_nlink:
             return None
         if len(file) != size:
-            self._take_out(file)
+            self._evict(file)
             return None
         return file
 
-    def _take_out(self, file: OpenFile) -> None:
+    def _evict(self, file: OpenFile) -> None:
         """Remove a file if it is still the one that was looked at, and not one that has come in its place."""
         seen = file.status()
-        with self._alone(), suppress(FileNotFoundError):
+        with self._exclusive(), suppress(FileNotFoundError):
             there = os.stat(file.path)
             if (there.st_ino, there.st_mtime_ns) == (seen.st_ino, seen.st_mtime_ns):
                 os.unlink(file.path)
 
-    def _bring(
+    def _fetch(
         self,
         url: str,
         target: Path,
@@ -148,7 +148,7 @@ class Cache:
         ahead, full: as of `_make_room`; ahead waits for nobody. Raises as remote.copy.
         """
         partial = target.with_name(f"{sha256}.{size}.partial")
-        with self._alone():
+        with self._exclusive():
             if target.exists():
                 return True
             file = partial.open("ab")
@@ -175,15 +175,15 @@ class Cache:
             now = time.time_ns()
             os.utime(partial, ns=(now + _TO_BE_USED, now))
         except BaseException:
-            with self._alone():
+            with self._exclusive():
                 partial.unlink(missing_ok=True)
             raise
-        with self._alone():
+        with self._exclusive():
             os.replace(partial, target)
             sync(target.parent)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         """No other process or thread changes the folder meanwhile. Raises InputError where nobody can."""
         try:
             Path(self.folder).mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 
-from lcm_ds.errors import InputError, Unavailable
+from lcm_ds.errors import InputError, TransientError
 from lcm_ds.files import sha256_of
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def join(folder: str, name: str) -> str:
 def read_bytes(path: str) -> bytes | None:
     """A small file's bytes, from a path or a URL; None where there is no such file.
 
-    Raises InputError where it cannot be read, Unavailable where its server gives no answer.
+    Raises InputError where it cannot be read, TransientError where its server gives no answer.
     """
 
     def read() -> bytes:
@@ -98,8 +98,8 @@ def copy(
     """Copy the file at `url` to `target`, synced; returns its sha256 and its size in bytes.
 
     sha256, size: what shards.jsonl lists; something else is fetched again a few times. stopped: when set, the copy is
-    given up with Stopped. Raises InputError where it cannot be had, NoSpace where the disk is full, Unavailable where
-    its server gives no answer. A part of the file may be left behind then.
+    given up with Stopped. Raises InputError if it cannot be had, NoSpace if the disk is full, TransientError if its
+    server gives no answer. A part of the file may be left behind then.
     """
 
     def fetch() -> tuple[str, int]:
@@ -151,7 +151,7 @@ def _file_system(url: str) -> tuple[Any, str]:
 def _try(url: str, action: Callable[[], Result], stopped: Event | None = None) -> Result:
     """What `action` returns, in one of several attempts.
 
-    Raises FileNotFoundError; InputError for what will not pass, NoSpace among it, Unavailable for what did not.
+    Raises FileNotFoundError; InputError for what will not pass, NoSpace among it, TransientError for what did not.
     """
     damaged = 0
     for attempt in range(1, ATTEMPTS + 1):
@@ -170,7 +170,7 @@ def _try(url: str, action: Callable[[], Result], stopped: Event | None = None) -
             elif not _may_pass(error):
                 raise InputError(f"{url}: cannot be read: {reason}") from error
             if attempt == ATTEMPTS:
-                raise Unavailable(f"{url}: cannot be read, tried {ATTEMPTS} times: {reason}") from error
+                raise TransientError(f"{url}: cannot be read, tried {ATTEMPTS} times: {reason}") from error
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1)) * random.uniform(0.75, 1.25)
         logger.warning("%s: %s; again in %.1f s", url, reason, pause)
         if (stopped or Event()).wait(pause):

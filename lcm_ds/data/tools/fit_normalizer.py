@@ -70,11 +70,11 @@ def fit_normalizer(mixture: Sequence[str], samples: int = 1_000_000, output: str
 
 def _open(mixture: Sequence[str], output: str | None, cache: str) -> tuple[list[Dataset], list[float]]:
     """The datasets and their weights. Raises InputError with every mistake."""
-    mistakes = Collector()
+    errors = Collector()
     weights: list[float] = []
     datasets: list[Dataset] = []
     for text in mixture:
-        with mistakes:
+        with errors:
             named = _weighted(text)
             if output is None and is_remote(named.path):
                 raise InputError(f"{named.path}: is not on this machine: write the normaliser with --output")
@@ -82,13 +82,13 @@ def _open(mixture: Sequence[str], output: str | None, cache: str) -> tuple[list[
             weights.append(named.weight)
     for other in datasets[1:]:
         if other.info.encoder != datasets[0].info.encoder or other.embed_dim != datasets[0].embed_dim:
-            mistakes.mistakes.append(
+            errors.errors.append(
                 f"{other.path}: its encoder is {other.info.encoder}, that of {datasets[0].path} "
                 f"{datasets[0].info.encoder}: a mixture has one"
             )
     if output is not None and not Path(output).absolute().parent.is_dir():
-        mistakes.mistakes.append(f"--output {output}: there is no such folder")
-    mistakes.raise_if_any()
+        errors.errors.append(f"--output {output}: there is no such folder")
+    errors.raise_if_any()
     return datasets, weights
 
 

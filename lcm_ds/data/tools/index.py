@@ -112,18 +112,18 @@ def _places(shards: str) -> list[str]:
         places = list(dict.fromkeys(expand_urls(shards)))
     except (ValueError, AssertionError) as error:  # braces; variables, which webdataset puts in
         raise InputError(f"{shards}: cannot be expanded: {error}") from None
-    mistakes: list[str] = []
+    errors: list[str] = []
     names: dict[Path, str] = {}
     for place in places:
         if remote.is_remote(place):
             continue
         if not Path(place).is_file():
             hint = ": a URL has //, as in file:///folder/a.tar" if place.startswith("file:") else ""
-            mistakes.append(f"{place}: no such file{hint}")
+            errors.append(f"{place}: no such file{hint}")
         elif (first := names.setdefault(Path(place).resolve(), place)) != place:
-            mistakes.append(f"{place}: is the same file as {first}: name it once")
-    if mistakes:
-        raise InputError(mistakes)
+            errors.append(f"{place}: is the same file as {first}: name it once")
+    if errors:
+        raise InputError(errors)
     return places
 
 
@@ -196,10 +196,10 @@ def _read(
         for result in pool.map(read, places[len(results) :]):
             results.append(result)
             progress.advance(task)
-    mistakes = Collector()
+    errors = Collector()
     for wrong, _ in results:
-        mistakes.add(wrong)
-    mistakes.raise_if_any()
+        errors.add(wrong)
+    errors.raise_if_any()
     return [info for _, info in results if info is not None], *found
 
 

@@ -19,7 +19,7 @@ from lcm_ds.data.remote.cache import Cache
 from lcm_ds.data.shard import open_shard_once
 from lcm_ds.data.shard import verify as read_again
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.terminal import printable
+from lcm_ds.terminal import strip_control_chars
 
 # For the lengths of sentences, which only the texts tell; the second where shards have to be fetched for it.
 SAMPLED_SHARDS, FETCHED_SHARDS = 50, 5
@@ -34,10 +34,10 @@ def inspect(path: str | Path, verify: bool = False, sample: int = 0) -> None:
     """
     if sample < 0:
         raise InputError(f"--sample: {sample} is below 0; it is how many documents to print")
-    mistakes = Collector()
+    errors = Collector()
     with tempfile.TemporaryDirectory(prefix="lcm-ds-") as cache:
         for folder in _datasets_in(str(path)):
-            with mistakes:
+            with errors:
                 # A shard that is missing is one of the things that verifying names.
                 dataset = open_dataset(folder, Cache(cache), checksums=False, sizes=not verify)
                 if verify:
@@ -45,7 +45,7 @@ def inspect(path: str | Path, verify: bool = False, sample: int = 0) -> None:
                 _print_table(dataset)
                 if sample:
                     _print_documents(dataset, sample)
-    mistakes.raise_if_any()
+    errors.raise_if_any()
 
 
 def _datasets_in(path: str) -> list[str]:
@@ -64,8 +64,8 @@ def _verify(dataset: Dataset) -> None:
     shards = track(
         read_again(dataset), "verifying", len(dataset.shards), transient=True, disable=not Console().is_terminal
     )
-    for mistakes in shards:
-        wrong += mistakes
+    for errors in shards:
+        wrong += errors
     if wrong:
         raise InputError(wrong)
     print(f"{dataset.path}: {len(dataset.shards)} shards verified: every checksum and every document is as written")
@@ -81,9 +81,9 @@ def _print_documents(dataset: Dataset, count: int) -> None:
         document = number - int(ends[index] - dataset.shards[index].documents)
         meta = shard.meta(document)
         print()
-        print(printable(f"{meta['id']} ({meta['source']}; {shard.name}, {shard.keys[document]})"))
+        print(strip_control_chars(f"{meta['id']} ({meta['source']}; {shard.name}, {shard.keys[document]})"))
         for place, sentence in enumerate(meta["sentences"]):
-            print(printable(f"{place:6}  {sentence}"))
+            print(strip_control_chars(f"{place:6}  {sentence}"))
     print()
 
 

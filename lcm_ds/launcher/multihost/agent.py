@@ -19,16 +19,16 @@ from typing import IO, BinaryIO
 
 from lcm_ds.distributed.workers import POLL_SECONDS, Workers, threads_each
 from lcm_ds.launcher.multihost import protocol
-from lcm_ds.launcher.multihost.launch_spec import Job
+from lcm_ds.launcher.multihost.launch_spec import LaunchSpec
 
 LONGEST_LINE = 8192  # bytes; what is longer is sent in pieces
 LAST_WORDS_SECONDS = 3.0  # for what workers said to arrive after they have ended
 
 
-class Node:
+class HostAgent:
     """This host's workers and its connection to the launcher."""
 
-    def __init__(self, job: Job, number: int) -> None:
+    def __init__(self, job: LaunchSpec, number: int) -> None:
         self.job, self.host = job, job.hosts[number]
         self.workers = Workers(job.grace)
         self.started = asyncio.Event()
@@ -42,7 +42,10 @@ class Node:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.workers.send_signal, signal.SIGTERM)
         self.writer = writer
-        always = [loop.create_task(protocol.beat(writer, self.job.silence)), loop.create_task(self.listen(reader))]
+        always = [
+            loop.create_task(protocol.beat(writer, self.job.silence)),
+            loop.create_task(self.listen(reader)),
+        ]
         try:
             await self.started.wait()
             if self.trouble is not None:
@@ -80,7 +83,7 @@ class Node:
                     case {"do": "kill"}:
                         self.workers.kill()
             self.workers.end()  # the launcher has ended; the workers may save
-        except protocol.Silent:
+        except protocol.PeerTimeout:
             # Cut off from the others, too: nothing can be saved, and the run may go on without this host.
             self.workers.kill()
         except OSError as error:  # no memory for a worker, no room for its log
@@ -141,17 +144,17 @@ class Node:
         return chosen
 
 
-async def _run(job: Job, number: int) -> int:
+async def _run(job: LaunchSpec, number: int) -> int:
     connection = protocol.connect(protocol.launcher_addresses(job.launcher), job.port, job.token, number)
     reader, writer = await asyncio.open_connection(sock=connection, limit=protocol.LINE_LIMIT)
-    return await Node(job, number).run(reader, writer)
+    return await HostAgent(job, number).run(reader, writer)
 
 
 def main(arguments: list[str]) -> int:
     """Run the host of that number; returns its workers' exit code."""
     path, number = Path(arguments[0]), int(arguments[1])
     try:
-        return asyncio.run(_run(Job.read(path), number))
+        return asyncio.run(_run(LaunchSpec.read(path), number))
     except OSError as error:  # no file, or no launcher any more
         print(f"lcm-ds launch: {path}: {error}", file=sys.stderr)
         return 1

@@ -22,7 +22,7 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         raise InputError(f"{path}: cannot be read: {error}") from None
     hosts: dict[str, int] = {}
     seen: dict[str, int] = {}
-    mistakes: list[str] = []
+    errors: list[str] = []
     for number, line in enumerate(lines, start=1):
         words = line.split("#", 1)[0].split() if line.strip() else []
         if not words:
@@ -30,22 +30,20 @@ def read_hostfile(path: str | Path) -> dict[str, int]:
         where = f"{path}: line {number}"
         slots = re.fullmatch(r"slots=(\d+)", words[1]) if len(words) == 2 else None
         if slots is None:
-            mistakes.append(f"{where}: {line.strip()!r}: has to be NAME slots=N, as in 'worker-0 slots=8'")
+            errors.append(f"{where}: {line.strip()!r}: has to be NAME slots=N, as in 'worker-0 slots=8'")
         elif not NAME.fullmatch(words[0]):
-            mistakes.append(f"{where}: {words[0]!r}: is no name of a host")
+            errors.append(f"{where}: {words[0]!r}: is no name of a host")
         elif int(slots[1]) == 0:
-            mistakes.append(
-                f"{where}: {words[0]}: slots=0: has to be 1 or more; take the line out to leave the host out"
-            )
+            errors.append(f"{where}: {words[0]}: slots=0: has to be 1 or more; take the line out to leave the host out")
         elif words[0] in seen:
-            mistakes.append(f"{where}: {words[0]}: stands in line {seen[words[0]]}, too")
+            errors.append(f"{where}: {words[0]}: stands in line {seen[words[0]]}, too")
         else:
             hosts[words[0]] = int(slots[1])
         seen.setdefault(words[0], number)
-    if not hosts and not mistakes:
-        mistakes.append(f"{path}: names no host; a line is NAME slots=N, as in 'worker-0 slots=8'")
-    if mistakes:
-        raise InputError(mistakes)
+    if not hosts and not errors:
+        errors.append(f"{path}: names no host; a line is NAME slots=N, as in 'worker-0 slots=8'")
+    if errors:
+        raise InputError(errors)
     return hosts
 
 

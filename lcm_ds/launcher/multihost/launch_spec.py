@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcm_ds.distributed.environment import Place
+from lcm_ds.distributed.environment import DistEnv
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Host:
 
 
 @dataclass(frozen=True)
-class Job:
+class LaunchSpec:
     """One start of workers on many hosts."""
 
     token: str  # of this start, for the connection to the launcher
@@ -42,10 +42,10 @@ class Job:
         """All ranks together."""
         return sum(len(host.devices) for host in self.hosts)
 
-    def place(self, host: Host, local_rank: int) -> Place:
+    def place(self, host: Host, local_rank: int) -> DistEnv:
         """Where one worker stands."""
         rank, local_size = host.first_rank + local_rank, len(host.devices)
-        return Place(rank, self.world_size, local_rank, local_size, self.master_addr, self.master_port)
+        return DistEnv(rank, self.world_size, local_rank, local_size, self.master_addr, self.master_port)
 
     def log(self, rank: int) -> Path:
         """Where what a rank says is kept."""
@@ -56,7 +56,7 @@ class Job:
         write_private(path, json.dumps(dataclasses.asdict(self)))
 
     @classmethod
-    def read(cls, path: Path) -> Job:
+    def read(cls, path: Path) -> LaunchSpec:
         """What was written. Raises OSError, ValueError or TypeError."""
         mapping = json.loads(path.read_text(encoding="utf-8"))
         return cls(**{**mapping, "hosts": [Host(**host) for host in mapping["hosts"]]})

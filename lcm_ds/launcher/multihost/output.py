@@ -15,7 +15,7 @@ SHOWN = 20  # of a rank's error
 BEGINS = re.compile(r"Traceback \(most recent|(ERROR|CRITICAL)\b|[\w.]*(Error|Exception)\b")
 
 
-class Screen:
+class OutputPrinter:
     """Prints lines in a thread of its own, in order. Those that a terminal is too slow for are left out and counted."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class Screen:
                 continue  # nobody reads it any more, which does not end a run
 
 
-class Errors:
+class StderrTail:
     """The last lines that a rank has said on stderr."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from lcm_ds.processes import die_with_parent
+from lcm_ds.processes import set_parent_death_signal
 
 UNCHANGED_BY_SHELLS = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 CONNECT_SECONDS = 10
@@ -26,19 +26,17 @@ OnLine = Callable[[str, str, bool], None]  # of which host, the text, whether it
 
 def mistakes_of_call(folder: Path) -> list[str]:
     """What keeps pdsh from being used with this folder: one line each."""
-    mistakes = []
+    errors = []
     for program in ("pdsh", "ssh"):
         if shutil.which(program) is None:
-            mistakes.append(f"--hostfile: {program} is not installed here; it is in the package manager")
+            errors.append(f"--hostfile: {program} is not installed here; it is in the package manager")
     paths = {"the current folder": str(Path.cwd()), "run_dir": str(folder.resolve()), "python": sys.executable}
     if "PYTHONPATH" in os.environ:
         paths["PYTHONPATH"] = os.environ["PYTHONPATH"]
     for what, value in paths.items():
         if not UNCHANGED_BY_SHELLS.fullmatch(value):
-            mistakes.append(
-                f"--hostfile: {what}: {value!r}: a remote shell changes such a path; use A-Z a-z 0-9 _ . / -"
-            )
-    return mistakes
+            errors.append(f"--hostfile: {what}: {value!r}: a remote shell changes such a path; use A-Z a-z 0-9 _ . / -")
+    return errors
 
 
 def pdsh_command(hosts: Sequence[str], module: str, path: Path | str) -> list[str]:
@@ -73,7 +71,7 @@ async def on_hosts(
         stderr=asyncio.subprocess.PIPE,
         limit=1 << 20,
         start_new_session=True,  # a Ctrl-C on the terminal reaches the launcher alone
-        preexec_fn=die_with_parent(),
+        preexec_fn=set_parent_death_signal(),
     )
     assert process.stdout is not None
     assert process.stderr is not None

@@ -15,20 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 from lcm_ds.launcher.multihost.hostfile import is_this_host
 from lcm_ds.launcher.multihost.launch_spec import write_private
-from lcm_ds.launcher.multihost.output import Screen
+from lcm_ds.launcher.multihost.output import OutputPrinter
 from lcm_ds.launcher.multihost.pdsh import on_hosts
 from lcm_ds.launcher.multihost.probe import DISCARD_PORT, LONGEST_SECONDS, versions
 from lcm_ds.launcher.multihost.protocol import Listener
 
 if TYPE_CHECKING:
-    from lcm_ds.train.job import Job
+    from lcm_ds.train.job import TrainJob
 
 SKEW_SECONDS = 10.0
 GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Expected:
+class LaunchRequirements:
     """What the hosts are compared with: what the launcher has found here."""
 
     folder: Path | None = None  # RUN/launch, absolute; None where there is no run
@@ -39,14 +39,14 @@ class Expected:
     master_addr: str | None = None
 
     @classmethod
-    def of(cls, job: Job, config: Path, master_port: int, master_addr: str | None = None) -> Expected:
+    def of(cls, job: TrainJob, config: Path, master_port: int, master_addr: str | None = None) -> LaunchRequirements:
         """What a run expects; config: resolved, in RUN/launch."""
         data = {"fingerprint": job.fingerprint, "validation": job.validation.fingerprint if job.validation else None}
         return cls(config.parent, str(config), data, checkpoint_bytes(job), master_port, master_addr)
 
 
 @dataclass
-class Found:
+class HostReport:
     """One host."""
 
     name: str
@@ -75,7 +75,7 @@ class Found:
         return f"{self.name:14} ok: {', '.join(parts)}"
 
 
-def checkpoint_bytes(job: Job) -> float:
+def checkpoint_bytes(job: TrainJob) -> float:
     """About what a checkpoint takes: parameters in the model's dtype, master weights and two moments."""
     from lcm_ds import deepspeed_config
     from lcm_ds.train.memory import count_parameters
@@ -85,12 +85,12 @@ def checkpoint_bytes(job: Job) -> float:
 
 async def preflight(
     hosts: Mapping[str, list[int]],
-    expected: Expected,
+    expected: LaunchRequirements,
     environment: Mapping[str, str],
     listener: Listener,
-    screen: Screen,
+    screen: OutputPrinter,
     ssh_port: int | None = None,
-) -> list[Found]:
+) -> list[HostReport]:
     """Ask all hosts, each with the devices that it is to have; a line on the screen for each.
 
     environment: that their workers are going to have.
@@ -133,14 +133,14 @@ async def preflight(
 
 def ask(
     hosts: Mapping[str, list[int]],
-    expected: Expected,
+    expected: LaunchRequirements,
     environment: Mapping[str, str],
     ssh_port: int | None = None,
-) -> list[Found]:
+) -> list[HostReport]:
     """`preflight` alone, for a caller that has no event loop."""
 
-    async def run() -> list[Found]:
-        screen = Screen()
+    async def run() -> list[HostReport]:
+        screen = OutputPrinter()
         try:
             async with Listener() as listener:
                 return await preflight(hosts, expected, environment, listener, screen, ssh_port)
@@ -150,9 +150,9 @@ def ask(
     return asyncio.run(run())
 
 
-async def _ask(names: list[str], path: Path | str, ssh_port: int | None) -> list[Found]:
+async def _ask(names: list[str], path: Path | str, ssh_port: int | None) -> list[HostReport]:
     """Every host's report, or why there is none."""
-    found = [Found(name) for name in names]
+    found = [HostReport(name) for name in names]
     labels = [name.rpartition("@")[2] for name in names]
     said: dict[str, list[str]] = {label: [] for label in labels}
 
@@ -181,7 +181,7 @@ async def _ask(names: list[str], path: Path | str, ssh_port: int | None) -> list
     return found
 
 
-def problems_of(host: Found, wanted: list[int], expected: Expected) -> list[str]:
+def problems_of(host: HostReport, wanted: list[int], expected: LaunchRequirements) -> list[str]:
     """What is wrong with a host that has answered."""
     report, lines = host.report, []
     for name, here in versions().items():
@@ -204,7 +204,7 @@ def problems_of(host: Found, wanted: list[int], expected: Expected) -> list[str]
     return lines
 
 
-def _compare(found: list[Found], token: str, expected: Expected) -> None:
+def _compare(found: list[HostReport], token: str, expected: LaunchRequirements) -> None:
     """Add what shows only beside the others: kinds of devices, a shared folder, the port of the first host."""
     kinds = {host.name: host.report["devices"][0] for host in found if "devices" in host.report}
     for host in found:

@@ -95,9 +95,9 @@ def _digest_of_sources() -> str:
 def _check_config(path: str, accelerated: bool) -> dict[str, Any]:
     """The run's datasets as this host reads them, and whether its device can do what the config asks for."""
     from lcm_ds import deepspeed_config
-    from lcm_ds.train.job_builder import check
+    from lcm_ds.train.job_builder import build_job
 
-    job = check(path, (), 1)  # the number of ranks is the launcher's business
+    job = build_job(path, (), 1)  # the number of ranks is the launcher's business
     if accelerated:
         deepspeed_config.check_device(job.ds, path)
     return {"fingerprint": job.fingerprint, "validation": job.validation.fingerprint if job.validation else None}
@@ -117,7 +117,7 @@ def probe(path: str, number: int) -> dict[str, Any]:
         try:
             report[name] = find()
         except InputError as error:
-            report["problems"] += error.mistakes
+            report["problems"] += error.errors
         except Exception as error:
             report["problems"].append(f"{what}: {type(error).__name__}: {error}")
 

@@ -1,7 +1,7 @@
 """The connection between the launcher and each host of a run: lines of JSON over TCP, with heartbeats both ways.
 
-A host opens it with the token of the launcher's file. Who hears nothing for `silence` seconds takes the other for dead,
-so a cut link, a dead host and a killed launcher are all noticed at both ends.
+A host opens it with the token of the launcher's file. Whoever hears nothing for `silence` seconds takes the
+other for dead, so a cut link, a dead host and a killed launcher are all noticed at both ends.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Message = dict[str, Any]
 Handler = Callable[[int, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-class Silent(Exception):
+class PeerTimeout(Exception):
     """The other end has said nothing for too long."""
 
 
@@ -42,7 +42,7 @@ async def read(reader: asyncio.StreamReader, silence: float) -> Message | None:
         try:
             line = await asyncio.wait_for(reader.readline(), silence)
         except (TimeoutError, asyncio.TimeoutError):
-            raise Silent from None
+            raise PeerTimeout from None
         except (OSError, ValueError):
             return None
         if not line.endswith(b"\n"):
@@ -126,7 +126,7 @@ class Listener:
             writer.write(b"\n")
             if self._handler is not None:
                 await self._handler(int(hello["host"]), reader, writer)
-        except (Silent, OSError, ValueError, TypeError):
+        except (PeerTimeout, OSError, ValueError, TypeError):
             pass  # somebody who does not speak this
         finally:
             writer.close()

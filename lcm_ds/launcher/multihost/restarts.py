@@ -15,16 +15,16 @@ from pathlib import Path
 
 from lcm_ds.distributed.workers import LONGEST_BACK_OFF_SECONDS, STOPPED
 from lcm_ds.errors import InputError
-from lcm_ds.launcher.multihost.launch_spec import Host, Job
-from lcm_ds.launcher.multihost.output import Screen
-from lcm_ds.launcher.multihost.preflight import Expected, Found, addresses_of, own_addresses, preflight
+from lcm_ds.launcher.multihost.launch_spec import Host, LaunchSpec
+from lcm_ds.launcher.multihost.output import OutputPrinter
+from lcm_ds.launcher.multihost.preflight import HostReport, LaunchRequirements, addresses_of, own_addresses, preflight
 from lcm_ds.launcher.multihost.protocol import BEATS, Listener
 from lcm_ds.launcher.multihost.signals import Stopping
-from lcm_ds.launcher.multihost.supervisor import Cluster, Failure
+from lcm_ds.launcher.multihost.supervisor import Failure, Supervisor
 
 
 @dataclass(frozen=True)
-class Settings:
+class LaunchOptions:
     """How a run on many hosts is started and watched. Times are in seconds."""
 
     max_restarts: int = 0
@@ -36,7 +36,7 @@ class Settings:
     master_port: int | None = None
     ssh_port: int | None = None
 
-    def mistakes(self, hosts: int) -> list[str]:
+    def errors(self, hosts: int) -> list[str]:
         """What is wrong with it, one line each."""
         lines = []
         if self.max_restarts < 0:
@@ -53,12 +53,12 @@ class Settings:
     def of_hosts_alone(self, local: bool) -> list[str]:
         """The options in it that mean nothing without a hostfile; with `local` processes some do all the same."""
         everywhere = ("master_addr", "master_port", *(("max_restarts", "back_off", "grace") if local else ()))
-        defaults = Settings()
+        defaults = LaunchOptions()
         names = [field.name for field in dataclasses.fields(self) if field.name not in everywhere]
         return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(defaults, name)]
 
 
-DEFAULTS = Settings()
+DEFAULTS = LaunchOptions()
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,14 @@ class Work:
 
     module: str
     config: Path  # resolved, where every host reads it
-    expected: Expected
+    expected: LaunchRequirements
     environment: dict[str, str]  # of the workers
     stop_file: Path | None  # None: they stop on SIGTERM
     progress: Callable[[], int]  # how far it has come: a number that grows
     divides: Callable[[int], bool]  # whether so many ranks can share the work
 
 
-def run_on_hosts(work: Work, hosts: Mapping[str, list[int]], origin: str | Path, settings: Settings) -> int:
+def run_on_hosts(work: Work, hosts: Mapping[str, list[int]], origin: str | Path, settings: LaunchOptions) -> int:
     """Run the work on hosts of `origin`, each with its devices; returns the exit code, the workers' own.
 
     Raises InputError where a host is not fit for it at the first start.
@@ -82,8 +82,8 @@ def run_on_hosts(work: Work, hosts: Mapping[str, list[int]], origin: str | Path,
     return asyncio.run(_run(work, hosts, origin, settings))
 
 
-async def _run(work: Work, hosts: Mapping[str, list[int]], origin: str | Path, settings: Settings) -> int:
-    screen = Screen()
+async def _run(work: Work, hosts: Mapping[str, list[int]], origin: str | Path, settings: LaunchOptions) -> int:
+    screen = OutputPrinter()
     stopping = Stopping(work.stop_file, screen)
     try:
         async with Listener() as listener:
@@ -109,8 +109,8 @@ class _Run:
     work: Work
     hosts: dict[str, list[int]]
     origin: str | Path
-    settings: Settings
-    screen: Screen
+    settings: LaunchOptions
+    screen: OutputPrinter
     stopping: Stopping
     listener: Listener
     restarts: int = 0
@@ -131,7 +131,7 @@ class _Run:
                 if failure is None or failure.code == STOPPED:
                     return failure.code if failure else 0
                 self.last = failure.told()
-                if failure.code == 2 or self.stopping.level or not await self.came_further():
+                if failure.code == 2 or self.stopping.level or not await self.made_progress():
                     self.tell_last()
                     return failure.code
             if self.restarts >= self.settings.max_restarts:
@@ -141,7 +141,7 @@ class _Run:
             await self.back_off()
         return STOPPED
 
-    async def preflight(self) -> list[Found]:
+    async def preflight(self) -> list[HostReport]:
         """The hosts of the next start; none where too few are fit.
 
         Raises InputError where any host is not fit for the first start.
@@ -160,7 +160,7 @@ class _Run:
         self.last += problems
         return self.choose([host for host in found if not host.problems])
 
-    def choose(self, fit: Sequence[Found]) -> list[Found]:
+    def choose(self, fit: Sequence[HostReport]) -> list[HostReport]:
         """As many of the fit hosts, in their order, as can share the work; none where they are too few."""
         least = self.settings.min_hosts or len(self.hosts)
         devices = [len(self.hosts[host.name]) for host in fit]
@@ -176,7 +176,7 @@ class _Run:
         self.last.append(f"lcm-ds launch: {fewer}")
         return []
 
-    async def start(self, chosen: Sequence[Found]) -> Failure | None:
+    async def start(self, chosen: Sequence[HostReport]) -> Failure | None:
         """One start on these hosts; returns what ended it, None where all ended well."""
         hosts, rank = [], 0
         for found in chosen:
@@ -184,7 +184,7 @@ class _Run:
             hosts.append(Host(found.name, devices, rank, found.report.get("interface")))
             rank += len(devices)
         assert self.work.expected.folder is not None
-        job = Job(
+        job = LaunchSpec(
             token=secrets.token_hex(16),
             launcher=own_addresses(await asyncio.to_thread(addresses_of, [host.name for host in chosen])),
             port=self.listener.port,
@@ -197,13 +197,13 @@ class _Run:
             master_port=self.work.expected.master_port,
             hosts=hosts,
         )
-        cluster = Cluster(job, self.screen)
+        cluster = Supervisor(job, self.screen)
         await cluster.run(
             self.work.expected.folder / "start.json", self.listener, self.stopping, self.settings.ssh_port
         )
         return cluster.failure
 
-    async def came_further(self) -> bool:
+    async def made_progress(self) -> bool:
         """Whether the work has come further since the last failure, if there was one."""
         before = self.failed_at
         try:

@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from lcm_ds.launcher.multihost.output import Screen
+from lcm_ds.launcher.multihost.output import OutputPrinter
 from lcm_ds.launcher.multihost.protocol import Message
 
 TOUCH_SECONDS = 1.0
@@ -22,7 +22,7 @@ class Stopping:
     It is made again and again: a run that is about to begin takes one for left over, and away.
     """
 
-    def __init__(self, stop_file: Path | None, screen: Screen) -> None:
+    def __init__(self, stop_file: Path | None, screen: OutputPrinter) -> None:
         self.level = 0
         self.asked = asyncio.Event()
         self.file = stop_file

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lcm_ds.distributed.workers import PATIENCE_SECONDS, STOPPED, exit_code, how_it_ended, precedence
+from lcm_ds.distributed.workers import PATIENCE_SECONDS, STOPPED, describe_exit, exit_code, precedence
 from lcm_ds.launcher.multihost import protocol
-from lcm_ds.launcher.multihost.launch_spec import Host, Job
-from lcm_ds.launcher.multihost.output import Errors, Screen
+from lcm_ds.launcher.multihost.launch_spec import Host, LaunchSpec
+from lcm_ds.launcher.multihost.output import OutputPrinter, StderrTail
 from lcm_ds.launcher.multihost.pdsh import CONNECT_SECONDS, on_hosts
 from lcm_ds.launcher.multihost.signals import Stopping
 
@@ -42,14 +42,14 @@ class Failure:
         return [*self.lines, f"lcm-ds launch: {self.who} {self.what}{where}"]
 
 
-class Cluster:
+class Supervisor:
     """The hosts of one start, as the launcher sees them."""
 
-    def __init__(self, job: Job, screen: Screen) -> None:
+    def __init__(self, job: LaunchSpec, screen: OutputPrinter) -> None:
         self.job, self.screen = job, screen
         self.writers: dict[int, asyncio.StreamWriter] = {}
-        self.errors: dict[int, Errors] = defaultdict(Errors)  # of each rank
-        self.said: dict[str, Errors] = defaultdict(Errors)  # of each host's ssh
+        self.errors: dict[int, StderrTail] = defaultdict(StderrTail)  # of each rank
+        self.said: dict[str, StderrTail] = defaultdict(StderrTail)  # of each host's ssh
         self.failures: list[Failure] = []
         self.stopped = False  # by the launcher
         self.gone: set[int] = set()  # hosts that are done, or lost
@@ -135,7 +135,7 @@ class Cluster:
         try:
             while not done and (message := await protocol.read(reader, self.job.silence)):
                 done = self.on_message(host, message)
-        except protocol.Silent:
+        except protocol.PeerTimeout:
             lost = f"is lost: no sign of life for {self.job.silence:g} s"
         finally:
             beating.cancel()
@@ -154,7 +154,7 @@ class Cluster:
             case {"rank": int(rank), "ended": int(code)} if code != 0:
                 who, log = f"{host.name} rank {rank}", self.job.log(rank)
                 self.fail(
-                    Failure(who, how_it_ended(code), exit_code(code), precedence(code), log, self.errors[rank].first())
+                    Failure(who, describe_exit(code), exit_code(code), precedence(code), log, self.errors[rank].first())
                 )
         return message == {"done": True}
 

@@ -1,6 +1,6 @@
 """The console of a worker: lines of ours, with a bar below them on a terminal; whatever libraries say goes to the log.
 
-Promises: from `lead_away` on nothing but what goes through here reaches the terminal, also where C++ or a compiler
+Promises: from `redirect` on nothing but what goes through here reaches the terminal, also where C++ or a compiler
 writes; a terminal that is gone, and a log on a full disk, end no run.
 """
 
@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from lcm_ds.terminal import without_deprecations
+from lcm_ds.terminal import hide_deprecations
 
 logger = logging.getLogger("lcm_ds")
 
@@ -49,7 +49,7 @@ class Console:
         """The real stderr."""
         return self._err or sys.stderr
 
-    def lead_away(self) -> None:
+    def redirect(self) -> None:
         """Keep what is written to the file descriptors 1 and 2 until there is a log (see `log_to`)."""
         if self._out is not None:
             return
@@ -73,8 +73,8 @@ class Console:
             os.close(descriptor)
         self._kept = None
 
-    def bring_back(self, show: bool = False) -> None:
-        """Undo `lead_away`, unless there is a log by now; show: what was kept, with an error that it may explain."""
+    def restore(self, show: bool = False) -> None:
+        """Undo `redirect`, unless there is a log by now; show: what was kept, with an error that it may explain."""
         if self._kept is None or self._out is None or self._err is None:
             return
         said = self._said() if show else b""
@@ -96,7 +96,7 @@ class Console:
         self._show(self.out, f"warning: {text}")
         logger.warning(text)
 
-    def complain(self, text: str) -> None:
+    def error(self, text: str) -> None:
         """A line on stderr alone."""
         self._show(self.err, text)
 
@@ -145,7 +145,7 @@ class ToConsole(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """One record."""
-        console.complain(self.format(record))
+        console.error(self.format(record))
 
 
 class _Forgiving(io.FileIO):
@@ -193,7 +193,7 @@ def set_up_logging(run_dir: Path, rank: int) -> None:
     root.setLevel(logging.WARNING)
     logging.raiseExceptions = False  # a disk that is full is told where it matters
     logging.captureWarnings(True)
-    without_deprecations()
+    hide_deprecations()
     logger.setLevel(logging.INFO)
     for name in ("DeepSpeed", "deepspeed", "transformers", "torch.distributed"):
         library = logging.getLogger(name)

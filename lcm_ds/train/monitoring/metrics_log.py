@@ -12,9 +12,9 @@ from typing import Any
 
 from lcm_ds import deepspeed_config
 from lcm_ds.files import write_whole
-from lcm_ds.train.job import Job
+from lcm_ds.train.job import TrainJob
 from lcm_ds.train.monitoring.histograms import Histogram
-from lcm_ds.train.monitoring.tensorboard import ERROR_BY_POSITION, Board, Setting
+from lcm_ds.train.monitoring.tensorboard import ERROR_BY_POSITION, Setting, TensorBoardWriter
 from lcm_ds.train.monitoring.text_samples import Sample
 from lcm_ds.train.monitoring.trackers import Trackers
 
@@ -48,7 +48,7 @@ TAGS = {
 }
 
 
-def settings_of(job: Job, ranks: int) -> dict[str, Setting]:
+def settings_of(job: TrainJob, ranks: int) -> dict[str, Setting]:
     """What tells runs apart: the config's values by their dotted keys, and what follows from it.
 
     Without the blocks that change nothing about what is learnt.
@@ -82,14 +82,14 @@ class RunLog:
     Where the disk is full lines of metrics.jsonl wait until it is not, and TensorBoard goes without.
     """
 
-    def __init__(self, job: Job, ranks: int, start_step: int) -> None:
+    def __init__(self, job: TrainJob, ranks: int, start_step: int) -> None:
         self._path = job.run_dir / "metrics.jsonl"
         truncate_metrics(self._path, start_step)
         self._file = self._path.open("ab", buffering=0)
         self._waiting = b""
         self.done = False  # whether the run has come to its end
         settings = settings_of(job, ranks)
-        self._board = Board(job.run_dir / "tensorboard", settings, start_step)
+        self._board = TensorBoardWriter(job.run_dir / "tensorboard", settings, start_step)
         self._trackers = Trackers(job.config.log, job.run_dir, settings)
 
     def write(self, step: int, values: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ LAYOUT = {
 }
 
 
-class Board:
+class TensorBoardWriter:
     """RUN/tensorboard, from the step `start` on. settings: what the table of hparams compares runs by.
 
     Where the disk is full it goes without, and tries again later.

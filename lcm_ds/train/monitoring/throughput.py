@@ -61,7 +61,7 @@ class _Tally:
     waited: float = 0.0
 
 
-class SpeedMeter:
+class ThroughputMeter:
     """Adds up steps between two logged lines, and all of them."""
 
     def __init__(self, model: BaseLCMConfig, world_size: int, peak: float | None) -> None:

@@ -19,9 +19,9 @@ import torch.distributed as dist
 from lcm_ds.config import GuardConfig
 from lcm_ds.data.loader import Loader, trace
 from lcm_ds.distributed.collectives import from_first
-from lcm_ds.errors import CannotGoOn, InputError
+from lcm_ds.errors import InputError, RunFailedError
 from lcm_ds.files import write_whole
-from lcm_ds.train.job import Job
+from lcm_ds.train.job import TrainJob
 
 logger = logging.getLogger("lcm_ds.train")
 
@@ -38,7 +38,7 @@ class Incident:
     leave_out: range | None = None  # the steps to go back for, and to leave out then
 
 
-class GoBack(Exception):
+class Rollback(Exception):
     """The run has to go back to its last checkpoint; raised by all ranks at the same step."""
 
     def __init__(self, incident: Incident) -> None:
@@ -46,7 +46,7 @@ class GoBack(Exception):
         self.incident = incident
 
 
-class Guard:
+class StepMonitor:
     """Judges each step by its loss and by whether it was applied.
 
     losses: of the steps before the first one, as `state` gives them.
@@ -61,7 +61,7 @@ class Guard:
         """What a run that is resumed has to know to judge as this one does."""
         return list(self._losses)
 
-    def judge(self, step: int, loss: float | None, applied: bool) -> Incident | None:
+    def check(self, step: int, loss: float | None, applied: bool) -> Incident | None:
         """What is wrong with a step: with its loss over all ranks, or with its gradients (`applied` is False then).
 
         A step without targets has no loss (None), and is none of those that later ones are compared with.
@@ -95,7 +95,7 @@ class Guard:
         return f"the loss leaps to {loss:.4g}, from {mean:.4g} ± {spread:.2g} over {len(self._losses)} steps"
 
 
-class LeftOut:
+class SkippedSteps:
     """The steps that a run passes over, in RUN/left_out.json from the moment at which it goes back for them.
 
     Rank 0 reads and writes it, and all ranks make the same of it.
@@ -114,7 +114,7 @@ class LeftOut:
     def add(self, incident: Incident, back_to: int) -> None:
         """Pass over an incident's steps from now on; `back_to`: steps done where the run starts again.
 
-        Raises CannotGoOn where they follow on steps that were left out before: that did not help. So, too, where it
+        Raises RunFailedError where they follow on steps that were left out before: that did not help. So, too, where it
         has gone back there MOST_TIMES times.
         """
         assert incident.leave_out is not None
@@ -122,7 +122,7 @@ class LeftOut:
         before = [entry for entry in self._found if entry["back_to"] == back_to]
         if any(entry["first"] <= first <= entry["last"] + 1 for entry in before) or len(before) >= MOST_TIMES:
             tried = ", ".join(f"{entry['first']} to {entry['last']}" for entry in before)
-            raise CannotGoOn(
+            raise RunFailedError(
                 f"step {incident.step}: {incident.what}; the run has gone back to step {back_to} before, for the steps "
                 f"{tried}, and that did not help; {self._path.with_name('incidents.jsonl')} has the documents"
             )
@@ -134,7 +134,7 @@ class LeftOut:
                 logger.error("left_out.json: %s", error)
 
 
-def tell(incident: Incident, job: Job, loader: Loader, where: str) -> None:
+def tell(incident: Incident, job: TrainJob, loader: Loader, where: str) -> None:
     """Write an incident into the log and, with all documents of its step, into RUN/incidents.jsonl.
 
     Every rank looks at the documents of its own rows, and says which of them hold numbers that are not finite. where:
@@ -165,7 +165,7 @@ def tell(incident: Incident, job: Job, loader: Loader, where: str) -> None:
         logger.error("incidents.jsonl: %s", error)
 
 
-def _documents(job: Job, loader: Loader, step: int) -> list[dict[str, Any]]:
+def _documents(job: TrainJob, loader: Loader, step: int) -> list[dict[str, Any]]:
     """The documents of this rank's rows of a step, each with whether all its concepts in them are finite."""
     batches = [loader.read(step, index) for index in range(loader.micro_batches)]
     segments = {

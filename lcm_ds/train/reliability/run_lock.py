@@ -29,7 +29,7 @@ BEAT_SECONDS = 5.0
 WATCH_SECONDS = 45.0
 
 
-class RunOwner:
+class RunLock:
     """Owns a run's folder while inside `with`.
 
     Raises InputError, with host and process of the owner, where somebody else's training lives in it.
@@ -41,7 +41,7 @@ class RunOwner:
         self._me = {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine()}
         self._ended = Event()
 
-    def __enter__(self) -> RunOwner:
+    def __enter__(self) -> RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
