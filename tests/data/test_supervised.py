@@ -52,7 +52,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Dataset]:
             concepts = np.stack([np.full(n, i), np.arange(n)], axis=1).astype(np.float32)
             sentences = [f"Sentence {position} of {i}." for position in range(n)]
             part = known if supervised else None
-            supervised.append(Document(f"{i:04d}", f"text-{i}", "tests", sentences, concepts, part))
+            documents.append(Document(f"{i:04d}", f"text-{i}", "tests", sentences, concepts, part))
         for shard in range(0, len(documents), 3):
             commit(folder, write_shard(folder, f"{shard:04d}.tar", documents[shard : shard + 3]))
         write_normalizer(folder, np.zeros(2), np.ones(2), {})
