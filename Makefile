@@ -23,11 +23,13 @@ quickstart: $(INSTALLED)
 	$(BIN)/lcm-ds launch --local 2 configs/train/quickstart.yaml
 	$(BIN)/lcm-ds evaluate runs/quickstart
 
+# Two files of tests at a time: most of what they do is start processes.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slow and not hub' --ignore=tests/multinode
+	$(PYTEST) -m 'not slow and not hub' --ignore=tests/multinode
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'slow and not hub' --ignore=tests/multinode
+	$(PYTEST) -m 'slow and not hub' --ignore=tests/multinode
 
 # Hosts in network namespaces, a Slurm cluster and mpirun on this machine: as root, with packages that are installed here
 # where apt-get is.
