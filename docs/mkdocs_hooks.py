@@ -18,6 +18,7 @@ PAGES = {
     "benchmarks/RESULTS.md": "benchmarks.md",
     "findings/README.md": "findings.md",
 }
+TOP_LEVEL = [PACKAGE / f"{name}.py" for name in ("api", "config", "metrics", "errors")]
 SOURCES = {page: ROOT / source for source, page in PAGES.items()}
 
 
@@ -36,8 +37,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 def reference() -> dict[str, str]:
     """A page of mkdocstrings directives for the modules that users call, and one for each folder of the package."""
-    modules = [PACKAGE / f"{name}.py" for name in ("api", "config", "metrics", "errors")]
-    pages = {"reference/index.md": "# lcm_ds\n\n" + "".join(map(_directive, modules))}
+    pages = {"reference/index.md": "# lcm_ds\n\n" + "".join(map(_directive, TOP_LEVEL))}
     for folder in sorted(path.parent for path in PACKAGE.glob("*/__init__.py")):
         text = "".join(map(_directive, sorted(path for path in folder.rglob("*.py") if path.name != "__main__.py")))
         readme = folder / "README.md"
@@ -48,12 +48,15 @@ def reference() -> dict[str, str]:
 
 
 def _directive(module: Path) -> str:
-    name = ".".join(module.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    return f"::: {name}\n\n"
+    return f"::: {_module(module)}\n\n"
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links to pages of the site; links to other files of the repository become text."""
+    """Point links to the pages of the site, and to the reference for modules; links to other files become text."""
     source = SOURCES.get(page.file.src_uri, ROOT / "docs" / page.file.src_uri)
 
     def resolve(link: re.Match[str]) -> str:
@@ -61,11 +64,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         url = urlsplit(target)
         if url.scheme or not url.path:
             return link[0]
-        path = Path(os.path.normpath(source.parent / url.path)).relative_to(ROOT).as_posix()
-        uri = PAGES.get(path) or path.removeprefix("docs/")
+        path = Path(os.path.normpath(source.parent / url.path))
+        name = path.relative_to(ROOT).as_posix()
+        uri, anchor = PAGES.get(name) or name.removeprefix("docs/"), url.fragment
+        if PACKAGE in path.parents:
+            uri = f"reference/{'index' if path in TOP_LEVEL else path.relative_to(PACKAGE).parts[0]}.md"
+            anchor = _module(path) if path.suffix == ".py" or path.is_dir() else ""
         if files.get_file_from_path(uri) is None:
             return text
         relative = os.path.relpath(uri, Path(page.file.src_uri).parent)
-        return f"[{text}]({relative}{'#' + url.fragment if url.fragment else ''})"
+        return f"[{text}]({relative}{'#' + anchor if anchor else ''})"
 
     return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", resolve, markdown)

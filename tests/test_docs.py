@@ -60,6 +60,12 @@ def test_links_have_targets(page):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_the_readme_lists_every_folder_of_the_package():
+    table = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## The folders")[2].partition("\n## ")[0]
+    folders = {path.parent.name for path in (REPOSITORY / "lcm_ds").glob("*/__init__.py")}
+    assert set(re.findall(r"\]\(lcm_ds/(\w+)\)", table)) == folders
+
+
 def test_differences_between_shown_and_printed_output_are_found():
     printed = "step  10/200  loss 0.98\nstep 20/200  loss 0.91\nvalidation 0.9\n\ndone: 200 steps\n"
     assert differs(["step 10/20  loss 1.2", "…", "done: 9 steps"], printed) is None
