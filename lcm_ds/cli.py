@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # argparse accepts overrides in one place only; those that follow further options are left in `rest`.
     parsed, rest = parser.parse_known_args(arguments)
     if unknown := [text for text in rest if text.startswith("-")]:
+        name = next(text for text in arguments if text in commands)
         known = commands[name]._option_string_actions
         for option in unknown:
             suggestion = nearest(option.partition("=")[0], known, f"; `lcm-ds {name} --help` lists the options")

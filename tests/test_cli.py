@@ -59,6 +59,7 @@ def test_without_a_command_the_help_is_printed_and_the_exit_code_is_2(capsys):
         (["trian", "configs/train/quickstart.yaml"], "lcm-ds: unknown command 'trian'; did you mean 'train'?\n"),
         (["xyzzy"], "lcm-ds: unknown command 'xyzzy'; `lcm-ds --help` lists the commands\n"),
         (["export", "a", "b", "--stpe"], "lcm-ds export: unknown option --stpe; did you mean '--step'?\n"),
+        (["--stpe", "export", "a", "b"], "lcm-ds export: unknown option --stpe; did you mean '--step'?\n"),
         (
             ["launch", "--local", "2", "--dry-run", "c.yaml"],
             "lcm-ds launch: unknown option --dry-run; `lcm-ds launch --help` lists the options\n",
