@@ -1,14 +1,14 @@
-# Everything a fresh machine needs: Python >= 3.10, make and g++.
+# Requires Python >= 3.10, make and g++.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# The suite and the quickstart must give the same on every machine: no hub, no surprise telemetry.
+# The suite and the quickstart give the same results on every machine: they use no hub.
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart test test-slow test-multinode test-newest check format clean
+.PHONY: install quickstart test test-slow test-multinode test-newest check docs format clean
 
 install: $(INSTALLED)
 
@@ -31,16 +31,16 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(PYTEST) -m 'slow and not hub' --ignore=tests/multinode
 
-# Hosts in network namespaces, a Slurm cluster and mpirun on this machine: as root, with packages that are installed here
-# where apt-get is.
+# Hosts in network namespaces, a Slurm cluster and mpirun on this machine. Needs root; installs its packages if there is
+# apt-get.
 MULTINODE := iproute2 openssh-server pdsh slurm-wlm munge openmpi-bin
 test-multinode: $(INSTALLED)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(MULTINODE) >/dev/null 2>&1; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(MULTINODE) >/dev/null; fi
 	$(BIN)/python -m pytest -m 'not hub' tests/multinode
 
-# The newest versions that setup.py allows, in an environment of its own. An open range takes what pip finds: of torch that
-# is the CUDA build, several GB, on a machine without a GPU, too.
+# The newest versions that setup.py allows, in a separate environment. For torch pip takes the CUDA build of several GB, even
+# on a machine without a GPU.
 NEWEST := .venv-newest
 test-newest:
 	$(PYTHON) -m venv $(NEWEST)
@@ -53,9 +53,13 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The guides and the API reference as a site in site/; warnings are errors.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,14 +1,14 @@
-"""Packaging of lcm-ds: what it installs and which extras there are."""
+"""Packaging of lcm-ds: its packages, dependencies and extras."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 PREPARE = ["spacy>=3.8,<4", "datasets>=4,<6", "sentence-transformers>=5,<7", "sentencepiece>=0.2"]
-# What fsspec opens https:// and s3:// with.
+# For fsspec to open https:// and s3://.
 REMOTE = ["aiohttp>=3.9", "s3fs>=2024.6"]
 WANDB, MLFLOW = ["wandb>=0.19"], ["mlflow-skinny>=3"]
-# Folders of the checkout that a wheel has inside the package; lcm_ds/resources.py finds them in both places.
+# Folders of the checkout that a wheel contains inside the package; lcm_ds/resources.py finds them in both places.
 SHIPPED = {f"lcm_ds.shipped.{folder}": folder for folder in ("configs", "ds_configs", "launch")}
 
 setup(
@@ -64,6 +64,8 @@ setup(
             "ruff>=0.8",
             "mypy>=1.13",
             "types-PyYAML",
+            "mkdocs-material>=9.7,<10",
+            "mkdocstrings[python]>=1",
         ],
     },
     entry_points={"console_scripts": ["lcm-ds=lcm_ds.cli:entry"]},

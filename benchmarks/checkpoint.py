@@ -1,11 +1,11 @@
-"""How long saving holds a run up, waiting for the disk and in the background, and how long it takes to go on.
+"""The time that saving a checkpoint takes from a run, in the foreground and in the background, and the time to resume.
 
 python benchmarks/checkpoint.py                                # CPU: 28.4 M parameters, ZeRO 1 and 3, two ranks
 python benchmarks/checkpoint.py --preset 1.6b --ranks 8 --precision bf16 --folder /scratch    # eight GPUs
 
 Real runs of `lcm-ds launch --local` that save after every fourth step; a stall is `checkpoint_time` of the run's
-metrics (median, without the last one, for which a run waits). "beside it" is the time of a step while a save is being
-written, less that of one where none is: what the writer takes from the run.
+metrics (median, without the last one, which a run waits for). "beside it" is the time of a step during a background
+save minus that of a step without one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 3])
-    parser.add_argument("--folder", default=None, help="where checkpoints are written")
+    parser.add_argument("--folder", default=None, help="folder for the checkpoints")
     arguments = parser.parse_args()
     embed_dim = (
         resolve_model(ModelConfig(preset=arguments.preset)).embed_dim if arguments.preset else SMALL["embed_dim"]
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def row(stage: int, background: bool, folder: Path, arguments: argparse.Namespace) -> str:
-    """A line of the table: one run."""
+    """The row of one run."""
     run = folder / f"run-{stage}-{background}"
     sizes = {"model.preset": arguments.preset} if arguments.preset else {f"model.{k}": v for k, v in SMALL.items()}
     settings = {
@@ -77,11 +77,13 @@ def row(stage: int, background: bool, folder: Path, arguments: argparse.Namespac
     share = [line["checkpoint_share"] for line in lines if "checkpoint_share" in line][SAVES - 1]
     times = {line["step"]: line["step_time"] for line in lines if "step_time" in line}
     beside = statistics.median(times[EVERY * save + 1] for save in range(1, SAVES + 1))
-    alone = statistics.median(times[EVERY * save] for save in range(1, SAVES + 1))
+    undisturbed = statistics.median(times[EVERY * save] for save in range(1, SAVES + 1))
     (checkpoint,) = (path for path in (run / "checkpoints").iterdir() if path.name.startswith("step_"))
     size = sum(path.stat().st_size for path in checkpoint.iterdir())
     how = "in the background" if background else "waiting"
-    return f"| {stage} | {how} | {size:,} | {statistics.median(stalls):.3f} | {share:.1%} | {beside - alone:+.3f} |"
+    return (
+        f"| {stage} | {how} | {size:,} | {statistics.median(stalls):.3f} | {share:.1%} | {beside - undisturbed:+.3f} |"
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Sentences a second that an encoder turns into concepts, beside the plain way on the same sentences.
+"""Sentences per second of an encoder, compared with plain batching of the same sentences.
 
 python benchmarks/encode.py [--encoder minilm | sonar-random] [--parquet FILE …] [--sentences N] [--repeats 3]
 
-The plain way is that of the published SONAR pipeline: batches of 10 sentences in their order, padded to the longest,
+Plain batching is that of the published SONAR pipeline: batches of 10 sentences in their order, padded to the longest,
 fp32, one process with all cores. `sonar-random` has SONAR's architecture (24 layers, width 1024, vocabulary 256,206),
-random weights, and random token ids in place of a tokenizer, as many as the sentence's length says, 27 on average: for
-speed they serve. TFLOP/s count what real tokens take, not padding.
+random weights, and random token ids instead of a tokenizer, in proportion to the sentence's length, 27 on average,
+which is enough to measure speed. TFLOP/s count real tokens without padding.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from lcm_ds.text.open import open_source
 from lcm_ds.text.splitter import Splitter
 
 PLAIN_BATCH = 10
-UNIT = 5000  # sentences that are sorted by length together
+UNIT = 5000  # sentences sorted by length together
 SONAR_TOKENS = 27  # a sentence of FineWeb-Edu, on average
 LAYERS, WIDTH, INNER = 24, 1024, 8192  # of SONAR
 
 
 class RandomSonar:
-    """SONAR's encoder with random weights; of texts it takes only the length, in units of `mean_length` characters."""
+    """SONAR's encoder with random weights; it uses only the length of texts, in units of `mean_length` characters."""
 
     embed_dim = WIDTH
 
@@ -89,7 +89,7 @@ class RandomSonar:
         return found
 
     def flops(self, batch: TokenBatch) -> float:
-        """Of the batch's real tokens: two for each weight of the matrices, and attention over each sentence."""
+        """FLOPs of the batch's real tokens: two per weight of the matrices, and attention over each sentence."""
         matrices = 2 * batch.tokens * LAYERS * (4 * WIDTH * WIDTH + 2 * WIDTH * INNER)
         mask = batch.inputs.get("attention_mask", torch.ones_like(batch.inputs["input_ids"]))
         return matrices + 4 * LAYERS * WIDTH * float(mask.sum(1).double().square().sum())
@@ -112,7 +112,7 @@ def load(name: str, mean_length: float, **settings: Any) -> Any:
 
 
 def main() -> None:
-    """Measure each way in turn, again and again; print the table."""
+    """Measure the alternatives in turn, several times; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="minilm", help="minilm, sonar-random, or a model of sentence-transformers")
     parser.add_argument("--parquet", nargs="*", help="text; default: the documentation of Python and PyTorch")
@@ -162,8 +162,8 @@ def main() -> None:
     batches = [batch for unit in units(sentences) for batch in exact.tokenize(unit)]
     plain = [batch for ten in tens(sentences) for batch in exact.tokenize(ten)]
     tokens = sum(batch.tokens for batch in batches)
-    where = torch.cuda.get_device_name(device) if gpu else f"{cores} CPU cores"
-    print(f"{arguments.encoder} on {where}, torch {torch.__version__}, transformers {transformers.__version__}, Python "
+    name = torch.cuda.get_device_name(device) if gpu else f"{cores} CPU cores"
+    print(f"{arguments.encoder} on {name}, torch {torch.__version__}, transformers {transformers.__version__}, Python "
           f"{platform.python_version()}; {len(sentences)} sentences of {tokens / len(sentences):.1f} tokens; "
           f"medians of {arguments.repeats}\n")  # fmt: skip
     flops = sum(map(exact.flops, batches)) if isinstance(exact, RandomSonar) else None
@@ -186,12 +186,12 @@ def read(parquet: Sequence[str] | None, count: int) -> list[str]:
 
 
 def units(sentences: list[str]) -> list[list[str]]:
-    """The sentences that are sorted by length together."""
+    """The sentences sorted by length together."""
     return [sentences[first : first + UNIT] for first in range(0, len(sentences), UNIT)]
 
 
 def tens(sentences: list[str]) -> list[list[str]]:
-    """The sentences of the plain way's batches."""
+    """The sentences of plain batches."""
     return [sentences[first : first + PLAIN_BATCH] for first in range(0, len(sentences), PLAIN_BATCH)]
 
 

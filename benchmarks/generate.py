@@ -1,14 +1,14 @@
-"""Generation with a cache of keys and values beside recomputing everything for each concept, and its time by length.
+"""Generation with a KV cache, compared with recomputing everything for each concept, and its time by length.
 
 python benchmarks/generate.py                                       # CPU: 512 wide, 8 layers (28.4 M parameters)
-python benchmarks/generate.py --preset 150m --ways lengths          # a larger one, its time by length alone
+python benchmarks/generate.py --preset 150m --ways lengths          # a larger model, only its time by length
 python benchmarks/generate.py --preset 1.6b --dtype bfloat16 --repeats 5    # one GPU: the paper's model
 
-Both ways start from one random concept and go on as long, no stop rule holds; recomputing is the model over all
-concepts so far, again for each new one, without a cache. The time by length is that of one new concept where the cache
-holds so many: medians over rounds in which all lengths take turns, so that what else the machine does falls on all.
---cpu-time counts the time of the processor instead of the clock's: with --threads 1 the two are the same on a machine
-that does nothing else, and only the first is of use on one that does.
+Both start from one random concept and generate the same number, without stop rules; recomputing runs the model over
+all concepts so far for each new one. The time by length is that of one new concept when the cache holds that many:
+medians over rounds in which all lengths take turns, so that other load on the machine affects all of them.
+--cpu-time measures processor time instead of wall-clock time: with --threads 1 both agree on an idle machine, and only
+processor time is meaningful on a busy one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lcm_ds.model.config import resolve_model
 from lcm_ds.model.modeling import BaseLCM
 
 LENGTHS = (32, 64, 128, 256, 512)
-STEPS = 8  # that are timed together
+STEPS = 8  # timed together
 
 clock = time.perf_counter
 
@@ -43,15 +43,15 @@ def main() -> None:
     parser.add_argument("--preset", help="default: 512 wide, 8 layers")
     parser.add_argument("--concepts", type=int, default=256)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--repeats", type=int, default=3, help="of generation; recomputing is timed once")
-    parser.add_argument("--rounds", type=int, default=9, help="of the time by length")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions of generation; recomputing is timed once")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds of the time by length")
     parser.add_argument("--ways", nargs="+", default=["ratio", "lengths"], choices=("ratio", "lengths"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device")
     parser.add_argument(
-        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="on a CPU; default: its cores"
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads; default: one per core"
     )
-    parser.add_argument("--cpu-time", action="store_true", help="of this process, with --threads 1")
+    parser.add_argument("--cpu-time", action="store_true", help="measure processor time; use with --threads 1")
     arguments = parser.parse_args()
     if arguments.cpu_time and arguments.threads != 1:
         parser.error("--cpu-time: is the time of one thread: add --threads 1")
@@ -62,8 +62,8 @@ def main() -> None:
     sizes = {"preset": arguments.preset} if arguments.preset else SMALL
     with device:
         model = BaseLCM(resolve_model(ModelConfig.model_validate(sizes))).to(getattr(torch, arguments.dtype)).eval()
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{arguments.threads} CPU threads"
-    print(f"{model.num_parameters():,} parameters, {arguments.dtype}, {where}, torch {torch.__version__}, Python "
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{arguments.threads} CPU threads"
+    print(f"{model.num_parameters():,} parameters, {arguments.dtype}, {hardware}, torch {torch.__version__}, Python "
           f"{platform.python_version()}\n")  # fmt: skip
     if "ratio" in arguments.ways:
         print("| prompts | way | seconds | concepts/s | ratio |\n| ---: | --- | ---: | ---: | ---: |")
@@ -77,24 +77,24 @@ def main() -> None:
 
 
 def print_ratio(model: BaseLCM, batch: int, concepts: int, repeats: int) -> None:
-    """Rows of a table: both ways of making so many concepts for so many prompts."""
+    """Rows of a table: recomputing and caching."""
     prompts = list(torch.randn(batch, 1, model.config.embed_dim, device=model.device))
-    generate(model, prompts, 4, stop_end=None, stop_repeat=None)  # kernels are chosen, memory is there
+    generate(model, prompts, 4, stop_end=None, stop_repeat=None)  # warm up
     cached = statistics.median(
         timed(lambda: generate(model, prompts, concepts, stop_end=None, stop_repeat=None), model)
         for _ in range(repeats)
     )
-    anew = timed(lambda: recompute(model, torch.stack(prompts), concepts), model)
-    for way, seconds in (("recomputing", anew), ("cached", cached)):
+    recomputed = timed(lambda: recompute(model, torch.stack(prompts), concepts), model)
+    for way, seconds in (("recomputing", recomputed), ("cached", cached)):
         print(
-            f"| {batch} | {way} | {seconds:.2f} | {batch * concepts / seconds:,.0f} | {anew / seconds:.1f} |",
+            f"| {batch} | {way} | {seconds:.2f} | {batch * concepts / seconds:,.0f} | {recomputed / seconds:.1f} |",
             flush=True,
         )
 
 
 @torch.inference_mode()
 def recompute(model: BaseLCM, seen: Tensor, concepts: int) -> Tensor:
-    """What `generate` computes, without a cache: [prompts, n, embed_dim] → the same with `concepts` more."""
+    """Generate without a cache: [prompts, n, embed_dim] → the same with `concepts` more."""
     for _ in range(concepts):
         concept = model.normalizer.denormalize(model(seen)[:, -1:])
         seen = torch.cat([seen, concept], dim=1)
@@ -103,10 +103,10 @@ def recompute(model: BaseLCM, seen: Tensor, concepts: int) -> Tensor:
 
 @torch.inference_mode()
 def print_lengths(model: BaseLCM, batch: int, rounds: int) -> None:
-    """Rows of a table: the time of one more concept for each prompt, by how many there are."""
+    """Rows of a table: the time of one more concept per prompt, by the number of concepts before it."""
     caches = {length: Cache() for length in LENGTHS}
     for length, cache in caches.items():
-        # in the middle of what is timed there are `length` concepts
+        # halfway through the timed steps the cache holds `length` concepts
         model(torch.randn(batch, length - STEPS // 2, model.config.embed_dim, device=model.device), cache=cache)
     new = torch.randn(batch, 1, model.config.embed_dim, device=model.device)
     times: dict[int, list[float]] = {length: [] for length in LENGTHS}
@@ -115,7 +115,7 @@ def print_lengths(model: BaseLCM, batch: int, rounds: int) -> None:
             start = torch.full((batch,), length - STEPS // 2)
             cache.truncate(start)
             seconds = timed(lambda cache=cache: [model(new, cache=cache) for _ in range(STEPS)], model)  # type: ignore[misc]
-            if round:  # the first warms up, and makes room
+            if round:  # the first round warms up and allocates memory
                 times[length].append(seconds / STEPS / batch)
     base = statistics.median(times[LENGTHS[0]])
     for length, seconds in times.items():
@@ -124,7 +124,7 @@ def print_lengths(model: BaseLCM, batch: int, rounds: int) -> None:
 
 
 def timed(run: Callable[[], object], model: BaseLCM) -> float:
-    """Seconds that it takes."""
+    """Seconds of a call."""
     wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
     wait()
     start = clock()

@@ -1,11 +1,11 @@
-"""Concepts a second that the loader delivers, beside webdataset's and beside plainly reading the same files.
+"""Concepts per second of the loader, compared with webdataset and with plain reads of the same files.
 
 python benchmarks/loader.py [--concepts 400000] [--embed-dim 1024] [--seconds 5] [--plan]
 
-webdataset decodes in as many DataLoader workers as the loader has threads, and packs to the same rows. Every way reads
-epoch after epoch and opens each shard anew in each, for there are more of them than the loader keeps open; "in 16
-shards" is the same data in so few that it does. "first epoch" is what the default does in it: compare the checksum of
-every shard; the others do without, as the default does after it. --plan measures the order of 150,000 shards with 60 G
+webdataset decodes in as many DataLoader workers as the loader has threads, and packs the same rows. All alternatives
+read several epochs and open each shard again in each, since there are more shards than the loader keeps open; "in 16
+shards" is the same data in few enough to keep open. "first epoch" compares the checksum of every shard, which is the
+default in the first epoch; the others do not, as later epochs. --plan measures the order of 150,000 shards with 60 G
 concepts instead, without data.
 """
 
@@ -37,11 +37,11 @@ WORKERS = (0, 1, 2)
 
 
 def main() -> None:
-    """Make the shards, measure each way of reading them in turn, print the table."""
+    """Make the shards, measure the alternatives in turn, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concepts", type=int, default=400_000)
     parser.add_argument("--embed-dim", type=int, default=1024)
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds of each measurement")
     parser.add_argument("--plan", action="store_true")
     arguments = parser.parse_args()
     if arguments.plan:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def table(folder: str, few: str | None, seconds: float | None, embed_dim: int) -> None:
-    """Measure and print all ways; seconds: of each measurement, None for one epoch of files that are not in memory."""
+    """Measure and print all alternatives for `seconds` each, or (None) one epoch of files that are not in memory."""
     ways: dict[str, Callable[[], Iterator[int]]] = {"reads of 1 MiB": lambda: read(folder, embed_dim)}
     for n in WORKERS:
         ways[f"webdataset .decode(), {n} workers"] = lambda n=n: decoded(folder, n)
@@ -135,7 +135,7 @@ def forget(folder: str) -> None:
 
 
 def read(folder: str, embed_dim: int) -> Iterator[int]:
-    """Concepts' worth of bytes (fp16) of each read; one epoch after the other."""
+    """The number of fp16 concepts in each read, epoch after epoch."""
     buffer = bytearray(1 << 20)
     while True:
         for path in sorted(Path(folder).glob("*.tar")):
@@ -146,7 +146,7 @@ def read(folder: str, embed_dim: int) -> Iterator[int]:
 
 
 def decoded(folder: str, workers: int) -> Iterator[int]:
-    """Concepts of each micro-batch of webdataset's documents, packed to rows in as many worker processes."""
+    """Concepts of each micro-batch of webdataset's documents, packed to rows in worker processes."""
     shards = sorted(map(str, Path(folder).glob("*.tar")))
     while True:
         dataset = webdataset.WebDataset(shards, shardshuffle=False).decode().compose(packed)
@@ -172,9 +172,9 @@ def packed(samples: Iterable[dict[str, np.ndarray]]) -> Iterator[torch.Tensor]:
 
 
 def loaded(folder: str, workers: int, epochs: int | None, checksums: bool = False) -> Iterator[int]:
-    """Concepts of each micro-batch of the loader; 0 after the last of so many epochs."""
+    """Concepts of each micro-batch of the loader; 0 after the last epoch."""
     dataset = open_dataset(folder, checksums=checksums)
-    if checksums:  # which are read once a process: as if all files were new to it
+    if checksums:  # compared once per process: as if all files were new
         for path in Path(folder).glob("*.tar"):
             os.utime(path)
     plan = Plan([Source([shard.concepts for shard in dataset.shards])], 0, ROWS, ROW_LENGTH, epochs)
@@ -188,7 +188,7 @@ def loaded(folder: str, workers: int, epochs: int | None, checksums: bool = Fals
 
 
 def speed(counts: Iterator[int], seconds: float | None) -> float:
-    """Concepts a second over `seconds`, or over an epoch, which ends with a 0; the opening included."""
+    """Concepts per second over `seconds`, or over an epoch, which ends with a 0; including opening."""
     started = time.perf_counter()
     total = 0
     for count in counts:

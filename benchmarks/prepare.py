@@ -1,8 +1,8 @@
-"""The whole of `lcm-ds prepare` beside the plain way to encode: sentences a second, how busy the encoder is, memory.
+"""`lcm-ds prepare` from end to end, compared with plain encoding: sentences per second, encoder utilisation, memory.
 
 python benchmarks/prepare.py [--parquet GLOB] [--config CONFIG] [--repeats 3] [key=value …]
 
-The plain way is that of the published SONAR pipeline: fixed batches of 10 sentences in their order, fp32, one process.
+Plain encoding is that of the published SONAR pipeline: fixed batches of 10 sentences in their order, fp32, one process.
 Memory is the largest sum over all processes of a call, for a tenth of the documents and for all of them.
 """
 
@@ -33,10 +33,12 @@ TOLD = re.compile(
 
 
 def main() -> None:
-    """Measure, print the tables."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/prepare/quickstart.yaml")
-    parser.add_argument("--parquet", action="append", metavar="FILE", help="or a glob; instead of the config's source")
+    parser.add_argument(
+        "--parquet", action="append", metavar="FILE", help="file or glob, instead of the config's source"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments, more = parser.parse_known_args()
@@ -53,19 +55,19 @@ def main() -> None:
         peaks.append(peak)
     documents = open_source(config.source, config.sentences).total
     assert documents is not None
-    tenth, whole = prepared(config, documents // 10)[1], max(peaks)
+    tenth, total = prepared(config, documents // 10)[1], max(peaks)
     middle, base = lines[speeds.index(statistics.median_low(speeds))], statistics.median(plain)
     print("| way | sentences/s (median) | ratio |\n| --- | ---: | ---: |")
     print(f"| batches of {PLAIN_BATCH} in order, fp32, one process | {base:,.0f} | 1.0 |")
     print(f"| lcm-ds prepare, all of it | {statistics.median(speeds):,.0f} | {statistics.median(speeds) / base:.1f} |")
     print(f"\n{middle[0]} sentences in {middle[1]} s; encoder busy {middle[5]} %, padding {middle[4]} %, "
           f"repeats spared {middle[3]} %")  # fmt: skip
-    print(f"memory: {tenth / 2**20:,.0f} MiB for {documents // 10} documents, {whole / 2**20:,.0f} MiB for "
-          f"{documents}: {whole / tenth:.2f} ×")  # fmt: skip
+    print(f"memory: {tenth / 2**20:,.0f} MiB for {documents // 10} documents, {total / 2**20:,.0f} MiB for "
+          f"{documents}: {total / tenth:.2f} ×")  # fmt: skip
 
 
 def plain_speed(config: PrepareConfig) -> float:
-    """Sentences a second of the plain way, on the first sentences of the source."""
+    """Sentences per second of plain encoding, on the first sentences of the source."""
     encoder = load_encoder(EncoderConfig(**{**config.encoder.model_dump(), "dtype": "float32"}))
     splitter = Splitter(SentencesConfig(**config.sentences.model_dump()))
     documents = open_source(config.source, config.sentences).documents()
@@ -79,7 +81,7 @@ def plain_speed(config: PrepareConfig) -> float:
 
 
 def prepared(config: PrepareConfig, take: int | None = None) -> tuple[tuple[str, ...], int]:
-    """What a call says of itself, and the most memory its processes had together, in bytes."""
+    """The figures that a call prints, and the peak memory of its processes together, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         source = config.source.model_copy(update={"take": take} if take else {})
         changed = config.model_copy(update={"output": f"{folder}/out", "source": source, "normalizer_samples": 2000})
@@ -100,7 +102,7 @@ def prepared(config: PrepareConfig, take: int | None = None) -> tuple[tuple[str,
 
 
 def memory_of(pid: int) -> int:
-    """Bytes that a process and all below it hold, shared pages shared out among them."""
+    """Proportional set size of a process and its descendants, in bytes."""
     total = 0
     try:
         for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:

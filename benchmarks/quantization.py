@@ -1,4 +1,4 @@
-"""What storing concepts in 8 bits costs: cosine and relative ℓ2 to float16, and bytes.
+"""The cost of storing concepts in 8 bits: cosine and relative ℓ2 to float16, and bytes.
 
 python benchmarks/quantization.py DATASET [--concepts 100000]
 """
@@ -16,14 +16,14 @@ from lcm_ds.data.shard import open_shard
 
 
 def main() -> None:
-    """Quantise a uniform sample of a float16 dataset's concepts, print the table."""
+    """Quantise a uniform sample of a float16 dataset's concepts and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset")
     parser.add_argument("--concepts", type=int, default=100_000)
     arguments = parser.parse_args()
     dataset = open_dataset(arguments.dataset)
     numbers = {shard.name: number for number, shard in enumerate(dataset.shards)}
-    everything = Constants()  # ends of text, too: they are stored
+    everything = Constants()  # includes ends of text: they are stored, too
     concepts = draw(
         dataset.shards, lambda shard: open_shard(dataset, numbers[shard.name]), arguments.concepts, everything
     )

@@ -1,14 +1,14 @@
-"""Concepts a second of a whole training step, optimizer included, beside other ways of writing the same model.
+"""Concepts per second of a training step with its optimizer, compared with other implementations of the model.
 
 python benchmarks/train_step.py                                          # CPU: 512 wide, 8 layers, 16 x 128 concepts
 python benchmarks/train_step.py --preset 1.6b --rows 7 --row-length 1024 --documents  # one GPU: the paper's model
 
 The plain model is the same decoder written with nn.Linear and scaled_dot_product_attention, in fp32. Ours is measured
-bare (model, loss, AdamW over fp32 master weights) and as `lcm-ds train` with ZeRO-1 on one rank, its loader, noise and
-logging included: that row's step is the one a run logs. --documents packs documents with FineWeb-Edu's lengths and
-measures padded batches (one document a row of 128) as well. On a GPU there are also the rate of the largest bf16
-product, LlamaModel of transformers (sdpa, compiled) and the design of dame-cell/BaseLCM (nn.TransformerDecoderLayer
-that attends to its own input), of the same size; on a CPU these two are measured where --ways asks for them.
+bare (model, loss, AdamW over fp32 master weights) and as `lcm-ds train` with ZeRO-1 on one rank, including loader,
+noise and logging: that row's step is the one a run logs. --documents packs documents with FineWeb-Edu's lengths and
+also measures padded batches (one document per row of 128). On a GPU the rate of the largest bf16 product, LlamaModel of
+transformers (sdpa, compiled) and the design of dame-cell/BaseLCM (nn.TransformerDecoderLayer that attends to its own
+input), of the same size, are measured as well; on a CPU these two only on request (--ways).
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ MAX_SEGMENT = 128
 MEDIAN_LENGTH, SPREAD = 2951 / 92, (2 * np.log(4753 / 2951)) ** 0.5
 
 Step = Callable[[], None]
-Measured = tuple[list[float], float]  # seconds of each step, and the most memory in GiB
+Measured = tuple[list[float], float]  # seconds of each step, peak memory in GiB
 
 
 class Batch(NamedTuple):
-    """What every way trains on."""
+    """The data of a step."""
 
     concepts: Tensor  # fp16 [rows, row_length, embed_dim]
     ids: Tensor  # int32 [rows, row_length]
@@ -73,14 +73,14 @@ class Batch(NamedTuple):
 
 
 def main() -> None:
-    """Measure each way, print the table."""
+    """Measure the alternatives and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", help="default: 512 wide, 8 layers, as in the docstring")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--row-length", type=int, default=128)
-    parser.add_argument("--documents", action="store_true", help="FineWeb-Edu's lengths; default: a document a row")
-    parser.add_argument("--steps", type=int, default=10, help="measured, after three that are not")
-    parser.add_argument("--ways", nargs="+", help="only those whose name has one of these in it")
+    parser.add_argument("--documents", action="store_true", help="FineWeb-Edu's lengths; default: a document per row")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps, after three for warm-up")
+    parser.add_argument("--ways", nargs="+", help="only alternatives whose name contains one of these")
     arguments = parser.parse_args()
     config = BaseLCMConfig(**SMALL)
     if arguments.preset:
@@ -88,7 +88,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     if device.type == "cpu":
-        keep_freed_memory()  # as in training, so that all ways have it
+        keep_freed_memory()  # as in training
     lengths = document_lengths() if arguments.documents else [arguments.row_length] * arguments.rows
     packed = pack(lengths, arguments.rows, arguments.row_length, config, device)
     ways = ways_of(config, packed, arguments, device)
@@ -116,7 +116,7 @@ def main() -> None:
 def ways_of(
     config: BaseLCMConfig, packed: Batch, arguments: argparse.Namespace, device: torch.device
 ) -> dict[str, tuple[Batch, Callable[[], Step | Measured]]]:
-    """Name → the batch, and what makes a step to measure (or measures steps itself)."""
+    """Name → the batch, and a function that makes a step to measure (or measures steps itself)."""
     half, exact = torch.bfloat16, torch.float32
     ways: dict[str, tuple[Batch, Callable[[], Step | Measured]]] = {
         "plain, fp32": (packed, lambda: bare(Plain(config), packed, exact, device)),
@@ -170,7 +170,7 @@ class PlainLayer(nn.Module):
 
 
 class Ends(nn.Module):
-    """Pre-net and post-net, what each of the models has around its decoder."""
+    """Pre-net and post-net around the decoder of each model."""
 
     def __init__(self, config: BaseLCMConfig) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class Ends(nn.Module):
 
 
 class Plain(Ends):
-    """Base-LCM as one would write it down."""
+    """A straightforward Base-LCM."""
 
     def __init__(self, config: BaseLCMConfig) -> None:
         super().__init__(config)
@@ -203,7 +203,7 @@ class Plain(Ends):
 
 
 class Llama(Ends):
-    """transformers' LlamaModel, fed with what would be its tokens' embeddings; causal over the row."""
+    """transformers' LlamaModel with concepts as token embeddings; causal over the row."""
 
     def __init__(self, config: BaseLCMConfig) -> None:
         from transformers import LlamaConfig, LlamaModel
@@ -241,7 +241,7 @@ class Seed(Ends):
 
 
 def document_lengths() -> list[int]:
-    """Concepts of documents as FineWeb-Edu has them, in pieces of MAX_SEGMENT at most."""
+    """Concepts of documents with FineWeb-Edu's lengths, in pieces of at most MAX_SEGMENT."""
     drawn = np.random.default_rng(0).lognormal(np.log(MEDIAN_LENGTH), SPREAD, 10_000)
     pieces = []
     for length in np.maximum(2, drawn.round()).astype(int).tolist():
@@ -265,7 +265,7 @@ def pack(lengths: list[int], rows: int, row_length: int, config: BaseLCMConfig, 
 
 
 def pad(packed: Batch, config: BaseLCMConfig, device: torch.device) -> Batch:
-    """The segments of a batch, each in a row of its own."""
+    """The segments of a batch, each in a separate row."""
     ends = packed.layout.cu_seqlens.unique().diff().tolist()
     ids = torch.full((len(ends), MAX_SEGMENT), -1, dtype=torch.int32)
     for row, length in zip(ids, ends, strict=True):
@@ -311,7 +311,7 @@ def bare(model: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devic
 
 
 def measure(make: Callable[[], Step | Measured], steps: int, device: torch.device) -> tuple[float, float | None]:
-    """Median seconds of a step, and the most memory of the device in GiB (None on a CPU)."""
+    """Median seconds of a step, and the device's peak memory in GiB (None on a CPU)."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -331,7 +331,7 @@ def measure(make: Callable[[], Step | Measured], steps: int, device: torch.devic
 
 
 def trained(config: BaseLCMConfig, arguments: argparse.Namespace, precision: str, compiled: bool) -> Measured:
-    """Each step of `lcm-ds train` on random concepts, as it logs them."""
+    """The steps of `lcm-ds train` on random concepts, as logged."""
     with tempfile.TemporaryDirectory() as folder:
         # Documents as long as a row, or of 5 to 100 concepts.
         exact = None if arguments.documents else arguments.row_length

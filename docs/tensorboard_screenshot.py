@@ -1,9 +1,9 @@
-"""Takes the pictures of docs/images: TensorBoard on a run, as a browser shows it.
+"""Takes the screenshots of TensorBoard in docs/images.
 
     python docs/tensorboard_screenshot.py runs/quickstart docs/images
 
-Needs Chromium (apt-get install chromium). TensorBoard listens on this machine alone, and the browser asks no other.
-Fails where a page shows no curve.
+Needs Chromium (apt-get install chromium). TensorBoard listens only on this machine, and the browser contacts no other.
+Fails if a page shows no curve.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ PAGES = {
     "tensorboard_scalars": "#scalars&_smoothingWeight=0&tagFilter=loss%7Coptim%7Cval",
 }
 WIDTH, HEIGHT = 1500, 850  # pixels
-CURVE = (255, 112, 67)  # the colour that TensorBoard gives the first run
-FEWEST = 500  # pixels of it, in a page with curves
+CURVE = (255, 112, 67)  # TensorBoard's colour of the first run
+FEWEST = 500  # pixels of that colour in a page with curves
 START_SECONDS, PAGE_SECONDS = 60, 20
 
 
 def main(run: Path, output: Path) -> None:
-    """Write the pictures of a run's pages into the folder `output`."""
+    """Write the screenshots of a run into the folder `output`."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         sys.exit(f"none of {', '.join(BROWSERS)} is installed")
@@ -56,7 +56,7 @@ def main(run: Path, output: Path) -> None:
 
 @contextmanager
 def _tensorboard(run: Path) -> Iterator[str]:
-    """TensorBoard on a run, once it has read it; gives its address."""
+    """The address of a TensorBoard that has loaded a run."""
     port = free_port()
     shows = ["--logdir_spec", f"{run.name}:{run / 'tensorboard'}"]
     command = [sys.executable, "-m", "tensorboard.main", *shows, "--host", "127.0.0.1", "--port", str(port)]
@@ -76,7 +76,7 @@ def _tensorboard(run: Path) -> Iterator[str]:
 
 
 def _take(browser: str, address: str, picture: Path) -> None:
-    """Take a picture of a page once its time has run out, which the browser lets pass as fast as it can."""
+    """Take a screenshot of a page after PAGE_SECONDS of the browser's virtual time."""
     with tempfile.TemporaryDirectory() as profile:
         command = [
             browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",

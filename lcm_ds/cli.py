@@ -1,6 +1,6 @@
-"""The verbs of `lcm-ds`: each parses its arguments, loads its config and calls one function of one module.
+"""The commands of `lcm-ds`: each parses its arguments and calls one function of one module.
 
-Exit codes: 0 done; 2 a mistake in the call, a config or the input, one line each on stderr; 75 stopped on request with
+Exit codes: 0 done; 2 errors in the call, a config or the input, one line each on stderr; 75 stopped on request with
 a checkpoint saved; 1 anything else.
 """
 
@@ -24,47 +24,48 @@ examples:
   lcm-ds prepare configs/prepare/quickstart.yaml
   lcm-ds launch --local 2 configs/train/quickstart.yaml
   lcm-ds evaluate runs/quickstart
-`lcm-ds VERB --help` says more; `lcm-ds configs` lists the files that come with lcm-ds.
+`lcm-ds COMMAND --help` shows the options; `lcm-ds configs` lists the files that come with lcm-ds.
 """
-Verb = Callable[[argparse.Namespace], "int | None"]
+Command = Callable[[argparse.Namespace], "int | None"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code."""
+    """Run one command and return its exit code; `arguments` defaults to the command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = build_parser()
     if not arguments:
         parser.print_help(sys.stderr)
         return 2
     commands = parser.get_default("commands")
-    if arguments[0] not in commands and not arguments[0].startswith("-"):
-        others = nearest(arguments[0], commands, "; `lcm-ds --help` lists the verbs")
-        print(f"lcm-ds: {arguments[0]}: there is no such verb{others}", file=sys.stderr)
+    name = arguments[0]
+    if name not in commands and not name.startswith("-"):
+        suggestion = nearest(name, commands, "; `lcm-ds --help` lists the commands")
+        print(f"lcm-ds: unknown command {name!r}{suggestion}", file=sys.stderr)
         return 2
+    # argparse accepts overrides in one place only; those that follow further options are left in `rest`.
     parsed, rest = parser.parse_known_args(arguments)
-    # argparse takes the overrides from one place alone; they may stand behind options, too.
     if unknown := [text for text in rest if text.startswith("-")]:
-        known = commands[arguments[0]]._option_string_actions
+        name = next(text for text in arguments if text in commands)
+        known = commands[name]._option_string_actions
         for option in unknown:
-            others = nearest(option.partition("=")[0], known, f"; `lcm-ds {arguments[0]} --help` lists them")
-            print(f"lcm-ds {arguments[0]}: {option}: there is no such option{others}", file=sys.stderr)
+            suggestion = nearest(option.partition("=")[0], known, f"; `lcm-ds {name} --help` lists the options")
+            print(f"lcm-ds {name}: unknown option {option}{suggestion}", file=sys.stderr)
         return 2
-    if not hasattr(parsed, "overrides"):
-        parser.parse_args(arguments)  # says what is wrong
-    else:
+    if hasattr(parsed, "overrides"):
         parsed.overrides = [*parsed.overrides, *rest]
-    if parsed.verb is not train:  # a worker keeps warnings in RUN/log.txt
+    else:
+        parser.parse_args(arguments)  # exits with an error if anything is left
+    if parsed.command is not train:  # a worker keeps warnings in RUN/log.txt
         hide_warnings()
     try:
-        return parsed.verb(parsed) or 0
+        return parsed.command(parsed) or 0
     except InputError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1
-    except BrokenPipeError:
-        # The reader of our output (head, less) has gone: not a failure of ours.
+    except BrokenPipeError:  # the reader of our output (head, less) has closed it
         sys.stderr.close()
         return 0
 
@@ -78,165 +79,161 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"lcm-ds {__version__}")
-    commands = parser.add_subparsers(required=True, title="verbs", metavar="VERB")
+    commands = parser.add_subparsers(required=True, title="commands", metavar="COMMAND")
     parser.set_defaults(commands=commands.choices)
 
-    verb = _verb(commands, "prepare", prepare, "text → dataset; after a kill, goes on where it was",
-                 "lcm-ds prepare configs/prepare/quickstart.yaml output=datasets/mine")  # fmt: skip
-    _config(verb)
+    _add_command(commands, "prepare", prepare, "text → dataset; resumes after an interruption",
+                 "lcm-ds prepare configs/prepare/quickstart.yaml output=datasets/mine", config=True)  # fmt: skip
 
-    verb = _verb(commands, "index", index, "adopt WebDataset tars made elsewhere as a dataset",
-                 "lcm-ds index 'embeddings-{000..099}.tar' datasets/adopted")  # fmt: skip
-    verb.add_argument("shards", metavar="SHARDS", help="a path or URL, with braces for many")
-    verb.add_argument("output", metavar="OUT", help="folder for dataset.json, shards.jsonl and the normaliser")
-    verb.add_argument("--like", metavar="DATASET", help="one that the same encoder made: encoder, end of text of it")
-    verb.add_argument("--encoder", nargs="+", metavar="KEY=VALUE", help="name=…, model=…: what made the concepts")
-    verb.add_argument("--extension", default="npy", metavar="EXT", help="of the members with concepts; default: npy")
-    verb.add_argument("--texts", default="json:sentences", metavar="EXT[:FIELD]",
-                      help="where sentences are: in JSON, or lines of a text; default: json:sentences")  # fmt: skip
-    verb.add_argument("--bf16", action="store_true", help="the concepts are bf16, kept as uint16")
-    verb.add_argument("--supervised", nargs="?", const="", metavar="SUFFIX",
-                      help="JSON has source_sentences (that end with SUFFIX) and target_sentences")  # fmt: skip
-    verb.add_argument("--threads", type=int, default=4, metavar="N", help="tars read at a time; default: 4")
+    add = _add_command(commands, "index", index, "use WebDataset tars of another program as a dataset",
+                       "lcm-ds index 'embeddings-{000..099}.tar' datasets/adopted").add_argument  # fmt: skip
+    add("shards", metavar="SHARDS", help="a path or URL, with braces for many")
+    add("output", metavar="OUT", help="folder for dataset.json, shards.jsonl and the normaliser")
+    add("--like", metavar="DATASET", help="take encoder and end of text from this dataset")
+    add("--encoder", nargs="+", metavar="KEY=VALUE", help="name=…, model=…: the encoder of the concepts")
+    add("--extension", default="npy", metavar="EXT", help="extension of the concept members; default: npy")
+    add("--texts", default="json:sentences", metavar="EXT[:FIELD]",
+        help="sentences: a JSON field or the lines of a text; default: json:sentences")  # fmt: skip
+    add("--bf16", action="store_true", help="concepts are bf16 stored as uint16")
+    add("--supervised", nargs="?", const="", metavar="SUFFIX",
+        help="JSON has source_sentences (ending with SUFFIX) and target_sentences")  # fmt: skip
+    add("--threads", type=int, default=4, metavar="N", help="tars read at a time; default: 4")
 
-    verb = _verb(commands, "inspect", inspect, "what a dataset holds", "lcm-ds inspect datasets/quickstart --verify")
-    verb.add_argument("dataset", metavar="DATASET")
-    verb.add_argument("--verify", action="store_true", help="re-read every shard against its checksum")
-    verb.add_argument("--sample", type=int, default=0, metavar="N", help="print N of its documents")
+    add = _add_command(commands, "inspect", inspect, "summarise a dataset",
+                       "lcm-ds inspect datasets/quickstart --verify").add_argument  # fmt: skip
+    add("dataset", metavar="DATASET")
+    add("--verify", action="store_true", help="compare every shard with its checksum")
+    add("--sample", type=int, default=0, metavar="N", help="print N documents")
 
-    verb = _verb(commands, "fit-normalizer", fit_normalizer, "one normaliser for a mixture of datasets",
-                 "lcm-ds fit-normalizer datasets/web/train=3 datasets/books/train=1")  # fmt: skip
-    verb.add_argument("datasets", metavar="DATASET[=WEIGHT]", nargs="+")
-    verb.add_argument(
-        "--samples", type=int, default=1_000_000, metavar="N", help="concepts to fit to; default: 1000000"
+    add = _add_command(commands, "fit-normalizer", fit_normalizer, "fit one normaliser to a mixture of datasets",
+                       "lcm-ds fit-normalizer datasets/web/train=3 datasets/books/train=1").add_argument  # fmt: skip
+    add("datasets", metavar="DATASET[=WEIGHT]", nargs="+")
+    add("--samples", type=int, default=1_000_000, metavar="N", help="concepts to fit to; default: 1000000")
+    add("--output", metavar="FILE", help="default: into every dataset")
+
+    command = _add_command(commands, "trace", trace, "show the documents of a step",
+                           "lcm-ds trace runs/quickstart --step 120")  # fmt: skip
+    command.add_argument("run", metavar="RUN|CONFIG", help="a run folder or a train config")
+    steps = command.add_mutually_exclusive_group(required=True)
+    steps.add_argument("--step", type=int, metavar="N", help="counted from 0")
+    steps.add_argument("--range", type=int, nargs=2, metavar=("A", "B"), help="steps A to B, each with its loss")
+    command.add_argument("--text", action="store_true", help="print the sentences as well")
+    _add_overrides(command)
+
+    add = _add_command(commands, "train", train, "run one training worker, under any launcher",
+                       "lcm-ds train configs/train/quickstart.yaml steps=20", config=True).add_argument  # fmt: skip
+    add("--dry-run", action="store_true", help="print sizes, memory and steps without training")
+    add("--ranks", type=int, metavar="N", help="number of ranks of a --dry-run")
+
+    command = _add_command(commands, "launch", launch, "start all workers of a run, on this host or many",
+                           "lcm-ds launch --local 2 configs/train/quickstart.yaml", config=True)  # fmt: skip
+    command.usage = (
+        "lcm-ds launch (--local N | --hostfile F | --slurm | --openmpi N) [option ...] CONFIG [key=value ...]"
     )
-    verb.add_argument("--output", metavar="FILE", help="write it there; default: into every dataset")
+    add = command.add_argument_group("launcher (choose one)").add_mutually_exclusive_group(required=True).add_argument
+    add("--local", type=int, metavar="N", help="N processes on this host")
+    add("--hostfile", metavar="F", help="hosts in DeepSpeed's format, over pdsh and ssh")
+    add("--slurm", action="store_true", help="srun inside an allocation, one task per device")
+    add("--openmpi", type=int, metavar="N", help="mpirun, N processes")
+    add = command.add_argument_group("rendezvous").add_argument
+    add("--master-addr", metavar="HOST", help="host of rank 0, if it cannot be detected")
+    add("--master-port", type=int, metavar="PORT", help="port on that host; default: 29500, with --local any free port")
+    add = command.add_argument_group("with --hostfile and --local").add_argument
+    add("--max-restarts", type=int, metavar="K", help="restarts after failures; default: 0")
+    add("--back-off", type=float, metavar="S", help="seconds before the first restart; default: 10, doubling")
+    add("--grace", type=float, metavar="S", help="seconds from SIGTERM to SIGKILL; default: 30")
+    add = command.add_argument_group("with --hostfile").add_argument
+    add("--include", default="", metavar="HOSTS", help="only these, in DeepSpeed's syntax: a@b:0,2")
+    add("--exclude", default="", metavar="HOSTS", help="all but these")
+    add("--ssh-port", type=int, metavar="PORT", help="default: from the ssh configuration")
+    add("--min-hosts", type=int, metavar="M", help="minimum hosts for a restart; default: all")
+    add("--silence", type=float, metavar="S", help="seconds without a heartbeat until a host is lost; default: 15")
 
-    verb = _verb(commands, "trace", trace, "the documents that a step sees", "lcm-ds trace runs/quickstart --step 120")
-    verb.add_argument("run", metavar="RUN|CONFIG", help="a run folder or a train config")
-    which = verb.add_mutually_exclusive_group(required=True)
-    which.add_argument("--step", type=int, metavar="N", help="from 0")
-    which.add_argument("--range", type=int, nargs=2, metavar=("A", "B"), help="steps A to B, each with its loss")
-    verb.add_argument("--text", action="store_true", help="print the sentences as well")
-    _overrides(verb)
+    command = _add_command(commands, "evaluate", evaluate, "compare the model with baselines on the validation split",
+                           "lcm-ds evaluate runs/quickstart --json metrics.json")  # fmt: skip
+    add_evaluation(command)
+    command.add_argument("--processes", type=int, metavar="N", help="number of processes; default: one per GPU")
 
-    verb = _verb(commands, "train", train, "a worker: one process of a run",
-                 "lcm-ds train configs/train/quickstart.yaml steps=20")  # fmt: skip
-    verb.add_argument("--dry-run", action="store_true", help="say what the run would be: sizes, memory, steps; and end")
-    verb.add_argument("--ranks", type=int, metavar="N", help="with --dry-run: on so many")
-    _config(verb)
+    add = _add_command(commands, "generate", generate, "continue a text, concept by concept",
+                       "lcm-ds generate runs/quickstart --prompt 'Lists are mutable. They grow.'",
+                       ).add_argument  # fmt: skip
+    add("run", metavar="RUN|FOLDER", help="a run, or an exported model")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="repeat for several prompts")
+    add("--prompt-file", action="append", default=[], metavar="F", help="a file that is one prompt")
+    add("--interactive", action="store_true", help="read prompts line by line until Ctrl-D")
+    add("--max-concepts", type=int, default=16, metavar="N", help="default: 16")
+    add("--stop-end", default="0.9", metavar="X", help="cosine to the end-of-text concept, or off; default: 0.9")
+    add("--stop-repeat", default="0.9", metavar="X", help="cosine to the previous concept, or off; default: 0.9")
+    add("--language", metavar="CODE", help="output language of the decoder, such as fra_Latn")
+    add("--prompt-language", metavar="CODE", help="for SONAR; default: the dataset's")
+    add("--decoder", metavar="HUB|FOLDER", help="default: the encoder's own decoder, if any")
+    add("--beams", type=int, default=5, metavar="N", help="beam width of the decoder; default: 5")
+    add("--dataset", metavar="D", help="dataset to retrieve sentences from; default: the run's")
+    add("--step", type=int, metavar="N", help="checkpoint of a run; default: the newest")
+    add("--device", metavar="D", help="default: cuda if available")
+    add("--json", metavar="FILE", help="also write the output there")
 
-    verb = _verb(commands, "launch", launch, "start all workers of a run, here or on many hosts",
-                 "lcm-ds launch --local 2 configs/train/quickstart.yaml")  # fmt: skip
-    verb.usage = "lcm-ds launch (--local N | --hostfile F | --slurm | --openmpi N) [option ...] CONFIG [key=value ...]"
-    where = verb.add_argument_group("where, one of").add_mutually_exclusive_group(required=True)
-    where.add_argument("--local", type=int, metavar="N", help="N processes on this host")
-    where.add_argument("--hostfile", metavar="F", help="hosts in DeepSpeed's format, over pdsh and ssh")
-    where.add_argument("--slurm", action="store_true", help="inside an allocation: srun, one task a device")
-    where.add_argument("--openmpi", type=int, metavar="N", help="mpirun, N processes")
-    meet = verb.add_argument_group("where the workers meet")
-    meet.add_argument("--master-addr", metavar="HOST", help="the host of rank 0, where it cannot be told")
-    meet.add_argument(
-        "--master-port", type=int, metavar="PORT", help="of rank 0; default: 29500, with --local a free one"
-    )
-    again = verb.add_argument_group("with --hostfile and --local")
-    again.add_argument("--max-restarts", type=int, metavar="K", help="after failures; default: 0")
-    again.add_argument(
-        "--back-off", type=float, metavar="S", help="seconds before the first restart; default: 10, doubling"
-    )
-    again.add_argument("--grace", type=float, metavar="S", help="seconds from SIGTERM to SIGKILL; default: 30")
-    hosts = verb.add_argument_group("with --hostfile")
-    hosts.add_argument("--include", default="", metavar="HOSTS", help="these alone, as for DeepSpeed: a@b:0,2")
-    hosts.add_argument("--exclude", default="", metavar="HOSTS", help="all but these")
-    hosts.add_argument("--ssh-port", type=int, metavar="PORT", help="default: what ssh is configured for")
-    hosts.add_argument("--min-hosts", type=int, metavar="M", help="that a restart needs; default: all")
-    hosts.add_argument("--silence", type=float, metavar="S", help="seconds until a silent host is lost; default: 15")
-    _config(verb)
+    add = _add_command(commands, "export", export, "write a run's model as a Hugging Face folder",
+                       "lcm-ds export runs/quickstart model").add_argument  # fmt: skip
+    add("run", metavar="RUN")
+    add("output", metavar="OUT", help="a new folder")
+    add("--step", type=int, metavar="N", help="checkpoint; default: the newest")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
+    add("--max-shard-size", default="5GB", metavar="SIZE", help="maximum size of a weights file; default: 5GB")
 
-    verb = _verb(commands, "evaluate", evaluate, "the model against its baselines on the validation split",
-                 "lcm-ds evaluate runs/quickstart --json metrics.json")  # fmt: skip
-    add_evaluation(verb)
-    verb.add_argument("--processes", type=int, metavar="N", help="that share the work; default: one a GPU")
+    add = _add_command(commands, "import-meta", import_meta, "convert a Base-LCM checkpoint of Meta's code",
+                       "lcm-ds import-meta base_lcm.pt model").add_argument  # fmt: skip
+    add("checkpoint", metavar="CKPT", help=".pt or .safetensors")
+    add("output", metavar="OUT")
+    add("--heads", type=int, metavar="N", help="attention heads, if not in the file")
 
-    verb = _verb(commands, "generate", generate, "go on from a text, concept by concept",
-                 "lcm-ds generate runs/quickstart --prompt 'Lists are mutable. They grow.'")  # fmt: skip
-    verb.add_argument("run", metavar="RUN|FOLDER", help="a run, or an exported model")
-    verb.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="again for further prompts")
-    verb.add_argument("--prompt-file", action="append", default=[], metavar="F", help="all of it is one prompt")
-    verb.add_argument("--interactive", action="store_true", help="read prompts, a line each, until Ctrl-D")
-    verb.add_argument("--max-concepts", type=int, default=16, metavar="N", help="default: 16")
-    verb.add_argument("--stop-end", default="0.9", metavar="X", help="cosine to the end-of-text concept, or off")
-    verb.add_argument("--stop-repeat", default="0.9", metavar="X", help="cosine to the concept before, or off")
-    verb.add_argument("--language", metavar="CODE", help="of what comes out, by a decoder; such as fra_Latn")
-    verb.add_argument("--prompt-language", metavar="CODE", help="for SONAR; default: the dataset's")
-    verb.add_argument("--decoder", metavar="HUB|FOLDER", help="default: the encoder's own, where it has one")
-    verb.add_argument("--beams", type=int, default=5, metavar="N", help="of the decoder's search; default: 5")
-    verb.add_argument("--dataset", metavar="D", help="to retrieve sentences from; default: the run's own")
-    verb.add_argument("--step", type=int, metavar="N", help="of a run's checkpoint; default: the newest")
-    verb.add_argument("--device", metavar="D", help="default: cuda where there is one")
-    verb.add_argument("--json", metavar="FILE", help="write what is printed there, too")
+    add = _add_command(commands, "import-sonar", import_sonar, "convert SONAR from fairseq2 checkpoints",
+                       "lcm-ds import-sonar sonar_text_encoder.pt sonar_text_decoder.pt sonar "
+                       "--tokenizer sentencepiece.source.256000.model").add_argument  # fmt: skip
+    add("encoder", metavar="ENCODER", help=".pt or .safetensors")
+    add("decoder", metavar="DECODER", help=".pt or .safetensors")
+    add("output", metavar="OUT", help="folder for encoder/ and decoder/ in Hugging Face format")
+    add("--tokenizer", metavar="HUB|FOLDER|FILE", help="NLLB's tokenizer, or its sentencepiece model")
+    add("--heads", type=int, metavar="N", help="attention heads; default: one per 64 dimensions")
 
-    verb = _verb(
-        commands, "export", export, "a run's model as a Hugging Face folder", "lcm-ds export runs/quickstart model"
-    )
-    verb.add_argument("run", metavar="RUN")
-    verb.add_argument("output", metavar="OUT", help="a new folder")
-    verb.add_argument("--step", type=int, metavar="N", help="of the checkpoint; default: the newest")
-    verb.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the weights")
-    verb.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights; default: 5GB")
+    add = _add_command(commands, "configs", configs, "list or copy the files that come with lcm-ds",
+                       "lcm-ds configs configs/train/150m.yaml mine.yaml").add_argument  # fmt: skip
+    add("name", metavar="NAME", nargs="?", help="file to copy; default: list all")
+    add("destination", metavar="DEST", nargs="?", help="file or folder; default: NAME in this folder")
+    add("--all", metavar="FOLDER", help="copy all files there")
 
-    verb = _verb(commands, "import-meta", import_meta, "Meta's Base-LCM checkpoint as a Hugging Face folder",
-                 "lcm-ds import-meta base_lcm.pt model")  # fmt: skip
-    verb.add_argument("checkpoint", metavar="CKPT", help=".pt or .safetensors")
-    verb.add_argument("output", metavar="OUT")
-    verb.add_argument("--heads", type=int, metavar="N", help="attention heads, where the file does not say")
-
-    verb = _verb(commands, "import-sonar", import_sonar, "SONAR's encoder and decoder from Meta's fairseq2 checkpoints",
-                 "lcm-ds import-sonar sonar_text_encoder.pt sonar_text_decoder.pt sonar "
-                 "--tokenizer sentencepiece.source.256000.model")  # fmt: skip
-    verb.add_argument("encoder", metavar="ENCODER", help=".pt or .safetensors")
-    verb.add_argument("decoder", metavar="DECODER", help="the same")
-    verb.add_argument("output", metavar="OUT", help="folder for encoder/ and decoder/, as Hugging Face has them")
-    verb.add_argument("--tokenizer", metavar="HUB|FOLDER|FILE", help="NLLB's, or its sentencepiece model")
-    verb.add_argument("--heads", type=int, metavar="N", help="attention heads; default: one for 64 dimensions")
-
-    verb = _verb(commands, "configs", configs, "the files that come with lcm-ds: list them, copy them",
-                 "lcm-ds configs configs/train/150m.yaml mine.yaml")  # fmt: skip
-    verb.add_argument("name", metavar="NAME", nargs="?", help="the file to copy; default: list all")
-    verb.add_argument("destination", metavar="DEST", nargs="?", help="file or folder; default: NAME, from here")
-    verb.add_argument("--all", metavar="FOLDER", help="copy all of them there")
-
-    verb = _verb(commands, "doctor", doctor, "what this machine lacks; what would stop a run",
-                 "lcm-ds doctor configs/train/quickstart.yaml")  # fmt: skip
-    verb.add_argument("--hostfile", metavar="F", help="ask its hosts what launch would ask them")
-    verb.add_argument("--bandwidth", action="store_true", help="measure an all-reduce over all devices")
-    verb.add_argument("--master-addr", metavar="HOST", help="the host of rank 0, where it cannot be told")
-    verb.add_argument("--master-port", type=int, metavar="PORT")
-    verb.add_argument("--ssh-port", type=int, metavar="PORT")
-    verb.add_argument("config", metavar="CONFIG", nargs="?", help="a run; default: a table of what this machine has")
-    _overrides(verb)
+    command = _add_command(commands, "doctor", doctor, "check this machine, or everything a run needs",
+                           "lcm-ds doctor configs/train/quickstart.yaml")  # fmt: skip
+    add = command.add_argument
+    add("--hostfile", metavar="F", help="run the checks of launch on these hosts")
+    add("--bandwidth", action="store_true", help="measure an all-reduce over all devices")
+    add("--master-addr", metavar="HOST", help="host of rank 0, if it cannot be detected")
+    add("--master-port", type=int, metavar="PORT")
+    add("--ssh-port", type=int, metavar="PORT")
+    add("config", metavar="CONFIG", nargs="?", help="check this run; default: check this machine")
+    _add_overrides(command)
     return parser
 
 
-def _verb(commands: Any, name: str, run: Verb, says: str, example: str) -> argparse.ArgumentParser:
-    verb: argparse.ArgumentParser = commands.add_parser(
+def _add_command(
+    commands: Any, name: str, run: Command, summary: str, example: str, config: bool = False
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(
         name,
-        help=says,
-        description=says,
+        help=summary,
+        description=summary,
         epilog=f"example: {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # an example stays one line, however long
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # does not wrap the example
     )
-    verb.set_defaults(verb=run)
-    return verb
+    command.set_defaults(command=run)
+    if config:
+        command.add_argument("config", metavar="CONFIG", help="a YAML file")
+        _add_overrides(command)
+    return command
 
 
-def _config(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("config", metavar="CONFIG", help="a YAML file")
-    _overrides(verb)
-
-
-def _overrides(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("overrides", metavar="key=value", nargs="*", help="dotted paths into the YAML")
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument("overrides", metavar="key=value", nargs="*", help="dotted paths into the YAML")
 
 
 def prepare(arguments: argparse.Namespace) -> int:
@@ -245,8 +242,8 @@ def prepare(arguments: argparse.Namespace) -> int:
     return main(arguments.config, arguments.overrides)
 
 
-def _tidy_when_ended() -> None:
-    """SIGTERM ends this process as an error does, so that what was fetched for a while does not stay behind."""
+def _clean_up_on_sigterm() -> None:
+    """Exit on SIGTERM as on an error, so that temporary files are removed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
@@ -254,14 +251,14 @@ def index(arguments: argparse.Namespace) -> None:
     from lcm_ds.data.format import Supervised
     from lcm_ds.data.tools.index import index
 
-    _tidy_when_ended()
+    _clean_up_on_sigterm()
     encoder = None
     if arguments.encoder is not None:
-        if wrong := [text for text in arguments.encoder if "=" not in text]:
-            raise InputError([f"--encoder {text}: has to be KEY=VALUE" for text in wrong])
+        if invalid := [text for text in arguments.encoder if "=" not in text]:
+            raise InputError([f"--encoder {text}: has to be KEY=VALUE" for text in invalid])
         encoder = dict(text.split("=", 1) for text in arguments.encoder)
     if arguments.threads < 1:
-        raise InputError(f"--threads: {arguments.threads} is below 1")
+        raise InputError(f"--threads: has to be 1 or more, not {arguments.threads}")
     index(
         arguments.shards,
         arguments.output,
@@ -278,14 +275,14 @@ def index(arguments: argparse.Namespace) -> None:
 def inspect(arguments: argparse.Namespace) -> None:
     from lcm_ds.data.tools.inspect import inspect
 
-    _tidy_when_ended()
+    _clean_up_on_sigterm()
     inspect(arguments.dataset, verify=arguments.verify, sample=arguments.sample)
 
 
 def fit_normalizer(arguments: argparse.Namespace) -> None:
     from lcm_ds.data.tools.fit_normalizer import fit_normalizer
 
-    _tidy_when_ended()
+    _clean_up_on_sigterm()
     fit_normalizer(arguments.datasets, arguments.samples, arguments.output)
 
 
@@ -308,7 +305,7 @@ def launch(arguments: argparse.Namespace) -> int:
     from lcm_ds.launcher.launch import launch
     from lcm_ds.launcher.multihost.restarts import LaunchOptions
 
-    said = {name: vars(arguments)[name] for name in LaunchOptions.__dataclass_fields__}
+    options = {name: vars(arguments)[name] for name in LaunchOptions.__dataclass_fields__}
     return launch(
         arguments.config,
         arguments.overrides,
@@ -318,7 +315,7 @@ def launch(arguments: argparse.Namespace) -> int:
         openmpi=arguments.openmpi,
         include=arguments.include,
         exclude=arguments.exclude,
-        settings=LaunchOptions(**{name: value for name, value in said.items() if value is not None}),
+        settings=LaunchOptions(**{name: value for name, value in options.items() if value is not None}),
     )
 
 
@@ -327,9 +324,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from lcm_ds.evaluate import main, worker
 
     if arguments.processes is not None and arguments.processes < 1:
-        raise InputError(f"--processes: {arguments.processes} is below 1")
+        raise InputError(f"--processes: has to be 1 or more, not {arguments.processes}")
     if detect_environment(os.environ).world_size > 1:
-        return main(arguments)  # a launcher has started this process and others
+        return main(arguments)  # started by a launcher, with others
     processes = arguments.processes
     if processes is None:
         import torch
@@ -386,7 +383,7 @@ def configs(arguments: argparse.Namespace) -> None:
     from lcm_ds import resources
 
     if arguments.all is not None and arguments.name is not None:
-        raise InputError(f"configs: {arguments.name}: copies one file, --all copies all: give one of them")
+        raise InputError(f"configs: give either {arguments.name}, to copy one file, or --all, to copy all")
     if arguments.all is not None:
         copied = resources.copy(resources.names(), arguments.all)
     elif arguments.name is not None:
@@ -402,7 +399,7 @@ def configs(arguments: argparse.Namespace) -> None:
 
 def doctor(arguments: argparse.Namespace) -> int:
     if not (arguments.config or arguments.hostfile or arguments.bandwidth):
-        from lcm_ds.doctor.machine import examine  # which needs nothing that may be broken here
+        from lcm_ds.doctor.machine import examine  # imports nothing that may be broken here
 
         return examine()
     from lcm_ds.doctor.run_checks import doctor
@@ -415,7 +412,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 
 def entry() -> NoReturn:
-    """What the command `lcm-ds` is."""
+    """The console script `lcm-ds`."""
     exit_with(main)
 
 

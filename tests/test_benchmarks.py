@@ -1,4 +1,4 @@
-"""Every benchmark runs: small here, so that none rots."""
+"""Every benchmark runs, with small sizes."""
 
 import os
 import shlex
@@ -11,7 +11,7 @@ import yaml
 from machine import patience
 
 ROOT = Path(__file__).parent.parent
-# script → what it is called with: options of small sizes, each call as words
+# script → the options of each call, with small sizes
 RUNS = {
     "checkpoint": ["--preset quickstart --ranks 1 --stages 1 --folder {folder}"],
     "encode": ["--sentences 20 --repeats 1"],
@@ -24,7 +24,7 @@ RUNS = {
         "--ways plain 'LCM, fp32' padded Llama design 'lcm-ds train, bf16, compiled'"
     ],
 }
-# call → what is in its tables: a way of each kind that it measures
+# script → text in its tables: one alternative of each kind
 SHOWN = {
     "checkpoint": ["| 1 | waiting |", "| 1 | in the background |"],
     "encode": ["in order, float32", "by tokens, float32", "bfloat16", "(as prepare)"],
@@ -60,7 +60,7 @@ def test_a_small_run_prints_its_table(script, synthetic_dataset, tmp_path):
     }
     (tmp_path / "prepare.yaml").write_text(yaml.safe_dump(config))
     names = {"folder": tmp_path, "dataset": synthetic_dataset(documents=60, embed_dim=16)}
-    # Compiling takes minutes, and what is compiled is tested elsewhere.
+    # Compiling takes minutes; other tests cover it.
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "TORCH_COMPILE_DISABLE": "1"}
     printed = ""
     for words in RUNS[script]:

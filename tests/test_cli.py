@@ -1,4 +1,4 @@
-"""The command line as a whole: what its help says, and what it makes of calls that mean nothing."""
+"""The command line: its help, and how it refuses calls that it does not understand."""
 
 import re
 import shlex
@@ -7,7 +7,7 @@ import pytest
 
 from lcm_ds.cli import build_parser, main
 
-VERBS = sorted(build_parser().get_default("commands"))
+COMMANDS = sorted(build_parser().get_default("commands"))
 SCREEN = 45  # lines
 
 
@@ -23,29 +23,29 @@ def help_of(capsys, *arguments):
     return capsys.readouterr().out.splitlines()
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_of_a_verb_fits_a_screen_and_its_example_is_a_call_that_it_takes(verb, capsys):
-    lines = help_of(capsys, verb)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_verb_fits_a_screen_and_its_example_is_a_call_that_it_takes(command, capsys):
+    lines = help_of(capsys, command)
     assert len(lines) <= SCREEN
-    examples = [match[1] for line in lines if (match := re.match(rf"(?:example: |\s+)?(lcm-ds {verb}\b.*)", line))]
+    examples = [match[1] for line in lines if (match := re.match(rf"(?:example: |\s+)?(lcm-ds {command}\b.*)", line))]
     assert examples
     for example in examples:
-        parsed = build_parser().parse_args(shlex.split(example)[1:])  # ends with 2 where it is none
-        assert callable(parsed.verb)
+        parsed = build_parser().parse_args(shlex.split(example)[1:])  # exits with 2 if it is invalid
+        assert callable(parsed.command)
 
 
-def test_help_of_the_whole_fits_a_screen_names_all_verbs_and_its_examples_are_calls(capsys):
+def test_main_help_fits_a_screen_lists_all_commands_and_its_examples_are_valid(capsys):
     lines = help_of(capsys)
     assert len(lines) <= SCREEN
     named = [match[1] for line in lines if (match := re.match(r"    ([a-z][a-z-]*)(?:  |$)", line))]
-    assert sorted(named) == VERBS
+    assert sorted(named) == COMMANDS
     examples = [line for line in lines if line.startswith("  lcm-ds ")]
     assert len(examples) == 3
     for example in examples:
         build_parser().parse_args(shlex.split(example)[1:])
 
 
-def test_no_verb_gives_the_help_and_2(capsys):
+def test_without_a_command_the_help_is_printed_and_the_exit_code_is_2(capsys):
     assert main([]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -54,23 +54,24 @@ def test_no_verb_gives_the_help_and_2(capsys):
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "message"),
     [
-        (["trian", "configs/train/quickstart.yaml"], "lcm-ds: trian: there is no such verb; did you mean 'train'?\n"),
-        (["xyzzy"], "lcm-ds: xyzzy: there is no such verb; `lcm-ds --help` lists the verbs\n"),
-        (["export", "a", "b", "--stpe"], "lcm-ds export: --stpe: there is no such option; did you mean '--step'?\n"),
+        (["trian", "configs/train/quickstart.yaml"], "lcm-ds: unknown command 'trian'; did you mean 'train'?\n"),
+        (["xyzzy"], "lcm-ds: unknown command 'xyzzy'; `lcm-ds --help` lists the commands\n"),
+        (["export", "a", "b", "--stpe"], "lcm-ds export: unknown option --stpe; did you mean '--step'?\n"),
+        (["--stpe", "export", "a", "b"], "lcm-ds export: unknown option --stpe; did you mean '--step'?\n"),
         (
             ["launch", "--local", "2", "--dry-run", "c.yaml"],
-            "lcm-ds launch: --dry-run: there is no such option; `lcm-ds launch --help` lists them\n",
+            "lcm-ds launch: unknown option --dry-run; `lcm-ds launch --help` lists the options\n",
         ),
     ],
 )
-def test_a_verb_or_an_option_that_is_none_is_refused_with_the_nearest(call, told, capsys):
+def test_an_unknown_command_or_option_is_refused_with_the_closest_match(call, message, capsys):
     assert main(call) == 2
-    assert capsys.readouterr().err == told
+    assert capsys.readouterr().err == message
 
 
-def test_the_version_is_the_packages(capsys):
+def test_version_is_that_of_the_package(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     assert re.fullmatch(r"lcm-ds \d+\.\d+\.\d+\n", capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""What the documentation says a user can type, a user can type; what it shows is what is printed."""
+"""Commands in the documentation work and print what the pages show; error messages are explained."""
 
 import os
 import re
@@ -9,23 +9,23 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
-from docs import PAGES, REPOSITORY, blocks, differs, explained, messages, row_of
+from docs import PAGES, REPOSITORY, blocks, differs, explained, read_messages, row_of
 from machine import patience
 
 from lcm_ds.cli import build_parser
 
 ALL = [block for page in PAGES for block in blocks(page)]
-# What other tests run, or would run these tests again.
-ELSEWHERE = ("make test", "make check", "make format", "make install", "git clone", "pre-commit", "pip install", "cd ")
-ORDER = ("README.md", "data.md", "evaluation.md", "generation.md", "finetuning.md")  # then all others
+# Run by other tests, or would run these tests again.
+NOT_RUN = ("make test", "make check", "make format", "make install", "git clone", "pre-commit", "pip install", "cd ")
+ORDER = ("README.md", "data.md", "evaluation.md", "generation.md", "finetuning.md")  # then the other pages
 
 
-def named(block):
+def block_id(block):
     return f"{block.page.name}:{block.line}"
 
 
 def commands(block):
-    """The calls of lcm-ds in a block, as lists of words; the variables in front of them are left out."""
+    """The calls of lcm-ds in a block, as lists of words, without variables in front."""
     for command in block.commands:
         words = command.words
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
@@ -34,8 +34,8 @@ def commands(block):
             yield list(takewhile(lambda word: not re.fullmatch(r"&&?|\||\d?[<>]+", word), words[1:]))
 
 
-@pytest.mark.parametrize("block", ALL, ids=named)
-def test_every_command_is_one_that_the_program_takes(block):
+@pytest.mark.parametrize("block", ALL, ids=block_id)
+def test_every_command_is_valid(block):
     parser = build_parser()
     for words in commands(block):
         parsed, rest = parser.parse_known_args(words)
@@ -43,24 +43,30 @@ def test_every_command_is_one_that_the_program_takes(block):
         for word in words:
             if re.fullmatch(r"(configs|ds_configs|launch)/\S+\.\w+", word):
                 assert (REPOSITORY / word).is_file(), word
-        assert parsed.verb is not None
+        assert parsed.command is not None
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_stand_in_blocks_that_are_run_or_say_what_they_need(page):
+def test_commands_are_in_blocks_that_are_run_or_name_their_needs(page):
     text = re.sub(r"^(\s*)(`{3,})\w*\n.*?\n\1\2$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     programs = "lcm-ds|make|python|pip|torchrun|deepspeed|srun|sbatch|scontrol|tensorboard"
     assert not re.findall(rf"^    (?:[A-Z_]+=\S+ |launch/|(?:{programs}) ).*", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_links_have_targets(page):
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if not re.match(r"\w+:", link):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
-def test_what_is_shown_and_not_printed_is_found():
+def test_the_readme_lists_every_folder_of_the_package():
+    table = (REPOSITORY / "README.md").read_text(encoding="utf-8").partition("## The folders")[2].partition("\n## ")[0]
+    folders = {path.parent.name for path in (REPOSITORY / "lcm_ds").glob("*/__init__.py")}
+    assert set(re.findall(r"\]\(lcm_ds/(\w+)\)", table)) == folders
+
+
+def test_differences_between_shown_and_printed_output_are_found():
     printed = "step  10/200  loss 0.98\nstep 20/200  loss 0.91\nvalidation 0.9\n\ndone: 200 steps\n"
     assert differs(["step 10/20  loss 1.2", "…", "done: 9 steps"], printed) is None
     assert differs(["step 10/20  loss 1.2", "validation 1", "done: 9 steps"], printed) is None
@@ -70,12 +76,14 @@ def test_what_is_shown_and_not_printed_is_found():
     assert differs(["step 10/20  loss 1.2", "…"], printed) is None
 
 
-def test_every_message_is_explained_once_and_nothing_else_is():
-    made, rows = messages(), explained(REPOSITORY / "docs" / "troubleshooting.md")
-    told = [f"to explain: {row_of(text)} of {place}" for text, place in made.items() if text not in rows]
-    told += [f"nowhere in the code: {row_of(text)}" for text in rows if text not in made]
-    told += [f"stands {rows.count(text)} times: {row_of(text)}" for text in dict.fromkeys(rows) if rows.count(text) > 1]
-    assert not told, "docs/troubleshooting.md:\n" + "\n".join(told)
+def test_troubleshooting_holds_messages_of_the_code_and_every_error_that_does_not_say_what_to_do():
+    messages, rows = read_messages(), explained(REPOSITORY / "docs" / "troubleshooting.md")
+    errors = [f"needs a row: {row_of(text)} ({at})" for text, at in messages.to_explain.items() if text not in rows]
+    errors += [
+        f"is not in the code: {row_of(text)}" for text in rows if not {text, text.removesuffix(": …")} & messages.texts
+    ]
+    errors += [f"has {rows.count(text)} rows: {row_of(text)}" for text in dict.fromkeys(rows) if rows.count(text) > 1]
+    assert not errors, "docs/troubleshooting.md:\n" + "\n".join(errors)
 
 
 CODE = '''
@@ -85,17 +93,14 @@ REFUSED = {"amp": f"{GONE}: use bf16", "nebula": "is gone"}
 
 def check(path, key, lines):
     """Raises InputError("in words")."""
-    mistakes = [f"{path}: {line!r}: is no number" for line in lines]
-    mistakes.append(f"{path}: {key}: {REFUSED[key]}")
+    errors = [f"{path}: {line!r}: is no number" for line in lines]
+    errors.append(f"{path}: {key}: {REFUSED[key]}")
     if not lines:
-        mistakes += ["has no lines" if key else f"{path}: {key}{lines} has a|b"]
-        mistakes.extend(["of " + lines, lines + " of", *(f"{line}: ends" for line in lines)])
-    logger.error("%s: %.1f %% are %s", path, 1.0, 2)
-    logger.info("%s: read", path)
-    said = f"it {GONE} {path}"
-    print(f"lcm-ds launch: {said}", file=sys.stderr)
-    print("done")
-    raise ValueError("a mistake of the programmer's")
+        errors += ["has no lines" if key else f"{path}: {key}{lines} has a|b"]
+        errors.extend(["of " + lines, lines + " of", *(f"{line}: ends" for line in lines)])
+    logger.warning("%s: %.1f %% are %s", path, 1.0, 2)
+    print(f"it {GONE} {path}", file=sys.stderr)
+    raise ValueError("a bug")
     raise RunFailedError(f"{path}: {error}") from error
 
 def damage(path):
@@ -106,21 +111,12 @@ def damage(path):
 def test_messages_are_found_however_they_reach_the_user(tmp_path):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "module.py").write_text(CODE, encoding="utf-8")
-    made = messages(tmp_path / "package")
-    assert set(made) == {
-        "is no number",
-        "was removed: use bf16",
-        "is gone",
-        "has no lines",
-        "… has a|b",
-        "of …",
-        "… of",
-        "ends",
-        "… % are …",
-        "it was removed …",
-        "COMPLETE is missing",
-    }
-    assert made["is gone"] == "package/module.py:9"
+    messages = read_messages(tmp_path / "package")
+    to_explain = {"is no number", "is gone", "has no lines", "… has a|b", "of …", "… of", "ends", "COMPLETE is missing"}
+    assert set(messages.to_explain) == to_explain
+    assert set(messages.errors) == {*to_explain, "was removed: use bf16"}
+    assert {"… % are …", "it was removed …"} <= messages.texts
+    assert messages.errors["is gone"] == "package/module.py:9"
     page = tmp_path / "page.md"
     page.write_text(f"{row_of('… has a|b')} why. |\n{row_of('not explained')} |\n", encoding="utf-8")
     assert explained(page) == ["… has a|b"]
@@ -128,7 +124,7 @@ def test_messages_are_found_however_they_reach_the_user(tmp_path):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """A checkout as a reader has it, without what they would have made."""
+    """A fresh checkout, without tests."""
     folder = tmp_path_factory.mktemp("reader") / "lcm-ds"
     tracked = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     for name in tracked.stdout.splitlines():
@@ -139,11 +135,11 @@ def workspace(tmp_path_factory):
 
 
 def run(command, folder):
-    """Run a command of the documentation; returns its exit code and all that it printed."""
+    """Run a command of the documentation; returns its exit code and its output."""
     environ = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "110", "PYTHONPATH": str(REPOSITORY)}
     environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
     text = command.text
-    if text.startswith("make "):  # what it would install is what these tests run with
+    if text.startswith("make "):  # use the environment of this test instead of installing one
         text = text.replace("make ", f"make --silent -o {sys.prefix}/.installed VENV={sys.prefix} ", 1)
     done = subprocess.run(
         ["bash", "-c", text],
@@ -169,11 +165,11 @@ def test_a_reader_sees_what_the_page_shows(page, workspace):
         if block.needs is not None:
             continue
         for command in block.commands:
-            if command.text.startswith(ELSEWHERE):
+            if command.text.startswith(NOT_RUN):
                 continue
             code, printed = run(command, workspace)
-            where = f"{page.name}:{command.line}: {command.text}"
-            assert code in (0, 75) if "STOP" in command.text else code == 0, f"{where}\n{printed}"
+            context = f"{page.name}:{command.line}: {command.text}"
+            assert code in (0, 75) if "STOP" in command.text else code == 0, f"{context}\n{printed}"
             if command.shown is not None:
-                wrong = differs(command.shown, printed)
-                assert wrong is None, f"{where}\n{wrong}\n\n{printed}"
+                difference = differs(command.shown, printed)
+                assert difference is None, f"{context}\n{difference}\n\n{printed}"

@@ -1,4 +1,4 @@
-"""What is installed is whole: from a wheel, from the source distribution it was made from, and as editable."""
+"""Installations are complete: from a wheel, from the source distribution, and editable."""
 
 import os
 import re
@@ -20,9 +20,9 @@ from lcm_ds import __version__, resources
 ROOT = Path(__file__).parent.parent
 BUILD = "from setuptools import build_meta; print(build_meta.build_{kind}({folder!r}))"
 NOT_SOURCES = shutil.ignore_patterns(
-    ".*venv*", ".git", ".*cache", "__pycache__", "*.egg-info", "build", "runs", "datasets"
+    ".*venv*", ".git", ".*cache", "__pycache__", "*.egg-info", "build", "site", "runs", "datasets"
 )
-# Every module but those that are programs.
+# Imports every module except programs.
 IMPORT_ALL = """
 import importlib, pkgutil, sys, lcm_ds
 for module in pkgutil.walk_packages(lcm_ds.__path__, "lcm_ds."):
@@ -33,7 +33,7 @@ print(lcm_ds.__file__)
 
 
 def run(*command, cwd, timeout=200, **environment):
-    """(exit code, stdout, stderr), without a PYTHONPATH that would lead back to this checkout."""
+    """(exit code, stdout, stderr), without a PYTHONPATH that points to this checkout."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     done = subprocess.run(
@@ -50,7 +50,7 @@ def succeeds(*command, cwd, **options):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The source distribution made of this checkout, and the wheel made of that."""
+    """The source distribution of this checkout, and the wheel built from it."""
     folder = tmp_path_factory.mktemp("built")
     shutil.copytree(ROOT, folder / "checkout", ignore=NOT_SOURCES)
     succeeds(sys.executable, "-c", BUILD.format(kind="sdist", folder=str(folder)), cwd=folder / "checkout")
@@ -67,8 +67,8 @@ def built(tmp_path_factory):
 def make_venv(tmp_path_factory):
     """Makes an environment in which only lcm-ds is new.
 
-    A .pth names the packages of the environment that runs the tests, so that nothing is fetched; the pip of that one
-    then installs lcm-ds for real. What is installed comes first on the path, and the tests look where it was found.
+    A .pth adds the packages of the environment that runs the tests, so that nothing is downloaded; its pip then
+    installs lcm-ds. The installed package comes first on the path, and the tests check its location.
     """
 
     def make(name, *install):
@@ -93,7 +93,7 @@ def test_the_source_distribution_has_what_its_tests_need(built):
 
 
 @pytest.mark.slow
-def test_the_wheel_has_all_modules_and_all_files_that_come_along_and_nothing_else(built):
+def test_the_wheel_has_all_modules_and_shipped_files_and_nothing_else(built):
     _, wheel = built
     with zipfile.ZipFile(wheel) as archive:
         inside = {info.filename: info.external_attr >> 16 for info in archive.infolist()}
@@ -112,8 +112,8 @@ def test_the_wheel_has_all_modules_and_all_files_that_come_along_and_nothing_els
 def test_an_installed_wheel_works_from_an_empty_folder(built, make_venv, synthetic_dataset, tmp_path):
     lcm_ds = make_venv("wheel", built[1])
     assert succeeds(lcm_ds / "lcm-ds", "--version", cwd=tmp_path) == f"lcm-ds {__version__}\n"
-    where = succeeds(lcm_ds / "python", "-c", IMPORT_ALL, cwd=tmp_path).splitlines()[-1]
-    assert Path(where).is_relative_to(lcm_ds.parent)
+    location = succeeds(lcm_ds / "python", "-c", IMPORT_ALL, cwd=tmp_path).splitlines()[-1]
+    assert Path(location).is_relative_to(lcm_ds.parent)
     listed = succeeds(lcm_ds / "lcm-ds", "configs", cwd=tmp_path).splitlines()
     assert [line.split()[0] for line in listed] == list(resources.names())
 
@@ -132,8 +132,8 @@ def test_an_installed_wheel_works_from_an_empty_folder(built, make_venv, synthet
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_wheel_brings_all_that_it_needs_into_an_empty_environment(built, tmp_path):
-    """From the index, in the tested versions: nothing of the environment that runs the tests is seen."""
+def test_a_wheel_installs_all_its_dependencies_into_an_empty_environment(built, tmp_path):
+    """From the index, at the tested versions, isolated from the environment that runs the tests."""
     succeeds(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     lcm_ds = tmp_path / "venv/bin"
     asked = ("--constraint", ROOT / "constraints.txt", f"{built[1]}[quickstart]")
@@ -153,29 +153,29 @@ def test_an_editable_install_finds_the_checkout_s_files(make_venv, tmp_path):
     checkout = tmp_path / "checkout"
     shutil.copytree(ROOT, checkout, ignore=NOT_SOURCES)
     lcm_ds = make_venv("editable", "--editable", checkout)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    says = "from lcm_ds import resources; print(resources.ROOT)"
-    assert succeeds(lcm_ds / "python", "-c", says, cwd=elsewhere) == f"{checkout}\n"
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    code = "from lcm_ds import resources; print(resources.ROOT)"
+    assert succeeds(lcm_ds / "python", "-c", code, cwd=outside) == f"{checkout}\n"
     (checkout / "configs/train/new.yaml").write_text("# A new one.\n")
-    assert "configs/train/new.yaml" in succeeds(lcm_ds / "lcm-ds", "configs", cwd=elsewhere)
+    assert "configs/train/new.yaml" in succeeds(lcm_ds / "lcm-ds", "configs", cwd=outside)
 
 
-# --- what contributors use --------------------------------------------------------------------------------------------
+# --- contributors' tools ----------------------------------------------------------------------------------------------
 
 
-def test_pre_commit_runs_what_make_check_runs_by_the_same_programs():
+def test_pre_commit_runs_the_programs_of_make_check():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     (local,) = config["repos"]
     makefile = (ROOT / "Makefile").read_text()
     recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)[1]
     checked = {tuple(line.split()[:2]) for line in recipe.replace("$(BIN)", ".venv/bin").splitlines()}
     assert {tuple(hook["entry"].split()[:2]) for hook in local["hooks"]} == checked
-    assert all(hook["language"] == "system" for hook in local["hooks"])  # nothing that pre-commit would fetch itself
+    assert all(hook["language"] == "system" for hook in local["hooks"])  # pre-commit downloads nothing
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
-def test_the_templates_and_the_workflow_are_yaml_and_name_what_is_there(path):
+def test_templates_and_workflow_are_yaml_and_name_existing_targets_and_files(path):
     text = path.read_text()
     assert isinstance(yaml.safe_load(text), dict)
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

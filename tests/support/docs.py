@@ -1,8 +1,8 @@
-"""Reads the commands of README.md and docs/, runs them as a reader would, and finds the program's messages in its code.
+"""Reads the commands of README.md and docs/ with their output, and the messages in the program's code.
 
-Blocks fenced as ```bash hold commands; those fenced as ```console hold commands, behind "$ ", and what they print. A
-block whose first line is a comment "# needs …" is for other hardware or data than every machine has: its commands are
-parsed, not run. In what is printed a line of "…" stands for any number of lines, and every number for any number.
+A ```bash block holds commands; a ```console block holds commands, after "$ ", and their output. If the first line of a
+block is a comment "# needs …", its commands need hardware or data that not every machine has: they are parsed, not run.
+In output a line "…" matches any number of lines, and a number any number.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPO
 
 @dataclass
 class Command:
-    """A command of a page, and what is shown of its output; None where nothing is."""
+    """A command of a page, and the output that the page shows, if any."""
 
     text: str
     line: int
@@ -29,7 +29,7 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        """As the shell splits it, without comments."""
+        """The command as the shell splits it, without comments."""
         return shlex.split(self.text, comments=True)
 
 
@@ -39,29 +39,29 @@ class Block:
 
     page: Path
     line: int
-    needs: str | None  # what every machine has not got
+    needs: str | None  # hardware or data that not every machine has
     commands: list[Command] = field(default_factory=list)
 
 
 def blocks(page: Path) -> list[Block]:
     """The blocks of a page that hold commands."""
-    found: list[Block] = []
+    result: list[Block] = []
     fence = kind = ""
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
         opened = re.match(r"\s*(`{3,})(\w*)", line)
         if opened and not fence:
             fence, kind = opened[1], opened[2]
             if kind in ("bash", "console"):
-                found.append(Block(page, number, None))
+                result.append(Block(page, number, None))
         elif opened and opened[1] == fence and not opened[2]:
             fence = kind = ""
         elif kind in ("bash", "console"):
-            _add(found[-1], kind, line.strip() if kind == "bash" else line, number)
-    return found
+            _add(result[-1], kind, line.strip() if kind == "bash" else line, number)
+    return result
 
 
 def _add(block: Block, kind: str, line: str, number: int) -> None:
-    """One more line of a block."""
+    """Add a line to a block."""
     unfinished = block.commands and block.commands[-1].text.endswith("\\")
     if unfinished and block.commands[-1].shown in (None, []):
         block.commands[-1].text = block.commands[-1].text[:-1] + line.removeprefix("> ").strip()
@@ -79,28 +79,28 @@ def _add(block: Block, kind: str, line: str, number: int) -> None:
 
 
 def differs(shown: list[str], printed: str) -> str | None:
-    """What a reader would not find in the output, or None. Blank lines and the width of tables are not compared."""
+    """The first difference between the output shown and printed, or None; blank lines and table widths are ignored."""
     expected, lines = _lines(shown), _lines(printed.splitlines())
-    at, free = 0, False
+    position, any_lines = 0, False
     for line in expected:
         if line == "…":
-            free = True
+            any_lines = True
             continue
         try:
-            at = lines.index(line, at, len(lines) if free else at + 1) + 1
+            position = lines.index(line, position, len(lines) if any_lines else position + 1) + 1
         except ValueError:
-            near = lines[at] if at < len(lines) else "the end"
+            near = lines[position] if position < len(lines) else "the end"
             return f"{line!r} is shown, {near!r} was printed"
-        free = False
-    if not free and at < len(lines):
-        return f"{lines[at]!r} was printed and is not shown"
+        any_lines = False
+    if not any_lines and position < len(lines):
+        return f"{lines[position]!r} was printed and is not shown"
     return None
 
 
-def _alike(line: str) -> str:
-    """A line in which all numbers are one, and so are spaces and the rules of tables.
+def _normalise(line: str) -> str:
+    """A line with numbers, spaces and table rules normalised.
 
-    What is retrieved, and where a generated text ends, depends on the documentation of the Python that is used.
+    Retrieved sentences, and the end of a generated text, may differ between machines.
     """
     line = re.sub(r"[─━┈┏┓┡┩┳╇│┃└┘┴├┤┼╭╮╰╯*]+", " ", line)
     line = re.sub(r"\d[\d,.:]*(e[+-]?\d+)?", "#", line)
@@ -109,60 +109,71 @@ def _alike(line: str) -> str:
 
 
 def _lines(text: Iterable[str]) -> list[str]:
-    """Lines that say something, those that are alike and follow one another as one."""
-    return [line for line, _ in groupby(line for line in map(_alike, text) if line)]
+    """The normalised lines that are not blank, without repetitions."""
+    return [line for line, _ in groupby(line for line in map(_normalise, text) if line)]
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 PACKAGE = REPOSITORY / "lcm_ds"
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-# What reaches a user as text: exceptions, what is logged, and in calls of other names an argument by its number, with
-# what they put behind it.
 RAISED = {"InputError", "RunFailedError", "TransientError", "NoSpace", "Damaged", "PeerFailed"}
 RAISED |= {"RuntimeError", "ImportError", "ConnectionError"}
-LOGGED = {"error", "critical", "warning", "exception"}
-PASSED_ON = {"Failure": (1, ""), "attempt": (2, ": …")}
-# Names whose value is given out as it is, and functions that return or yield what goes there.
+# Variables that collect errors, and functions that return or yield them.
 COLLECTED = {"errors", "wrong", "problems", "failures", "last", "mine"}
-FINDS = re.compile(r"mistake|error|wrong|problem|damage|disagreement|combinations|missing|describe_exit|warning")
-# Who says it, or of which file: in front of a colon.
-WHOSE = re.compile(r"^(?:lcm-ds launch: |(?:…(?: …)*)?: )+")
+RETURNS_ERRORS = re.compile(r"mistake|error|wrong|problem|damage|disagreement|combinations|missing|describe_exit")
+# The file, host or rank that a message is about: in front of a colon.
+PREFIX = re.compile(r"^(?:lcm-ds launch: |(?:…(?: …)*)?: )+")
+# Messages with one of these words name the remedy, or the value that would be right; others need a row.
+REMEDY = re.compile(
+    r"\b(has to|have to|needs?|give|use|write|choose|take|restore|leave (it|the key) out|name (it|a|another)|submit"
+    r"|pip install|works without|run's YAML|will do|would (do|be)|such as|instead|did you mean|only one|goes with"
+    r"|is (below|above) \d|has steps|it has)\b|, not …|--help"
+)
 
 
-def messages(package: Path = PACKAGE) -> dict[str, str]:
-    """Every message that a user can see as an error or a warning, with the first place in the code that makes it.
+@dataclass
+class Messages:
+    """The messages in the code of a package, with "…" for values and without the file or host in front."""
 
-    "…" stands where values do. Whose message it is (a file, a line, a key that the code fills in) is left out where it
-    stands in front. The code is read, not run: what libraries say, and the schema's own words (pydantic's), are not
-    here.
-    """
+    texts: set[str] = field(default_factory=set)  # every string
+    errors: dict[str, str] = field(default_factory=dict)  # errors that end a program → first place in the code
+
+    @property
+    def to_explain(self) -> dict[str, str]:
+        """The errors that do not say what to do."""
+        return {text: place for text, place in self.errors.items() if not REMEDY.search(text)}
+
+
+def read_messages(package: Path = PACKAGE) -> Messages:
+    """Find the messages of a package in its code; those of libraries, such as pydantic, are not included."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(package.rglob("*.py"))}
-    everywhere: dict[str, list[ast.expr]] = {}
+    constants: dict[str, list[ast.expr]] = {}
     for tree in trees.values():
-        everywhere |= _assigned(tree)
-    found: dict[str, str] = {}
+        constants |= _assigned(tree)
+    messages = Messages()
     for path, tree in trees.items():
-        reader = _Reader({**everywhere, **_assigned(tree)}, validates=path.name == "config.py")
+        reader = _Reader({**constants, **_assigned(tree)}, validates=path.name == "config.py")
         reader.visit(tree)
-        for text, line in reader.found:
-            found.setdefault(text, f"{path.relative_to(package.parent)}:{line}")
-    return found
+        messages.texts |= reader.texts
+        for text, line in reader.errors:
+            messages.errors.setdefault(text, f"{path.relative_to(package.parent)}:{line}")
+    return messages
 
 
 def explained(page: Path) -> list[str]:
-    """The messages in a page's tables: the first of two columns, in backticks, where the second says something."""
+    """The messages in a page's tables: the first of two columns, in backticks."""
     rows = re.findall(r"^\| `(.+?)` \| \S.* \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return [row.replace("\\|", "|") for row in rows]
 
 
 def row_of(message: str) -> str:
-    """A message as the first column of a table has it."""
+    """The first column of a table row for a message."""
     return "| `" + message.replace("|", "\\|") + "` |"
 
 
 def _assigned(scope: ast.Module | Function) -> dict[str, list[ast.expr]]:
-    """What the names of a module, or of a function, are given."""
+    """The values assigned to each name of a module or function."""
     names: dict[str, list[ast.expr]] = {}
     for node in scope.body if isinstance(scope, ast.Module) else ast.walk(scope):
         match node:
@@ -181,13 +192,19 @@ def _name(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
+def _as_message(text: str) -> str:
+    text = re.sub(r"%[\d.]*[sdf]", "…", text).replace("%%", "%")  # placeholders of loggers
+    return PREFIX.sub("", " ".join(re.sub("…+", "…", text).split()))
+
+
 class _Reader(ast.NodeVisitor):
     """Finds the messages of one module."""
 
     def __init__(self, constants: dict[str, list[ast.expr]], validates: bool) -> None:
         self.constants, self.validates = constants, validates
-        self.found: list[tuple[str, int]] = []
-        self._functions: list[Function] = []  # around what is looked at
+        self.texts: set[str] = set()
+        self.errors: list[tuple[str, int]] = []
+        self._functions: list[Function] = []  # the functions around the current node
 
     def visit_FunctionDef(self, node: Function) -> None:
         self._functions.append(node)
@@ -196,15 +213,25 @@ class _Reader(ast.NodeVisitor):
 
     visit_AsyncFunctionDef = visit_FunctionDef
 
+    def visit_Constant(self, node: ast.Constant) -> None:
+        self.texts.update(map(_as_message, self._texts(node)))
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        self.texts.update(map(_as_message, self._texts(node)))
+        for part in node.values:
+            if isinstance(part, ast.FormattedValue):
+                self.visit(part.value)
+
+    def visit_BinOp(self, node: ast.BinOp) -> None:
+        self.texts.update(map(_as_message, self._texts(node)))
+        self.generic_visit(node)
+
     def visit_Call(self, node: ast.Call) -> None:
-        number, behind = PASSED_ON.get(_name(node.func), (0, ""))
-        if number:
-            self._take(node.args[number : number + 1], node, behind)
-        self._take(self._said_by(node), node)
+        self._take(self._raised_by(node), node)
         self.generic_visit(node)
 
     def visit_Return(self, node: ast.Return | ast.Yield) -> None:
-        if self._finds and node.value is not None:
+        if self._returns_errors and node.value is not None:
             self._take([node.value], node)
         self.generic_visit(node)
 
@@ -219,50 +246,40 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
     @property
-    def _finds(self) -> bool:
-        return bool(self._functions) and FINDS.search(self._functions[-1].name) is not None
+    def _returns_errors(self) -> bool:
+        return bool(self._functions) and RETURNS_ERRORS.search(self._functions[-1].name) is not None
 
     def _collects(self, node: ast.expr) -> bool:
-        return _name(node) in COLLECTED or (self._finds and _name(node) == "lines")
+        return _name(node) in COLLECTED or (self._returns_errors and _name(node) == "lines")
 
-    def _said_by(self, call: ast.Call) -> list[ast.expr]:
-        """The arguments of a call that a user gets to see."""
-        name, keywords = _name(call.func), {keyword.arg: keyword.value for keyword in call.keywords}
+    def _raised_by(self, call: ast.Call) -> list[ast.expr]:
+        """The arguments of a call that are, or become, the text of an error."""
+        name = _name(call.func)
         again = isinstance(call.func, ast.Call) and ast.unparse(call.func) == "type(error)"
         if name in RAISED or again or (name == "ValueError" and self.validates):
             return call.args
-        if name == "print":
-            return call.args if ast.unparse(keywords.get("file", call.func)) == "sys.stderr" else []
-        if not isinstance(call.func, ast.Attribute):
-            return []
-        of = call.func.value
-        if (
-            (name in LOGGED and (_name(of) == "logger" or "getLogger" in ast.unparse(of)))
-            or (name in ("append", "extend") and self._collects(of))
-            or (name == "say" and (len(call.args) == 1 or "error" in keywords))
-        ):
+        if name in ("append", "extend") and isinstance(call.func, ast.Attribute) and self._collects(call.func.value):
             return call.args[:1]
         return []
 
-    def _take(self, nodes: list[ast.expr], where: ast.expr | ast.stmt, behind: str = "") -> None:
-        """Note the messages among what these expressions can be."""
-        for text in (text + behind for text in self._any(nodes)):
-            text = re.sub(r"%[\d.]*[sdf]", "…", text).replace("%%", "%")  # as loggers take it
-            text = WHOSE.sub("", " ".join(re.sub("…+", "…", text).split()))
+    def _take(self, nodes: list[ast.expr], at: ast.expr | ast.stmt) -> None:
+        """Note the errors among the values of these expressions."""
+        for text in map(_as_message, self._any(nodes)):
+            self.texts.add(text)
             if re.search(r"[a-z]{2}", text):
-                self.found.append((text, where.lineno))
+                self.errors.append((text, at.lineno))
 
     def _any(self, nodes: Iterable[ast.expr]) -> list[str]:
         return [text for node in nodes for text in self._texts(node)]
 
     def _texts(self, node: ast.expr) -> list[str]:
-        """The texts that an expression can be, as far as the code tells."""
+        """The possible texts of an expression, as far as the code shows them."""
         match node:
             case ast.Constant(value=str(text)):
                 return [text]
             case ast.JoinedStr(values=parts):
                 text = re.sub("…+", "…", "".join(map(self._part, parts)))
-                if re.search("[a-z]", WHOSE.sub("", text)):
+                if re.search("[a-z]", PREFIX.sub("", text)):
                     return [text]
                 return self._any(part.value for part in parts if isinstance(part, ast.FormattedValue))
             case (
@@ -283,11 +300,11 @@ class _Reader(ast.NodeVisitor):
             case ast.Subscript(value=ast.Name() as one):
                 return self._texts(one)
             case ast.Name(id=name):
-                return self._any(self._given(name))
+                return self._any(self._values_of(name))
         return []
 
     def _part(self, part: ast.expr) -> str:
-        """A piece of an f-string: its words, a word that the program always says there, or …"""
+        """A part of an f-string: its text, the value of a constant, or …"""
         match part:
             case ast.Constant(value=str(text)):
                 return text
@@ -295,9 +312,8 @@ class _Reader(ast.NodeVisitor):
                 return next(iter(self._any(self.constants.get(name, []))), "…")
         return "…"
 
-    def _given(self, name: str) -> list[ast.expr]:
-        """What a name is given, in the functions around or in the module; nothing for a parameter and the like."""
+    def _values_of(self, name: str) -> list[ast.expr]:
+        """The values assigned to a name in the functions around it or the module; none for a parameter."""
         scopes = [*map(_assigned, reversed(self._functions)), self.constants]
-        given = next((scope[name] for scope in scopes if name in scope), [])
-        # What is made of the name itself tells nothing more.
-        return [value for value in given if all(getattr(part, "id", "") != name for part in ast.walk(value))]
+        values = next((scope[name] for scope in scopes if name in scope), [])
+        return [value for value in values if all(getattr(part, "id", "") != name for part in ast.walk(value))]

@@ -1,4 +1,4 @@
-"""How fast this machine is now, so that a test on a slow or busy one is given its time."""
+"""The current speed of this machine, so that tests get more time on a slow or busy one."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import subprocess
 import sys
 import time
 
-# What tests do: start Python, import a large library, multiply matrices. On one core, so that what it takes of the
-# processor is what it takes on a quiet machine.
+# Typical work of tests: start Python, import a large library, multiply matrices; on one core.
 WORK = "import numpy; a = numpy.full((256, 256), 1 / 256); [a := a @ a for _ in range(200)]"
 ONE_CORE = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-# Seconds of the processor that it takes on an AMD EPYC with avx512; the tests' limits were chosen on two of its cores.
+# Seconds of processor time on an AMD EPYC with avx512, on two cores of which the limits were chosen.
 REFERENCE = 0.3
-GOOD_FOR = 60.0  # seconds: who else is on the machine changes
+GOOD_FOR = 60.0  # seconds until the load is measured again
 
-_measured: list[tuple[float, float]] = []  # when, and how slow it was
+_measured: list[tuple[float, float]] = []  # (time, slowness)
 
 
 def slowness() -> float:
-    """How many times as long as on a quiet reference machine work takes here now, at least 1."""
+    """The duration of work on this machine now, relative to a quiet reference machine, at least 1."""
     started = time.monotonic()
     if not _measured or started - _measured[-1][0] > GOOD_FOR:
         subprocess.run([sys.executable, "-c", WORK], check=True, env={**os.environ, **ONE_CORE})
@@ -29,5 +28,5 @@ def slowness() -> float:
 
 
 def patience(seconds: float) -> float:
-    """A limit in seconds that was chosen on a quiet reference machine, for this one as it is now."""
+    """Scale a time limit, chosen on a quiet reference machine, to the current speed of this one."""
     return seconds * slowness()
