@@ -178,7 +178,7 @@ def main() -> None:
 
 
 def read(parquet: Sequence[str] | None, count: int) -> list[str]:
-    """The first sentences of parquet files, or of the documentation on this machine."""
+    """The first sentences of parquet files, or of the sample text."""
     config = SourceConfig(name="huggingface", paths=list(parquet)) if parquet else SourceConfig(name="sample")
     splitter = Splitter(SentencesConfig())
     every = (sentence for document in open_source(config).documents() for sentence in splitter.split(document.text))

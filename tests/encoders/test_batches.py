@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import layers, rounding
 
-from lcm_ds.config import EncoderConfig, SentencesConfig
+from lcm_ds.config import EncoderConfig, SentencesConfig, SourceConfig
 from lcm_ds.encoders import load_encoder
 from lcm_ds.encoders.base import in_batches
 from lcm_ds.encoders.sentence_transformer import SentenceTransformerEncoder
 from lcm_ds.encoders.sonar import SonarEncoder
+from lcm_ds.text.open import open_source
 from lcm_ds.text.splitter import Splitter
 
 # For concepts of MiniLM (six layers; vectors of length 1) and of the tiny SONAR (two layers; numbers near 1).
@@ -46,9 +47,9 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def pool() -> list[str]:
     """A few thousand real sentences, each once."""
-    topics = pytest.importorskip("pydoc_data.topics").topics
+    documents = open_source(SourceConfig(name="sample")).documents(0, 18)  # type: ignore[call-arg]
     splitter = Splitter(SentencesConfig())  # type: ignore[call-arg]
-    return list(dict.fromkeys(splitter.split("\n\n".join(topics[name] for name in sorted(topics)))))
+    return list(dict.fromkeys(splitter.split("\n\n".join(str(document.text) for document in documents))))
 
 
 @pytest.fixture(scope="module")
