@@ -130,7 +130,7 @@ class BaseLCM(PreTrainedModel):
         """Predictions in normalised space; entry t predicts concept t + 1.
 
         concepts: [rows, row_length, embed_dim], raw space, any floating dtype.
-        layout: where the segments lie; None: every row is one segment.
+        layout: positions of the segments; None: every row is one segment.
         noise: the same shape, normalised space, added to the normalised inputs.
         dropout_keys: int64 [rows], what decides which values of a row are dropped; in training with dropout they are
         needed, elsewhere they do nothing.
@@ -154,10 +154,10 @@ class BaseLCM(PreTrainedModel):
                 raise ValueError("training with dropout needs dropout_keys, a number for each row")
             draw = Draw.of(dropout_keys, concepts.shape[1], self.config.hidden_size, self.config.dropout)
         recompute = self.recompute if self.training else None
-        for number, layer in enumerate(self.layers):
-            draws = (None, None) if draw is None else (draw.at(2 * number), draw.at(2 * number + 1))
+        for i, layer in enumerate(self.layers):
+            draws = (None, None) if draw is None else (draw.at(2 * i), draw.at(2 * i + 1))
             call = partial(layer, rope=rope, layout=layout, draws=draws, cache=cache)
-            hidden = call(hidden) if recompute is None or number % self.recompute_every else recompute(call, hidden)
+            hidden = call(hidden) if recompute is None or i % self.recompute_every else recompute(call, hidden)
         return project(self.norm(hidden), self.post_net)[0]
 
     def compile_layers(self) -> None:
@@ -183,12 +183,12 @@ class BaseLCM(PreTrainedModel):
         return std / math.sqrt(2 * self.config.num_hidden_layers) if adds else std
 
     def initialization(self, seed: int) -> Iterator[tuple[list[nn.Parameter], Callable[[], None]]]:
-        """Each module's own parameters and what fills them, for a caller who has to gather them first (ZeRO-3).
+        """Each module's own parameters and a function that fills them: ZeRO-3 has to gather them first.
 
-        The values depend on (seed, config) alone: not on dtype, device, world size or ZeRO stage.
+        The values depend only on (seed, config), not on dtype, device, world size or ZeRO stage.
         """
         for name, module in self.named_modules():
-            # RMSNorm's scales are 1 as they are made.
+            # RMSNorm's scales are already 1.
             if isinstance(module, nn.Linear):
                 yield list(module.parameters()), self._filler(seed, name, module)
 

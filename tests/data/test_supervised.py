@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcm_ds.data import supervised
+from lcm_ds.data.batch import Batch, target_mask
 from lcm_ds.data.format import (
     SHARDS,
     Dataset,
@@ -27,15 +28,16 @@ from lcm_ds.data.format import (
     read_shards,
     write_normalizer,
 )
-from lcm_ds.data.loader import Batch, Loader, target_mask, trace, validation_batches
+from lcm_ds.data.loader import Loader, validation_batches
 from lcm_ds.data.plan import Plan
 from lcm_ds.data.shard import open_shard, verify
 from lcm_ds.data.supervised import missing_targets, parts_of, reach, source_of
 from lcm_ds.data.tools.index import index
+from lcm_ds.data.trace import trace
 from lcm_ds.data.writer import Document, copy_shard, write_shard
 from lcm_ds.errors import InputError
 from lcm_ds.prepare.deduplicate import drop_duplicates, write_ids
-from lcm_ds.prepare.state import Unit, add_unit
+from lcm_ds.prepare.state import UnitResult, add_unit
 
 PARTS = [(3, 2), (1, 4), (2, 3), (6, 1), (2, 2), (5, 5)]  # concepts of each document's source and target
 
@@ -52,7 +54,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Dataset]:
             concepts = np.stack([np.full(n, i), np.arange(n)], axis=1).astype(np.float32)
             sentences = [f"Sentence {position} of {i}." for position in range(n)]
             part = known if supervised else None
-            supervised.append(Document(f"{i:04d}", f"text-{i}", "tests", sentences, concepts, part))
+            documents.append(Document(f"{i:04d}", f"text-{i}", "tests", sentences, concepts, part))
         for shard in range(0, len(documents), 3):
             commit(folder, write_shard(folder, f"{shard:04d}.tar", documents[shard : shard + 3]))
         write_normalizer(folder, np.zeros(2), np.ones(2), {})
@@ -205,7 +207,7 @@ def test_lists_follow_where_a_document_is_a_duplicate(make: Callable[..., Datase
     for unit in range(2):  # the second has all the documents of the first, and one more
         shard, others = open_shard(dataset, 0), [0] if unit == 0 else [2, 0]
         commit(tmp_path / "train", copy_shard(shard, others, tmp_path / "train", f"{unit:08d}.tar"))
-        units.append(Unit(unit, len(others), {"train": len(others), "validation": 0}))
+        units.append(UnitResult(unit, len(others), {"train": len(others), "validation": 0}))
         write_ids(tmp_path, unit, [f"text-{i}" for i in others])
         add_unit(tmp_path, units[-1])
     drop_duplicates(tmp_path, units, supervised=True)

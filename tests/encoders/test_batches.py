@@ -69,12 +69,12 @@ def test_each_text_is_in_one_batch_and_no_batch_is_too_large(lengths: list[int],
 def test_a_pool_of_real_sentences_is_hardly_padded(pool: list[str]) -> None:
     encoder = minilm()
     batches = encoder.tokenize(pool)
-    tokens, places = sum(batch.tokens for batch in batches), sum(batch.places for batch in batches)
+    tokens, places = sum(batch.tokens for batch in batches), sum(batch.padded_tokens for batch in batches)
     assert tokens == sum(int(batch.inputs["attention_mask"].sum()) for batch in batches)
     assert places == sum(batch.inputs["input_ids"].numel() for batch in batches)
     assert 1 - tokens / places < 0.05
     plain = [encoder.tokenize(pool[start : start + 10])[0] for start in range(0, len(pool), 10)]
-    assert 1 - sum(batch.tokens for batch in plain) / sum(batch.places for batch in plain) > 0.3
+    assert 1 - sum(batch.tokens for batch in plain) / sum(batch.padded_tokens for batch in plain) > 0.3
 
 
 def test_the_same_texts_give_the_same_bytes_on_the_same_number_of_threads(sentences: list[str]) -> None:

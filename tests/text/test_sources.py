@@ -376,7 +376,7 @@ def test_a_second_process_needs_no_second_look(folder: Path, monkeypatch) -> Non
     config = SourceConfig.model_validate({"name": "huggingface", **settings})
     first = open_source(config)
     index = json.loads(json.dumps(first.index()))
-    monkeypatch.setattr("lcm_ds.text.huggingface._look", lambda *_: pytest.fail("looked again"))
+    monkeypatch.setattr("lcm_ds.text.huggingface._inspect", lambda *_: pytest.fail("looked again"))
     second = open_source(config, index=index)
     assert list(second.documents()) == list(first.documents())
     assert (second.total, second.characters) == (first.total, first.characters)

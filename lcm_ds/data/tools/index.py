@@ -1,4 +1,4 @@
-"""`lcm-ds index`: WebDataset tars made elsewhere become a dataset; they stay where and as they are."""
+"""`lcm-ds index`: WebDataset tars of other programs become a dataset; the tars are not moved or changed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ THREADS = 4
 
 @dataclass(frozen=True)
 class Reading:
-    """How the members of the tars are to be read."""
+    """How the members of the tars are read."""
 
     extension: str = "npy"
     texts: str = "json:sentences"
@@ -57,17 +57,24 @@ def index(
 ) -> None:
     """Write dataset.json, shards.jsonl and the normaliser for existing tars into the folder `output`.
 
-    shards: a path or a URL that fsspec opens, braces for many ("a-{000..099}.tar"). A sample of them is
-    `<key>.<extension>`, an .npy file of fp16 or fp32 [n, embed_dim], or with `bf16` uint16 that is bf16's bits; other
-    members are left alone. texts: where the sentences are, if anywhere: EXTENSION:FIELD of a JSON object, or EXTENSION
-    of a text with one a line. encoder: what made the concepts; like: a dataset that the same encoder made, whose
-    encoder, splitter, language and end of text are taken. samples: how many concepts the normaliser is fitted to.
-    threads: tars read at a time. supervised: the JSON of each document has source_sentences and target_sentences. Every
-    tar is read once, whole: for its checksum, counts and values.
-    Raises InputError with every mistake: tars that cannot be read or are not whole, that disagree about embed_dim or
-    dtype, or hold concepts that are not finite; an output that is a dataset already or no folder; `pipe:`, which would
-    run a shell.
-    Nothing is written then.
+    Every tar is read once, for its checksum, counts and values.
+
+    Args:
+        shards: A path or a URL that fsspec opens, with braces for many ("a-{000..099}.tar").
+        output: The dataset's folder.
+        encoder: The encoder of the concepts.
+        like: A dataset of the same encoder, from which encoder, splitter, language and end of text are copied.
+        extension: A sample is `<key>.<extension>`, an .npy file of fp16 or fp32 [n, embed_dim]; other members are
+        ignored. texts: The sentences, if there are any: EXTENSION:FIELD of a JSON object, or EXTENSION of a text with
+        one a line. bf16: Whether arrays are uint16 holding the bits of bf16. samples: How many concepts the normaliser
+        is fitted to. threads: Tars read at a time. supervised: Set if the JSON of each document has source_sentences
+        and target_sentences.
+
+    Raises:
+        InputError: With every error, and nothing written: tars that cannot be read or are incomplete, that disagree
+        about
+            embed_dim or dtype, or hold concepts that are not finite; an output that is a dataset already or not a
+            folder; `pipe:`, which would run a shell.
     """
     output = Path(output)
     places = _places(shards)
@@ -106,7 +113,7 @@ def index(
 
 
 def _places(shards: str) -> list[str]:
-    """The paths and URLs that a brace pattern stands for. Raises InputError naming those that are not there."""
+    """The paths and URLs of a brace pattern. Raises InputError naming missing files."""
     remote.is_remote(shards)  # refuses pipe:
     try:
         places = list(dict.fromkeys(expand_urls(shards)))
@@ -138,7 +145,7 @@ def _checked(texts: str) -> str:
 
 
 def _about(encoder: Mapping[str, Any] | None, like: str | None) -> dict[str, Any]:
-    """What dataset.json says of the encoder."""
+    """The encoder's part of dataset.json."""
     if like is None:
         return {"encoder": dict(encoder or {"name": "unknown"})}
     if encoder is not None:
@@ -149,7 +156,7 @@ def _about(encoder: Mapping[str, Any] | None, like: str | None) -> dict[str, Any
 
 @contextmanager
 def _folder(output: Path) -> Iterator[None]:
-    """The folder is there in the context, and gone after it where it was made for nothing."""
+    """Make the folder; remove it afterwards if it was new and is empty."""
     made = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -160,7 +167,7 @@ def _folder(output: Path) -> Iterator[None]:
     finally:
         if made:
             with suppress(OSError):
-                output.rmdir()  # which an empty one alone allows
+                output.rmdir()  # fails unless it is empty
 
 
 def _read(
@@ -175,17 +182,17 @@ def _read(
 
     def read(place: str) -> tuple[Collector, ShardInfo | None]:
         nonlocal found
-        wrong = Collector()
+        errors = Collector()
         info: ShardInfo | None = None
-        with wrong, _open(place, output, reading, *found) as (shard, listed):
+        with errors, _open(place, output, reading, *found) as (shard, listed):
             _check_type(shard, place, reading)
             _scan(shard, place, reading, sample, lock)
             info = listed
-            if shard.supervised:  # raises where a document lacks one of its parts
+            if shard.supervised:  # raises if a document lacks one of its parts
                 info = replace(listed, lengths=shard.lengths.tolist(), given=shard.given.tolist())
             if shard.dtype is not None:
                 found = (shard.embed_dim, shard.dtype.name)
-        return wrong, info
+        return errors, info
 
     results: list[tuple[Collector, ShardInfo | None]] = []
     with Progress(transient=True, disable=not Console().is_terminal) as progress, ThreadPoolExecutor(threads) as pool:
@@ -197,8 +204,8 @@ def _read(
             results.append(result)
             progress.advance(task)
     errors = Collector()
-    for wrong, _ in results:
-        errors.add(wrong)
+    for collected, _ in results:
+        errors.add(collected)
     errors.raise_if_any()
     return [info for _, info in results if info is not None], *found
 
@@ -225,7 +232,7 @@ def _listed(shard: Shard, file: Path, name: str, sha256: str | None = None) -> t
 
 
 def _check_type(shard: Shard, place: str, reading: Reading) -> None:
-    """Raise InputError where the numbers are not of a kind that concepts are kept in."""
+    """Raise InputError if the arrays are not of a type for concepts."""
     if shard.dtype is None:
         return
     wanted = (np.uint16,) if reading.bf16 else (np.float16, np.float32)
@@ -235,8 +242,8 @@ def _check_type(shard: Shard, place: str, reading: Reading) -> None:
 
 
 def _scan(shard: Shard, place: str, reading: Reading, sample: UniformSample, lock: Lock) -> None:
-    """Put the shard's concepts to the sample, and look at its texts. Raises InputError for the first mistake."""
-    shard.given  # noqa: B018 (raises where a supervised document lacks one of its parts)
+    """Add the shard's concepts to the sample, and check its texts. Raises InputError for the first error."""
+    shard.given  # noqa: B018 (raises if a supervised document lacks one of its parts)
     for document, key in enumerate(shard.keys):
         concepts = shard.concepts(document)
         if not np.isfinite(concepts).all():
