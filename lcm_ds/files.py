@@ -27,7 +27,7 @@ def write_whole(path: Path, data: str | bytes) -> None:
     sync(path.parent)
 
 
-def no_file_mistake(option: str, path: str) -> str | None:
+def output_file_error(option: str, path: str) -> str | None:
     """Why the file of an option cannot be written; None if no reason is known beforehand."""
     if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
         return f"{option}: {path}: has to be a file in a folder that is there"
@@ -57,13 +57,12 @@ def read_object(path: Path, default: dict[str, Any] | None = None) -> dict[str, 
     """The JSON object in a file; `default` if there is none. Raises InputError without a default."""
     try:
         return json_object(path.read_bytes(), path)
-    except OSError as error:
-        mistake = InputError(f"{path}: cannot be read: {error.strerror}")
-    except InputError as error:
-        mistake = error
-    if default is None:
-        raise mistake
-    return default
+    except (OSError, InputError) as error:
+        if default is not None:
+            return default
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def why_not_writable(folder: str | Path) -> str | None:
@@ -138,7 +137,7 @@ class OpenFile:
         return self._size
 
     def status(self) -> os.stat_result:
-        """What the file's inode says now."""
+        """The file's current status."""
         return os.fstat(self.descriptor)
 
     def sha256(self) -> str:

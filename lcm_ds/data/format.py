@@ -165,13 +165,13 @@ class Dataset:
         lines += ["supervised"] * (self.info.supervised is not None)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def place(self, index: int) -> str:
+    def location(self, index: int) -> str:
         """The path or URL of shard `index`."""
         return remote.join(self.path, self.shards[index].name)
 
     def is_remote(self, index: int) -> bool:
         """Whether shard `index` is at a URL."""
-        return remote.is_remote(self.place(index))
+        return remote.is_remote(self.location(index))
 
     @cached_property
     def any_remote(self) -> bool:
@@ -183,14 +183,14 @@ class Dataset:
 
         stopped: when set, fetching is given up with Stopped. Raises InputError.
         """
-        place, shard = self.place(index), self.shards[index]
-        if remote.is_remote(place):
+        location, shard = self.location(index), self.shards[index]
+        if remote.is_remote(location):
             assert self.cache is not None  # open_dataset checks that
-            return self.cache.open(place, shard.sha256, shard.bytes, stopped)
+            return self.cache.open(location, shard.sha256, shard.bytes, stopped)
         try:
-            return OpenFile(place)
+            return OpenFile(location)
         except OSError as error:
-            raise InputError(f"{place}: cannot be read: {error.strerror}") from None
+            raise InputError(f"{location}: cannot be read: {error.strerror}") from None
 
     def open_file_ahead(self, index: int, stopped: Event) -> OpenFile | None:
         """As `open_file`, before the shard is used; None if there is no room now, or another process is fetching it."""
@@ -198,7 +198,7 @@ class Dataset:
             return self.open_file(index)
         shard = self.shards[index]
         assert self.cache is not None
-        return self.cache.open_ahead(self.place(index), shard.sha256, shard.bytes, stopped)
+        return self.cache.open_ahead(self.location(index), shard.sha256, shard.bytes, stopped)
 
 
 def open_dataset(
@@ -393,16 +393,16 @@ def _missing_shards(folder: str, shards: Iterable[ShardInfo]) -> list[str]:
     """An error for each listed local shard that is missing or incomplete; remote ones are checked when fetched."""
     lines = []
     for shard in shards:
-        place = remote.join(folder, shard.name)
-        if remote.is_remote(place):
+        location = remote.join(folder, shard.name)
+        if remote.is_remote(location):
             continue
         try:
-            size = os.stat(place).st_size
+            size = os.stat(location).st_size
         except OSError as error:
-            lines.append(f"{place}: listed in {SHARDS}, cannot be read: {error.strerror}")
+            lines.append(f"{location}: listed in {SHARDS}, cannot be read: {error.strerror}")
             continue
         if size != shard.bytes:
-            lines.append(f"{place}: has {size} bytes, {SHARDS} lists {shard.bytes}")
+            lines.append(f"{location}: has {size} bytes, {SHARDS} lists {shard.bytes}")
     return lines
 
 

@@ -56,7 +56,7 @@ def constant(samples: np.ndarray) -> np.ndarray:
 class Constants:
     """Which concepts are the same vector in every document and so left out: they would shrink the spread.
 
-    The end of text, the last of a document; the suffix of a supervised source, the last of what is given.
+    These are the end of text, the last of a document, and the suffix of a supervised source, its last concept.
     """
 
     end_of_text: bool = False
@@ -97,23 +97,23 @@ class UniformSample:
         self.count = 0  # concepts considered
         self._numbers: list[np.ndarray] = []
         self._concepts: list[np.ndarray] = []
-        self._held = 0
+        self._kept = 0
         self._below = np.uint64(2**64 - 1)  # concepts with larger numbers cannot be in the sample
 
-    def add(self, name: str, concepts: np.ndarray, among: np.ndarray | None = None) -> None:
-        """Consider concepts [n, embed_dim], or those of them at which `among`, bool [n], is true.
+    def add(self, name: str, concepts: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Consider concepts [n, embed_dim], or those of them at which `mask`, bool [n], is true.
 
         `name` is unique among all that is added, as a shard's name is.
         """
         numbers = _numbers(self.seed, name, len(concepts))
         chosen = numbers <= self._below
-        if among is not None:
-            chosen &= among
-        self.count += len(concepts) if among is None else int(among.sum())
+        if mask is not None:
+            chosen &= mask
+        self.count += len(concepts) if mask is None else int(mask.sum())
         self._numbers.append(numbers[chosen])
         self._concepts.append(concepts[chosen])
-        self._held += int(chosen.sum())
-        if self._held > 1.25 * self.size:
+        self._kept += int(chosen.sum())
+        if self._kept > 1.25 * self.size:
             self._shrink()
 
     def concepts(self) -> np.ndarray:
@@ -124,7 +124,7 @@ class UniformSample:
     def _shrink(self) -> None:
         numbers, concepts = np.concatenate(self._numbers), np.concatenate(self._concepts)
         keep = np.argsort(numbers, kind="stable")[: self.size]
-        self._numbers, self._concepts, self._held = [numbers[keep]], [concepts[keep]], len(keep)
+        self._numbers, self._concepts, self._kept = [numbers[keep]], [concepts[keep]], len(keep)
         if len(keep) == self.size:
             self._below = self._numbers[0][-1]
 
@@ -162,42 +162,42 @@ def draw(
     chosen = np.empty((0, 3), np.uint64)  # random number, shard, position in the shard
     below = np.uint64(2**64 - 1)
     waiting: list[np.ndarray] = []
-    held = 0
+    kept = 0
     for index, shard in enumerate(shards):
         numbers = _numbers(seed, shard.name, shard.concepts)
         at = np.flatnonzero(numbers <= below)
         waiting.append(np.stack([numbers[at], np.full(len(at), index, np.uint64), at.astype(np.uint64)], axis=1))
-        held += len(at)
-        if held > 0.25 * most or index == len(shards) - 1:
-            chosen, waiting, held = np.concatenate([chosen, *waiting]), [], 0
+        kept += len(at)
+        if kept > 0.25 * most or index == len(shards) - 1:
+            chosen, waiting, kept = np.concatenate([chosen, *waiting]), [], 0
             chosen = chosen[np.argsort(chosen[:, 0], kind="stable")[:most]]
             below = chosen[-1, 0] if len(chosen) == most else below
 
     by_shard = np.argsort(chosen[:, 1], kind="stable")
     indices, begins = np.unique(chosen[by_shard, 1], return_index=True)
 
-    def read(shard: ShardInfo, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def read(shard: ShardInfo, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The entries of the sample in one shard that are not constant, and their concepts."""
         opened = open_shard(shard)
-        positions = chosen[places, 2].astype(np.int64)
+        positions = chosen[entries, 2].astype(np.int64)
         ends = np.cumsum(opened.lengths)
         documents = np.searchsorted(ends, positions, side="right")
         firsts = positions - (ends - opened.lengths)[documents]
         left = constants.leaves(opened, documents, firsts)
         pairs = zip(documents[left].tolist(), firsts[left].tolist(), strict=True)
         read = [opened.concepts(document, first, first + 1) for document, first in pairs]
-        return places[left], np.concatenate(read) if read else np.empty((0, opened.embed_dim or 0))
+        return entries[left], np.concatenate(read) if read else np.empty((0, opened.embed_dim or 0))
 
     sample: np.ndarray | None = None
     left = np.zeros(len(chosen), bool)
     groups = np.split(by_shard, begins[1:])
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(read, (shards[int(index)] for index in indices), groups)
-        for places, concepts in found:
+        for entries, concepts in found:
             if sample is None and len(concepts):
                 sample = np.empty((len(chosen), concepts.shape[1]), concepts.dtype)
             if sample is not None:
-                sample[places], left[places] = concepts, True
+                sample[entries], left[entries] = concepts, True
     if sample is None:
         raise InputError("there are no concepts to fit a normaliser to")
     return sample[left][:size]

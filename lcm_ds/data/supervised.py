@@ -89,7 +89,7 @@ def source_of(dataset: Dataset, row_length: int, max_segment: int, weight: float
     return Source(concepts, weight, lengths, longest_segment(dataset, row_length, max_segment))
 
 
-class Reach(NamedTuple):
+class TargetReach(NamedTuple):
     """Targets of a supervised dataset."""
 
     reached: int  # in each epoch
@@ -97,7 +97,7 @@ class Reach(NamedTuple):
     shortest_source: int  # concepts
 
 
-def reach(dataset: Dataset, row_length: int, max_segment: int) -> Reach:
+def target_reach(dataset: Dataset, row_length: int, max_segment: int) -> TargetReach:
     """How many of a supervised dataset's targets an epoch reaches: those in their documents' first segment.
 
     Later segments have lost their source. Raises InputError as `parts_of`.
@@ -107,10 +107,10 @@ def reach(dataset: Dataset, row_length: int, max_segment: int) -> Reach:
     first = np.maximum(given, 1)  # nothing comes before the first concept of a document
     longest = longest_segment(dataset, row_length, max_segment)
     reached = np.maximum(np.minimum(lengths, longest) - first, 0).sum()
-    return Reach(int(reached), int(np.maximum(lengths - first, 0).sum()), int(given.min()))
+    return TargetReach(int(reached), int(np.maximum(lengths - first, 0).sum()), int(given.min()))
 
 
-def limit(row_length: int, max_segment: int) -> str:
+def length_limit(row_length: int, max_segment: int) -> str:
     """The key that limits how long a supervised document may be, with its value."""
     return f"data.row_length {row_length}" if row_length < max_segment else f"data.max_segment {max_segment}"
 
@@ -125,12 +125,13 @@ def missing_targets(dataset: Dataset, row_length: int, max_segment: int) -> str 
         return f"{dataset.path}: holds nothing to predict: each of its documents is a single concept"
     if dataset.info.supervised is None:
         return None
-    found = reach(dataset, row_length, max_segment)
+    found = target_reach(dataset, row_length, max_segment)
     if found.reached:
         return None
+    limit = length_limit(row_length, max_segment)
     return (
         f"{dataset.path}: holds nothing to predict: sources have {found.shortest_source:,} concepts or more, and a "
-        f"target is only reached within {limit(row_length, max_segment)}; a larger value, or shorter sources, will do"
+        f"target is only reached within {limit}; a larger value, or shorter sources, will do"
     )
 
 

@@ -15,12 +15,12 @@ from lcm_ds.files import OpenFile
 
 BLOCK = 512
 _WINDOW = 8192  # bytes read at a time
-HEAD = 128  # bytes of a member that come with its header: an .npy file says there what it holds
+HEAD = 128  # bytes of a member read together with its header: the header of an .npy file
 _END = bytes(BLOCK)
 _MOST_OCTAL = 8**11 - 1  # what a size field holds in digits; base 256 holds more than any file
 _USTAR = np.frombuffer(b"ustar\0", np.uint8)  # GNU has spaces there, and other things behind
 _REGULAR = tuple(b"0\0")
-_PLACES = np.array([8**place for place in range(5, -1, -1)], np.uint32)  # of six octal digits
+_OCTAL_POWERS = np.array([8**power for power in range(5, -1, -1)], np.uint32)  # of six octal digits
 _IGNORED = frozenset(b"gK12345")  # comments, links, devices and folders hold no samples
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 
@@ -164,7 +164,7 @@ def _check_sums(blocks: np.ndarray, starts: list[int], location: str) -> None:
     )
     digits = blocks[:, 148:154] - np.uint8(ord("0"))  # nearly always six octal digits
     usual = (digits < 8).all(axis=1) & (blocks[:, 154] == 0) & (blocks[:, 155] == ord(" "))
-    right = usual & (digits.astype(np.uint32) @ _PLACES == found)
+    right = usual & (digits.astype(np.uint32) @ _OCTAL_POWERS == found)
     for index in np.flatnonzero(~right).tolist():
         if _number(blocks[index, 148:156].tobytes(), starts[index], location) != found[index]:
             raise InputError(

@@ -125,7 +125,7 @@ class JsonlFile:
 
 
 def _values(line: bytes) -> dict[str, Any] | ValueError:
-    """The columns of a row, or what is wrong with it."""
+    """The columns of a row, or the error."""
     try:
         values = json.loads(line.rstrip())
     except (ValueError, RecursionError) as error:

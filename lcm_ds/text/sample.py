@@ -33,7 +33,7 @@ class SampleSource(HuggingFaceSource):
 
 
 def _documents_with(sentences: int) -> int:
-    """The number of documents from the first on that together have at least so many sentences, or all."""
+    """The number of documents, from the first on, that together have at least `sentences`; all if there are too few."""
     import pyarrow.parquet
 
     documents = 0

@@ -81,8 +81,8 @@ def read_bytes(path: str) -> bytes | None:
     """
 
     def read() -> bytes:
-        files, place = _file_system(path)
-        return bytes(files.cat_file(place))
+        files, remote_path = _file_system(path)
+        return bytes(files.cat_file(remote_path))
 
     try:
         return _try(path, read) if is_remote(path) else Path(path).read_bytes()
@@ -114,8 +114,8 @@ def copy(
     """
 
     def fetch() -> tuple[str, int]:
-        files, place = _file_system(url)
-        files.get_file(place, str(target), callback=_Watch(size, stopped))
+        files, remote_path = _file_system(url)
+        files.get_file(remote_path, str(target), callback=_Watch(size, stopped))
         with target.open("rb") as file:
             os.fsync(file.fileno())
         bytes_, digest = target.stat().st_size, sha256_of(target)

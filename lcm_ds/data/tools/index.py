@@ -77,7 +77,7 @@ def index(
             folder; `pipe:`, which would run a shell.
     """
     output = Path(output)
-    places = _places(shards)
+    locations = _locations(shards)
     about = _about(encoder, like)
     for name in (DATASET, SHARDS):
         if (output / name).exists():
@@ -86,7 +86,7 @@ def index(
     constants = Constants.of(about.get("end_of_text"), supervised)
     reading = Reading(extension.lower(), _checked(texts), bf16, supervised, constants)
     with _folder(output):
-        infos, embed_dim, dtype = _read(places, output, reading, sample, threads)
+        infos, embed_dim, dtype = _read(locations, output, reading, sample, threads)
         if embed_dim is None or dtype is None:
             raise InputError(f"{shards}: hold no documents: samples are <key>.{extension}")
         if like is not None and about["embed_dim"] != embed_dim:
@@ -112,26 +112,26 @@ def index(
     print(f"{output}: {len(infos)} shards, {documents:,} documents, {concepts:,} concepts of {embed_dim} × {dtype}")
 
 
-def _places(shards: str) -> list[str]:
+def _locations(shards: str) -> list[str]:
     """The paths and URLs of a brace pattern. Raises InputError naming missing files."""
     remote.is_remote(shards)  # refuses pipe:
     try:
-        places = list(dict.fromkeys(expand_urls(shards)))
+        locations = list(dict.fromkeys(expand_urls(shards)))
     except (ValueError, AssertionError) as error:  # braces; variables, which webdataset puts in
         raise InputError(f"{shards}: cannot be expanded: {error}") from None
     errors: list[str] = []
     names: dict[Path, str] = {}
-    for place in places:
-        if remote.is_remote(place):
+    for location in locations:
+        if remote.is_remote(location):
             continue
-        if not Path(place).is_file():
-            hint = ": a URL has //, as in file:///folder/a.tar" if place.startswith("file:") else ""
-            errors.append(f"{place}: no such file{hint}")
-        elif (first := names.setdefault(Path(place).resolve(), place)) != place:
-            errors.append(f"{place}: is the same file as {first}: name it once")
+        if not Path(location).is_file():
+            hint = ": a URL has //, as in file:///folder/a.tar" if location.startswith("file:") else ""
+            errors.append(f"{location}: no such file{hint}")
+        elif (first := names.setdefault(Path(location).resolve(), location)) != location:
+            errors.append(f"{location}: is the same file as {first}: name it once")
     if errors:
         raise InputError(errors)
-    return places
+    return locations
 
 
 def _checked(texts: str) -> str:
@@ -171,7 +171,7 @@ def _folder(output: Path) -> Iterator[None]:
 
 
 def _read(
-    places: Sequence[str], output: Path, reading: Reading, sample: UniformSample, threads: int
+    locations: Sequence[str], output: Path, reading: Reading, sample: UniformSample, threads: int
 ) -> tuple[list[ShardInfo], int | None, str | None]:
     """Lines for shards.jsonl in order, embed_dim and dtype. Raises InputError with all that is wrong."""
     from rich.console import Console
@@ -180,13 +180,13 @@ def _read(
     found: tuple[int | None, str | None] = (None, None)
     lock = Lock()
 
-    def read(place: str) -> tuple[Collector, ShardInfo | None]:
+    def read(location: str) -> tuple[Collector, ShardInfo | None]:
         nonlocal found
         errors = Collector()
         info: ShardInfo | None = None
-        with errors, _open(place, output, reading, *found) as (shard, listed):
-            _check_type(shard, place, reading)
-            _scan(shard, place, reading, sample, lock)
+        with errors, _open(location, output, reading, *found) as (shard, listed):
+            _check_type(shard, location, reading)
+            _scan(shard, location, reading, sample, lock)
             info = listed
             if shard.supervised:  # raises if a document lacks one of its parts
                 info = replace(listed, lengths=shard.lengths.tolist(), given=shard.given.tolist())
@@ -196,11 +196,11 @@ def _read(
 
     results: list[tuple[Collector, ShardInfo | None]] = []
     with Progress(transient=True, disable=not Console().is_terminal) as progress, ThreadPoolExecutor(threads) as pool:
-        task = progress.add_task("reading", total=len(places))
-        while len(results) < len(places) and found == (None, None):  # until one says what the others have to be
-            results.append(read(places[len(results)]))
+        task = progress.add_task("reading", total=len(locations))
+        while len(results) < len(locations) and found == (None, None):  # until one determines embed_dim and dtype
+            results.append(read(locations[len(results)]))
             progress.advance(task)
-        for result in pool.map(read, places[len(results) :]):
+        for result in pool.map(read, locations[len(results) :]):
             results.append(result)
             progress.advance(task)
     errors = Collector()
@@ -212,18 +212,18 @@ def _read(
 
 @contextmanager
 def _open(
-    place: str, output: Path, reading: Reading, embed_dim: int | None, dtype: str | None
+    location: str, output: Path, reading: Reading, embed_dim: int | None, dtype: str | None
 ) -> Iterator[tuple[Shard, ShardInfo]]:
     """A tar that agrees with the ones before it, and its line for shards.jsonl."""
-    if not remote.is_remote(place):
-        file = Path(place).resolve()
+    if not remote.is_remote(location):
+        file = Path(location).resolve()
         name = file.name if file.parent == output.resolve() else str(file)
-        yield _listed(reading.shard(file, place, embed_dim, dtype), file, name)
+        yield _listed(reading.shard(file, location, embed_dim, dtype), file, name)
         return
     with TemporaryDirectory(dir=output, prefix="index-") as temporary:
         file = Path(temporary) / "shard.tar"
-        sha256, _ = remote.copy(place, file)
-        yield _listed(reading.shard(file, place, embed_dim, dtype), file, place, sha256)
+        sha256, _ = remote.copy(location, file)
+        yield _listed(reading.shard(file, location, embed_dim, dtype), file, location, sha256)
 
 
 def _listed(shard: Shard, file: Path, name: str, sha256: str | None = None) -> tuple[Shard, ShardInfo]:
@@ -231,25 +231,25 @@ def _listed(shard: Shard, file: Path, name: str, sha256: str | None = None) -> t
     return shard, ShardInfo(name, len(shard), int(shard.lengths.sum()), size, sha256 or sha256_of(file))
 
 
-def _check_type(shard: Shard, place: str, reading: Reading) -> None:
+def _check_type(shard: Shard, location: str, reading: Reading) -> None:
     """Raise InputError if the arrays are not of a type for concepts."""
     if shard.dtype is None:
         return
     wanted = (np.uint16,) if reading.bf16 else (np.float16, np.float32)
     if shard.embed_dim == 0 or shard.dtype not in wanted:
         expected = "bf16 kept as uint16" if reading.bf16 else "fp16 or fp32 (bf16 kept as uint16: --bf16)"
-        raise InputError(f"{place}: holds {shard.dtype} [n, {shard.embed_dim}]; concepts are {expected}")
+        raise InputError(f"{location}: holds {shard.dtype} [n, {shard.embed_dim}]; concepts are {expected}")
 
 
-def _scan(shard: Shard, place: str, reading: Reading, sample: UniformSample, lock: Lock) -> None:
+def _scan(shard: Shard, location: str, reading: Reading, sample: UniformSample, lock: Lock) -> None:
     """Add the shard's concepts to the sample, and check its texts. Raises InputError for the first error."""
     shard.given  # noqa: B018 (raises if a supervised document lacks one of its parts)
     for document, key in enumerate(shard.keys):
         concepts = shard.concepts(document)
         if not np.isfinite(concepts).all():
-            raise InputError(f"{place}: {key}: has a concept that is not finite")
+            raise InputError(f"{location}: {key}: has a concept that is not finite")
         shard.meta(document)
         positions = np.arange(len(concepts))
-        among = reading.constants.leaves(shard, np.full_like(positions, document), positions)
+        mask = reading.constants.leaves(shard, np.full_like(positions, document), positions)
         with lock:
-            sample.add(f"{place}/{key}", concepts, among)
+            sample.add(f"{location}/{key}", concepts, mask)
