@@ -22,7 +22,7 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["lcm_ds", "lcm_ds.*"]), *SHIPPED],
     package_dir=SHIPPED,
-    package_data={package: ["**/*"] for package in SHIPPED},
+    package_data={"lcm_ds.text": ["sample_text/*"], **{package: ["**/*"] for package in SHIPPED}},
     install_requires=[
         "torch>=2.11,<3",
         "deepspeed>=0.19.8,<0.20",

@@ -172,13 +172,13 @@ def main() -> None:
     base = statistics.median(times[ways[0].name])
     for way in ways:
         seconds = statistics.median(times[way.name])
-        padding = 1 - tokens / sum(batch.places for batch in (plain if way.plain else batches))
+        padding = 1 - tokens / sum(batch.padded_tokens for batch in (plain if way.plain else batches))
         line = f"| {way.name} | {len(sentences) / seconds:,.0f} | {base / seconds:.1f} | {padding:.1%} |"
         print(line + (f" {flops / seconds / 1e12:.2f} |" if flops else ""))
 
 
 def read(parquet: Sequence[str] | None, count: int) -> list[str]:
-    """The first sentences of parquet files, or of the documentation on this machine."""
+    """The first sentences of parquet files, or of the sample text."""
     config = SourceConfig(name="huggingface", paths=list(parquet)) if parquet else SourceConfig(name="sample")
     splitter = Splitter(SentencesConfig())
     every = (sentence for document in open_source(config).documents() for sentence in splitter.split(document.text))

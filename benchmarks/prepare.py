@@ -53,7 +53,7 @@ def main() -> None:
         speeds.append(float(found[2].replace(",", "")))
         lines.append(found)
         peaks.append(peak)
-    documents = open_source(config.source, config.sentences).total
+    documents = open_source(config.source, config.sentences.language).total
     assert documents is not None
     tenth, total = prepared(config, documents // 10)[1], max(peaks)
     middle, base = lines[speeds.index(statistics.median_low(speeds))], statistics.median(plain)
@@ -70,7 +70,7 @@ def plain_speed(config: PrepareConfig) -> float:
     """Sentences per second of plain encoding, on the first sentences of the source."""
     encoder = load_encoder(EncoderConfig(**{**config.encoder.model_dump(), "dtype": "float32"}))
     splitter = Splitter(SentencesConfig(**config.sentences.model_dump()))
-    documents = open_source(config.source, config.sentences).documents()
+    documents = open_source(config.source, config.sentences.language).documents()
     every = (sentence for document in documents for sentence in splitter.split(document.text))
     sentences = list(itertools.islice(every, PLAIN_SENTENCES))
     encoder.encode(sentences[:PLAIN_BATCH])

@@ -32,7 +32,7 @@ from loader import write_dataset
 from torch import Tensor, nn
 
 from lcm_ds.config import ModelConfig
-from lcm_ds.data.loader import target_mask
+from lcm_ds.data.batch import target_mask
 from lcm_ds.model.attention import SegmentLayout, rope_tables, rotate
 from lcm_ds.model.config import BaseLCMConfig, resolve_model
 from lcm_ds.model.flops import training_flops

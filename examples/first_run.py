@@ -13,7 +13,7 @@ from lcm_ds.api import PrepareConfig, TrainConfig, evaluate, load, prepare, trai
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "first_run")
 
-# %% Text → concepts. The sample is the documentation of Python and PyTorch on this machine; MiniLM encodes it.
+# %% Text → concepts. The sample is chapters of public-domain books; MiniLM encodes it.
 data = prepare(
     PrepareConfig(
         output=str(folder / "dataset"),

@@ -1,4 +1,4 @@
-"""Writing files so that they are whole or not there, their checksums, and reading them, also in parts."""
+"""Atomic writes, checksums, and reading files, also in parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lcm_ds.errors import InputError
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file through `NAME.partial`, synced and then renamed: a reader sees the old one or the new one."""
+    """Write a file through `NAME.partial`, synced and renamed: a reader sees the old content or the new."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         file.write(data.encode("utf-8") if isinstance(data, str) else data)
@@ -27,15 +27,15 @@ def write_whole(path: Path, data: str | bytes) -> None:
     sync(path.parent)
 
 
-def no_file_mistake(option: str, path: str) -> str | None:
-    """What keeps the file that an option names from being written; None where nothing that can be told before does."""
+def output_file_error(option: str, path: str) -> str | None:
+    """Why the file of an option cannot be written; None if no reason is known beforehand."""
     if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
         return f"{option}: {path}: has to be a file in a folder that is there"
     return None
 
 
 def write_named(option: str, path: str, data: str | bytes) -> None:
-    """Write the file that an option names, whole. Raises InputError where it cannot be written."""
+    """Write the file of an option atomically. Raises InputError if it cannot be written."""
     try:
         write_whole(Path(path), data)
     except OSError as error:
@@ -43,7 +43,7 @@ def write_named(option: str, path: str, data: str | bytes) -> None:
 
 
 def json_object(text: str | bytes, path: str | Path) -> dict[str, Any]:
-    """The JSON object that is the text of the file at `path`. Raises InputError where it is none."""
+    """The JSON object in the text of the file at `path`. Raises InputError if it is not one."""
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -54,20 +54,19 @@ def json_object(text: str | bytes, path: str | Path) -> dict[str, Any]:
 
 
 def read_object(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON object in a file. Where there is none: `default`, or without one InputError."""
+    """The JSON object in a file; `default` if there is none. Raises InputError without a default."""
     try:
         return json_object(path.read_bytes(), path)
-    except OSError as error:
-        mistake = InputError(f"{path}: cannot be read: {error.strerror}")
-    except InputError as error:
-        mistake = error
-    if default is None:
-        raise mistake
-    return default
+    except (OSError, InputError) as error:
+        if default is not None:
+            return default
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def why_not_writable(folder: str | Path) -> str | None:
-    """What keeps a folder from being made, or written into where it is there; None where nothing does."""
+    """Why a folder cannot be made or written into; None if it can."""
     there = Path(folder).absolute()
     while not there.exists() and there != there.parent:
         there = there.parent
@@ -77,7 +76,7 @@ def why_not_writable(folder: str | Path) -> str | None:
 
 
 def check_new(output: str | Path) -> None:
-    """Raise InputError where `output` is a file, or a folder that is not empty."""
+    """Raise InputError if `output` is a file, or a folder that is not empty."""
     output = Path(output)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise InputError(f"{output}: is there already; choose a new folder")
@@ -85,9 +84,9 @@ def check_new(output: str | Path) -> None:
 
 @contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `output` when all that is in it is written: `output` is whole or not there.
+    """A folder to fill, which becomes `output` only when everything in it is written.
 
-    Raises InputError where it is there already or cannot be written.
+    Raises InputError if `output` exists already or cannot be written.
     """
     check_new(output)
     output = Path(output)
@@ -107,7 +106,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Make what is in a file, or the names in a folder, last through a power cut."""
+    """Make a file's content, or a folder's names, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -121,10 +120,10 @@ def sha256_of(path: Path) -> str:
 
 
 class OpenFile:
-    """A file to read parts of, from any thread: `file[start:stop]` gives bytes, fewer where it ends sooner.
+    """A file to read parts of, from any thread: `file[start:stop]` gives bytes, fewer if it ends sooner.
 
-    Plain reads, not a memory map: they are twice as fast where a file is read once (no page faults), and a file that
-    shrinks or a disk that fails is an error, not the end of the process. Raises OSError.
+    Plain reads instead of a memory map: they are twice as fast for a file that is read once (no page faults), and a
+    file that shrinks or a disk that fails is an error, not the end of the process. Raises OSError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -138,7 +137,7 @@ class OpenFile:
         return self._size
 
     def status(self) -> os.stat_result:
-        """What the file's inode says now."""
+        """The file's current status."""
         return os.fstat(self.descriptor)
 
     def sha256(self) -> str:
@@ -150,16 +149,16 @@ class OpenFile:
         return digest.hexdigest()
 
     def read_ahead(self) -> None:
-        """Have the kernel read the whole file into memory, without waiting for it."""
+        """Have the kernel read the file into memory, without waiting for it."""
         os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
 
     def __getitem__(self, part: slice) -> bytes:
         return os.pread(self.descriptor, part.stop - part.start, part.start)
 
     def read_into(self, out: np.ndarray, offset: int) -> bool:
-        """Fill `out`, which is contiguous, with the bytes from `offset` on; False where the file ends sooner."""
+        """Fill `out`, which is contiguous, with the bytes from `offset` on; False if the file ends sooner."""
         done = os.preadv(self.descriptor, (out.data,), offset)
-        while done < out.nbytes:  # seldom: a read may give less than it was asked for
+        while done < out.nbytes:  # rare: a read may return less than requested
             rest = out.reshape(-1).view(np.uint8)[done:]
             if (count := os.preadv(self.descriptor, (rest.data,), offset + done)) == 0:
                 return False

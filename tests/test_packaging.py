@@ -100,6 +100,7 @@ def test_the_wheel_has_all_modules_and_shipped_files_and_nothing_else(built):
         metadata = archive.read(f"lcm_ds-{__version__}.dist-info/METADATA").decode()
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "lcm_ds").rglob("*.py")}
     shipped = {f"lcm_ds/shipped/{name}" for name in resources.names()}
+    shipped |= {f"lcm_ds/text/sample_text/{name}" for name in ("README.md", "books.parquet")}
     assert {name for name in inside if ".dist-info/" not in name} == modules | shipped
     assert inside["lcm_ds/shipped/launch/slurm.sbatch"] & stat.S_IXUSR
     assert "Requires-Python: >=3.10\n" in metadata
@@ -139,7 +140,7 @@ def test_a_wheel_installs_all_its_dependencies_into_an_empty_environment(built, 
     asked = ("--constraint", ROOT / "constraints.txt", f"{built[1]}[quickstart]")
     succeeds(lcm_ds / "python", "-m", "pip", "install", "--quiet", *asked, cwd=tmp_path, timeout=800)
     assert "a run can start here" in succeeds(lcm_ds / "lcm-ds", "doctor", cwd=tmp_path)
-    small = ("source.take_sentences=200", "validation=0.2", "min_sentences=2", "output=data")
+    small = ("source.take_sentences=1000", "validation=0.2", "min_sentences=2", "output=data")
     prepared = succeeds(lcm_ds / "lcm-ds", "prepare", "configs/prepare/quickstart.yaml", *small, cwd=tmp_path)
     assert re.search(r"^data: \d+ documents", prepared, re.MULTILINE)
     paths = ("data.train=data/train", "data.validation=null")

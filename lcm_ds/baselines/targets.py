@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lcm_ds.config import DataConfig
+from lcm_ds.data.batch import Batch
 from lcm_ds.data.format import Dataset
-from lcm_ds.data.loader import Batch, validation_batches
+from lcm_ds.data.loader import validation_batches
 from lcm_ds.metrics import context_cosine
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.normalizer import Normalizer

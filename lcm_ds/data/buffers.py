@@ -1,4 +1,4 @@
-"""Memory for batches, used again as soon as nobody holds the batch: fresh memory costs a page fault every 4 KiB."""
+"""Memory for batches, reused as soon as a batch is freed: fresh memory costs a page fault every 4 KiB."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from torch import Tensor
 class Buffers:
     """Tensors of one shape and dtype, on the CPU. Safe to use from several threads.
 
-    pinned: in page-locked memory, from which a GPU copies without waiting; PyTorch keeps and reuses that by itself, not
-    before such a copy is done.
+    pinned: in page-locked memory, from which a GPU copies asynchronously; PyTorch caches that itself.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool = False) -> None:
@@ -25,7 +24,7 @@ class Buffers:
         self._free: deque[mmap.mmap] = deque()
 
     def take(self) -> Tensor:
-        """A tensor with anything in it. Its memory comes back when it and all views of it are gone."""
+        """An uninitialised tensor. Its memory is reused when it and all views of it are gone."""
         if self.pinned:
             return torch.empty(self.shape, dtype=self.dtype, pin_memory=True)
         try:
@@ -34,7 +33,7 @@ class Buffers:
             memory = mmap.mmap(-1, max(1, prod(self.shape) * self.dtype.itemsize))
             with suppress(OSError):  # a kernel without huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
-        # The tensor's storage, which its views share, holds this array and nothing else does.
+        # Only the tensor's storage, which its views share, holds this array.
         array = np.frombuffer(memory, np.uint8, prod(self.shape) * self.dtype.itemsize)
         weakref.finalize(array, self._free.append, memory).atexit = False
         return torch.from_numpy(array).view(self.dtype).view(self.shape)

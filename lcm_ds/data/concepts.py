@@ -1,4 +1,4 @@
-"""What made the concepts that a model was trained on: it goes with an exported model as concepts.json."""
+"""The encoder and splitter behind a model's concepts: concepts.json of an exported model."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class ConceptInfo(Schema):
 
     @classmethod
     def read(cls, folder: Path) -> ConceptInfo | None:
-        """What the model in a folder says of its concepts, None where it does not. Raises InputError."""
+        """concepts.json of a model's folder, None if there is none. Raises InputError."""
         path = folder / CONCEPTS
         if not path.is_file():
             return None
-        told = read_object(path)  # keys of a later version are left alone
-        return validate(cls, {key: told[key] for key in cls.model_fields if key in told}, path)
+        fields = read_object(path)  # keys of a later version are ignored
+        return validate(cls, {key: fields[key] for key in cls.model_fields if key in fields}, path)
 
     @classmethod
     def of(cls, info: DatasetInfo, max_segment: int | None = None, mixed: Iterable[DatasetInfo] = ()) -> ConceptInfo:
-        """What a dataset says of its concepts; mixed: others of the same run, of which one may be supervised."""
+        """From dataset.json; mixed: other datasets of the same run, of which one may be supervised."""
         more = {} if max_segment is None else {"max_segment": max_segment}
         supervised = next((each.supervised for each in (info, *mixed) if each.supervised is not None), None)
         return cls(

@@ -1,4 +1,4 @@
-"""The dataset on disk: dataset.json, shards.jsonl and normalizer.safetensors, written so that half is never whole.
+"""The dataset on disk: dataset.json, shards.jsonl and normalizer.safetensors.
 
 A line of shards.jsonl commits a shard; dataset.json is written last and marks the dataset finished.
 """
@@ -41,10 +41,10 @@ Count = Annotated[int, Field(ge=0)]
 class ShardInfo:
     """One line of shards.jsonl: a finished shard."""
 
-    # A line with other keys or types than these is not one of ours.
+    # A line with other keys or types is refused.
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
 
-    name: str  # the file in the dataset's folder; a path or URL for shards that stay elsewhere (lcm-ds index)
+    name: str  # the file in the dataset's folder; a path or URL for shards in other places (lcm-ds index)
     documents: Count
     concepts: Count
     bytes: Count
@@ -55,12 +55,12 @@ class ShardInfo:
     given: list[Count] | None = None
 
     def line(self) -> str:
-        """The canonical JSON of this shard, without a newline; what is not known is left out."""
+        """The canonical JSON of this shard, without a newline and without keys that are None."""
         known = {key: value for key, value in asdict(self).items() if value is not None}
         return json.dumps(known, sort_keys=True, separators=(",", ":"))
 
-    def mistake(self) -> str | None:
-        """What is wrong with the lists; they have to agree with the counts and with each other."""
+    def error(self) -> str | None:
+        """The error if the lists do not agree with the counts and with each other, else None."""
         if self.lengths is None and self.given is None:
             return None
         lengths, given = self.lengths or [], self.given or []
@@ -71,7 +71,7 @@ class ShardInfo:
 
 
 class Totals(Schema):
-    """What the shards of a dataset hold together."""
+    """The sums over the shards of a dataset."""
 
     documents: Count
     concepts: Count
@@ -117,11 +117,11 @@ class DatasetInfo(Schema):
     dtype: Literal["float16", "float32", "bfloat16", "int8"]  # of the numbers in the shards; bfloat16 lies in uint16
     quantization: QuantParams | None = None  # what int8 stands for
     extension: str = "npy"  # of the members that hold concepts
-    # where sentences are, if anywhere: EXTENSION:FIELD of a JSON object, or EXTENSION of a text with one a line
+    # the sentences, if there are any: EXTENSION:FIELD of a JSON object, or EXTENSION of a text with one a line
     texts: str = "json:sentences"
     language: str | None = None
     splitter: dict[str, Any] = Field(default_factory=dict)
-    end_of_text: EndOfText | None = None  # none for tars made elsewhere that do not say
+    end_of_text: EndOfText | None = None  # None for tars of other programs that do not name it
     # JSON members have source_sentences and target_sentences instead of sentences
     supervised: Supervised | None = None
     totals: Totals = Totals(documents=0, concepts=0, shards=0, bytes=0)
@@ -131,14 +131,14 @@ class DatasetInfo(Schema):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A finished dataset: where it is, what dataset.json says, and its shards in order of their names."""
+    """A finished dataset: its path, its dataset.json, and its shards in order of their names."""
 
     path: str  # a folder or a URL
     info: DatasetInfo
     shards: tuple[ShardInfo, ...]
-    cache: Cache | None = None  # where shards that are not on this machine are kept
+    cache: Cache | None = None  # for remote shards
     checksums: bool = True  # whether a shard's sha256 is compared when this process first opens it
-    skip_bad: bool = False  # whether who reads it leaves out a shard that cannot be read, instead of stopping
+    skip_bad: bool = False  # whether readers skip a shard that cannot be read, instead of stopping
 
     @property
     def embed_dim(self) -> int:
@@ -147,7 +147,7 @@ class Dataset:
 
     @cached_property
     def storage(self) -> Quantization | BFloat16 | None:
-        """What the numbers in the shards stand for; None: for themselves."""
+        """How the numbers in the shards are decoded; None if they are the concepts."""
         if self.info.dtype == "bfloat16":
             return BFloat16()
         steps = self.info.quantization
@@ -165,40 +165,40 @@ class Dataset:
         lines += ["supervised"] * (self.info.supervised is not None)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def place(self, index: int) -> str:
-        """Where shard `index` is: a path or a URL."""
+    def location(self, index: int) -> str:
+        """The path or URL of shard `index`."""
         return remote.join(self.path, self.shards[index].name)
 
     def is_remote(self, index: int) -> bool:
-        """Whether shard `index` is not on this machine."""
-        return remote.is_remote(self.place(index))
+        """Whether shard `index` is at a URL."""
+        return remote.is_remote(self.location(index))
 
     @cached_property
-    def any_elsewhere(self) -> bool:
-        """Whether some of its shards are not on this machine."""
+    def any_remote(self) -> bool:
+        """Whether any of its shards is at a URL."""
         return any(self.is_remote(index) for index in range(len(self.shards)))
 
     def open_file(self, index: int, stopped: Event | None = None) -> OpenFile:
-        """The file of shard `index` on this machine; one that is elsewhere is fetched.
+        """The file of shard `index`; a remote one is fetched.
 
-        stopped: when set, that is given up with Stopped. Raises InputError.
+        stopped: when set, fetching is given up with Stopped. Raises InputError.
         """
-        place, shard = self.place(index), self.shards[index]
-        if remote.is_remote(place):
-            assert self.cache is not None  # open_dataset has seen to it
-            return self.cache.open(place, shard.sha256, shard.bytes, stopped)
+        location, shard = self.location(index), self.shards[index]
+        if remote.is_remote(location):
+            assert self.cache is not None  # open_dataset checks that
+            return self.cache.open(location, shard.sha256, shard.bytes, stopped)
         try:
-            return OpenFile(place)
+            return OpenFile(location)
         except OSError as error:
-            raise InputError(f"{place}: cannot be read: {error.strerror}") from None
+            raise InputError(f"{location}: cannot be read: {error.strerror}") from None
 
     def open_file_ahead(self, index: int, stopped: Event) -> OpenFile | None:
-        """As `open_file`, before the shard is used; None where there is no room now, or another is fetching it."""
+        """As `open_file`, before the shard is used; None if there is no room now, or another process is fetching it."""
         if not self.is_remote(index):
             return self.open_file(index)
         shard = self.shards[index]
         assert self.cache is not None
-        return self.cache.open_ahead(self.place(index), shard.sha256, shard.bytes, stopped)
+        return self.cache.open_ahead(self.location(index), shard.sha256, shard.bytes, stopped)
 
 
 def open_dataset(
@@ -208,12 +208,22 @@ def open_dataset(
     sizes: bool = True,
     skip_bad: bool = False,
 ) -> Dataset:
-    """The dataset in the folder or at the URL `path`; `cache` keeps the shards of one that is elsewhere.
+    """The dataset in a folder or at a URL.
 
-    Sizes of shards are compared here, unless `sizes` is false or bad shards are left out; their checksums when one is
-    first opened, unless `checksums` is false.
-    Raises InputError with every mistake: no such folder, not finished, a file that is not as it should be, a shard that
-    is missing or has another size than shards.jsonl lists.
+    Args:
+        path: The folder or URL.
+        cache: For the shards of a remote dataset.
+        checksums: Whether a shard's checksum is compared when it is first opened.
+        sizes: Whether the sizes of shards are compared here.
+        skip_bad: Whether readers skip bad shards; their sizes are not compared here then.
+
+    Returns:
+        The dataset.
+
+    Raises:
+        InputError: With every error: no such folder, not finished, an invalid file, a shard that is missing or has
+        another
+            size than shards.jsonl lists.
     """
     folder = str(path)
     text = _read_info(folder)
@@ -246,30 +256,30 @@ def open_dataset(
 
 
 def open_for_run(path: str, data: DataConfig) -> Dataset:
-    """The dataset at `path`, as a run's `data` block says. Raises InputError as `open_dataset`."""
+    """The dataset at `path`, opened with the settings of a run's `data` block. Raises InputError as `open_dataset`."""
     cache = Cache.of(data.cache_dir, data.cache_gb)
     return open_dataset(path, cache, data.verify == "always", skip_bad=data.on_bad_shard == "skip")
 
 
 def read_info(path: str | Path) -> DatasetInfo:
-    """dataset.json of the dataset in the folder or at the URL `path`. Raises InputError where it is not finished."""
+    """dataset.json of the dataset in the folder or at the URL `path`. Raises InputError if it is not finished."""
     return _parse_info(_read_info(str(path)), remote.join(str(path), DATASET))
 
 
 def finish(folder: str | Path, info: DatasetInfo) -> None:
     """Write dataset.json, the last file of a dataset; `totals` are counted from shards.jsonl.
 
-    The normaliser has to be there already, in the validation split (the training split's) as well.
+    The normaliser has to exist already; the validation split has that of the training split.
     """
     read_normalizer(folder)
-    whole = info.model_copy(update={"totals": Totals.of(read_shards(folder))})
-    write_whole(Path(folder) / DATASET, json.dumps(whole.model_dump(), indent=2, ensure_ascii=False) + "\n")
+    complete = info.model_copy(update={"totals": Totals.of(read_shards(folder))})
+    write_whole(Path(folder) / DATASET, json.dumps(complete.model_dump(), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_shards(folder: str | Path) -> list[ShardInfo]:
-    """The committed shards in order of their names; none where there is no shards.jsonl yet.
+    """The committed shards in order of their names; none if there is no shards.jsonl yet.
 
-    A last line without its newline is a commit that was cut off, and so no commit. Raises InputError for any other line
+    A last line without a newline is an interrupted commit and does not count. Raises InputError for any other line
     that cannot be read, and for a shard that is listed twice.
     """
     path = remote.join(str(folder), SHARDS)
@@ -282,8 +292,8 @@ def read_shards(folder: str | Path) -> list[ShardInfo]:
             reasons = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
             errors.append(f"{path}, line {number}: {reasons}")
             continue
-        if wrong := shard.mistake():
-            errors.append(f"{path}, line {number}: {wrong}")
+        if mismatch := shard.error():
+            errors.append(f"{path}, line {number}: {mismatch}")
         if shard.name in shards:
             errors.append(f"{path}, line {number}: {shard.name} is listed twice")
         shards[shard.name] = shard
@@ -293,9 +303,9 @@ def read_shards(folder: str | Path) -> list[ShardInfo]:
 
 
 def commit(folder: str | Path, shard: ShardInfo) -> None:
-    """Append the shard's line to shards.jsonl and sync it: from then on the shard exists.
+    """Append the shard's line to shards.jsonl and sync it: only then is the shard part of the dataset.
 
-    Any number of processes may commit at a time. A line that was cut off by a crash is removed first.
+    Any number of processes may commit at a time. A line cut off by a crash is removed first.
     """
     path = Path(folder) / SHARDS
     new = not path.exists()
@@ -312,13 +322,17 @@ def commit(folder: str | Path, shard: ShardInfo) -> None:
 def write_normalizer(folder: str | Path, center: np.ndarray, scale: np.ndarray, statistics: dict[str, Any]) -> None:
     """Write normalizer.safetensors into a dataset's folder.
 
-    center, scale: [embed_dim], raw space, stored in fp32. statistics: what they were fitted on, kept beside them.
+    Args:
+        folder: The dataset.
+        center: [embed_dim], raw space, stored in fp32.
+        scale: [embed_dim], likewise.
+        statistics: What they were fitted on, stored with them.
     """
     write_normalizer_file(Path(folder) / NORMALIZER, center, scale, statistics)
 
 
 def write_normalizer_file(path: Path, center: np.ndarray, scale: np.ndarray, statistics: dict[str, Any]) -> None:
-    """Write a normaliser to a file of any name, as `write_normalizer` does."""
+    """As `write_normalizer`, to a file of any name."""
     tensors = {"center": np.ascontiguousarray(center, "<f4"), "scale": np.ascontiguousarray(scale, "<f4")}
     write_whole(path, safetensors.numpy.save(tensors, metadata={"statistics": json.dumps(statistics, sort_keys=True)}))
 
@@ -326,7 +340,7 @@ def write_normalizer_file(path: Path, center: np.ndarray, scale: np.ndarray, sta
 def read_normalizer(folder: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """center and scale, each fp32 [embed_dim], of the dataset in a folder or at a URL.
 
-    Raises InputError where the file is missing or is not a normaliser.
+    Raises InputError if the file is missing or invalid.
     """
     path = remote.join(str(folder), NORMALIZER)
     data = remote.read_bytes(path)
@@ -376,24 +390,24 @@ def _parse_info(text: bytes, path: str) -> DatasetInfo:
 
 
 def _missing_shards(folder: str, shards: Iterable[ShardInfo]) -> list[str]:
-    """A line for each listed shard that is missing or not whole; those elsewhere are checked when they are fetched."""
+    """An error for each listed local shard that is missing or incomplete; remote ones are checked when fetched."""
     lines = []
     for shard in shards:
-        place = remote.join(folder, shard.name)
-        if remote.is_remote(place):
+        location = remote.join(folder, shard.name)
+        if remote.is_remote(location):
             continue
         try:
-            size = os.stat(place).st_size
+            size = os.stat(location).st_size
         except OSError as error:
-            lines.append(f"{place}: listed in {SHARDS}, cannot be read: {error.strerror}")
+            lines.append(f"{location}: listed in {SHARDS}, cannot be read: {error.strerror}")
             continue
         if size != shard.bytes:
-            lines.append(f"{place}: has {size} bytes, {SHARDS} lists {shard.bytes}")
+            lines.append(f"{location}: has {size} bytes, {SHARDS} lists {shard.bytes}")
     return lines
 
 
 def _remove_torn_line(descriptor: int) -> None:
-    """Cut what follows the last newline off a file."""
+    """Truncate a file after its last newline."""
     size = os.fstat(descriptor).st_size
     tail = os.pread(descriptor, 1 << 16, max(0, size - (1 << 16)))
     if tail and not tail.endswith(b"\n"):

@@ -20,9 +20,9 @@ IQR_TO_STD = 0.7413
 def fit(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """center = median, scale = (75th − 25th percentile) · 0.7413, of each dimension (LCM paper, section 2.4.1).
 
-    samples: [n, embed_dim], raw space. Returns fp32 [embed_dim] twice. Constant dimensions (see `constant`) carry
-    nothing: they are centred and keep their scale of 1. Raises InputError where there are fewer than two samples, or
-    where dimensions vary and yet have no spread between the percentiles: they are named.
+    samples: [n, embed_dim], raw space. Returns fp32 [embed_dim] twice. Constant dimensions (see `constant`) carry no
+    information: they are centred and get scale 1. Raises InputError if there are fewer than two samples, or naming the
+    dimensions that vary but have no spread between the percentiles.
     """
     if samples.ndim != 2 or len(samples) < 2:
         raise InputError(f"a normaliser is fitted to samples [n, embed_dim], n ≥ 2; these are {samples.shape}")
@@ -54,9 +54,9 @@ def constant(samples: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Constants:
-    """Which concepts are the same vector in every document: their spread is none, and they would shrink that of all.
+    """Which concepts are the same vector in every document and so left out: they would shrink the spread.
 
-    The end of text, the last of a document; the suffix of a supervised source, the last of what is given.
+    These are the end of text, the last of a document, and the suffix of a supervised source, its last concept.
     """
 
     end_of_text: bool = False
@@ -73,11 +73,11 @@ class Constants:
         return [name for name in ("end_of_text", "source_suffix") if getattr(self, name)]
 
     def others(self, concepts: int, documents: int) -> int:
-        """How many concepts are none of them, of so many in so many documents."""
+        """The number of concepts that are not constant, of `concepts` in `documents`."""
         return concepts - documents * len(self.names)
 
     def leaves(self, shard: Shard, document: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """Which concepts are none of them: bool [n], of documents and positions in these, int64 [n]."""
+        """Which concepts are not constant: bool [n], for documents and positions in them, int64 [n]."""
         left = np.ones(len(document), bool)
         if self.end_of_text:
             left &= position != shard.lengths[document] - 1
@@ -97,23 +97,23 @@ class UniformSample:
         self.count = 0  # concepts considered
         self._numbers: list[np.ndarray] = []
         self._concepts: list[np.ndarray] = []
-        self._held = 0
-        self._below = np.uint64(2**64 - 1)  # numbers above it are out of the running
+        self._kept = 0
+        self._below = np.uint64(2**64 - 1)  # concepts with larger numbers cannot be in the sample
 
-    def add(self, name: str, concepts: np.ndarray, among: np.ndarray | None = None) -> None:
-        """Consider concepts [n, embed_dim], or those of them at which `among`, bool [n], is true.
+    def add(self, name: str, concepts: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Consider concepts [n, embed_dim], or those of them at which `mask`, bool [n], is true.
 
         `name` is unique among all that is added, as a shard's name is.
         """
         numbers = _numbers(self.seed, name, len(concepts))
         chosen = numbers <= self._below
-        if among is not None:
-            chosen &= among
-        self.count += len(concepts) if among is None else int(among.sum())
+        if mask is not None:
+            chosen &= mask
+        self.count += len(concepts) if mask is None else int(mask.sum())
         self._numbers.append(numbers[chosen])
         self._concepts.append(concepts[chosen])
-        self._held += int(chosen.sum())
-        if self._held > 1.25 * self.size:
+        self._kept += int(chosen.sum())
+        if self._kept > 1.25 * self.size:
             self._shrink()
 
     def concepts(self) -> np.ndarray:
@@ -124,7 +124,7 @@ class UniformSample:
     def _shrink(self) -> None:
         numbers, concepts = np.concatenate(self._numbers), np.concatenate(self._concepts)
         keep = np.argsort(numbers, kind="stable")[: self.size]
-        self._numbers, self._concepts, self._held = [numbers[keep]], [concepts[keep]], len(keep)
+        self._numbers, self._concepts, self._kept = [numbers[keep]], [concepts[keep]], len(keep)
         if len(keep) == self.size:
             self._below = self._numbers[0][-1]
 
@@ -137,18 +137,18 @@ def draw(
     seed: int = 0,
     threads: int = 4,
 ) -> np.ndarray:
-    """The concepts that a UniformSample of all shards, each under its name, holds, read without reading the others.
+    """The sample that UniformSample would draw from all shards under their names, read without reading the rest.
 
     Args:
         shards: all of them.
         open_shard: opens one.
         size: how many concepts.
-        constants: what is not drawn.
+        constants: which concepts are not drawn.
         seed: of the random numbers.
         threads: shards that are read at a time.
 
     Returns:
-        [min(size, concepts that are not constant), embed_dim]. Which they are follows from the shards alone; in memory
+        [min(size, concepts that are not constant), embed_dim]. Which they are depends only on the shards; in memory
         are the sample and 24 bytes for each of it.
 
     Raises:
@@ -156,54 +156,54 @@ def draw(
     """
     every = sum(shard.concepts for shard in shards)
     others = constants.others(every, sum(shard.documents for shard in shards))
-    # Which are constant is seen where a shard is open: so many more are chosen first that `size` are left of them, but
+    # Which concepts are constant is only known once a shard is open, so more are chosen at first: `size` are left, but
     # for a chance of less than one in a million.
     most = size if others == every else round(size * every / max(1, others) + 10 * size**0.5 + 10)
     chosen = np.empty((0, 3), np.uint64)  # random number, shard, position in the shard
     below = np.uint64(2**64 - 1)
     waiting: list[np.ndarray] = []
-    held = 0
+    kept = 0
     for index, shard in enumerate(shards):
         numbers = _numbers(seed, shard.name, shard.concepts)
         at = np.flatnonzero(numbers <= below)
         waiting.append(np.stack([numbers[at], np.full(len(at), index, np.uint64), at.astype(np.uint64)], axis=1))
-        held += len(at)
-        if held > 0.25 * most or index == len(shards) - 1:
-            chosen, waiting, held = np.concatenate([chosen, *waiting]), [], 0
+        kept += len(at)
+        if kept > 0.25 * most or index == len(shards) - 1:
+            chosen, waiting, kept = np.concatenate([chosen, *waiting]), [], 0
             chosen = chosen[np.argsort(chosen[:, 0], kind="stable")[:most]]
             below = chosen[-1, 0] if len(chosen) == most else below
 
     by_shard = np.argsort(chosen[:, 1], kind="stable")
     indices, begins = np.unique(chosen[by_shard, 1], return_index=True)
 
-    def read(shard: ShardInfo, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The places of the sample, all of one shard, that are no constants, and the concepts that are at them."""
+    def read(shard: ShardInfo, entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The entries of the sample in one shard that are not constant, and their concepts."""
         opened = open_shard(shard)
-        positions = chosen[places, 2].astype(np.int64)
+        positions = chosen[entries, 2].astype(np.int64)
         ends = np.cumsum(opened.lengths)
         documents = np.searchsorted(ends, positions, side="right")
         firsts = positions - (ends - opened.lengths)[documents]
         left = constants.leaves(opened, documents, firsts)
         pairs = zip(documents[left].tolist(), firsts[left].tolist(), strict=True)
         read = [opened.concepts(document, first, first + 1) for document, first in pairs]
-        return places[left], np.concatenate(read) if read else np.empty((0, opened.embed_dim or 0))
+        return entries[left], np.concatenate(read) if read else np.empty((0, opened.embed_dim or 0))
 
     sample: np.ndarray | None = None
     left = np.zeros(len(chosen), bool)
     groups = np.split(by_shard, begins[1:])
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(read, (shards[int(index)] for index in indices), groups)
-        for places, concepts in found:
+        for entries, concepts in found:
             if sample is None and len(concepts):
                 sample = np.empty((len(chosen), concepts.shape[1]), concepts.dtype)
             if sample is not None:
-                sample[places], left[places] = concepts, True
+                sample[entries], left[entries] = concepts, True
     if sample is None:
         raise InputError("there are no concepts to fit a normaliser to")
     return sample[left][:size]
 
 
 def _numbers(seed: int, name: str, count: int) -> np.ndarray:
-    """uint64 [count]: the random numbers of what was added under a name."""
+    """uint64 [count]: the random numbers of the concepts added under a name."""
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest()
     return np.random.Philox(key=np.frombuffer(digest, np.uint64)).random_raw(count)

@@ -1,9 +1,8 @@
 """The plan: which concepts step s, lane j holds, as a pure function of the shards' sizes, a seed and the batch.
 
 Nothing is replayed to find a step: a lane is a list of shards with prefix sums, extended an epoch at a time, and a row
-is a range of its concepts. Supervised documents are not cut by the ends of rows: of their shards the plan knows each
-document's length, and a shard takes complete rows. No I/O here, and nothing of the machine: not the world size, not the
-micro-batch.
+is a range of its concepts. The ends of rows do not cut supervised documents: the plan knows the lengths of their
+documents, and a shard fills complete rows. The plan does no I/O and knows neither world size nor micro-batch.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ import numpy as np
 
 from lcm_ds.errors import InputError
 
-# Part of every fingerprint: it has to change when the order does; the second for orders with a supervised dataset.
+# Part of every fingerprint, to be raised when the order changes; the second is for orders with a supervised dataset.
 ORDER, SUPERVISED_ORDER = 1, 2
-# Shards whose rows are kept, besides two of each lane: they are found again when they are asked for.
+# Shards whose rows are cached, besides two per lane.
 ROWS_KEPT = 256
 
 
@@ -52,11 +51,11 @@ class Piece(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """What an epoch of one source gives to each of its lanes; lane j's part is bounds[j] to bounds[j + 1]."""
+    """The shards of an epoch of one source; lane j has those from bounds[j] to bounds[j + 1]."""
 
-    shards: np.ndarray  # int32 [shards], lane by lane in the order in which they were handed out
-    # where that shard ends in its lane, all epochs before included; a view of int64 [shards] that bisect reads several
-    # times as fast as the array
+    shards: np.ndarray  # int32 [shards], lane by lane, in the order of assignment
+    # the end of each shard in its lane, counted from the first epoch on; a view of int64 [shards], which bisect reads
+    # several times as fast as the array
     ends: memoryview
     bounds: list[int]  # [lanes + 1]
 
@@ -64,9 +63,7 @@ class Epoch(NamedTuple):
 class Plan:
     """The order of data of a run.
 
-    sources: the datasets; rows_per_step: lanes, shared out among the sources by weight (largest remainder); row_length:
-    concepts of a row; epochs: how often each source is read, without end if None. Safe to use from several threads.
-    Raises InputError for a source without concepts, and for one whose weight gives it no lane.
+    Safe to use from several threads.
     """
 
     def __init__(
@@ -77,35 +74,47 @@ class Plan:
         row_length: int,
         epochs: int | None = None,
     ) -> None:
+        """Assign the lanes to the sources.
+
+        Args:
+            sources: The datasets.
+            seed: Of the permutations.
+            rows_per_step: Lanes, allocated to the sources by weight (largest remainder).
+            row_length: Concepts of a row.
+            epochs: How often each source is read; None for endless.
+
+        Raises:
+            InputError: A source has no concepts, or its weight gives it no lane.
+        """
         self.seed, self.rows_per_step, self.row_length, self.epochs = seed, rows_per_step, row_length, epochs
         self.lanes_per_source = allocate_lanes([source.weight for source in sources], rows_per_step)
         self._streams = [
-            _Stream(number, source, lanes, seed, epochs, row_length)
-            for number, (source, lanes) in enumerate(zip(sources, self.lanes_per_source, strict=True))
+            _Stream(index, source, lanes, seed, epochs, row_length)
+            for index, (source, lanes) in enumerate(zip(sources, self.lanes_per_source, strict=True))
         ]
-        self._place_of_lane = [(s, lane) for s, lanes in enumerate(self.lanes_per_source) for lane in range(lanes)]
+        self._stream_of_lane = [(s, lane) for s, lanes in enumerate(self.lanes_per_source) for lane in range(lanes)]
 
     def pieces(self, step: int, lane: int) -> list[Piece]:
         """The row of `lane` (0 to rows_per_step − 1) in `step` (from 0), in order.
 
-        Together row_length concepts; fewer where the lane ends in this row, none after that. Of a supervised source one
-        piece of complete segments, fewer concepts where the next segment would not have fitted.
+        Together row_length concepts; fewer if the lane ends in this row, none after that. Of a supervised source, one
+        piece of complete segments; fewer concepts if the next segment would not have fitted.
         """
-        source, own = self._place_of_lane[lane]
+        source, own = self._stream_of_lane[lane]
         return self._streams[source].pieces(own, step * self.row_length, (step + 1) * self.row_length)
 
     def source_of(self, lane: int) -> int:
-        """Which of the sources a lane reads."""
-        return self._place_of_lane[lane][0]
+        """The index of the source that a lane reads."""
+        return self._stream_of_lane[lane][0]
 
-    def coming(self, step: int, lane: int, count: int) -> list[int]:
-        """Which shards of its source `lane` reads from the beginning of `step` on: the first `count`, or fewer."""
-        source, own = self._place_of_lane[lane]
-        return self._streams[source].coming(own, step * self.row_length, count)
+    def upcoming_shards(self, step: int, lane: int, count: int) -> list[int]:
+        """The next `count` shards of its source, or fewer, that `lane` reads from the beginning of `step` on."""
+        source, own = self._stream_of_lane[lane]
+        return self._streams[source].upcoming_shards(own, step * self.row_length, count)
 
     @cached_property
     def steps(self) -> int | None:
-        """Steps until the last lane ends; None without a limit of epochs."""
+        """Steps until the last lane ends; None if epochs are unlimited."""
         if self.epochs is None:
             return None
         return max(-(-stream.longest_lane() // self.row_length) for stream in self._streams)
@@ -115,23 +124,23 @@ class Plan:
         return sum(stream.concepts_up_to(step * self.row_length) for stream in self._streams)
 
     def epoch(self, step: int) -> float:
-        """Concepts in the rows before `step`, over the concepts there are."""
+        """Concepts in the rows before `step`, divided by all concepts."""
         return self.concepts(step) / sum(stream.total for stream in self._streams)
 
     def packs(self, source: int) -> bool:
-        """Whether rows of a source hold complete segments, as those of a supervised dataset have to."""
+        """Whether rows of a source hold complete segments, as for a supervised dataset."""
         return self._streams[source].packs
 
     @cached_property
-    def places(self) -> int:
-        """Concepts that the rows of the first epoch have room for: the concepts there are, and what is left empty."""
+    def row_slots(self) -> int:
+        """Concepts that the rows of the first epoch have room for, padding included."""
         return sum(int(stream.sizes(0).sum()) for stream in self._streams)
 
 
 def allocate_lanes(weights: Sequence[float], lanes: int) -> list[int]:
-    """`lanes` shared out in proportion to `weights`: whole parts, then by largest remainder (first of equals).
+    """`lanes` allocated in proportion to `weights`, by largest remainder (the first of equals).
 
-    Raises InputError where a weight is so small that it gets none.
+    Raises InputError if a weight is too small for a lane.
     """
     total = sum(Fraction(weight) for weight in weights)
     shares = [Fraction(weight) * lanes / total for weight in weights]
@@ -148,7 +157,7 @@ def allocate_lanes(weights: Sequence[float], lanes: int) -> list[int]:
 
 
 def document_order(seed: int, epoch: int, source: int, shard: int, documents: int) -> np.ndarray:
-    """int64 [documents]: the documents of a shard in the order in which they are read in an epoch."""
+    """int64 [documents]: the documents of a shard in the order of an epoch."""
     return _permutation(f"documents/{seed}/{epoch}/{source}/{shard}", documents)
 
 
@@ -163,13 +172,13 @@ def rows_of(lengths: np.ndarray, longest: int, row_length: int) -> list[int]:
         row_length: concepts of a row, at most.
 
     Returns:
-        Where each row begins, and behind the last one where that ends.
+        The begin of each row, and the end of the last one.
     """
     segments = -(-lengths // longest)
     document = np.repeat(np.arange(len(lengths)), segments)
-    number = np.arange(len(document)) - (np.cumsum(segments) - segments)[document]  # in its document
+    index = np.arange(len(document)) - (np.cumsum(segments) - segments)[document]  # of a segment in its document
     begins = np.cumsum(lengths) - lengths
-    ends = (begins[document] + np.minimum((number + 1) * longest, lengths[document])).tolist()
+    ends = (begins[document] + np.minimum((index + 1) * longest, lengths[document])).tolist()
     rows, at = [0], 0
     while at < len(ends):
         at = bisect_right(ends, rows[-1] + row_length, at)
@@ -186,9 +195,9 @@ def fingerprint(
     max_segment: int,
     supervised: bool = False,
 ) -> str:
-    """sha256 over all that decides the order of data.
+    """sha256 over all that determines the order of data.
 
-    A limit of epochs is not in it: it ends the order, and does not change it.
+    The number of epochs is not included: it ends the order, but does not change it.
 
     Args:
         datasets: the fingerprints of the datasets.
@@ -218,17 +227,17 @@ def fingerprint(
 
 
 class _Stream:
-    """The lanes of one source, laid out epoch by epoch as far as somebody has asked.
+    """The lanes of one source, laid out epoch by epoch on demand.
 
-    Positions in a lane are counted with what is left empty in the rows of supervised documents.
+    Positions in a lane include the padding in rows of supervised documents.
     """
 
-    def __init__(self, number: int, source: Source, lanes: int, seed: int, limit: int | None, row_length: int) -> None:
-        self.number, self.lanes, self.seed, self.limit, self.row_length = number, lanes, seed, limit, row_length
+    def __init__(self, index: int, source: Source, lanes: int, seed: int, limit: int | None, row_length: int) -> None:
+        self.index, self.lanes, self.seed, self.limit, self.row_length = index, lanes, seed, limit, row_length
         self.concepts = np.asarray(source.concepts, np.int64)
         self.total = int(self.concepts.sum())
         if self.total == 0:
-            raise InputError(f"dataset {number} of the mixture holds no concepts")
+            raise InputError(f"dataset {index} of the mixture holds no concepts")
         self.packs = source.lengths is not None
         self._lengths = [np.asarray(each, np.int64) for each in source.lengths or ()]
         self._longest = min(source.longest or row_length, row_length)
@@ -238,7 +247,7 @@ class _Stream:
         self._extending = threading.Lock()
 
     def pieces(self, lane: int, start: int, stop: int) -> list[Piece]:
-        """What is from `start` to `stop` in a lane; of supervised documents complete rows."""
+        """The pieces from `start` to `stop` in a lane; of supervised documents, complete rows."""
         self._extend(lane, stop)
         pieces: list[Piece] = []
         for epoch, shard, end in self._from(lane, start):
@@ -251,18 +260,18 @@ class _Stream:
                 break
         return pieces
 
-    def coming(self, lane: int, start: int, count: int) -> list[int]:
-        """The first `count` shards of a lane from `start` on; fewer where it ends."""
+    def upcoming_shards(self, lane: int, start: int, count: int) -> list[int]:
+        """The first `count` shards of a lane from `start` on; fewer if it ends."""
         stop = start + 1
         while True:
             self._extend(lane, stop)
-            found = [shard for _, shard, _ in islice(self._from(lane, start), count)]
-            if len(found) == count or len(self._epochs) == self.limit:
-                return found
+            shards = [shard for _, shard, _ in islice(self._from(lane, start), count)]
+            if len(shards) == count or len(self._epochs) == self.limit:
+                return shards
             stop = self._lane_ends[-1][lane] + 1
 
     def _from(self, lane: int, start: int) -> Iterator[tuple[int, int, int]]:
-        """The shards of a lane from `start` on: epoch, shard, and where that ends in the lane."""
+        """The shards of a lane from `start` on: epoch, shard, and its end in the lane."""
         epoch = bisect_right(self._lane_ends, start, key=lambda ends: ends[lane]) - 1
         while epoch < len(self._epochs):
             shards, ends, bounds = self._epochs[epoch]
@@ -272,7 +281,7 @@ class _Stream:
             epoch += 1
 
     def longest_lane(self) -> int:
-        """Where the longest lane ends after all epochs, of which there have to be a limited number."""
+        """The end of the longest lane after all epochs, whose number has to be limited."""
         self._extend(0, None)
         return max(self._lane_ends[-1])
 
@@ -286,7 +295,7 @@ class _Stream:
         return int(np.minimum(self._lane_ends[-1], stop).sum())
 
     def _read_before(self, lane: int, stop: int) -> int:
-        """Concepts of a lane up to `stop`, what is left empty in its rows not counted."""
+        """Concepts of a lane up to `stop`, without padding."""
         read = 0
         self._extend(lane, stop)
         for epoch, (shards, ends, bounds) in enumerate(self._epochs):
@@ -301,7 +310,7 @@ class _Stream:
         return read
 
     def sizes(self, epoch: int) -> np.ndarray:
-        """int64 [shards]: what each shard takes of its lane in an epoch."""
+        """int64 [shards]: the length of each shard in its lane in an epoch."""
         if not self.packs:
             return self.concepts
         return np.array([self._size(epoch, shard) for shard in range(len(self.concepts))], np.int64)
@@ -310,16 +319,16 @@ class _Stream:
         return self.row_length * (len(self._rows(epoch, shard)) - 1) if self.packs else int(self.concepts[shard])
 
     def _piece(self, epoch: int, shard: int, start: int, stop: int) -> Piece:
-        """A part of what a shard takes of its lane: begins and ends of rows, where it is packed."""
+        """A part of a shard; start and stop are positions in its lane, and bounds of rows if it is packed."""
         if self.packs:
             rows = self._rows(epoch, shard)
             start, stop = rows[start // self.row_length], rows[stop // self.row_length]
-        return Piece(self.number, epoch, shard, start, stop)
+        return Piece(self.index, epoch, shard, start, stop)
 
     def _pack(self, epoch: int, shard: int) -> list[int]:
-        """The rows of a shard whose documents are read in the order of an epoch."""
+        """The rows of a shard in the order of an epoch."""
         lengths = self._lengths[shard]
-        order = document_order(self.seed, epoch, self.number, shard, len(lengths))
+        order = document_order(self.seed, epoch, self.index, shard, len(lengths))
         return rows_of(lengths[order], self._longest, self.row_length)
 
     def _extend(self, lane: int, stop: int | None) -> None:
@@ -333,27 +342,27 @@ class _Stream:
                 self._epochs.append(epoch)
                 self._lane_ends.append(lane_ends)
 
-    def _assign_shards(self, number: int, lane_ends: list[int]) -> tuple[Epoch, list[int]]:
+    def _assign_shards(self, epoch: int, lane_ends: list[int]) -> tuple[Epoch, list[int]]:
         """An epoch's shards, permuted, each to the lane that is the shortest so far (the lowest of equals)."""
-        order = _permutation(f"shards/{self.seed}/{number}/{self.number}", len(self.concepts))
+        order = _permutation(f"shards/{self.seed}/{epoch}/{self.index}", len(self.concepts))
         heap = [(end, lane) for lane, end in enumerate(lane_ends)]
         heapq.heapify(heap)
         lanes = np.empty(len(order), np.int32)
         ends = np.empty(len(order), np.int64)
-        for i, count in enumerate(self.sizes(number)[order].tolist()):
+        for i, count in enumerate(self.sizes(epoch)[order].tolist()):
             end, lane = heap[0]
             heapq.heapreplace(heap, (end + count, lane))
             lanes[i], ends[i] = lane, end + count
         by_lane = np.argsort(lanes, kind="stable")
         bounds = np.searchsorted(lanes[by_lane], np.arange(self.lanes + 1)).tolist()
-        epoch = Epoch(order[by_lane].astype(np.int32), ends[by_lane].data, bounds)
-        return epoch, [end for end, _ in sorted(heap, key=lambda item: item[1])]
+        assigned = Epoch(order[by_lane].astype(np.int32), ends[by_lane].data, bounds)
+        return assigned, [end for end, _ in sorted(heap, key=lambda item: item[1])]
 
 
 def _permutation(name: str, n: int) -> np.ndarray:
-    """int64 [n]: a permutation that depends on `name` alone, with any version of numpy.
+    """int64 [n]: a permutation that depends only on `name`, not on the version of numpy.
 
-    numpy keeps the raw words of its bit generators for ever, but not what its shuffles make of them.
+    numpy guarantees the raw output of its bit generators, but not of its shuffles.
     """
     key = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), "<u8")
     return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")

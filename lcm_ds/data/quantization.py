@@ -1,6 +1,4 @@
-"""Numbers that stand for others: concepts in 8 bits, and bf16 in the guise of uint16.
-
-In 8 bits concepts take half the bytes of fp16, each dimension in steps of its own.
+"""Stored forms of concepts: 8 bits, half the bytes of fp16, and bf16 as uint16.
 
 A step is 8/127 of the dimension's scale (its standard deviation, robustly), so that the 127 steps to each side reach 8
 standard deviations. Rounding errs by step/√12, 1.8 % of a standard deviation; the noise that training adds to its
@@ -14,7 +12,7 @@ from typing import ClassVar
 
 import numpy as np
 
-CLIP_SIGMA = 8.0  # standard deviations; what lies beyond is cut off there
+CLIP_SIGMA = 8.0  # standard deviations; values beyond are clipped
 STEPS = 127
 
 
@@ -25,7 +23,7 @@ class Quantization:
     center: np.ndarray
     step: np.ndarray
 
-    dtype: ClassVar[type] = np.float16  # of what is decoded
+    dtype: ClassVar[type] = np.float16  # of decoded concepts
 
     @classmethod
     def of(cls, center: np.ndarray, scale: np.ndarray) -> Quantization:
@@ -38,7 +36,7 @@ class Quantization:
         return np.clip(steps, -STEPS, STEPS).astype(np.int8)
 
     def decode(self, stored: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-        """Concepts [n, embed_dim], raw space, of what `encode` gave; float16, or in `out` and its dtype."""
+        """Concepts [n, embed_dim], raw space, from `encode`d ones; float16, or in `out` and its dtype."""
         if out is None:
             out = np.empty(stored.shape, self.dtype)
         concepts = np.multiply(stored, self.step, dtype=np.float32)

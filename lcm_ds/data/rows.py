@@ -33,11 +33,11 @@ class ShuffledShard(NamedTuple):
         return cls(shard, order.tolist(), np.cumsum(shard.lengths[order]).tolist())
 
 
-def cut(read: ShuffledShard, start: int, stop: int, max_segment: int) -> Iterator[Segment]:
-    """Segments of the concepts `start` to `stop` of a shard, counted in the order in which it is read.
+def iter_segments(read: ShuffledShard, start: int, stop: int, max_segment: int) -> Iterator[Segment]:
+    """The segments of concepts `start` to `stop` of a shard, counted in the order of the epoch.
 
     A document longer than max_segment is wrapped: cut at multiples of max_segment counted from its first concept,
-    wherever rows begin and end.
+    independent of where rows begin and end.
     """
     shard, documents, ends = read
     at = bisect_right(ends, start)
@@ -56,42 +56,41 @@ def cut(read: ShuffledShard, start: int, stop: int, max_segment: int) -> Iterato
 
 
 class Row(NamedTuple):
-    """A row, or a part of one, of a batch that is being filled; what is not wanted is None."""
+    """A row, or a part of one, of a batch that is being filled; arrays that are not needed are None."""
 
     concepts: np.ndarray  # [n, embed_dim]
     segment_ids: np.ndarray  # int32 [n]
     given: np.ndarray | None  # bool [n]: concepts that are no targets although others precede them in their segment
     origins: np.ndarray | None  # int64 [n, 2]: the concept's document, and its position in that
 
-    def part(self, part: slice) -> Row:
-        """Some of its concepts."""
+    def part(self, part: int | slice) -> Row:
+        """Some of its concepts, or one row of arrays that have several."""
         return Row(*(None if array is None else array[part] for array in self))  # type: ignore[arg-type]
 
 
-def fill(segments: Iterable[Segment], row: Row, number: int) -> int:
-    """Copy segments one after another into a part of a row, which they fill; returns the number of the next segment.
+def copy_segments(segments: Iterable[Segment], row: Row, index: int) -> int:
+    """Copy segments one after another into a part of a row, which they fill; returns the index of the next segment.
 
-    The segments get the numbers `number`, `number` + 1 …; documents are counted in their shard. Of a supervised
-    document the source is given, and so is all of a segment that does not begin at the document's first concept: what
-    its targets follow from lies elsewhere.
+    The segments get the ids `index`, `index` + 1 …; documents are counted in their shard. Of a supervised document the
+    source is given, and so are all segments but the first, which have lost their source.
     """
     filled = 0
     for shard, document, start, stop in segments:
         until = filled + stop - start
         shard.read_into(row.concepts[filled:until], document, start)
-        row.segment_ids[filled:until] = number
+        row.segment_ids[filled:until] = index
         if row.given is not None:
             source = int(shard.given[document]) if start == 0 or not shard.supervised else stop
             row.given[filled:until] = np.arange(start, stop) < source
         if row.origins is not None:
             row.origins[filled:until, 0] = document
             row.origins[filled:until, 1] = np.arange(start, stop)
-        filled, number = until, number + 1
-    return number
+        filled, index = until, index + 1
+    return index
 
 
-def blank(row: Row) -> None:
-    """Make a part of a row one without concepts: zeros, and −1 for segment and origin."""
+def clear(row: Row) -> None:
+    """Make a part of a row padding: zeros, and −1 for segment and origin."""
     row.concepts[:] = 0
     row.segment_ids[:] = -1
     if row.given is not None:

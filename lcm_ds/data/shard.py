@@ -1,7 +1,6 @@
-"""Reading shards: their headers are parsed when they are opened, then concepts are read straight to where they belong.
+"""Reading shards: headers are parsed when a shard is opened, concepts are then read directly into their batch.
 
-What disagrees with shards.jsonl or dataset.json, or is not what the format allows, is an error that names shard and
-key.
+Whatever disagrees with shards.jsonl, dataset.json or the format is an error that names shard and key.
 """
 
 from __future__ import annotations
@@ -29,18 +28,14 @@ from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import OpenFile
 
 _STORED = {"bfloat16": "uint16"}
-# What the JSON of a supervised document has instead of its sentences; together they are them.
+# The keys of a supervised document's JSON in place of `sentences`.
 SOURCE_SENTENCES, TARGET_SENTENCES = "source_sentences", "target_sentences"
 
 
 class Shard:
-    """The documents of one tar, in its order; `file` is it, or where it is.
+    """The documents of one tar, in its order.
 
-    keys: of each document; lengths: int64, concepts of each document. `info`, `embed_dim` and `dtype` are what the tar
-    has to agree with; left out, embed_dim and dtype are those of its first document (None where it has none).
-    storage: what its numbers stand for. extension, texts: as in DatasetInfo. name: where it is from, for messages; by
-    default that of `info` or of the file. supervised: whether its documents have a source and a target. Raises
-    InputError naming shard and key.
+    keys: of each document; lengths: int64, concepts of each document.
     """
 
     def __init__(
@@ -55,11 +50,27 @@ class Shard:
         name: str | None = None,
         supervised: bool = False,
     ) -> None:
+        """Open the tar and parse its headers.
+
+        Args:
+            file: The tar or its path.
+            info: Its line in shards.jsonl, which it has to agree with.
+            embed_dim: The size of its concepts; None for that of the first document.
+            dtype: Their type; None for that of the first document.
+            storage: The meaning of its numbers, if they are not the concepts themselves.
+            extension: As in DatasetInfo.
+            texts: As in DatasetInfo.
+            name: For messages; None for that of `info` or of the file.
+            supervised: Whether its documents have a source and a target.
+
+        Raises:
+            InputError: Naming shard and key.
+        """
         self.file = file if isinstance(file, OpenFile) else _open(Path(file))
         path = self.file.path
         self.name = name or (info.name if info is not None else path.name)
-        # For messages: a shard of the cache has its checksum for a name, which tells nobody where it is from.
-        self.where = str(path) if path.name == Path(self.name).name else f"{self.name} (kept as {path})"
+        # For messages: the name of a shard in the cache is only its checksum.
+        self.location = str(path) if path.name == Path(self.name).name else f"{self.name} (kept as {path})"
         self.embed_dim = embed_dim
         self.storage, self.supervised = storage, supervised
         self.dtype = None if dtype is None else np.dtype(_STORED.get(dtype, dtype)).newbyteorder("<")
@@ -67,9 +78,9 @@ class Shard:
         text_extension, _, self._field = texts.partition(":")
         self._text_extension = text_extension.lower()
         if not len(self.file):
-            raise InputError(f"{self.where}: is empty")
+            raise InputError(f"{self.location}: is empty")
         if info is not None and len(self.file) != info.bytes:
-            raise InputError(f"{self.where}: has {len(self.file)} bytes, {SHARDS} lists {info.bytes}")
+            raise InputError(f"{self.location}: has {len(self.file)} bytes, {SHARDS} lists {info.bytes}")
         self.keys: list[str] = []
         # offset and size in the tar, by key
         self._metas: dict[str, tuple[int, int]] = {}
@@ -78,9 +89,9 @@ class Shard:
         self._offsets: list[int] = []
         lengths = []
         try:
-            members = read_members(self.file, self.where)
+            members = read_members(self.file, self.location)
         except OSError as error:
-            raise InputError(f"{self.where}: cannot be read: {error.strerror}") from None
+            raise InputError(f"{self.location}: cannot be read: {error.strerror}") from None
         for name, offset, size, head in zip(*members, strict=True):
             key, kind = _split(name)
             if kind == extension:
@@ -101,13 +112,13 @@ class Shard:
         self._check_counts(info)
 
     def __len__(self) -> int:
-        """Documents."""
+        """The number of documents."""
         return len(self.keys)
 
     def concepts(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Concepts `start` to `stop` of the document, all by default: [n, embed_dim], raw space.
 
-        In the stored dtype, or that of what it stands for (see lcm_ds.data.quantization). Raises InputError.
+        In the stored dtype, or the decoded one (see lcm_ds.data.quantization). Raises InputError.
         """
         first, last, _ = slice(start, stop).indices(int(self.lengths[document]))
         assert self.embed_dim is not None
@@ -117,20 +128,20 @@ class Shard:
         return out
 
     def read_into(self, out: np.ndarray, document: int, start: int) -> None:
-        """Read concepts of the document, from `start` on, to `out` [n, embed_dim], raw space, in `out`'s dtype.
+        """Read concepts of the document, from `start` on, into `out` [n, embed_dim], raw space, in `out`'s dtype.
 
-        out: contiguous. Raises InputError where the file cannot be read, or is not as long as it was.
+        out: contiguous. Raises InputError if the file cannot be read or has become shorter.
         """
         assert self.dtype is not None
         offset = self._offsets[document] + start * out.shape[1] * self.dtype.itemsize
         same = out.dtype == self.dtype and self.storage is None
         stored = out if same else np.empty(out.shape, self.dtype)
         try:
-            whole = self.file.read_into(stored, offset)
+            complete = self.file.read_into(stored, offset)
         except OSError as error:
-            raise InputError(f"{self.where}: {self.keys[document]}: cannot be read: {error.strerror}") from None
-        if not whole:
-            raise InputError(f"{self.where}: {self.keys[document]}: is cut off: the file has become shorter")
+            raise InputError(f"{self.location}: {self.keys[document]}: cannot be read: {error.strerror}") from None
+        if not complete:
+            raise InputError(f"{self.location}: {self.keys[document]}: is cut off: the file has become shorter")
         if self.storage is not None:
             self.storage.decode(stored, out)
         elif not same:
@@ -146,10 +157,10 @@ class Shard:
         return {extension: self._bytes(f"{key}.{extension}", *member) for extension, member in found.items()}
 
     def meta(self, document: int) -> dict[str, Any]:
-        """The document's `id`, `source` and `sentences`, and what else its JSON holds.
+        """The document's JSON, with `id`, `source` and `sentences`.
 
-        A tar made elsewhere may say none of them: they are the key, the shard's name, and no sentences then.
-        Raises InputError where the JSON is none, or has not as many sentences as there are concepts.
+        In a tar of another program they may be missing: the key, the shard's name, and no sentences are the defaults.
+        Raises InputError if the JSON is invalid, or if the numbers of sentences and concepts differ.
         """
         key = self.keys[document]
         meta: dict[str, Any] = {"id": key, "source": self.name}
@@ -158,21 +169,21 @@ class Shard:
         sentences = self._sentences(key, meta)
         count, length = len(sentences or ()), int(self.lengths[document])
         if sentences is not None and count != length:
-            raise InputError(f"{self.where}: {key}: has {count} sentences and {length} concepts")
+            raise InputError(f"{self.location}: {key}: has {count} sentences and {length} concepts")
         return meta | {"sentences": sentences or []}
 
     @cached_property
     def given(self) -> np.ndarray:
         """int64: how many concepts of each document are its source, in a supervised dataset; else 0.
 
-        Read from the documents' JSON when it is first asked for. Raises InputError where one has none of it, or as
-        `meta` does.
+        Read from the documents' JSON on first use. Raises InputError if one lacks its source or target, or as `meta`
+        does.
         """
         if not self.supervised:
             return np.zeros(len(self), np.int64)
         given = [self._given(document) for document in range(len(self))]
         if self._listed_given not in (None, given):
-            raise InputError(f"{self.where}: its documents have other sources than {SHARDS} lists (given)")
+            raise InputError(f"{self.location}: its documents have other sources than {SHARDS} lists (given)")
         return np.array(given, np.int64)
 
     def _given(self, document: int) -> int:
@@ -181,19 +192,18 @@ class Shard:
         if 0 in lengths:
             key = self.keys[document]
             raise InputError(
-                f"{self.where}: {key}: has {lengths[0]} {SOURCE_SENTENCES} and {lengths[1]} {TARGET_SENTENCES}; a "
+                f"{self.location}: {key}: has {lengths[0]} {SOURCE_SENTENCES} and {lengths[1]} {TARGET_SENTENCES}; a "
                 "supervised document has both"
             )
         return lengths[0]
 
     def _sentences(self, key: str, meta: dict[str, Any]) -> list[Any] | None:
-        """The document's sentences, from where the dataset has them; None where it has none."""
+        """The document's sentences, from JSON or text; None if it has none."""
         if self.supervised:
             parts = [meta.get(part, []) for part in (SOURCE_SENTENCES, TARGET_SENTENCES)]
             if not all(isinstance(part, list) for part in parts):
-                raise InputError(
-                    f"{self.where}: {key}.json: {SOURCE_SENTENCES} and {TARGET_SENTENCES} have to be lists of sentences"
-                )
+                names = f"{SOURCE_SENTENCES} and {TARGET_SENTENCES}"
+                raise InputError(f"{self.location}: {key}.json: {names} have to be lists of sentences")
             return [*parts[0], *parts[1]]
         extension = self._text_extension
         if self._field:
@@ -202,37 +212,39 @@ class Shard:
             if self._field not in meta:
                 return None
             if not isinstance(sentences := meta[self._field], list):
-                raise InputError(f"{self.where}: {key}.{extension}: has to be an object with a list of {self._field}")
+                raise InputError(
+                    f"{self.location}: {key}.{extension}: has to be an object with a list of {self._field}"
+                )
             return sentences
         if key not in self._texts:
             return None
         try:
             text = self._bytes(f"{key}.{extension}", *self._texts[key]).decode("utf-8").removesuffix("\n")
         except UnicodeDecodeError as error:
-            raise InputError(f"{self.where}: {key}.{extension}: not UTF-8: {error}") from None
+            raise InputError(f"{self.location}: {key}.{extension}: not UTF-8: {error}") from None
         return text.split("\n") if text else []
 
     def _object(self, key: str, extension: str, member: tuple[int, int]) -> dict[str, Any]:
-        """The JSON object in a member, which is given by offset and size."""
-        where = f"{self.where}: {key}.{extension}"
+        """The JSON object in a member of the tar, given by offset and size."""
+        location = f"{self.location}: {key}.{extension}"
         try:
             found = json.loads(self._bytes(f"{key}.{extension}", *member))
         except ValueError as error:
-            raise InputError(f"{where}: not JSON: {error}") from None
+            raise InputError(f"{location}: not JSON: {error}") from None
         if not isinstance(found, dict):
-            raise InputError(f"{where}: has to be an object with a list of {self._field}")
+            raise InputError(f"{location}: has to be an object with a list of {self._field}")
         return found
 
     def _bytes(self, name: str, offset: int, size: int) -> bytes:
-        """A part of the tar, which belongs to its member `name`."""
+        """Bytes of the tar; `name`, the member that they belong to, is for messages."""
         try:
             return self.file[offset : offset + size]
         except OSError as error:
-            raise InputError(f"{self.where}: {name}: cannot be read: {error.strerror}") from None
+            raise InputError(f"{self.location}: {name}: cannot be read: {error.strerror}") from None
 
     def _check(self, key: str, offset: int, size: int, head: bytes) -> tuple[int, int]:
-        """After how many bytes the document's numbers begin, and how many concepts they are."""
-        where = f"{self.where}: {key}.{self.extension}"
+        """The offset of the document's numbers in its member, and how many concepts they are."""
+        location = f"{self.location}: {key}.{self.extension}"
         # The length of the header: two bytes in version 1 of the format, four after it.
         width = 2 if head[6:7] == b"\1" else 4
         begin = 8 + width + int.from_bytes(head[8 : 8 + width], "little")
@@ -240,47 +252,47 @@ class Shard:
         try:
             shape, fortran_order, dtype = _npy_header(header)
         except ValueError as error:
-            raise InputError(f"{where}: not an .npy file: {error}") from None
+            raise InputError(f"{location}: not an .npy file: {error}") from None
         if dtype.hasobject:
-            raise InputError(f"{where}: holds pickled objects, which are never loaded; concepts are plain numbers")
+            raise InputError(f"{location}: holds pickled objects, which are never loaded; concepts are plain numbers")
         if dtype.kind == "V":
-            raise InputError(f"{where}: holds {dtype}; concepts are plain numbers")
+            raise InputError(f"{location}: holds {dtype}; concepts are plain numbers")
         if len(shape) != 2 or min(shape) < 0 or (fortran_order and 1 not in shape):
-            raise InputError(f"{where}: has shape {list(shape)}; concepts are [n, embed_dim], row by row")
+            raise InputError(f"{location}: has shape {list(shape)}; concepts are [n, embed_dim], row by row")
         self.dtype, self.embed_dim = self.dtype or dtype, self.embed_dim or shape[1]
         if dtype != self.dtype:
-            raise InputError(f"{where}: is {dtype}, its dataset is {self.dtype}")
+            raise InputError(f"{location}: is {dtype}, its dataset is {self.dtype}")
         if shape[1] != self.embed_dim:
-            raise InputError(f"{where}: has embed_dim {shape[1]}, its dataset {self.embed_dim}")
+            raise InputError(f"{location}: has embed_dim {shape[1]}, its dataset {self.embed_dim}")
         if begin + shape[0] * shape[1] * dtype.itemsize != size:
-            raise InputError(f"{where}: has {size} bytes, which is not what {list(shape)} {dtype} takes")
+            raise InputError(f"{location}: has {size} bytes, which is not what {list(shape)} {dtype} takes")
         return begin, shape[0]
 
     def _check_counts(self, info: ShardInfo | None) -> None:
         if len(keys := set(self.keys)) != len(self.keys):
             twice = next(key for i, key in enumerate(self.keys) if key in self.keys[:i])
-            raise InputError(f"{self.where}: {twice}: two documents have this key")
+            raise InputError(f"{self.location}: {twice}: two documents have this key")
         if orphans := self._metas.keys() - keys:
-            raise InputError(f"{self.where}: {min(orphans)}: has a .json and no .{self.extension}")
+            raise InputError(f"{self.location}: {min(orphans)}: has a .json and no .{self.extension}")
         found = (len(self), int(self.lengths.sum()))
         if info is not None and found != (info.documents, info.concepts):
             raise InputError(
-                f"{self.where}: has {found[0]} documents with {found[1]} concepts, "
+                f"{self.location}: has {found[0]} documents with {found[1]} concepts, "
                 f"{SHARDS} lists {info.documents} with {info.concepts}"
             )
         if info is not None and info.lengths not in (None, self.lengths.tolist()):
-            raise InputError(f"{self.where}: its documents have other lengths than {SHARDS} lists")
+            raise InputError(f"{self.location}: its documents have other lengths than {SHARDS} lists")
 
 
 def open_shard(dataset: Dataset, index: int, stopped: Event | None = None) -> Shard:
-    """Shard `index` of a dataset, checked against it; fetched first where it is elsewhere.
+    """Shard `index` of a dataset, checked against it; fetched first if it is remote.
 
-    stopped: when set, that is given up with Stopped. Raises InputError.
+    stopped: when set, fetching is given up with Stopped. Raises InputError.
     """
     info, listed = dataset.info, dataset.shards[index]
     file = dataset.open_file(index, stopped)
     sha256 = _checksum(file) if dataset.checksums else listed.sha256
-    if sha256 != listed.sha256 and dataset.is_remote(index):  # it has changed since it came
+    if sha256 != listed.sha256 and dataset.is_remote(index):  # it has changed since it was fetched
         assert dataset.cache is not None
         dataset.cache.invalidate(file)
         file = dataset.open_file(index, stopped)
@@ -296,7 +308,7 @@ def open_shard(dataset: Dataset, index: int, stopped: Event | None = None) -> Sh
 def prefetch(dataset: Dataset, index: int, stopped: Event) -> bool:
     """Do what takes long about opening a shard, and keep nothing open: fetch it, compare its checksum, have it read.
 
-    stopped: as of `open_shard`. False where that could not be done now. Raises InputError.
+    stopped: as of `open_shard`. False if that cannot be done now. Raises InputError.
     """
     file = dataset.open_file_ahead(index, stopped)
     if file is None:
@@ -304,34 +316,34 @@ def prefetch(dataset: Dataset, index: int, stopped: Event) -> bool:
     if dataset.checksums:
         _checksum(file)
     else:
-        with suppress(OSError):  # said where it is read
+        with suppress(OSError):  # reported when it is read
             file.read_ahead()
     return True
 
 
 def open_shard_once(dataset: Dataset, index: int) -> Shard:
-    """`open_shard` for one that nobody comes back to: where it was fetched, its file goes when the `Shard` does."""
-    with _keeping_nothing(dataset) as passing:
-        return open_shard(passing, index)  # it stays readable when its name is gone
+    """`open_shard` for a single use: a fetched file is deleted together with the `Shard`."""
+    with _temporary_cache(dataset) as uncached:
+        return open_shard(uncached, index)  # it stays readable when its name is gone
 
 
 def verify(dataset: Dataset, threads: int = 4) -> Iterator[list[str]]:
-    """Read every shard again, a few at a time: for each, in order, what is wrong with it.
+    """Read every shard again, a few at a time; yields the errors of each, in order.
 
-    Its checksum is compared, and every document: its array, its JSON, and as many sentences as concepts.
+    Checked are its checksum, and of every document its array, its JSON, and the number of sentences.
     """
 
     def check(index: int) -> list[str]:
         errors = Collector()
-        with errors, _keeping_nothing(replace(dataset, checksums=False)) as passing:
-            shard = open_shard(passing, index)
+        with errors, _temporary_cache(replace(dataset, checksums=False)) as uncached:
+            shard = open_shard(uncached, index)
             with errors:
                 _compare(shard, _hashed(shard.file), dataset.shards[index])
             for document in range(len(shard)):
                 with errors:
                     shard.meta(document)
             if not errors.errors:
-                shard.given  # noqa: B018 (raises where it is not what is listed)
+                shard.given  # noqa: B018 (raises if it is not as listed)
         return errors.errors
 
     with ThreadPoolExecutor(threads) as pool:
@@ -339,8 +351,8 @@ def verify(dataset: Dataset, threads: int = 4) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _keeping_nothing(dataset: Dataset) -> Iterator[Dataset]:
-    """The dataset, its shards that are elsewhere fetched anew into a folder that lasts as long as the context."""
+def _temporary_cache(dataset: Dataset) -> Iterator[Dataset]:
+    """The dataset, its remote shards fetched into a folder that lasts as long as the context."""
     if dataset.cache is None:  # all are on this machine
         yield dataset
         return
@@ -351,17 +363,17 @@ def _keeping_nothing(dataset: Dataset) -> Iterator[Dataset]:
 
 def _compare(shard: Shard, sha256: str, info: ShardInfo) -> None:
     if sha256 != info.sha256:
-        raise InputError(f"{shard.where}: has sha256 {sha256}, {SHARDS} lists {info.sha256}: its bytes have changed")
+        raise InputError(f"{shard.location}: has sha256 {sha256}, {SHARDS} lists {info.sha256}: its bytes have changed")
 
 
 class _Checksum:
-    """The sha256 of a file, once somebody has asked for it."""
+    """The sha256 of a file, computed on first use."""
 
     def __init__(self) -> None:
         self.lock, self.sha256 = Lock(), ""
 
     def of(self, file: OpenFile) -> str:
-        with self.lock:  # who comes second waits for the first
+        with self.lock:  # a second thread waits for the first
             self.sha256 = self.sha256 or _hashed(file)
             return self.sha256
 
@@ -392,7 +404,7 @@ def _open(path: Path) -> OpenFile:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Key and extension as WebDataset has them: cut at the first dot after the last slash."""
+    """Key and extension as in WebDataset: split at the first dot after the last slash."""
     if "/" not in name:
         key, _, kind = name.partition(".")
         return (key, kind.lower()) if key else (name, "")
@@ -402,7 +414,7 @@ def _split(name: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=1 << 14)  # documents of the same length have the same header
 def _length(head: bytes, size: int, embed_dim: int | None, dtype: np.dtype | None) -> int | None:
-    """How many concepts an array holds, by the first HEAD of its bytes; None where it has to be looked at closely."""
+    """The number of concepts in an array, by its first HEAD bytes; None if it is not of the usual kind."""
     width = 2 if head[6:7] == b"\1" else 4
     if embed_dim is None or dtype is None or 8 + width + int.from_bytes(head[8 : 8 + width], "little") != HEAD:
         return None
@@ -415,7 +427,7 @@ def _length(head: bytes, size: int, embed_dim: int | None, dtype: np.dtype | Non
 
 
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether column by column, and dtype. Raises ValueError."""
+    """Shape, fortran_order and dtype. Raises ValueError."""
     file = io.BytesIO(header)
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):

@@ -1,4 +1,4 @@
-"""What a run has to know of supervised documents before it reads them: their lengths, and which targets are reached.
+"""Lengths and reachable targets of supervised documents, known before a run reads them.
 
 An unsupervised dataset's shards are counted in concepts only.
 """
@@ -37,8 +37,8 @@ _read: dict[str, Parts] = {}
 def parts_of(dataset: Dataset) -> list[Parts]:
     """The documents of each shard of a supervised dataset.
 
-    Read from the shards themselves, which is logged, where shards.jsonl was written by a version that did not list
-    them. Raises InputError where one of those cannot be read.
+    If an earlier version wrote shards.jsonl without them, they are read from the shards, which is logged. Raises
+    InputError if one of those cannot be read.
     """
     unknown = [i for i, shard in enumerate(dataset.shards) if shard.lengths is None and shard.sha256 not in _read]
     if unknown:
@@ -63,9 +63,7 @@ def parts_of(dataset: Dataset) -> list[Parts]:
 
 
 def longest_segment(dataset: Dataset, row_length: int, max_segment: int) -> int:
-    """Concepts of a segment, at most: supervised documents are wrapped at the row's length, too, so that a row holds
-    complete segments.
-    """
+    """The most concepts of a segment: that of supervised documents fits into a row, which holds complete segments."""
     return max_segment if dataset.info.supervised is None else min(max_segment, row_length)
 
 
@@ -91,7 +89,7 @@ def source_of(dataset: Dataset, row_length: int, max_segment: int, weight: float
     return Source(concepts, weight, lengths, longest_segment(dataset, row_length, max_segment))
 
 
-class Reach(NamedTuple):
+class TargetReach(NamedTuple):
     """Targets of a supervised dataset."""
 
     reached: int  # in each epoch
@@ -99,26 +97,26 @@ class Reach(NamedTuple):
     shortest_source: int  # concepts
 
 
-def reach(dataset: Dataset, row_length: int, max_segment: int) -> Reach:
+def target_reach(dataset: Dataset, row_length: int, max_segment: int) -> TargetReach:
     """How many of a supervised dataset's targets an epoch reaches: those in their documents' first segment.
 
-    What is behind it has lost its source. Raises InputError as `parts_of`.
+    Later segments have lost their source. Raises InputError as `parts_of`.
     """
     parts = parts_of(dataset)
     lengths, given = (_array(part[i] for part in parts) for i in range(2))
     first = np.maximum(given, 1)  # nothing comes before the first concept of a document
     longest = longest_segment(dataset, row_length, max_segment)
     reached = np.maximum(np.minimum(lengths, longest) - first, 0).sum()
-    return Reach(int(reached), int(np.maximum(lengths - first, 0).sum()), int(given.min()))
+    return TargetReach(int(reached), int(np.maximum(lengths - first, 0).sum()), int(given.min()))
 
 
-def limit(row_length: int, max_segment: int) -> str:
+def length_limit(row_length: int, max_segment: int) -> str:
     """The key that limits how long a supervised document may be, with its value."""
     return f"data.row_length {row_length}" if row_length < max_segment else f"data.max_segment {max_segment}"
 
 
 def missing_targets(dataset: Dataset, row_length: int, max_segment: int) -> str | None:
-    """Why a dataset has no targets, where that is known before its shards are read; None: it has some.
+    """Why a dataset has no targets, as far as that is known before its shards are read; None if it has some.
 
     Raises InputError as `parts_of`.
     """
@@ -127,12 +125,13 @@ def missing_targets(dataset: Dataset, row_length: int, max_segment: int) -> str 
         return f"{dataset.path}: holds nothing to predict: each of its documents is a single concept"
     if dataset.info.supervised is None:
         return None
-    found = reach(dataset, row_length, max_segment)
+    found = target_reach(dataset, row_length, max_segment)
     if found.reached:
         return None
+    limit = length_limit(row_length, max_segment)
     return (
         f"{dataset.path}: holds nothing to predict: sources have {found.shortest_source:,} concepts or more, and a "
-        f"target is only reached within {limit(row_length, max_segment)}; a larger value, or shorter sources, will do"
+        f"target is only reached within {limit}; a larger value, or shorter sources, will do"
     )
 
 

@@ -1,6 +1,7 @@
 """Writing shards: documents → plain tars that any WebDataset reader opens, the same bytes for the same documents.
 
-A shard gets its name only when it is whole and synced; `lcm_ds.data.format.commit` then makes it part of the dataset.
+A shard gets its name only once it is complete and synced; `lcm_ds.data.format.commit` then makes it part of the
+dataset.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Document:
     """One sample of a shard: the sentences of a text and their concepts, the end-of-text last in both."""
 
     key: str  # unique in its shard; letters, digits, "_" and "-"
-    id: str  # the source's name for it
+    id: str  # in its source
     source: str
     sentences: list[str]
     concepts: np.ndarray  # [n, embed_dim], raw space, any float dtype
@@ -47,11 +48,21 @@ def write_shard(
     dtype: str = "float16",
     quantization: Quantization | None = None,
 ) -> ShardInfo:
-    """Write documents as the shard `folder`/`name`, concepts stored as `dtype`; returns its line for `commit`.
+    """Write a shard; `commit` then adds it to its dataset.
 
-    quantization: how int8 stores them. Raises InputError, and leaves no shard, for a document whose key is not a key or
-    is there already, that is empty, whose sentences and concepts differ in number, whose embed_dim is not that of the
-    first document, or whose concepts are not finite numbers (in `dtype`).
+    Args:
+        folder: The dataset's folder.
+        name: The shard's file name.
+        documents: What it holds.
+        dtype: How concepts are stored.
+        quantization: How int8 stores them.
+
+    Returns:
+        The shard's line for `commit`.
+
+    Raises:
+        InputError: A document's key is invalid or taken, it is empty, its sentences and concepts differ in number, its
+            embed_dim is not that of the first document, or its concepts are not finite (in `dtype`). No shard is left.
     """
     target = Path(folder) / name
 
@@ -59,10 +70,10 @@ def write_shard(
         keys: set[str] = set()
         embed_dim = None
         for document in documents:
-            where = f"{target}: document {document.key} ({document.id})"
-            stored = _stored(document, dtype, quantization, embed_dim, where)
+            location = f"{target}: document {document.key} ({document.id})"
+            stored = _stored(document, dtype, quantization, embed_dim, location)
             if document.key in keys:
-                raise InputError(f"{where}: its key is there already")
+                raise InputError(f"{location}: its key is there already")
             keys.add(document.key)
             embed_dim = stored.shape[1]
             yield _Sample(document.key, {"npy": _npy(stored), "json": _meta(document)}, len(stored), document.given)
@@ -114,20 +125,20 @@ def _write(target: Path, samples: Iterable[_Sample]) -> ShardInfo:
 
 
 def _stored(
-    document: Document, dtype: str, quantization: Quantization | None, embed_dim: int | None, where: str
+    document: Document, dtype: str, quantization: Quantization | None, embed_dim: int | None, location: str
 ) -> np.ndarray:
     """The document's concepts as they are stored: little-endian `dtype` [n, embed_dim]. Raises InputError."""
     if not _KEY.fullmatch(document.key) or document.key.startswith("__"):
-        raise InputError(f"{where}: a key is 1 to 80 letters, digits, _ or -, and does not begin with __")
+        raise InputError(f"{location}: a key is 1 to 80 letters, digits, _ or -, and does not begin with __")
     concepts = np.asarray(document.concepts)
     if concepts.ndim != 2 or 0 in concepts.shape or concepts.dtype.kind != "f":
         raise InputError(
-            f"{where}: concepts have to be floats [n, embed_dim], n ≥ 1; these are {concepts.dtype} {concepts.shape}"
+            f"{location}: concepts have to be floats [n, embed_dim], n ≥ 1; these are {concepts.dtype} {concepts.shape}"
         )
     if embed_dim is not None and concepts.shape[1] != embed_dim:
-        raise InputError(f"{where}: embed_dim is {concepts.shape[1]}, that of the documents before it {embed_dim}")
+        raise InputError(f"{location}: embed_dim is {concepts.shape[1]}, that of the documents before it {embed_dim}")
     if len(document.sentences) != len(concepts):
-        raise InputError(f"{where}: has {len(document.sentences)} sentences and {len(concepts)} concepts")
+        raise InputError(f"{location}: has {len(document.sentences)} sentences and {len(concepts)} concepts")
     assert (dtype == "int8") == (quantization is not None)
     wide = "float16" if quantization else dtype
     with np.errstate(over="ignore"):
@@ -136,13 +147,13 @@ def _stored(
     if not finite.all():
         bad = int(np.argmin(finite))
         raise InputError(
-            f"{where}: concept {bad} is not finite{_overflow(concepts[bad], wide)}: {document.sentences[bad][:60]!r}"
+            f"{location}: concept {bad} is not finite{_overflow(concepts[bad], wide)}: {document.sentences[bad][:60]!r}"
         )
     return stored if quantization is None else quantization.encode(concepts)
 
 
 def _overflow(concept: np.ndarray, dtype: str) -> str:
-    """Says so where a finite concept does not fit into `dtype`."""
+    """For messages: that a finite concept does not fit into `dtype`."""
     largest = float(np.abs(concept).max())
     return f" in {dtype} (it holds ±{largest:.6g})" if np.isfinite(largest) else ""
 

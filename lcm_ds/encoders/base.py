@@ -1,4 +1,4 @@
-"""What an encoder is, and what both kinds share: device, arithmetic, and the name of the weights."""
+"""The interface of encoders, and what both kinds share: batches, device, arithmetic, revision of the weights."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ TOKENS_PER_BATCH = {"cuda": 32_768, "cpu": 1_024}
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Texts that an encoder takes at a time."""
+    """Texts that an encoder embeds at once."""
 
     rows: list[int]  # which of the texts they are
     inputs: dict[str, Any]  # what the model takes; tensors on the CPU
     tokens: int  # of the texts
-    places: int  # tokens and padding
+    padded_tokens: int  # padding included
 
 
 class Encoder(Protocol):
-    """Turns sentences into concepts; the same sentence into the same concept, whatever comes with it, to rounding.
+    """Turns sentences into concepts; a sentence's concept does not depend on its batch, to rounding.
 
     The batches of given texts are always the same. So are their concepts, to the last bit, on one kind of device and on
     a CPU with one number of threads: with another, AMX sums bf16 products in another order.
@@ -45,7 +45,7 @@ class Encoder(Protocol):
     embed_dim: int
 
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
-        """Texts as batches of about as long ones, each text in one of them; the device is not used."""
+        """Batches of texts of similar length, each text in one of them; the device is not used."""
 
     def embed(self, batch: TokenBatch) -> np.ndarray:
         """Concepts of the batch's texts, float32 [len(batch.rows), embed_dim]."""
@@ -54,7 +54,7 @@ class Encoder(Protocol):
         """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts."""
 
     def describe(self) -> dict[str, Any]:
-        """For dataset.json; with the keys of EncoderConfig, it says all that determines a concept."""
+        """Everything that determines a concept, under the keys of EncoderConfig, for dataset.json."""
 
 
 def encode(encoder: Encoder, texts: list[str]) -> np.ndarray:
@@ -66,18 +66,18 @@ def encode(encoder: Encoder, texts: list[str]) -> np.ndarray:
 
 
 def in_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Indices of texts of these lengths, in tokens, in batches that have at most so many tokens, padding included.
+    """Indices of texts, given their lengths in tokens, in batches of at most `tokens_per_batch`, padding included.
 
-    The longest come first, so that a batch that is too large for the device fails at once. A text that alone is longer
-    is a batch of its own.
+    The longest come first, so that a batch that is too large for the device fails at once. A text that exceeds the
+    limit is a batch of its own.
     """
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
-    found = []
+    batches = []
     while order:
         size = max(1, tokens_per_batch // max(1, lengths[order[0]]))
-        found.append(order[:size])
+        batches.append(order[:size])
         order = order[size:]
-    return found
+    return batches
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
@@ -101,12 +101,12 @@ def resolve_device(device: str | None) -> torch.device:
 
 
 def resolve_tokens_per_batch(config: EncoderConfig, device: torch.device) -> int:
-    """The size of a batch: as the config says it, or what suits the kind of device."""
+    """The size of a batch: from the config, or what suits the kind of device."""
     return config.tokens_per_batch or TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"])
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The type of the arithmetic: "auto" is half precision where the device multiplies it natively, else float32.
+    """The type of the arithmetic: "auto" is half precision if the device multiplies it natively, else float32.
 
     float16 on GPUs, which keeps three bits more than bfloat16 and which SONAR was trained in; bfloat16 on a CPU that
     has it (there about twice the speed of float32), because most of these emulate float16.
@@ -120,9 +120,9 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def compute_in(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Make a model compute in `dtype`; where that is bfloat16, only in its products of matrices.
+    """Make a model compute in `dtype`; with bfloat16, only in its matrix products.
 
-    Sums and norms stay float32 then, which costs no time that could be measured. Rounded to the eight bits of bfloat16
+    Sums and norms then stay float32, at no measurable cost. Rounded to the eight bits of bfloat16
     layer after layer, they take the concepts of short sentences, the means of few tokens, below a cosine of 0.9999.
     """
     if dtype != torch.bfloat16:
@@ -135,9 +135,9 @@ def compute_in(model: torch.nn.Module, dtype: torch.dtype, device: torch.device)
 
 
 def check_revision(model: str, revision: str | None, commit: str | None) -> str | None:
-    """What names the weights of a loaded model: the hub's `commit`, or a checksum where `model` is a folder.
+    """The revision of a loaded model's weights: the hub's `commit`, or a checksum if `model` is a folder.
 
-    Raises InputError where `revision` is the checksum of other weights.
+    Raises InputError if `revision` is the checksum of other weights.
     """
     folder = Path(model)
     if not folder.is_dir():
@@ -153,12 +153,12 @@ def check_revision(model: str, revision: str | None, commit: str | None) -> str 
 
 
 def commit_of(model: Any) -> str | None:
-    """The hub's commit that a model of transformers was loaded from; None where it came from a folder."""
+    """The hub's commit that a model of transformers was loaded from; None if it came from a folder."""
     return getattr(getattr(model, "config", None), "_commit_hash", None)
 
 
 def unreachable(model: str, error: Exception) -> InputError:
-    """The mistake that a model which cannot be loaded is."""
+    """The error for a model that cannot be loaded."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return InputError(
         f"model {model!r} is neither a folder with a model of this kind nor on a hub that can be reached: {lines[0]}"

@@ -1,4 +1,4 @@
-"""The encoder and the decoder of concepts that are there already, from what their dataset.json says of the encoder."""
+"""The encoder and the decoder of existing concepts, from the block `encoder` of their dataset.json."""
 
 from __future__ import annotations
 
@@ -19,10 +19,19 @@ DECODERS = {"cointegrated/SONAR_200_text_encoder": "raxtemur/SONAR_200_text_deco
 def encoder_config(
     described: dict[str, Any], origin: str, device: str | None = None, language: str | None = None
 ) -> EncoderConfig:
-    """The config of the encoder that a block `encoder` describes; `origin`: where that stands, for messages.
+    """The config of the encoder that a block `encoder` describes.
 
-    language: of what is to be encoded, an NLLB code, where it is not that of the block. Raises InputError where the
-    encoder is none of ours.
+    Args:
+        described: The block.
+        origin: The file that it is from, for messages.
+        device: As in EncoderConfig.
+        language: Of the sentences to encode, an NLLB code; None for that of the block.
+
+    Returns:
+        The config.
+
+    Raises:
+        InputError: The encoder is not one of lcm-ds.
     """
     kinds = get_args(EncoderConfig.model_fields["name"].annotation)
     if described.get("name") not in kinds:
@@ -38,9 +47,20 @@ def encoder_config(
 def encoder_of(
     described: dict[str, Any], embed_dim: int, origin: str, device: str | None = None, language: str | None = None
 ) -> Encoder:
-    """The encoder that made concepts of `embed_dim` numbers, with the same weights and arithmetic.
+    """The encoder that made concepts, with the same weights and arithmetic.
 
-    Raises InputError as `encoder_config`, and where it cannot be loaded or makes concepts of another size.
+    Args:
+        described: The block `encoder` of their dataset.json.
+        embed_dim: Their size.
+        origin: The file that the block is from, for messages.
+        device: As in EncoderConfig.
+        language: Of the sentences to encode, an NLLB code; None for that of the block.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        InputError: As for `encoder_config`; it cannot be loaded, or makes concepts of another size.
     """
     encoder = load_encoder(encoder_config(described, origin, device, language))
     if encoder.embed_dim != embed_dim:
@@ -49,7 +69,7 @@ def encoder_of(
 
 
 def decoder_name(described: dict[str, Any]) -> str | None:
-    """The hub id or folder of the decoder of an encoder's concepts; None where none is known."""
+    """The hub id or folder of the decoder of an encoder's concepts; None if none is known."""
     if described.get("name") != "sonar":
         return None
     named = described.get("decoder", DECODERS.get(str(described.get("model"))))
@@ -59,10 +79,20 @@ def decoder_name(described: dict[str, Any]) -> str | None:
 def decoder_of(
     named: str, described: dict[str, Any], embed_dim: int, device: str | None = None, language: str | None = None
 ) -> SonarDecoder:
-    """The decoder `named`, a hub id or folder, for concepts of `embed_dim` numbers of the encoder that is described.
+    """A decoder for the concepts of an encoder.
 
-    language: that sentences come in, an NLLB code; default: the encoder's. Raises InputError where it cannot be loaded
-    or takes concepts of another size.
+    Args:
+        named: The decoder's hub id or folder.
+        described: The block `encoder` of the concepts' dataset.json.
+        embed_dim: Their size.
+        device: As in EncoderConfig.
+        language: Of the decoded sentences, an NLLB code; None for the encoder's.
+
+    Returns:
+        The decoder.
+
+    Raises:
+        InputError: It cannot be loaded, or takes concepts of another size.
     """
     from lcm_ds.encoders.sonar import SonarDecoder
 

@@ -71,8 +71,8 @@ class SentenceTransformerEncoder:
         self._tokens_per_batch = resolve_tokens_per_batch(config, self.device)
         expected = self._model.encode(_PROBE)
         self.embed_dim: int = expected.shape[1]
-        # The model's tokenizer, where token ids and their mask are all that the model takes. Whatever else one takes
-        # (a prompt, types of tokens, a template) shows in what comes out.
+        # The model's tokenizer, if token ids and their mask are all that the model needs: anything else (a prompt,
+        # types of tokens, a template) shows in the output.
         self._tokenizer = model.tokenizer if isinstance(model.tokenizer, PreTrainedTokenizerBase) else None
         if self._tokenizer is not None and not np.allclose(self.encode(_PROBE), expected, atol=0.01 * expected.std()):
             self._tokenizer = None
@@ -80,8 +80,8 @@ class SentenceTransformerEncoder:
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
         """Texts as batches of token ids; texts longer than `max_tokens` are truncated.
 
-        Where the library has to see the texts themselves (models with a prompt or a tokenizer of their own), the
-        batches hold these, and characters count for tokens, four for one.
+        If the library needs the texts themselves (models with a prompt or their own tokenizer), the batches hold texts,
+        and four characters count as a token.
         """
         if not texts:
             return []

@@ -1,7 +1,7 @@
 """SONAR through transformers: sentences → concepts, and concepts → sentences.
 
 SONAR's text encoder is NLLB's (M2M100), its output averaged over all tokens, the language's and the end's included; its
-decoder is NLLB's again, attending to that one vector alone (https://arxiv.org/abs/2308.11466). Concepts are in raw
+decoder is NLLB's again, attending only to that vector (https://arxiv.org/abs/2308.11466). Concepts are in raw
 space.
 """
 
@@ -74,7 +74,7 @@ class SonarEncoder:
         batches = []
         for rows in in_batches(lengths, self._tokens_per_batch):
             ids, mask = pad([tokens[row] for row in rows], self._padding)
-            # Where nothing is padded, attention without a mask takes the faster kernels.
+            # Without padding no mask is needed, and attention takes the faster kernels.
             inputs = {"input_ids": ids} if mask.all() else {"input_ids": ids, "attention_mask": mask}
             batches.append(TokenBatch(rows, inputs, sum(lengths[row] for row in rows), ids.numel()))
         return batches
@@ -106,8 +106,8 @@ class SonarEncoder:
 class SonarDecoder:
     """SONAR's text decoder from any hub id or folder, such as raxtemur/SONAR_200_text_decoder.
 
-    `language` is the NLLB code of the language that the sentences come in, unless `decode` is told another, whatever
-    language they were encoded from. Raises InputError as `load_encoder` does.
+    `language` is the NLLB code of the language to decode into, unless `decode` gets another; the language that the
+    concepts were encoded from does not matter. Raises InputError as `load_encoder` does.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class SonarDecoder:
         self._language_id = self.language_id(language)
 
     def language_id(self, language: str) -> int:
-        """The token that has sentences come in a language. Raises InputError for one that the model does not know."""
+        """The token that selects a language. Raises InputError for one that the model does not know."""
         return check_language(self._tokenizer, language, "language")
 
     @torch.inference_mode()
@@ -142,21 +142,21 @@ class SonarDecoder:
 
         Raises InputError for a language that the model does not know.
         """
-        spoken = self._language_id if language is None else self.language_id(language)
+        language_id = self._language_id if language is None else self.language_id(language)
         if concepts.ndim != 2 or concepts.shape[1] != self.embed_dim:
             raise ValueError(f"concepts have to be [n, {self.embed_dim}], not {list(concepts.shape)}")
         sentences: list[str] = []
         for start in range(0, len(concepts), self.batch_size):
             batch = np.ascontiguousarray(concepts[start : start + self.batch_size], np.float32)
-            tokens = self._generate(torch.from_numpy(batch), beams, max_new_tokens, spoken)
+            tokens = self._generate(torch.from_numpy(batch), beams, max_new_tokens, language_id)
             sentences += self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return sentences
 
     def _generate(self, concepts: Tensor, beams: int, max_new_tokens: int, language: int) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutput
 
-        # Each concept stands where an encoder's output for one token would. Beam search repeats what is in the
-        # BaseModelOutput in place: a new one for every call.
+        # Each concept takes the place of an encoder's output for one token. Beam search changes the BaseModelOutput in
+        # place, so every call gets a new one.
         hidden = concepts.to(self.device, self.dtype)[:, None]
         return self._model.generate(
             encoder_outputs=BaseModelOutput(last_hidden_state=hidden),
@@ -191,7 +191,7 @@ def check_language(tokenizer: Any, language: str, key: str) -> int:
 def _load(kind: Any, model: str, revision: str | None, dtype: torch.dtype) -> Any:
     """A model of transformers in evaluation mode, all its weights read from the files.
 
-    transformers gives weights that it does not find random values and goes on; here that is a mistake.
+    transformers fills missing weights with random values and continues; here they are an error.
     """
     try:
         with silence_transformers():
@@ -208,7 +208,7 @@ def _load(kind: Any, model: str, revision: str | None, dtype: torch.dtype) -> An
 
 
 def _load_tokenizer(model: str, revision: str | None, vocab_size: int) -> Any:
-    """A model's tokenizer; one of language codes alone, as transformers makes where files are missing, is refused."""
+    """A model's tokenizer; one with only language codes, which transformers makes if files are missing, is refused."""
     from transformers import NllbTokenizer
 
     try:

@@ -17,8 +17,8 @@ from lcm_ds import metrics
 from lcm_ds.baselines.linear import COPY, Training, held_out, shares, training_targets
 from lcm_ds.baselines.targets import Reader, Targets
 from lcm_ds.config import WeightedPath
+from lcm_ds.data.batch import Batch
 from lcm_ds.data.format import Dataset
-from lcm_ds.data.loader import Batch
 from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.evaluate.accumulator import best
 from lcm_ds.model.normalizer import Normalizer

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lcm_ds import metrics
 from lcm_ds.baselines.targets import Reader, Rows
+from lcm_ds.data.batch import Batch
 from lcm_ds.data.format import Dataset
-from lcm_ds.data.loader import Batch
 from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.errors import InputError
 from lcm_ds.evaluate.accumulator import BUCKETS, Accumulator, bucket_of, draw, interval, number

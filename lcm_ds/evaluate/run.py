@@ -16,7 +16,7 @@ from lcm_ds.evaluate.compute import measure
 from lcm_ds.evaluate.report import draw_figure, print_tables
 from lcm_ds.evaluate.subject import Subject, find_subject
 from lcm_ds.evaluate.text_metrics import load_words
-from lcm_ds.files import no_file_mistake, read_object, write_named
+from lcm_ds.files import output_file_error, read_object, write_named
 from lcm_ds.metrics import VERSION
 
 FILE, FIGURE = "evaluation.json", "evaluation.png"
@@ -49,7 +49,7 @@ def evaluate(
     errors = [
         wrong
         for option, path in (("--json", json_path), ("--figure", figure))
-        if path is not None and (wrong := no_file_mistake(option, path)) is not None
+        if path is not None and (wrong := output_file_error(option, path)) is not None
     ]
     if samples < 1:
         errors.append(f"--samples: {samples} is below 1")

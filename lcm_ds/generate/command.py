@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.files import no_file_mistake, write_named
+from lcm_ds.files import output_file_error, write_named
 from lcm_ds.generate.origin import find_origin
 from lcm_ds.generate.sampler import END_OF_TEXT, MAX_CONCEPTS, REPEATS
 from lcm_ds.generate.text_generator import GeneratedText, TextGenerator
@@ -100,7 +100,7 @@ def _threshold(option: str, said: str) -> float | None:
 def _check_json(path: str, interactive: bool) -> None:
     if interactive:
         raise InputError("--json: goes with prompts that are given, not with --interactive")
-    if wrong := no_file_mistake("--json", path):
+    if wrong := output_file_error("--json", path):
         raise InputError(wrong)
 
 

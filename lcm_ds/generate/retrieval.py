@@ -76,7 +76,7 @@ def _blocks(datasets: Sequence[Dataset], limit: int) -> Iterator[_Block]:
             except InputError as error:
                 if not dataset.skip_bad:
                     raise
-                logger.error("left out: %s", error)
+                logger.error("skipped: %s", error)
 
 
 def _blocks_of(dataset: Dataset, number: int, index: int) -> Iterator[_Block]:

@@ -1,6 +1,6 @@
-"""Causal attention inside segments: flash kernels over packed rows on CUDA, SDPA elsewhere.
+"""Causal attention inside segments: flash kernels over packed rows on CUDA, otherwise SDPA.
 
-Nothing outside this module knows which one runs; both agree to rounding.
+Nothing outside this module depends on which one runs; both agree to rounding.
 """
 
 from __future__ import annotations
@@ -13,37 +13,43 @@ import torch.nn.functional as F
 from torch import Tensor
 
 varlen_attn: Any = None  # flash kernels over segments: CUDA only, and not in every build
-if torch.cuda.is_available():  # for the import takes a second
+if torch.cuda.is_available():  # because the import takes a second
     with contextlib.suppress(ImportError):
         from torch.nn.attention.varlen import varlen_attn
 
-SMALLEST_ROOM = 64  # concepts that a cache has room for at first
-MEAN_SEGMENT = 32  # concepts; cu_seqlens has room for so many segments, and for twice as many where they are shorter
+MIN_CAPACITY = 64  # concepts that a cache has room for at first
+MEAN_SEGMENT = 32  # concepts; cu_seqlens has room for that many segments, and doubles if they are shorter
 
 
 class SegmentLayout(NamedTuple):
-    """Where the segments of a batch of rows lie, and how attention is to be computed over them.
+    """The positions of the segments in a batch of rows, and how attention is computed over them.
 
     Its tensors have the same shapes for any number of segments (but see MEAN_SEGMENT), so that nothing recompiles from
     batch to batch.
     """
 
-    starts: Tensor  # int64 [rows, row_length]: where in the row the segment of this position begins
+    starts: Tensor  # int64 [rows, row_length]: where in the row this position's segment begins
     positions: Tensor  # int64 [rows, row_length]: from 0 in every segment
     # int32: ends of the segments of all rows one after the other, from 0 on, padded with the last one
     cu_seqlens: Tensor
     max_seqlen: int  # no segment is longer
-    whole_rows: bool  # every row is one segment
-    varlen: bool = False  # whether the flash kernels over segments serve
-    mask: Tensor | None = None  # for SDPA, see `prepared`; None where it needs none
+    full_rows: bool  # every row is one segment
+    varlen: bool = False  # whether the flash kernels over segments are used
+    mask: Tensor | None = None  # for SDPA, see `prepared`; None if it needs none
 
     @classmethod
     def from_ids(cls, segment_ids: Tensor, max_seqlen: int, attention: str = "document") -> SegmentLayout:
-        """The layout of int [rows, row_length] segment ids, −1 where there are no concepts.
+        """The layout of a batch, on the device of its ids: call it on the CPU, then `prepared`, to avoid a sync.
 
-        attention: "document", or "row", where segments of a row see those before them: between two gaps all is one.
-        Positions without concepts make segments of their own, as long as max_seqlen at most. Made on the ids' device:
-        call it on the CPU, and `prepared` afterwards, so that no device is waited for.
+        Padding becomes segments of max_seqlen at most.
+
+        Args:
+            segment_ids: int [rows, row_length], −1 for padding.
+            max_seqlen: Concepts of a segment, at most.
+            attention: "document"; or "row", if segments of a row see those before them.
+
+        Returns:
+            The layout.
         """
         rows, length = segment_ids.shape
         if attention == "row":
@@ -62,30 +68,31 @@ class SegmentLayout(NamedTuple):
 
     @classmethod
     def one_segment(cls, rows: int, length: int, device: torch.device, offsets: Tensor | None = None) -> SegmentLayout:
-        """Every row is one segment; its first position is 0, or its own of `offsets` [rows] (what a cache holds)."""
+        """Every row is one segment that begins at position 0, or at `offsets` [rows] (the lengths in a cache)."""
         index = torch.arange(length, device=device).expand(rows, length)
         positions = index if offsets is None else index + offsets.to(device)[:, None]
         ends = torch.arange(0, rows * length, length, device=device)
         return cls(torch.zeros_like(index), positions, _padded(ends, rows, length), length, True)
 
     def prepared(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> SegmentLayout:
-        """The same on `device`, with all that attention of this dtype and width of a head asks for."""
+        """The same on `device`, with all that attention of this dtype and head_dim needs."""
         starts, positions, cu_seqlens = (tensor.to(device, non_blocking=True) for tensor in self[:3])
         moved = self._replace(starts=starts, positions=positions, cu_seqlens=cu_seqlens)
         if uses_varlen(device, dtype, head_dim):
             return moved._replace(varlen=True)
-        return moved._replace(mask=None if self.whole_rows else moved._mask(dtype))
+        return moved._replace(mask=None if self.full_rows else moved._mask(dtype))
 
     @property
     def blocks(self) -> int:
-        """Of how many parts SDPA takes a row, each as long as the longest segment: a part and the one before it are
-        all that its concepts may see. 1: it takes whole rows.
+        """The number of parts, as long as the longest segment, into which rows are cut for SDPA, 1 for none.
+
+        The concepts of a part see at most that part and the one before it.
         """
         length = self.starts.shape[1]
         return length // self.max_seqlen if length % self.max_seqlen == 0 and length > 2 * self.max_seqlen else 1
 
     def _mask(self, dtype: torch.dtype) -> Tensor:
-        """0 where a position may look at another, else −∞: [rows · blocks, 1, queries, keys] (see `blocks`)."""
+        """0 for keys that a query sees, else −∞: [rows · blocks, 1, queries, keys] (see `blocks`)."""
         rows, length = self.starts.shape
         count = self.blocks
         queries = torch.arange(length, device=self.starts.device).view(count, 1, -1, 1)
@@ -98,7 +105,7 @@ class SegmentLayout(NamedTuple):
 
 
 def _padded(ends: Tensor, rows: int, length: int) -> Tensor:
-    """Beginnings of segments as cu_seqlens, of a length that only few others differ from."""
+    """Beginnings of segments as cu_seqlens, padded to one of few lengths."""
     total = rows * length
     room = max(rows, -(-total // MEAN_SEGMENT))
     while room < len(ends):
@@ -109,10 +116,10 @@ def _padded(ends: Tensor, rows: int, length: int) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the concepts that rows have seen, layer by layer; rows may have seen unequally many.
+    """Keys and values of past concepts, layer by layer; rows may have unequal lengths.
 
-    Each layer's lie in memory of its own, [rows, heads, room, head_dim], which doubles when it is full, so that a new
-    concept costs no copy of those before it. What lies behind a row's length is nothing: no query looks there.
+    Each layer has its own memory, [rows, heads, capacity, head_dim], which doubles when it is full: a new concept costs
+    no copy of those before it. No query sees what lies behind a row's length.
     """
 
     def __init__(self) -> None:
@@ -120,11 +127,11 @@ class Cache:
         self._layers: list[tuple[Tensor, Tensor]] = []
         self._positions = torch.zeros(0)  # int64 [rows, new], on the device
         self._mask: Tensor | None = None
-        self._first: int | None = None  # where in every row the new concepts go; None: where the positions say
+        self._first: int | None = None  # position of the new concepts in every row; None: each row has its own
         self._end = 0  # of the longest row, the new concepts included
 
     def layout(self, rows: int, new: int, device: torch.device) -> SegmentLayout:
-        """Makes ready for `new` more concepts in each row, whose positions the layout holds; they count from now on."""
+        """Add `new` concepts to each row; returns the layout with their positions."""
         if not self._layers:
             self.lengths = torch.zeros(rows, dtype=torch.int64)
         shortest, longest = int(self.lengths.min()), int(self.lengths.max())
@@ -133,22 +140,25 @@ class Cache:
         self._positions = layout.positions
         self._end = longest + new
         self.lengths = self.lengths + new
-        # One new concept sees all there is where rows are equally long; many see their own past alone, where that
-        # begins with them. The rest needs a mask.
+        # In rows of equal length one new concept sees everything, and many without a past are plainly causal. All else
+        # needs a mask.
         self._mask = None
         if self._first is None or (new > 1 and longest > 0):
             self._mask = (torch.arange(self._end, device=device) <= self._positions[:, :, None]).unsqueeze(1)
         return layout
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put the new concepts' keys and values, [rows, new, heads, head_dim], where `layout` made ready for them.
+        """Store the new concepts' keys and values, [rows, new, heads, head_dim], at the positions of `layout`.
 
         Returns all of the layer's, [rows, heads, concepts, head_dim].
         """
         if layer == len(self._layers):
-            self._layers.append((self._room(key), self._room(value)))
+            self._layers.append((self._allocate(key), self._allocate(value)))
         elif self._layers[layer][0].shape[2] < self._end:
-            self._layers[layer] = (self._room(key, self._layers[layer][0]), self._room(value, self._layers[layer][1]))
+            self._layers[layer] = (
+                self._allocate(key, self._layers[layer][0]),
+                self._allocate(value, self._layers[layer][1]),
+            )
         for kept, new in zip(self._layers[layer], (key, value), strict=True):
             if self._first is not None:
                 kept[:, :, self._first : self._end] = new.transpose(1, 2)
@@ -161,7 +171,7 @@ class Cache:
     def attend(self, query: Tensor, key: Tensor, value: Tensor, layer: int) -> Tensor:
         """Attention of the new concepts on all before them in their row and on themselves.
 
-        query, key, value: of the new concepts alone, [rows, new, heads, head_dim], as what is returned.
+        query, key, value, and the result: of the new concepts, [rows, new, heads, head_dim].
         """
         keys, values = self.extend(layer, key, value)
         causal = self._mask is None and query.shape[1] > 1
@@ -171,37 +181,38 @@ class Cache:
         return out.transpose(1, 2)
 
     def truncate(self, lengths: Tensor) -> None:
-        """Forget what lies behind `lengths` [rows] concepts of each row, such as the padding of unequal prompts."""
+        """Drop all after `lengths` [rows] concepts of each row, such as the padding of unequal prompts."""
         self.lengths = torch.minimum(self.lengths, lengths.to("cpu", torch.int64))
 
     def keep(self, rows: list[int]) -> None:
-        """Forget all rows but these, which are from then on the rows, in this order."""
+        """Keep only these rows, in this order."""
         index = torch.tensor(rows)
         self.lengths = self.lengths[index]
-        # Layer by layer, so that only one layer is there twice.
-        for number, kept in enumerate(self._layers):
+        # Layer by layer, so that only one layer is in memory twice.
+        for i, kept in enumerate(self._layers):
             keys, values = (tensor.index_select(0, index.to(tensor.device)) for tensor in kept)
-            self._layers[number] = keys, values
+            self._layers[i] = keys, values
 
-    def _room(self, new: Tensor, old: Tensor | None = None) -> Tensor:
+    def _allocate(self, new: Tensor, old: Tensor | None = None) -> Tensor:
         """Memory for the keys or values of a layer, with the old ones in it."""
         rows, _, heads, width = new.shape
-        room = max(self._end, SMALLEST_ROOM if old is None else 2 * old.shape[2])
-        made = new.new_zeros(rows, heads, room, width)  # also where nobody looks: attention multiplies that by 0
+        capacity = max(self._end, MIN_CAPACITY if old is None else 2 * old.shape[2])
+        # Zeros, because attention multiplies also what no query sees, by 0.
+        made = new.new_zeros(rows, heads, capacity, width)
         if old is not None:
             made[:, :, : old.shape[2]] = old
         return made
 
 
 def uses_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether the flash kernels over segments serve this device, dtype and width of a head."""
+    """Whether the flash kernels over segments support this device, dtype and head_dim."""
     if varlen_attn is None or device.type != "cuda" or not varlen_takes(dtype, head_dim):
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def varlen_takes(dtype: torch.dtype, head_dim: int) -> bool:
-    """What the kernels ask of their inputs; unlike SDPA, varlen_attn does not pad a head."""
+    """Whether the kernels accept such inputs; unlike SDPA, varlen_attn does not pad a head."""
     return dtype in (torch.float16, torch.bfloat16) and head_dim % 8 == 0 and head_dim <= 256
 
 
@@ -224,7 +235,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout) -> 
 
 
 def rotate(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE (arXiv 2104.09864) on interleaved pairs, as fairseq2 has it, in fp32.
+    """RoPE (arXiv 2104.09864) on interleaved pairs, as in fairseq2, in fp32.
 
     tensor: [rows, row_length, heads, head_dim]; cos, sin: fp32 [rows, row_length, 1, head_dim / 2].
     """

@@ -1,7 +1,7 @@
 """Dropout that is a function of a row's key, and not of what was drawn before.
 
-With torch's dropout a row would lose other values on another number of devices, in another micro-batch, or after a
-resume. Here every value's fate is a hash of (key of its row, layer, position, dimension), computed where it is needed.
+With torch's dropout a row would lose other values with another number of devices, another micro-batch, or after a
+resume. Here whether a value is dropped is a hash of (key of its row, layer, position, dimension).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ WORD = 0xFFFFFFFF
 
 
 class Draw(NamedTuple):
-    """What decides, for one batch, which values are dropped."""
+    """Decides which values of a batch are dropped."""
 
     keys: Tensor  # int64 [rows, 1, 1], below 2**32
     numbers: Tensor  # int64 [1, row_length, hidden_size], below 2**32: of position and dimension, hashed
@@ -28,14 +28,14 @@ class Draw(NamedTuple):
         return cls(mix((keys & WORD).view(-1, 1, 1)), mix(numbers), p)
 
     def at(self, site: int) -> Draw:
-        """The draw of one place in the model, `site` its number, so that each place drops other values."""
+        """The draw for one site in the model, so that each site drops other values."""
         return self._replace(keys=mix(self.keys + site))
 
 
 def drop(x: Tensor, draw: Draw | None) -> Tensor:
     """x [rows, row_length, hidden_size] with a share p of it set to 0 and the rest times 1 / (1 − p).
 
-    draw: that of this place in the model, see `Draw.at`; without one x is left alone.
+    draw: that of this site in the model, see `Draw.at`; None leaves x unchanged.
     """
     if draw is None:
         return x
@@ -44,7 +44,7 @@ def drop(x: Tensor, draw: Draw | None) -> Tensor:
 
 
 def mix(numbers: Tensor) -> Tensor:
-    """The finaliser of MurmurHash3 (Appleby, public domain): each int64 below 2**32 to another, every bit stirred."""
+    """The finaliser of MurmurHash3 (Appleby, public domain): each int64 below 2**32 to another, every bit mixed."""
     # Products run over 63 bits; what wraps is above the 32 that are kept.
     numbers = numbers & WORD
     numbers = ((numbers ^ (numbers >> 16)) * 0x85EBCA6B) & WORD

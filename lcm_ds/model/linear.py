@@ -1,8 +1,7 @@
-"""Linear layers that read the same input as one matrix product, each keeping parameters of its own.
+"""Linear layers that read the same input as one matrix product, each with its own parameters.
 
-Where the layers' weights lie one behind the other in memory, as ZeRO 1 and 2 lay them, they are used in place as one
-matrix; elsewhere they are put together first. In fp32 on a CPU the products are oneDNN's, which on some processors are
-twice as fast as those that PyTorch takes there (MKL).
+If the layers' weights are adjacent in memory, as with ZeRO 1 and 2, they are used in place as one matrix; otherwise
+they are concatenated. In fp32 on a CPU the products are oneDNN's, on some processors twice as fast as PyTorch's (MKL).
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FEW = 256  # inputs, below which products that need no gradient go alone
+FEW = 256  # inputs; below that, products that need no gradient are not joined
 # A plain product of oneDNN's on tensors as they are; not in every build of PyTorch.
 _onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """What each of the layers, all with a bias, makes of x [..., in_features]: [..., out_features] each.
+    """The outputs [..., out_features] of layers, all with a bias, for x [..., in_features].
 
-    One product for all of them. One each in generation, whose few inputs are not worth putting weights together for,
-    and under ZeRO-3, which gathers a layer's parameters when the layer is called.
+    One product for all of them. One each in generation, whose few inputs are not worth concatenating weights, and under
+    ZeRO-3, which gathers a layer's parameters when the layer is called.
     """
     if len(layers) > 1 and x.numel() < FEW * x.shape[-1] and not torch.is_grad_enabled():
         return tuple(project(x, layer)[0] for layer in layers)
@@ -36,7 +35,7 @@ def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors one after the other along their first dimension; without a copy where they lie so in memory."""
+    """The tensors concatenated along their first dimension; no copy if they are adjacent in memory."""
     first, end = tensors[0], tensors[0].data_ptr()
     for tensor in tensors:
         if tensor.data_ptr() != end or not tensor.is_contiguous():
@@ -60,7 +59,7 @@ def _(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
 def _linear_backward(
     gradient: Tensor, x: Tensor, weights: list[Tensor], needs_input: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (empty where it needs none), of all weights and of all biases."""
+    """Gradients of x (empty if it needs none), of all weights and of all biases."""
     flat = gradient.flatten(0, -2)
     of_x = _product(flat, joined(weights).t()).view(x.shape) if needs_input else x.new_empty(0)
     return of_x, _product(flat.t(), x.flatten(0, -2).t()), flat.sum(0)
@@ -75,7 +74,7 @@ def _(gradient: Tensor, x: Tensor, weights: list[Tensor], needs_input: bool) -> 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, list[Tensor], list[Tensor]], output: Tensor) -> None:
     x, weights, _ = inputs
-    # The parameters themselves and not what was made of them: they are there anyway.
+    # The parameters themselves, which exist anyway, not their concatenation.
     ctx.save_for_backward(x, *weights)
 
 

@@ -50,7 +50,7 @@ class Attention(nn.Module):
         """[rows, row_length, hidden_size] → the same."""
         projected = project(x, self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
-        # A copy of the values, where all three are one tensor: attention keeps them, and with them it would keep all.
+        # If all three are one tensor, the values are copied: attention would otherwise keep all of it for backward.
         query, key, value = rotate(query, *rope), rotate(key, *rope), value.contiguous()
         out = attend(query, key, value, layout) if cache is None else cache.attend(query, key, value, self.layer)
         return project(out.flatten(-2), self.o_proj)[0]
@@ -89,7 +89,7 @@ class DecoderLayer(nn.Module):
         draws: tuple[Draw | None, Draw | None] = (None, None),
         cache: Cache | None = None,
     ) -> Tensor:
-        """[rows, row_length, hidden_size] → the same; draws: what is dropped of either block's output."""
+        """[rows, row_length, hidden_size] → the same; draws: for the dropout of each block's output."""
         x = x + drop(self.self_attn(self.input_layernorm(x), rope, layout, cache), draws[0])
         return x + drop(self.mlp(self.post_attention_layernorm(x)), draws[1])
 
@@ -116,7 +116,7 @@ class BaseLCM(PreTrainedModel):
         self.post_net = nn.Linear(config.hidden_size, config.embed_dim)
         # Calls a layer without keeping its activations (torch's or DeepSpeed's checkpointing); None keeps them.
         self.recompute: Callable[..., Tensor] | None = None
-        self.recompute_every = 1  # every so many layers, from the first on
+        self.recompute_every = 1  # with n, every n-th layer, from the first on
         self.post_init()
 
     def forward(
@@ -129,14 +129,15 @@ class BaseLCM(PreTrainedModel):
     ) -> Tensor:
         """Predictions in normalised space; entry t predicts concept t + 1.
 
-        concepts: [rows, row_length, embed_dim], raw space, any floating dtype.
-        layout: where the segments lie; None: every row is one segment.
-        noise: the same shape, normalised space, added to the normalised inputs.
-        dropout_keys: int64 [rows], what decides which values of a row are dropped; in training with dropout they are
-        needed, elsewhere they do nothing.
-        cache: what earlier calls saw of the same rows; it grows by these concepts. Goes without a layout.
+        Args:
+            concepts: [rows, row_length, embed_dim], raw space, any floating dtype.
+            layout: Positions of the segments; None: every row is one segment.
+            noise: The same shape, normalised space, added to the normalised inputs.
+            dropout_keys: int64 [rows], which decide the values that are dropped; used only in training with dropout.
+            cache: Past concepts of the same rows; it grows by these. Not with a layout.
 
-        Returns [rows, row_length, embed_dim] in the parameters' dtype; `normalizer.denormalize` gives raw concepts.
+        Returns:
+            [rows, row_length, embed_dim] in the parameters' dtype; `normalizer.denormalize` gives raw concepts.
         """
         inputs = self.normalizer.normalize(concepts)
         if noise is not None:
@@ -154,14 +155,14 @@ class BaseLCM(PreTrainedModel):
                 raise ValueError("training with dropout needs dropout_keys, a number for each row")
             draw = Draw.of(dropout_keys, concepts.shape[1], self.config.hidden_size, self.config.dropout)
         recompute = self.recompute if self.training else None
-        for number, layer in enumerate(self.layers):
-            draws = (None, None) if draw is None else (draw.at(2 * number), draw.at(2 * number + 1))
+        for i, layer in enumerate(self.layers):
+            draws = (None, None) if draw is None else (draw.at(2 * i), draw.at(2 * i + 1))
             call = partial(layer, rope=rope, layout=layout, draws=draws, cache=cache)
-            hidden = call(hidden) if recompute is None or number % self.recompute_every else recompute(call, hidden)
+            hidden = call(hidden) if recompute is None or i % self.recompute_every else recompute(call, hidden)
         return project(self.norm(hidden), self.post_net)[0]
 
     def compile_layers(self) -> None:
-        """torch.compile for each layer: they share what is compiled. Not under ZeRO-3, whose hooks break the graph."""
+        """torch.compile for each layer, which share the compiled code. Not for ZeRO-3, whose hooks break the graph."""
         for layer in self.layers:
             layer.compile()
 
@@ -176,19 +177,19 @@ class BaseLCM(PreTrainedModel):
             nn.init.ones_(module.weight)
 
     def _std(self, linear: nn.Linear) -> float:
-        """initializer_range, over √(2 · layers) for what is added to the residual stream (GPT-2) and for the output."""
+        """initializer_range; over √(2 · layers) for layers that add to the residual stream (GPT-2) and the output."""
         std: float = self.config.initializer_range
         ends = [layer.self_attn.o_proj for layer in self.layers] + [layer.mlp.down_proj for layer in self.layers]
         adds = any(linear is end for end in [self.post_net, *ends])
         return std / math.sqrt(2 * self.config.num_hidden_layers) if adds else std
 
     def initialization(self, seed: int) -> Iterator[tuple[list[nn.Parameter], Callable[[], None]]]:
-        """Each module's own parameters and what fills them, for a caller who has to gather them first (ZeRO-3).
+        """Each module's own parameters and a function that fills them: ZeRO-3 has to gather them first.
 
-        The values depend on (seed, config) alone: not on dtype, device, world size or ZeRO stage.
+        The values depend only on (seed, config), not on dtype, device, world size or ZeRO stage.
         """
         for name, module in self.named_modules():
-            # RMSNorm's scales are 1 as they are made.
+            # RMSNorm's scales are already 1.
             if isinstance(module, nn.Linear):
                 yield list(module.parameters()), self._filler(seed, name, module)
 

@@ -1,4 +1,4 @@
-"""A model as a Hugging Face folder that is whole or not there."""
+"""A model as a Hugging Face folder, written atomically."""
 
 from __future__ import annotations
 
@@ -20,10 +20,16 @@ MAX_SHARD_SIZE = "5GB"
 def write_folder(
     model: BaseLCM, output: str | Path, more: Mapping[str, str] | None = None, max_shard_size: str = MAX_SHARD_SIZE
 ) -> None:
-    """Write config, safetensors (the normaliser inside), and `more` files: their texts by their names.
+    """Write config and safetensors (with the normaliser).
 
-    max_shard_size: above that the weights are cut into several files, with an index, as Hugging Face has it. Raises
-    InputError where the folder is there already or cannot be written.
+    Args:
+        model: What to write.
+        output: The new folder.
+        more: Texts of further files, by name.
+        max_shard_size: Above that the weights are split into several files with an index, as by Hugging Face.
+
+    Raises:
+        InputError: The folder exists already or cannot be written.
     """
     with new_folder(output) as folder:
         with silence_transformers():
@@ -33,9 +39,9 @@ def write_folder(
 
 
 def read_folder(path: str | Path) -> BaseLCM:
-    """The model in such a folder, in evaluation mode on the CPU, fp32. Raises InputError where it has not all weights.
+    """The model in such a folder, in evaluation mode on the CPU, fp32. Raises InputError if weights are missing.
 
-    transformers gives weights that it does not find random values and goes on; here that is a mistake.
+    transformers fills missing weights with random values and continues; here they are an error.
     """
     try:
         with silence_transformers():

@@ -145,7 +145,8 @@ def _embedded(rank: WorkerContext, pool: TokenizedUnit) -> tuple[np.ndarray, dic
             concepts[batch.rows] = rank.encoder.embed(batch)
         except torch.OutOfMemoryError:
             raise InputError(
-                f"encoder.tokens_per_batch: a batch of {batch.places:,} tokens is more than the device's memory holds"
+                f"encoder.tokens_per_batch: a batch of {batch.padded_tokens:,} tokens is more than the device's "
+                "memory holds"
             ) from None
         except Exception:
             failed |= _one_by_one(rank, pool.sentences, batch.rows, concepts)
@@ -154,7 +155,7 @@ def _embedded(rank: WorkerContext, pool: TokenizedUnit) -> tuple[np.ndarray, dic
         figures.busy += now - started
         figures.encoded += len(batch.rows)
         figures.tokens += batch.tokens
-        figures.places += batch.places
+        figures.places += batch.padded_tokens
         figures.sentences = before + repeated * done // len(pool.sentences)
         if now - told >= SECONDS_A_REPORT:
             told = now

@@ -151,7 +151,7 @@ class _Leader:
         # under its commit; what is on this machine is looked at again.
         known = config.source.dataset is not None and (out / SOURCE).exists()
         index = json.loads((out / SOURCE).read_text(encoding="utf-8")) if known else None
-        source = open_source(config.source, config.sentences, index)
+        source = open_source(config.source, config.sentences.language, index)
         reader = Reader(config, source)
         with contextlib.closing(Readers(config)) as readers:  # they get ready while the encoder is loaded
             encoder = self._given_encoder or _load(config, self.place)
@@ -191,7 +191,7 @@ class _Leader:
         write_whole(out / CONFIG, dump(self.config))
         if (out / SOURCE).exists():
             begun = json.loads((out / SOURCE).read_text(encoding="utf-8"))
-            check_files(out, open_source(self.config.source, self.config.sentences, begun).sizes, source.sizes)
+            check_files(out, open_source(self.config.source, self.config.sentences.language, begun).sizes, source.sizes)
         check_parts(
             out,
             {

@@ -181,4 +181,4 @@ def _read(unit: WorkUnit) -> list[SplitDocument]:
 def open_reader(config: PrepareConfig) -> Reader:
     """The reader of a preparation that has been begun: what rank 0 found out about the source is in its output."""
     index = json.loads((Path(config.output) / SOURCE).read_text(encoding="utf-8"))
-    return Reader(config, open_source(config.source, config.sentences, index))
+    return Reader(config, open_source(config.source, config.sentences.language, index))

@@ -11,70 +11,71 @@ from lcm_ds.config import SourceConfig
 
 @dataclass(frozen=True)
 class TextDocument:
-    """One document as its source gives it; a text may be empty, and nothing checks that an id occurs once."""
+    """A document as its source yields it; the text may be empty, and ids are not checked for duplicates."""
 
     id: str
     source: str
     text: str | list[str]  # a list: of sentences, which are taken as they are
-    refused: str | None = None  # why the source itself leaves it out; its text is not given then
-    target: str | list[str] | None = None  # of a supervised document: what follows `text` and is to be learned
-    problem: str | None = None  # what is wrong with a row that cannot be read, and where it is
-    named: bool = True  # whether the id is its own; else it says where the document was found
+    refused: str | None = None  # why the source itself refuses it; its text is empty then
+    target: str | list[str] | None = None  # of a supervised document: what follows `text` and is learned
+    problem: str | None = None  # of a row that cannot be read: what is wrong with it, with file and row
+    named: bool = True  # whether the id is the document's own; otherwise it is made of file and row
 
     @property
     def split_key(self) -> str:
-        """What decides the split: the id, or the text if there is none: paths are spelt otherwise on the next machine.
+        """What decides the split: the id, or without one the text (of a supervised document, the source).
 
-        Of a supervised document, the source. Texts that differ in whitespace only have the same key.
+        Not the path, which may be spelt differently on another machine. Texts that differ only in whitespace have the
+        same key.
         """
         if self.named:
             return self.id
         return " ".join((self.text if isinstance(self.text, str) else " ".join(self.text)).split())
 
 
-UNREADABLE = "unreadable"  # a document's `refused` where it has a `problem`
+UNREADABLE = "unreadable"  # `refused` of a document with a `problem`
 
 
 class Source(Protocol):
     """Documents in a stable order, numbered from 0.
 
-    `documents(start, stop)` gives a range of them, so that each of many processes can make the part of a dataset that
-    is its own; the ranges of `units` are those that are read without reading what belongs to others.
+    `documents(start, stop)` yields a range of them, so that many processes can share a source; a range of `units` is
+    read without reading the others.
     """
 
     @property
     def total(self) -> int | None:
-        """How many documents there are; None where only reading all would tell."""
+        """The number of documents; None if it is only known after reading all."""
 
     @property
     def characters(self) -> int | None:
-        """About how many characters all documents have together; None where that is not known."""
+        """The approximate number of characters of all documents; None if unknown."""
 
     def units(self, size: int) -> Iterator[tuple[int, int]]:
-        """Ranges (start, stop) of about `size` documents, in order, which together are the whole source.
+        """Ranges (start, stop) of about `size` documents, in order, which together cover the source.
 
-        Without end where the total is not known: the first range without documents is behind the last document.
+        Endless if the total is not known: the first range without documents is behind the last document.
         """
 
     def documents(self, start: int = 0, stop: int | None = None) -> Iterator[TextDocument]:
-        """Documents number `start` up to, not including, `stop`; fewer or none where the source ends before.
+        """Documents `start` up to, not including, `stop`; fewer or none if the source ends before.
 
-        A row that cannot be read is a refused document. Raises InputError where the source cannot be read.
+        A row that cannot be read is a refused document. Raises InputError if the source cannot be read.
         """
 
     def describe(self) -> dict[str, Any]:
-        """What the documents were taken from, for dataset.json."""
+        """Where the documents are from, for dataset.json."""
 
     @property
     def sizes(self) -> dict[str, int]:
         """The bytes of each file that the documents are in."""
 
     def index(self) -> dict[str, Any]:
-        """What was found out by looking at the source, for `open_source` in other processes; JSON holds it."""
+        """The result of inspecting the source, as JSON, for `open_source` in other processes."""
 
 
 def window(config: SourceConfig, start: int, stop: int | None) -> tuple[int, int | None]:
-    """The rows of the whole source that documents `start` to `stop` are, once `skip` and `take` have had their say."""
+    """The rows of the source behind documents `start` to `stop`, which `skip` and `take` have shifted and limited."""
     ends = [end for end in (stop, config.take) if end is not None]
     return config.skip + start, config.skip + min(ends) if ends else None
 

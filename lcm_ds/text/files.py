@@ -16,7 +16,7 @@ from lcm_ds.text.base import UNREADABLE, TextDocument, even_units, window
 class FilesSource:
     """UTF-8 text files in the order of their paths; a document's id is its path.
 
-    Raises InputError where a path or glob names no file.
+    Raises InputError if a path or glob names no file.
     """
 
     def __init__(self, config: SourceConfig, index: dict[str, Any] | None = None) -> None:
@@ -30,12 +30,12 @@ class FilesSource:
 
     @property
     def total(self) -> int:
-        """How many documents there are."""
+        """The number of documents."""
         return len(self.files[slice(*window(self.config, 0, None))])
 
     @property
     def characters(self) -> int:
-        """About as many as the files have bytes."""
+        """Approximated by the bytes of the files."""
         return round(self._bytes * self.total / max(1, len(self.files)))
 
     def units(self, size: int) -> Iterator[tuple[int, int]]:
@@ -43,9 +43,9 @@ class FilesSource:
         return even_units(self.total, size)
 
     def documents(self, start: int = 0, stop: int | None = None) -> Iterator[TextDocument]:
-        """Files number `start` up to, not including, `stop`; one that is not UTF-8 is a refused document.
+        """Files `start` up to, not including, `stop`; one that is not UTF-8 is a refused document.
 
-        Raises InputError naming a file that cannot be opened, or is not what it was when the source was looked at.
+        Raises InputError naming a file that cannot be opened, or whose size has changed since the source was opened.
         """
         rows = slice(*window(self.config, start, stop))
         for path, size in zip(self.files[rows], self._sizes[rows], strict=True):
@@ -60,7 +60,7 @@ class FilesSource:
             yield TextDocument(path.as_posix(), "files", text, refused, problem=problem, named=False)
 
     def describe(self) -> dict[str, Any]:
-        """What the documents were taken from, for dataset.json."""
+        """Where the documents are from, for dataset.json."""
         chosen = self.config.model_dump(include={"paths", "skip", "take"}, exclude_defaults=True)
         return {"name": "files", **chosen, "files": len(self.files), "bytes": self._bytes}
 
@@ -75,7 +75,7 @@ class FilesSource:
 
 
 def expand(paths: Sequence[str]) -> list[Path]:
-    """The files that paths and globs (`**` is any depth) name, each once, in the order of their names.
+    """The files that match paths and globs (`**` is any depth), each once, sorted by name.
 
     Raises InputError with a line for every path that names no file.
     """
@@ -98,7 +98,7 @@ def expand(paths: Sequence[str]) -> list[Path]:
 
 
 def check_size(place: str, name: str, size: int) -> None:
-    """Raise InputError where a file of this machine is gone or has another size than when the source was looked at."""
+    """Raise InputError if a local file is gone or its size has changed since the source was opened."""
     if "://" in place:
         return
     try:

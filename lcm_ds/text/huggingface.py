@@ -1,7 +1,7 @@
 """The source `huggingface`: a dataset of the hub, or parquet and JSONL files here or at any URL.
 
-Parquet is read by row groups and JSONL from marked lines, so that any number of processes read parts that are theirs
-alone. Datasets of the hub in other forms are streamed through the datasets library, from the beginning to the range.
+Parquet is read by row groups and JSONL from marked lines, so that any number of processes can share a source. Hub
+datasets in other formats are streamed through the datasets library, from the beginning to the range.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lcm_ds.text.jsonl import JsonlFile
 from lcm_ds.text.parquet import ParquetFile
 from lcm_ds.text.stream import Stream
 
-_LOOKED_AT_A_TIME = 16  # files, for their footers are elsewhere and small
+_INSPECTION_THREADS = 16  # footers are small and may be remote
 _KINDS: dict[str, type[ParquetFile] | type[JsonlFile]] = {
     ".parquet": ParquetFile,
     ".jsonl": JsonlFile,
@@ -36,12 +36,12 @@ _KINDS: dict[str, type[ParquetFile] | type[JsonlFile]] = {
 class HuggingFaceSource:
     """Rows of a dataset, in its own order; files follow one another in the order of their names.
 
-    A row's id is its `id_column`; without one, or where it is null, the file's or the dataset's name and the row's
-    number in it: `part-0.parquet#17`. A null text comes as an empty one, a row that cannot be read (broken JSON, no
-    object, no text column, a text that is no string or no UTF-8) as a refused document. Rows that the filter or the
-    language leaves out are given without their text.
+    A row's id is its `id_column`; without one, or if it is null, the name of the file or dataset and the row's index:
+    `part-0.parquet#17`. A null text becomes an empty one. A row that cannot be read (broken JSON, not an object, no
+    text column, a text that is not a string or not UTF-8), or that the filter or the language excludes, becomes a
+    refused document without text.
 
-    Raises InputError where a file, the dataset, or a column is missing, or a file is neither parquet nor JSONL.
+    Raises InputError if a file, the dataset, or a column is missing, or a file is neither parquet nor JSONL.
     """
 
     def __init__(self, config: SourceConfig, language: str = "en", index: dict[str, Any] | None = None) -> None:
@@ -60,16 +60,16 @@ class HuggingFaceSource:
             )
             if all(place.endswith(".parquet") for place in places):
                 names = [re.sub(r"^hf://datasets/|@[^/]+(?=/)", "", place) for place in places]
-                self._files = _look(columns, places, names)
+                self._files = _inspect(columns, places, names)
         else:
-            self._files = _look(columns, *_places(config.paths))
+            self._files = _inspect(columns, *_places(config.paths))
         if config.dataset is not None and not self._files:
-            self._stream = Stream(columns, self._commit or config.revision, look=index is None)
+            self._stream = Stream(columns, self._commit or config.revision, inspect=index is None)
         self._ends = list(accumulate(file.rows for file in self._files))
 
     @property
     def total(self) -> int | None:
-        """How many documents there are; None where only reading all would tell (hub datasets that are no parquet)."""
+        """The number of documents; None for hub datasets that are not parquet."""
         if self._stream is not None:
             return None
         first, last = window(self.config, 0, None)
@@ -78,13 +78,13 @@ class HuggingFaceSource:
 
     @property
     def characters(self) -> int | None:
-        """About how many there are: the text column's bytes, the share of rows that are taken."""
+        """Approximated by the text column's bytes and the share of rows taken."""
         if self.total is None or not self._ends:
             return None
         return round(sum(file.characters for file in self._files) * self.total / max(1, self._ends[-1]))
 
     def units(self, size: int) -> Iterator[tuple[int, int]]:
-        """Ranges of about `size` documents that end where row groups do; larger groups are cut evenly."""
+        """Ranges of about `size` documents that end with row groups; larger groups are split evenly."""
         if self._stream is not None:
             yield from even_units(None, size)
             return
@@ -98,7 +98,7 @@ class HuggingFaceSource:
             start += rows
 
     def documents(self, start: int = 0, stop: int | None = None) -> Iterator[TextDocument]:
-        """Rows number `start` up to, not including, `stop`, after `skip`."""
+        """Rows `start` up to, not including, `stop`, after `skip`."""
         first, last = window(self.config, start, stop)
         if self._stream is not None:
             yield from self._stream.read(first, last)
@@ -113,7 +113,7 @@ class HuggingFaceSource:
             first, at = until, at + 1
 
     def describe(self) -> dict[str, Any]:
-        """What the documents were taken from, for dataset.json."""
+        """Where the documents are from, for dataset.json."""
         texts = {"source_column", "target_column"} if self.config.supervised else {"text_column"}
         keys = {"dataset", "config", "split", "revision", "paths", "id_column", "language_column", "filter", "skip",
                 "take", *texts}  # fmt: skip
@@ -125,11 +125,11 @@ class HuggingFaceSource:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The bytes of each file; of none where a dataset is streamed."""
+        """The bytes of each file; empty if a dataset is streamed."""
         return {file.name: file.size for file in self._files}
 
     def index(self) -> dict[str, Any]:
-        """The files, with what their footers or a first pass told."""
+        """The files, with the results of inspecting them."""
         return {"commit": self._commit, "files": [file.index() for file in self._files]}
 
 
@@ -142,7 +142,7 @@ def hub_files(config: SourceConfig) -> list[str]:
     try:
         builder = datasets.load_dataset_builder(config.dataset, name=config.config, revision=config.revision)
     except Exception as error:
-        # An OSError where it is missing or out of reach, a ValueError where it has no such config, and others.
+        # An OSError if it is missing or unreachable, a ValueError if it has no such config, and others.
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"source: {config.dataset}: cannot be opened: {lines[0]}") from None
     splits = builder.config.data_files or {}
@@ -152,7 +152,7 @@ def hub_files(config: SourceConfig) -> list[str]:
 
 
 def _places(paths: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The files and URLs that are meant, in order, and their names: a file's is its path below what all share."""
+    """The files and URLs in order, and their names: a file's is its path below the common folder."""
     urls = list(dict.fromkeys(path for path in paths if "://" in path))
     files = expand([path for path in paths if "://" not in path])
     common = os.path.commonpath([path.parent for path in files]) if files else ""
@@ -160,23 +160,23 @@ def _places(paths: Sequence[str]) -> tuple[list[str], list[str]]:
     return [*map(str, files), *urls], [*names, *urls]
 
 
-def _look(columns: Columns, places: Sequence[str], names: Sequence[str]) -> list[ParquetFile | JsonlFile]:
-    """The files, each looked at. Raises InputError with every mistake in any of them."""
+def _inspect(columns: Columns, places: Sequence[str], names: Sequence[str]) -> list[ParquetFile | JsonlFile]:
+    """The files, each inspected. Raises InputError with every mistake in any of them."""
     errors = Collector()
 
-    def look(place: str, name: str) -> ParquetFile | JsonlFile | InputError:
+    def inspect(place: str, name: str) -> ParquetFile | JsonlFile | InputError:
         try:
-            return _kind(name).look(columns, place, name)
+            return _kind(name).inspect(columns, place, name)
         except InputError as error:
             return error
 
-    with ThreadPoolExecutor(_LOOKED_AT_A_TIME) as pool:
-        found = list(pool.map(look, places, names))
-    for each in found:
+    with ThreadPoolExecutor(_INSPECTION_THREADS) as pool:
+        results = list(pool.map(inspect, places, names))
+    for each in results:
         if isinstance(each, InputError):
             errors.errors.extend(each.errors)
     errors.raise_if_any()
-    return [each for each in found if not isinstance(each, InputError)]
+    return [each for each in results if not isinstance(each, InputError)]
 
 
 def _kind(name: str) -> type[ParquetFile] | type[JsonlFile]:
@@ -188,7 +188,7 @@ def _kind(name: str) -> type[ParquetFile] | type[JsonlFile]:
 
 
 def _grouped(pieces: Iterator[int], size: int) -> Iterator[int]:
-    """Whole pieces put together to about `size` rows."""
+    """Pieces joined to about `size` rows."""
     rows = 0
     for piece in pieces:
         if rows and rows + piece - size > size - rows:  # further from it with the piece than without

@@ -15,7 +15,7 @@ from lcm_ds.text.columns import Columns
 from lcm_ds.text.files import check_size
 
 _MARKED = 500  # rows from one mark to the next
-_LOOKED_AT = 100  # rows that tell which columns there are: a row may lack what others have
+_INSPECTED = 100  # rows: one may lack columns that others have
 _COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 _PIECE = 1 << 20  # bytes read at a time
 
@@ -23,8 +23,8 @@ _PIECE = 1 << 20  # bytes read at a time
 class JsonlFile:
     """A file; a row is a line that is not blank.
 
-    marks: where every so many rows begin, in bytes of the text; blanks: blank lines before each of them; size: bytes of
-    the file. A plain file is read from the mark before a range, a compressed one from its beginning.
+    marks: the byte at which every 500th row begins; blanks: blank lines before each of them; size: bytes of the file. A
+    plain file is read from the mark before a range, a compressed one from its beginning.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class JsonlFile:
         self.blanks = blanks or [0] * len(marks)  # source.json had none of them before blank lines were known
 
     @classmethod
-    def look(cls, columns: Columns, place: str, name: str) -> JsonlFile:
-        """The file, read once for where its rows begin.
+    def inspect(cls, columns: Columns, place: str, name: str) -> JsonlFile:
+        """The file, read once to find where its rows begin.
 
-        Raises InputError where it cannot be read, is one JSON list, or its first rows lack columns or are none.
+        Raises InputError if it cannot be read, is one JSON list, or if its first rows lack columns or are not JSON.
         """
         rows = blank = position = 0
         marks: list[int] = []
@@ -71,8 +71,8 @@ class JsonlFile:
         return found
 
     def _check(self) -> None:
-        """Raise InputError where the first rows show that this is no JSONL, or that columns are missing."""
-        lines = [line for _, _, line in self._lines(0, min(_LOOKED_AT, self.rows))]
+        """Raise InputError if the first rows are not JSONL or lack columns."""
+        lines = [line for _, _, line in self._lines(0, min(_INSPECTED, self.rows))]
         if lines and lines[0].lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
             raise InputError(
                 f"source.paths: {self.name} is one JSON list, not JSONL, which has an object a line: "
@@ -86,12 +86,12 @@ class JsonlFile:
             self.columns.check_rows(self.name, rows)
 
     def index(self) -> dict[str, Any]:
-        """What `look` found, as the constructor takes it."""
+        """The arguments of the constructor."""
         return {"place": self.place, "name": self.name, "size": self.size, "characters": self.characters,
                 "rows": self.rows, "marks": self.marks, "blanks": self.blanks}  # fmt: skip
 
     def pieces(self, size: int) -> Iterator[int]:
-        """`size` rows, again and again; a range may end after any row."""
+        """Parts of `size` rows; a range may end after any row."""
         yield from (min(size, self.rows - start) for start in range(0, self.rows, size))
 
     def read(self, first: int, last: int) -> Iterator[TextDocument]:
@@ -101,7 +101,7 @@ class JsonlFile:
             yield self.columns.document(self.name, row, _values(line), f"line {number}")
 
     def _lines(self, first: int, last: int) -> Iterator[tuple[int, int, bytes]]:
-        """Rows, from 0, with the numbers of their lines, from 1."""
+        """Rows, from 0, with their line numbers, from 1."""
         if first >= last:
             return
         try:
@@ -125,7 +125,7 @@ class JsonlFile:
 
 
 def _values(line: bytes) -> dict[str, Any] | ValueError:
-    """The columns of a row, or what is wrong with it."""
+    """The columns of a row, or the error."""
     try:
         values = json.loads(line.rstrip())
     except (ValueError, RecursionError) as error:

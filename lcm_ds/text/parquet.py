@@ -1,4 +1,4 @@
-"""Parquet files, here or at a URL: the row groups that a range needs, and of these only the columns that are used."""
+"""Parquet files, local or at a URL: of a range's row groups, only the columns that are used are read."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class ParquetFile:
         self.rows = sum(groups)
 
     @classmethod
-    def look(cls, columns: Columns, place: str, name: str) -> ParquetFile:
-        """The file, from its footer. Raises InputError where it is no parquet, or columns are missing."""
+    def inspect(cls, columns: Columns, place: str, name: str) -> ParquetFile:
+        """The file, from its footer. Raises InputError if it is not parquet or columns are missing."""
         file = _opened(place, name)
         columns.check_schema(name, file.schema_arrow)
         meta = file.metadata
@@ -43,7 +43,7 @@ class ParquetFile:
         return cls(columns, place, name, size, characters, [group.num_rows for group in groups])
 
     def index(self) -> dict[str, Any]:
-        """What `look` found, as the constructor takes it."""
+        """The arguments of the constructor."""
         return {"place": self.place, "name": self.name, "size": self.size, "characters": self.characters,
                 "groups": self.groups}  # fmt: skip
 
@@ -60,7 +60,7 @@ class ParquetFile:
             yield self.columns.document(self.name, row, values)
 
     def _values(self, first: int, last: int) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-        """The rows with their numbers, from the row groups that hold them."""
+        """The rows with their indices, from the row groups that hold them."""
         groups, row, begin = [], None, 0
         for index, rows in enumerate(self.groups):
             if begin < last and begin + rows > first:
@@ -91,7 +91,7 @@ def _opened(place: str, name: str) -> Any:
     try:
         if "://" not in place:
             return pyarrow.parquet.ParquetFile(place)
-        # From elsewhere pyarrow asks for what a range needs in few large pieces: nothing is to be read behind them.
+        # Of remote files pyarrow requests what a range needs in few large pieces; reading ahead would be wasted.
         filesystem, path = fsspec.core.url_to_fs(place)
         return pyarrow.parquet.ParquetFile(filesystem.open(path, "rb", cache_type="none"), pre_buffer=True)
     except Exception as error:

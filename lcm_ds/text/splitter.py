@@ -1,7 +1,7 @@
-"""Texts → sentences: spaCy finds where they end, and what is too long for a concept is cut at its best inner boundary.
+"""Texts → sentences: spaCy finds their ends, and those too long for a concept are cut at their best inner boundary.
 
-Nothing but whitespace and control characters is lost, no sentence is longer than `max_characters`, and a sentence ends
-only where a word does. Splitting the sentences again, each as a paragraph of its own, gives the same sentences.
+Nothing but whitespace and control characters is lost, no sentence is longer than `max_characters`, and no word is cut
+unless it is longer than that. Splitting the sentences again, each as a paragraph of its own, gives the same sentences.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UNSPACED_END = re.compile(f"[。！？｡{_MARKS_AT_WORDS}]|(?<=[。！？｡�
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\u200b\u2060\ufeff]")
 _BLANK_LINE = re.compile(r"\n\s*\n")
 _LIST_ITEM = re.compile(r"(?:[-*•·–—]|\(?(?:\d{1,3}|[a-zA-Z]|[ivx]{2,4})[.)])\s")
-# Where a long sentence may be cut: at a space, or behind a mark that needs none.
+# Possible cuts of a long sentence: at a space, or behind a mark that needs none.
 _BREAK = re.compile(rf" |(?<=[{_UNSPACED_MARKS}])(?=\S)")
 _CLAUSE_END = re.compile(rf"[,;:!?…)\]—–{_UNSPACED_MARKS}][\"'”’»]?$| [-—–]$")
 # Hard-wrapped text has lines at least this long, and at most that long; other line ends are ends of paragraphs.
@@ -76,7 +76,7 @@ class Splitter:
     >>> Splitter(SentencesConfig()).split("It rains.  Take\\nan umbrella, please!")
     ['It rains.', 'Take an umbrella, please!']
 
-    Raises InputError where spaCy, the language or the named pipeline is not installed.
+    Raises InputError if spaCy, the language or the named pipeline is not installed.
     """
 
     def __init__(self, config: SentencesConfig) -> None:
@@ -88,9 +88,15 @@ class Splitter:
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any], language: str | None, origin: str) -> Splitter:
-        """The splitter that has these `settings()`; what they do not say is the default.
+        """The splitter with these `settings()`; missing ones have their default.
 
-        language: that of the texts, for settings without one. origin: the file that they are from, for messages.
+        Args:
+            settings: As in dataset.json.
+            language: That of the texts, for settings without one.
+            origin: The file that the settings are from, for messages.
+
+        Returns:
+            The splitter.
         """
         chosen: dict[str, Any] = {"language": settings.get("language") or language or "en"}
         pipeline = settings.get("pipeline", "sentencizer")
@@ -105,20 +111,12 @@ class Splitter:
 
         Whitespace becomes single spaces; control characters count as whitespace. A blank line ends a sentence, and so
         does a line end unless the line was wrapped there. Longer sentences are cut near the middle (or thirds, …)
-        behind a clause mark, else at a space, never in a word; only a single word that alone is longer than
-        `max_characters` is cut into pieces of that many characters, which stand as sentences of their own.
+        behind a clause mark, else at a space, never in a word; only a word longer than `max_characters` is cut into
+        pieces of that many characters, each a sentence.
         """
-        return [piece for sentence in self.whole(text) for piece in self.cut(sentence)]
-
-    def whole(self, text: str) -> list[str]:
-        """The sentences of a text before those over `max_characters` are cut."""
-        text = _CONTROL.sub(" ", text)
-        text = self._endless_word.sub(self._isolate, text)
-        return [sentence for paragraph in _paragraphs(text) for sentence in self._sentences(paragraph)]
-
-    def cut(self, sentence: str) -> list[str]:
-        """One of `whole`'s sentences in pieces of at most `max_characters`, itself where it is no longer."""
-        return _cut(sentence, self.config.max_characters)
+        text = self._endless_word.sub(self._isolate, _CONTROL.sub(" ", text))
+        sentences = (sentence for paragraph in _paragraphs(text) for sentence in self._sentences(paragraph))
+        return [piece for sentence in sentences for piece in _cut(sentence, self.config.max_characters)]
 
     def settings(self) -> dict[str, Any]:
         """What determines the sentences, for dataset.json."""
@@ -145,18 +143,18 @@ class Splitter:
         for token in doc[1:]:
             if token.is_sent_start:
                 mark, end = _boundary(paragraph, start, token.idx)
-                # What a trained pipeline has found is better than rules.
-                goes_on = self._by_rules and mark is not None and _goes_on(paragraph, mark, end, self._english)
-                if end > start and not goes_on:
+                # A trained pipeline is better than these rules.
+                continues = self._by_rules and mark is not None and _continues(paragraph, mark, end, self._english)
+                if end > start and not continues:
                     yield paragraph[start:end].rstrip()
                     start = end
         yield paragraph[start:]
 
 
 def _cut(sentence: str, limit: int) -> list[str]:
-    """A sentence in pieces of at most `limit` characters, about equally long, ending where a clause or a word ends.
+    """A sentence in about equal pieces of at most `limit` characters, each ending with a clause or a word.
 
-    `sentence` is whitespace-normalised. A word of more than `limit` characters is cut where the limit falls.
+    A word of more than `limit` characters is cut at the limit.
     """
     pieces = []
     while len(sentence) > limit:
@@ -169,7 +167,7 @@ def _cut(sentence: str, limit: int) -> list[str]:
 
 
 def _cost(sentence: str, position: int, aim: float) -> float:
-    """How bad a cut is: its distance from where it would balance the pieces, in shares of a piece.
+    """The cost of a cut: its distance from the balanced position `aim`, in shares of a piece.
 
     A clause mark is worth half a piece of distance: it wins over any space, unless it leaves a scrap.
     """
@@ -178,13 +176,13 @@ def _cost(sentence: str, position: int, aim: float) -> float:
 
 
 def _boundary(text: str, start: int, found: int) -> tuple[int | None, int]:
-    """Where a sentence from `start` has its end mark, and where it ends, if spaCy lets the next begin at `found`.
+    """The end mark and the end of a sentence from `start`, if spaCy lets the next one begin at `found`.
 
-    No mark: there is none. An end at `start`: the sentence goes on.
+    The mark is None if there is none; an end at `start` means that the sentence continues.
 
-    spaCy gives all punctuation behind a full stop to the sentence that ends, also the quote or dash that opens the
-    next one, and takes "os.PathLike" for two sentences. So: the end is the first whitespace behind the last end mark,
-    and without whitespace only a mark of a script that uses none ends a sentence.
+    spaCy counts all punctuation behind a full stop, also an opening quote or dash, to the sentence that ends, and
+    splits "os.PathLike" in two. Here the end is the first whitespace behind the last end mark, and without whitespace
+    only a mark of a script that uses none ends a sentence.
     """
     gap = found
     while gap > start and not text[gap - 1].isalnum():
@@ -201,10 +199,10 @@ def _boundary(text: str, start: int, found: int) -> tuple[int | None, int]:
     return None, found if text[found - 1] == " " else start
 
 
-def _goes_on(text: str, mark: int, end: int, english: bool) -> bool:
-    """Whether the sentence goes on behind `end`, though there is an end mark at `mark`: what comes next tells.
+def _continues(text: str, mark: int, end: int, english: bool) -> bool:
+    """Whether the sentence continues behind `end` despite the end mark at `mark`, judged by what comes next.
 
-    It looks at the words around the mark alone, so that parts of a sentence are judged as the sentence is.
+    Only the words around the mark are considered, so that parts of a sentence are judged like the sentence.
     """
     if text[mark] not in ".!?…":
         return False
@@ -235,10 +233,10 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _unwrapped(lines: list[str]) -> Iterator[str]:
-    """Lines put together again where a line was wrapped: its end ends no sentence.
+    """The paragraphs of a block, hard-wrapped lines joined.
 
-    A line was wrapped where the next line's first word would have had no room in the block's longest line, or where the
-    next line begins in lower case; a list item begins a paragraph.
+    A line was wrapped if the next line's first word would not have fitted into the width of the block's longest line,
+    or if the next line begins in lower case; a list item begins a paragraph.
     """
     if not lines:
         return
@@ -255,7 +253,7 @@ def _unwrapped(lines: list[str]) -> Iterator[str]:
 
 
 def _limited(paragraph: str) -> Iterator[str]:
-    """A paragraph in parts that spaCy takes, cut behind an end mark where there is one, else at any break."""
+    """A paragraph in parts that spaCy accepts, cut behind an end mark if there is one, else at any break."""
     while len(paragraph) > _MAX_PARAGRAPH:
         breaks = [match.start() for match in _BREAK.finditer(paragraph, _MAX_PARAGRAPH // 2, _MAX_PARAGRAPH)]
         at_mark = [position for position in breaks if paragraph[position - 1] in _END_MARKS]
@@ -266,7 +264,7 @@ def _limited(paragraph: str) -> Iterator[str]:
 
 
 def _pipeline(config: SentencesConfig) -> Any:
-    """The spaCy pipeline that a config names, with nothing in it that finding sentences does not need."""
+    """The spaCy pipeline of a config, reduced to what finding sentences needs."""
     try:
         import spacy
     except ImportError:
@@ -298,9 +296,9 @@ def _add_sentencizer(nlp: Any) -> None:
 
 
 def _with_unspaced_ends(nlp: Any) -> Any:
-    """A pipeline of any language that cuts tokens behind the end marks of scripts without spaces, and of some others.
+    """The pipeline, cutting tokens also behind the end marks of scripts without spaces, and of some others.
 
-    The tokenizers of most languages take a whole Chinese or Japanese paragraph for one word, in which no sentence ends.
+    The tokenizers of most languages take a complete Chinese or Japanese paragraph for one word.
     """
     finds = getattr(nlp.tokenizer, "infix_finditer", None)
     if finds is not None:  # those of Chinese and Japanese know words of their own

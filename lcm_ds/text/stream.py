@@ -1,4 +1,4 @@
-"""Datasets of the hub that are no parquet, through the datasets library: streamed, from the beginning to the range."""
+"""Hub datasets that are not parquet, streamed through the datasets library from the beginning to the range."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ _ROWS = 256
 
 
 class Stream:
-    """The rows of a hub dataset. A later range goes on where the last one stopped, an earlier one begins again.
+    """The rows of a hub dataset. A later range continues after the last one, an earlier one starts over.
 
-    revision: of the dataset, the same for all processes. look: read the first rows now, so that a missing column shows
-    before an hour is lost. Raises InputError.
+    revision: of the dataset, the same for all processes. inspect: read the first rows now, so that a missing column is
+    found before an hour is lost. Raises InputError.
     """
 
-    def __init__(self, columns: Columns, revision: str | None, look: bool) -> None:
+    def __init__(self, columns: Columns, revision: str | None, inspect: bool) -> None:
         self.columns, self.revision = columns, revision
         self._rows: Iterator[tuple[int, dict[str, Any] | ValueError]] | None = None
         self._next = 0
-        if look:
+        if inspect:
             self._rows = self._open()
 
     def read(self, first: int, last: int | None) -> Iterator[TextDocument]:
-        """Rows `first` up to, not including, `last`; fewer or none where the dataset ends before."""
+        """Rows `first` up to, not including, `last`; fewer or none if the dataset ends before."""
         if self._rows is None or self._next > first:
             self._rows, self._next = self._open(), 0
         name = str(self.columns.config.dataset)
         while last is None or self._next < last:
-            found = next(self._rows, None)
-            if found is None:
+            item = next(self._rows, None)
+            if item is None:
                 return
-            number, values = found
-            self._next = number + 1
-            if number >= first:
-                yield self.columns.document(name, number, values)
+            row, values = item
+            self._next = row + 1
+            if row >= first:
+                yield self.columns.document(name, row, values)
 
     def _open(self) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
         import datasets
@@ -57,11 +57,11 @@ class Stream:
             self.columns.check_schema(name, first.schema)
 
         def rows() -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-            number, table = 0, first
+            row, table = 0, first
             while table is not None:
                 for values in rows_of(table.select(self.columns.names)):
-                    yield number, values
-                    number += 1
+                    yield row, values
+                    row += 1
                 try:
                     table = next(tables, None)
                 except Exception as error:

@@ -45,8 +45,8 @@ def _steps(job: TrainJob, ranks: int) -> Iterator[str]:
     yield f"work          at most {flops / 1e12:.4g} TFLOP a step, with segments as long as they may be"
     yield (
         f"data          {total:,} concepts in {sum(len(dataset.shards) for dataset in job.datasets):,} shards: "
-        f"{job.plan.places / concepts:,.1f} steps an epoch"
-        + (f", rows {total / job.plan.places:.0%} full" if job.plan.places > total else "")
+        f"{job.plan.row_slots / concepts:,.1f} steps an epoch"
+        + (f", rows {total / job.plan.row_slots:.0%} full" if job.plan.row_slots > total else "")
     )
     yield from (f"targets       {line}" for line in reach_lines(job))
     yield f"run           {job.total_steps:,} steps, {job.length()}: {job.run_dir}"

@@ -14,7 +14,7 @@ from lcm_ds.config import TrainConfig, read_yaml, validate
 from lcm_ds.data.format import NORMALIZER, Dataset, open_dataset, read_normalizer
 from lcm_ds.data.plan import Plan, fingerprint
 from lcm_ds.data.remote.cache import Cache
-from lcm_ds.data.supervised import limit, missing_targets, reach, source_of
+from lcm_ds.data.supervised import length_limit, missing_targets, source_of, target_reach
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import why_not_writable
 from lcm_ds.model.config import BaseLCMConfig, resolve_model
@@ -112,9 +112,9 @@ def reach_lines(job: TrainJob) -> list[str]:
     for when, datasets in (("an epoch", job.datasets), ("validation", [job.validation] if job.validation else [])):
         for dataset in datasets:
             if dataset.info.supervised is not None:
-                found = reach(dataset, data.row_length, data.max_segment)
+                found = target_reach(dataset, data.row_length, data.max_segment)
                 lost = found.all - found.reached
-                why = f"{lost:,} are lost: documents longer than {limit(data.row_length, data.max_segment)}"
+                why = f"{lost:,} are lost: documents longer than {length_limit(data.row_length, data.max_segment)}"
                 lines.append(
                     f"{dataset.path}: {when} reaches {found.reached:,} of {found.all:,} targets"
                     + (f"; {why}" if lost else "")
@@ -162,8 +162,8 @@ def _open(value: Any, key: str, data: dict[str, Any], path: str | Path, errors: 
     if not isinstance(value, str):
         return None
     cache_dir, cache_gb = data.get("cache_dir"), data.get("cache_gb")
-    limit = cache_gb if isinstance(cache_gb, int | float) else None
-    cache = Cache.of(cache_dir, limit) if isinstance(cache_dir, str) else None
+    length_limit = cache_gb if isinstance(cache_gb, int | float) else None
+    cache = Cache.of(cache_dir, length_limit) if isinstance(cache_dir, str) else None
     checksums, skip_bad = data.get("verify") != "size", data.get("on_bad_shard") == "skip"
     with errors:
         try:

@@ -24,8 +24,9 @@ from lcm_ds.checkpoint import format as checkpoints
 from lcm_ds.checkpoint import load as resume
 from lcm_ds.checkpoint.format import Checkpoint
 from lcm_ds.checkpoint.save import Saver, saves_in_background
+from lcm_ds.data.batch import Batch
 from lcm_ds.data.format import read_normalizer
-from lcm_ds.data.loader import Batch, Loader
+from lcm_ds.data.loader import Loader
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.errors import InputError
 from lcm_ds.train.engine import build_engine, build_model, init_distributed
@@ -149,7 +150,7 @@ def _attempt(
             start_step=start,
             pinned=device.type == "cuda",
             local_ranks=place.local_world_size,
-            left_out=left_out,
+            skipped_steps=left_out,
         )
         stack.callback(loader.close)
         saver = Saver(engine, run_dir, config.checkpoint, saves_in_background(config.checkpoint, ds))

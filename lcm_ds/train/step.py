@@ -10,7 +10,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from lcm_ds.data.loader import Batch
+from lcm_ds.data.batch import Batch
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.train.engine import set_learning_rate

@@ -10,8 +10,8 @@ from pathlib import Path
 from lcm_ds.checkpoint.format import list_checkpoints
 from lcm_ds.config import TrainConfig, load
 from lcm_ds.data.format import open_for_run
-from lcm_ds.data.loader import TraceLine
-from lcm_ds.data.loader import trace as trace_steps
+from lcm_ds.data.trace import TraceLine
+from lcm_ds.data.trace import trace as trace_steps
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.terminal import strip_control_chars
 from lcm_ds.train.job_builder import plan_of

@@ -17,8 +17,9 @@ from torch import Tensor
 from lcm_ds import metrics
 from lcm_ds.baselines.linear import RIDGES, Linear, Training, best_of, training_targets
 from lcm_ds.baselines.targets import ROWS, Reader, Rows, Targets
+from lcm_ds.data.batch import Batch
 from lcm_ds.data.format import Dataset
-from lcm_ds.data.loader import Batch, validation_batches
+from lcm_ds.data.loader import validation_batches
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.normalizer import Normalizer
 from lcm_ds.train.step import Stepper

@@ -24,9 +24,10 @@ import numpy as np
 import pytest
 from machine import patience
 
-from lcm_ds.data import loader
+from lcm_ds.data import open_shards
 from lcm_ds.data.format import Dataset, open_dataset
-from lcm_ds.data.loader import Loader, ShardPrefetcher
+from lcm_ds.data.loader import Loader
+from lcm_ds.data.open_shards import ShardPrefetcher
 from lcm_ds.data.plan import Plan, Source
 from lcm_ds.data.remote import cache
 from lcm_ds.data.remote import fetch as remote
@@ -192,23 +193,23 @@ def test_an_outage_leaves_out_the_rows_of_its_time_and_no_shard_for_good(
     served.faults[name].extend(failures)
     missing = [batch.missing for batch in Loader([skipping], plan, 10, 0, 1, 2)]
     assert sum(missing) == size  # a minute has not passed
-    monkeypatch.setattr(loader, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(open_shards, "RETRY_SECONDS", 0.0)
     shutil.rmtree(tmp_path)
     served.faults[name].extend(failures)
     batches = list(Loader([skipping], plan, 10, 0, 1, 2))
     assert 0 < sum(batch.missing for batch in batches) <= 16 < size
     assert kept(tmp_path, dataset) == [*range(len(dataset.shards))]
-    lines = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    lines = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
     assert len(lines) == 2
-    assert lines[1].startswith(f"left out for now: {served.url}/{name}: cannot be read, tried {remote.ATTEMPTS} times")
-    # One that is damaged is left out for good; where nothing answers, the run ends.
+    assert lines[1].startswith(f"skipped for now: {served.url}/{name}: cannot be read, tried {remote.ATTEMPTS} times")
+    # One that is damaged is skipped permanently; if nothing answers, the run ends.
     shutil.rmtree(tmp_path)
     served.faults[name].extend(["changed"] * (2 * remote.DAMAGED_ATTEMPTS))
     assert sum(batch.missing for batch in Loader([skipping], plan, 10, 0, 1, 2)) == size
     shutil.rmtree(tmp_path)
     for shard in dataset.shards:
         served.faults[shard.name].extend(failures * 20)
-    with pytest.raises(TransientError, match=r"2 of \d+ shards could not be read: too many to leave out") as caught:
+    with pytest.raises(TransientError, match=r"2 of \d+ shards could not be read: too many to skip") as caught:
         list(Loader([skipping], plan, 10, 0, 1, 2))
     assert caught.value.exit_code == 1
 
@@ -371,7 +372,7 @@ def test_a_loader_is_closed_at_once_in_an_outage(
     served: Server, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(dataset, rows=1)
-    first, second = plan.coming(0, 0, 2)
+    first, second = plan.upcoming_shards(0, 0, 2)
     served.faults[dataset.shards[second].name].extend(["503"] * 99)
     loader = Loader([there(served, tmp_path)], plan, 8, 0, 1, 1, workers=1)
     monkeypatch.setattr(remote, "FIRST_PAUSE", 30.0)
@@ -476,18 +477,18 @@ def test_what_was_fetched_ahead_is_not_taken_out_before_it_was_used(
 
 def test_what_found_no_room_ahead_is_asked_for_again(served: Server, dataset: Dataset, tmp_path: Path) -> None:
     plan = plan_of(dataset, rows=1)
-    first, second = plan.coming(0, 0, 2)
+    first, second = plan.upcoming_shards(0, 0, 2)
     others = sorted({0, 1, 2, 3} - {first, second})[:2]
     limit = max(sum(dataset.shards[index].bytes for index in two) for two in ((first, second), others))
     elsewhere = there(served, Cache(str(tmp_path), limit))
     used = [open_shard(elsewhere, index) for index in others]
-    looking = ShardPrefetcher([elsewhere], plan, range(1), 1, threading.Event())
-    looking.reach(0)
-    wait_until(lambda: looking._again == {(0, first), (0, second)})
+    prefetcher = ShardPrefetcher([elsewhere], plan, range(1), 1, threading.Event())
+    prefetcher.advance(0)
+    wait_until(lambda: prefetcher._failed == {(0, first), (0, second)})
     used.clear()
     wanted = {f"{dataset.shards[index].sha256}.tar" for index in (first, second)}
-    wait_until(lambda: looking.reach(0) or {path.name for path in tmp_path.glob("*.tar")} == wanted)
-    looking.close()
+    wait_until(lambda: prefetcher.advance(0) or {path.name for path in tmp_path.glob("*.tar")} == wanted)
+    prefetcher.close()
 
 
 def wait_until(true: Callable[[], bool]) -> None:

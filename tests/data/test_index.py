@@ -16,13 +16,15 @@ import torch
 import webdataset
 
 from lcm_ds.cli import main
+from lcm_ds.data.batch import Batch
 from lcm_ds.data.format import open_dataset, read_normalizer
-from lcm_ds.data.loader import Batch, Loader, trace
+from lcm_ds.data.loader import Loader
 from lcm_ds.data.normalizer import fit
 from lcm_ds.data.plan import Plan, Source
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.data.shard import open_shard, open_shard_once, verify
 from lcm_ds.data.tools.index import index
+from lcm_ds.data.trace import trace
 from lcm_ds.errors import InputError
 from lcm_ds.files import sha256_of
 

@@ -23,12 +23,15 @@ from hypothesis import strategies as st
 from machine import patience
 
 from lcm_ds.data import buffers
+from lcm_ds.data.batch import Batch
 from lcm_ds.data.format import Dataset, DatasetInfo, commit, finish, open_dataset, write_normalizer
-from lcm_ds.data.loader import FEWEST_OPEN, Batch, Loader, trace, validation_batches
+from lcm_ds.data.loader import Loader, validation_batches
+from lcm_ds.data.open_shards import MIN_OPEN
 from lcm_ds.data.plan import Plan, Source
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.data.shard import open_shard
 from lcm_ds.data.tar import read_members
+from lcm_ds.data.trace import trace
 from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.errors import InputError
 from lcm_ds.files import OpenFile
@@ -282,13 +285,13 @@ def test_the_coming_shards_of_local_datasets_are_checked_before_they_are_read(
         os.utime(path)  # seen anew
     loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, 4, workers=1)
     next(iter(loader))
-    loader._looking._pool.shutdown(wait=True)
+    loader._prefetcher._pool.shutdown(wait=True)
     loader.close()
-    coming = {dataset.shards[shard].name for lane in range(4) for shard in plan.coming(0, lane, 2)}
-    assert {name for name, _ in hashed} == coming
-    assert len(hashed) == len(coming)  # who comes second waits for the first
-    later = {dataset.shards[plan.coming(0, lane, 2)[1]].name for lane in range(4)}
-    assert {name for name, thread in hashed if thread.startswith("lcm-ds-ahead")} >= later
+    upcoming = {dataset.shards[shard].name for lane in range(4) for shard in plan.upcoming_shards(0, lane, 2)}
+    assert {name for name, _ in hashed} == upcoming
+    assert len(hashed) == len(upcoming)  # who comes second waits for the first
+    later = {dataset.shards[plan.upcoming_shards(0, lane, 2)[1]].name for lane in range(4)}
+    assert {name for name, thread in hashed if thread.startswith("lcm-ds-prefetch")} >= later
 
 
 def test_threads_end_in_the_middle_and_read_no_further_ahead_than_needed(dataset: Dataset) -> None:
@@ -309,19 +312,19 @@ def test_shards_open_at_a_time_are_few_however_long_it_goes_on(synthetic_dataset
     before = len(os.listdir("/proc/self/fd"))
     loader = Loader([dataset], plan_of(dataset, epochs=50, rows=2), MAX_SEGMENT, 0, 1, 2, workers=0)
     most = max(len(os.listdir("/proc/self/fd")) - before for _ in loader)
-    assert 0 < most <= FEWEST_OPEN + 2
+    assert 0 < most <= MIN_OPEN + 2
 
 
 MANY_LANES = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (120, int(sys.argv[2])))
-from lcm_ds.data import loader
+from lcm_ds.data import loader, open_shards
 from lcm_ds.data.format import open_dataset
 from lcm_ds.data.plan import Plan, Source
 from lcm_ds.errors import InputError
 dataset, opened = open_dataset(sys.argv[1]), []
-open_shard = loader.open_shard
-loader.open_shard = lambda *arguments: opened.append(0) or open_shard(*arguments)
+open_shard = open_shards.open_shard
+open_shards.open_shard = lambda *arguments: opened.append(0) or open_shard(*arguments)
 plan = Plan([Source([shard.concepts for shard in dataset.shards])], 0, 150, 4, 1)
 try:
     print(sum(batch.real_concepts for batch in loader.Loader([dataset], plan, 16, 0, 1, 150, 0)), len(opened))
@@ -414,7 +417,7 @@ def test_a_bad_shard_is_left_out_where_the_config_says_so(
         assert found.targets <= expected.targets
     assert sum(batch.missing for batch in left) == 2 * dataset.shards[bad].concepts
     (line,) = {record.getMessage() for record in caplog.records}
-    assert line.startswith("left out: ")
+    assert line.startswith("skipped: ")
     assert dataset.shards[bad].name in line
 
 
@@ -423,7 +426,7 @@ def test_more_than_a_few_bad_shards_stop_the_run_all_the_same(own_dataset: Path)
     plan = plan_of(dataset, epochs=1, rows=1, length=16)
     damage(own_dataset, dataset, 0, "missing")
     damage(own_dataset, dataset, 3, "cut off")
-    with pytest.raises(InputError, match=r"2 of \d shards could not be read: too many to leave out"):
+    with pytest.raises(InputError, match=r"2 of \d shards could not be read: too many to skip"):
         list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 1))
 
 
@@ -435,7 +438,7 @@ def test_a_disk_that_fails_under_a_checksum_is_a_bad_shard(own_dataset: Path, ca
     batches = list(Loader([dataset], plan_of(dataset, epochs=1, rows=2, length=16), MAX_SEGMENT, 0, 1, 2))
     assert sum(batch.missing for batch in batches) == dataset.shards[1].concepts
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line == f"left out: {bad}: cannot be read: Input/output error"
+    assert line == f"skipped: {bad}: cannot be read: Input/output error"
 
 
 def test_what_cannot_be_read_of_an_open_shard_is_left_out_too(own_dataset: Path) -> None:
@@ -509,8 +512,8 @@ def test_the_coming_shards_of_every_lane_are_fetched_before_they_are_read(datase
     plan = plan_of(there, rows=4)
     loader = Loader([there], plan, MAX_SEGMENT, 0, 1, 4, workers=0)
     next(iter(loader))  # reads from four shards
-    loader._looking._pool.shutdown(wait=True)
-    wanted = {shard for lane in range(4) for shard in plan.coming(0, lane, 2)}
+    loader._prefetcher._pool.shutdown(wait=True)
+    wanted = {shard for lane in range(4) for shard in plan.upcoming_shards(0, lane, 2)}
     assert len(wanted) == 8
     assert {path.name for path in tmp_path.glob("*.tar")} == {f"{there.shards[shard].sha256}.tar" for shard in wanted}
     loader.close()

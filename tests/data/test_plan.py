@@ -242,7 +242,7 @@ def test_a_segment_that_would_be_cut_begins_the_next_row() -> None:
 
 def test_places_are_those_of_the_rows_of_the_first_epoch() -> None:
     supervised = Source([12], 1.0, [[5, 4, 3]], 10)
-    assert Plan([supervised, Source([24])], 0, 2, 10).places == 20 + 24
+    assert Plan([supervised, Source([24])], 0, 2, 10).row_slots == 20 + 24
     assert Plan([supervised, Source([24])], 0, 2, 10).packs(0)
 
 

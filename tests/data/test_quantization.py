@@ -45,15 +45,15 @@ def test_rounding_errs_by_half_a_step_at_most_and_what_is_far_out_is_cut_off() -
 
 @pytest.fixture(scope="module")
 def real() -> np.ndarray:
-    """fp16 [n, 384]: MiniLM's embeddings of a few hundred sentences of documentation."""
-    from lcm_ds.config import EncoderConfig, SentencesConfig
+    """fp16 [n, 384]: MiniLM's embeddings of a few hundred sentences of books."""
+    from lcm_ds.config import EncoderConfig, SentencesConfig, SourceConfig
     from lcm_ds.encoders import load_encoder
+    from lcm_ds.text.open import open_source
     from lcm_ds.text.splitter import Splitter
 
-    topics = pytest.importorskip("pydoc_data.topics").topics
     splitter = Splitter(SentencesConfig())  # type: ignore[call-arg]
-    text = "\n\n".join(topics[name] for name in sorted(topics)[:12])
-    sentences = list(dict.fromkeys(splitter.split(text)))[:400]
+    documents = open_source(SourceConfig(name="sample")).documents(0, 5)  # type: ignore[call-arg]
+    sentences = list(dict.fromkeys(splitter.split("\n\n".join(str(document.text) for document in documents))))[:400]
     encoder = load_encoder(EncoderConfig(name="sentence-transformers", model="minilm"))  # type: ignore[call-arg]
     return encoder.encode(sentences).astype(np.float16)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lcm_ds.data.format import open_dataset
 from lcm_ds.data.plan import document_order
-from lcm_ds.data.rows import Row, Segment, ShuffledShard, blank, cut, fill
+from lcm_ds.data.rows import Row, Segment, ShuffledShard, clear, copy_segments, iter_segments
 from lcm_ds.data.shard import Shard, open_shard
 
 
@@ -30,7 +30,7 @@ def test_segments_are_the_concepts_asked_for_cut_at_documents_and_at_multiples_o
     read = ShuffledShard(shard, order, list(accumulate(lengths[d] for d in order)))
     start, stop = sorted(data.draw(st.tuples(*[st.integers(0, sum(lengths))] * 2)))
     everything = [(document, concept) for document in order for concept in range(lengths[document])]
-    segments = list(cut(read, start, stop, max_segment))
+    segments = list(iter_segments(read, start, stop, max_segment))
     assert [(s.document, c) for s in segments for c in range(s.start, s.stop)] == everything[start:stop]
     for segment in segments:
         assert segment.start < segment.stop
@@ -45,8 +45,11 @@ def test_the_end_of_a_row_does_not_move_where_a_document_is_wrapped(
 ) -> None:
     read = ShuffledShard.of(shard, document_order(0, 0, 0, 0, len(shard)))
     end = data.draw(st.integers(0, read.ends[-1]))
-    whole = list(cut(read, 0, read.ends[-1], max_segment))
-    first, second = list(cut(read, 0, end, max_segment)), list(cut(read, end, read.ends[-1], max_segment))
+    whole = list(iter_segments(read, 0, read.ends[-1], max_segment))
+    first, second = (
+        list(iter_segments(read, 0, end, max_segment)),
+        list(iter_segments(read, end, read.ends[-1], max_segment)),
+    )
     if first and second and (first[-1], second[0]) not in list(pairwise(whole)):
         a, b = first.pop(), second.pop(0)  # the one segment that the row's end cut
         assert (a.document, a.stop) == (b.document, b.start)
@@ -58,11 +61,11 @@ def test_a_part_of_a_row_holds_its_segments_one_after_another_and_zeros_where_th
     segments = [Segment(shard, 2, 0, 2), Segment(shard, 0, 1, 2), Segment(shard, 2, 1, 2)]
     concepts, ids = np.full((6, shard.embed_dim or 0), 7, np.float16), np.full(6, 7, np.int32)
     row = Row(concepts, ids, given=None, origins=None)
-    assert fill(segments, row.part(slice(0, 4)), 5) == 8
+    assert copy_segments(segments, row.part(slice(0, 4)), 5) == 8
     assert ids.tolist() == [5, 5, 6, 7, 7, 7]
     assert (concepts[4:] == 7).all()
     expected = [shard.concepts(2)[0], shard.concepts(2)[1], shard.concepts(0)[1], shard.concepts(2)[1]]
     np.testing.assert_array_equal(concepts[:4], expected)
-    blank(row)
+    clear(row)
     assert not concepts.any()
     assert ids.tolist() == [-1] * 6

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lcm_ds.data import supervised
+from lcm_ds.data.batch import Batch, target_mask
 from lcm_ds.data.format import (
     SHARDS,
     Dataset,
@@ -27,11 +28,12 @@ from lcm_ds.data.format import (
     read_shards,
     write_normalizer,
 )
-from lcm_ds.data.loader import Batch, Loader, target_mask, trace, validation_batches
+from lcm_ds.data.loader import Loader, validation_batches
 from lcm_ds.data.plan import Plan
 from lcm_ds.data.shard import open_shard, verify
-from lcm_ds.data.supervised import missing_targets, parts_of, reach, source_of
+from lcm_ds.data.supervised import missing_targets, parts_of, source_of, target_reach
 from lcm_ds.data.tools.index import index
+from lcm_ds.data.trace import trace
 from lcm_ds.data.writer import Document, copy_shard, write_shard
 from lcm_ds.errors import InputError
 from lcm_ds.prepare.deduplicate import drop_duplicates, write_ids
@@ -129,7 +131,7 @@ def test_every_target_whose_document_fits_is_seen_once_an_epoch(
     assert seen == dict.fromkeys(expected, 2)
     assert {(i, p) for i, p in expected_targets(parts, 99) if sum(parts[i]) <= longest} <= set(seen)
     assert concepts == 2 * sum(map(sum, parts))
-    found = reach(dataset, row_length, max_segment)
+    found = target_reach(dataset, row_length, max_segment)
     assert (found.reached, found.all) == (len(expected), sum(learned for _, learned in parts))
     assert (missing_targets(dataset, row_length, max_segment) is None) == bool(expected)
     assert targets(list(validation_batches(dataset, row_length, max_segment, 2, 0, 1))) == expected

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerance import layers, rounding
 
-from lcm_ds.config import EncoderConfig, SentencesConfig
+from lcm_ds.config import EncoderConfig, SentencesConfig, SourceConfig
 from lcm_ds.encoders import load_encoder
 from lcm_ds.encoders.base import in_batches
 from lcm_ds.encoders.sentence_transformer import SentenceTransformerEncoder
 from lcm_ds.encoders.sonar import SonarEncoder
+from lcm_ds.text.open import open_source
 from lcm_ds.text.splitter import Splitter
 
 # For concepts of MiniLM (six layers; vectors of length 1) and of the tiny SONAR (two layers; numbers near 1).
@@ -46,9 +47,9 @@ def cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def pool() -> list[str]:
     """A few thousand real sentences, each once."""
-    topics = pytest.importorskip("pydoc_data.topics").topics
+    documents = open_source(SourceConfig(name="sample")).documents(0, 18)  # type: ignore[call-arg]
     splitter = Splitter(SentencesConfig())  # type: ignore[call-arg]
-    return list(dict.fromkeys(splitter.split("\n\n".join(topics[name] for name in sorted(topics)))))
+    return list(dict.fromkeys(splitter.split("\n\n".join(str(document.text) for document in documents))))
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +69,12 @@ def test_each_text_is_in_one_batch_and_no_batch_is_too_large(lengths: list[int],
 def test_a_pool_of_real_sentences_is_hardly_padded(pool: list[str]) -> None:
     encoder = minilm()
     batches = encoder.tokenize(pool)
-    tokens, places = sum(batch.tokens for batch in batches), sum(batch.places for batch in batches)
+    tokens, places = sum(batch.tokens for batch in batches), sum(batch.padded_tokens for batch in batches)
     assert tokens == sum(int(batch.inputs["attention_mask"].sum()) for batch in batches)
     assert places == sum(batch.inputs["input_ids"].numel() for batch in batches)
     assert 1 - tokens / places < 0.05
     plain = [encoder.tokenize(pool[start : start + 10])[0] for start in range(0, len(pool), 10)]
-    assert 1 - sum(batch.tokens for batch in plain) / sum(batch.places for batch in plain) > 0.3
+    assert 1 - sum(batch.tokens for batch in plain) / sum(batch.padded_tokens for batch in plain) > 0.3
 
 
 def test_the_same_texts_give_the_same_bytes_on_the_same_number_of_threads(sentences: list[str]) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from lcm_ds.baselines.linear import BEFORE, CONTEXT, LAST, PENALTIES, Linear, Sums, Training, best_of, held_out
 from lcm_ds.baselines.targets import Rows, Targets
-from lcm_ds.data.loader import Batch
+from lcm_ds.data.batch import Batch
 from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.evaluate.baselines import Baselines, Nearest
 from lcm_ds.model.normalizer import Normalizer

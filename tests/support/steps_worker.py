@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
-from lcm_ds.data.loader import Batch
+from lcm_ds.data.batch import Batch
 from lcm_ds.data.plan import Plan, Source
 from lcm_ds.distributed.environment import detect_environment
 from lcm_ds.errors import InputError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import random
 import tempfile
@@ -20,8 +21,11 @@ from lcm_ds.config import PrepareConfig, SentencesConfig, SourceConfig, load
 from lcm_ds.errors import InputError
 from lcm_ds.text.base import Source, TextDocument
 from lcm_ds.text.open import open_source
-from lcm_ds.text.prose import is_prose, prose
+from lcm_ds.text.sample import BOOKS
 from lcm_ds.text.splitter import Splitter
+
+FIRST = "H.G. Wells: The Invisible Man, 12"
+TEXTS = "4c00e55eb03efc9dfa49e757c618376378c3ade1a9cff872aa9257000493f70b"  # sha256 of the sample's texts
 
 
 def source(name: str, **settings: object) -> Source:
@@ -118,7 +122,7 @@ def test_missing_columns_are_named_with_those_that_are_there(folder: Path) -> No
         source("huggingface", paths=[str(folder / "numbers.parquet")])
 
 
-def test_a_limit_in_sentences_is_for_the_sample_alone(folder: Path) -> None:
+def test_a_limit_in_sentences_is_only_for_the_sample(folder: Path) -> None:
     with pytest.raises(ValueError, match="take_sentences is for the source sample"):
         source("files", paths=[str(folder / "*.txt")], take_sentences=5)
 
@@ -230,84 +234,37 @@ def test_a_dataset_of_the_hub_that_cannot_be_reached_is_a_mistake(monkeypatch: p
 
 @pytest.fixture(scope="module")
 def sample() -> Source:
-    config = SourceConfig.model_validate({"name": "sample", "take_sentences": 2500})
-    return open_source(config, SentencesConfig.model_validate({"max_characters": 200}))
+    return source("sample")
 
 
-def test_no_sentence_of_the_sample_is_in_two_documents(sample: Source) -> None:
-    """By the splitter that makes the concepts; so whichever documents validate, training has not seen them."""
-    splitter = Splitter(SentencesConfig.model_validate({"max_characters": 200}))
-    sentences = [sentence for document in sample.documents() for sentence in splitter.split(document.text)]
-    assert len(sentences) == len(set(sentences))
-    assert 2500 <= len(sentences) < 4000
-
-
-def test_the_sample_mixes_its_origins_and_never_changes(sample: Source) -> None:
+def test_the_sample_is_the_same_on_every_machine(sample: Source) -> None:
     documents = list(sample.documents())
-    assert {document.source for document in documents} == {"python-topics", "python", "torch"}
-    assert len({document.id for document in documents}) == len(documents) == sample.total
-    shorter = source("sample", take_sentences=500)
-    assert [document.id for document in shorter.documents()] == [document.id for document in documents][: shorter.total]
+    assert len({document.id for document in documents}) == len(documents) == sample.total == 390
+    assert documents[0].id == FIRST
+    texts = "\0".join(document.text for document in documents if isinstance(document.text, str))
+    assert hashlib.sha256(texts.encode()).hexdigest() == TEXTS
+    assert len({document.id.split(":")[0] for document in documents[:60]}) > 10  # any beginning mixes the authors
     every_range_is_that_part_of_the_whole(sample, 17)
-    assert sample.describe()["take_sentences"] == 2500
 
 
-def test_the_sample_is_english_prose(sample: Source) -> None:
-    text = "\n".join(document.text for document in sample.documents())
-    for code in (">>>", "::", "```", "==", "def "):
-        assert text.count(code) < 10
-    words = text.lower().split()
-    assert words.count("the") > 0.03 * len(words)
+def test_take_sentences_counts_the_sentences_of_the_default_splitter() -> None:
+    splitter = Splitter(SentencesConfig())  # type: ignore[call-arg]
+    some = source("sample", take_sentences=500)
+    counts = [len(splitter.split(document.text)) for document in some.documents() if isinstance(document.text, str)]
+    assert sum(counts[:-1]) < 500 <= sum(counts)
+    assert some.total == len(counts)
+    assert source("sample", take_sentences=500, skip=1).total == len(counts) - 1
+    assert source("sample", take_sentences=500, take=2).total == 2
+    assert source("sample", take_sentences=10**9).total == 390
+    assert source("sample", take_sentences=1, skip=5).total == 0
+    assert some.describe()["take_sentences"] == 500
 
 
-def test_prose_leaves_code_lists_and_markup_behind() -> None:
-    docstring = """
-    Return the sum of *all* values, see :func:`~math.fsum`.
-
-    .. versionadded:: 3.2
-       Nothing of this stays.
-
-    .. note:: The order does ``not`` matter here.
-
-    It is used like this::
-
-        total = Add the values
-        and more
-
-    >>> add([1, 2])
-    This is the output.
-
-    Args:
-        values (list): The values that are added.
-    Then the [1]_ result is given back.
-
-    Parameters
-    ----------
-    x : int
-        The number of times.
-    """
-    assert prose(docstring).split("\n\n") == [
-        "Return the sum of all values, see math.fsum.",
-        "The order does not matter here.",
-        "It is used like this::",
-        "Then the result is given back.",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("sentence", "expected"),
-    [
-        ("Return a copy of the list with its items reversed.", True),
-        ('The "in" operator tests whether an item is there.', True),
-        ("return a copy of the list.", False),
-        ("Return a copy of the list", False),
-        ("See below.", False),
-        ("X = the_value of [this, that] {and} more.", False),
-        ("Foo_bar baz_qux quux_corge the_grault garply_waldo.", False),
-    ],
-)
-def test_what_counts_as_an_english_sentence(sentence: str, expected: bool) -> None:
-    assert is_prose(sentence) is expected
+def test_the_sample_is_small_and_lists_its_books(sample: Source) -> None:
+    assert BOOKS.stat().st_size < 3_000_000
+    listed = BOOKS.with_name("README.md").read_text(encoding="utf-8")
+    titles = {document.id.rsplit(",", 1)[0].split(": ", 1)[1] for document in sample.documents()}
+    assert [title for title in titles if f"| {title} |" not in listed] == []
 
 
 # --- units ------------------------------------------------------------------------------------------------------------
@@ -419,14 +376,11 @@ def test_a_second_process_needs_no_second_look(folder: Path, monkeypatch) -> Non
     config = SourceConfig.model_validate({"name": "huggingface", **settings})
     first = open_source(config)
     index = json.loads(json.dumps(first.index()))
-    monkeypatch.setattr("lcm_ds.text.huggingface._look", lambda *_: pytest.fail("looked again"))
+    monkeypatch.setattr("lcm_ds.text.huggingface._inspect", lambda *_: pytest.fail("looked again"))
     second = open_source(config, index=index)
     assert list(second.documents()) == list(first.documents())
     assert (second.total, second.characters) == (first.total, first.characters)
     assert second.describe() == first.describe()
-    sample = open_source(SourceConfig.model_validate({"name": "sample", "take": 3}))
-    again = open_source(sample.config, index=json.loads(json.dumps(sample.index())))
-    assert list(again.documents()) == list(sample.documents())
 
 
 def test_jsonl_is_read_from_the_mark_before_a_range_and_compressed_too(tmp_path: Path) -> None:

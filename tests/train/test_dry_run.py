@@ -57,7 +57,9 @@ def test_a_dry_run_tells_how_many_targets_of_supervised_documents_are_reached(dr
         assert f"targets       {dataset.path}: {told.replace('an epoch', 'validation')}" in lines
         (rows,) = [line for line in lines if line.startswith("data ")]
         plan = Plan([source_of(dataset, 32, max_segment)], 7, 8, 32)
-        assert rows.endswith(f"{plan.places / 256:.1f} steps an epoch, rows {sum(lengths) / plan.places:.0%} full")
+        assert rows.endswith(
+            f"{plan.row_slots / 256:.1f} steps an epoch, rows {sum(lengths) / plan.row_slots:.0%} full"
+        )
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("mini", 1), ("150m", 8), ("400m", 8), ("1.6b", 32), ("7b", 64)])

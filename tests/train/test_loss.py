@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lcm_ds.data.loader import target_mask
+from lcm_ds.data.batch import target_mask
 from lcm_ds.model.normalizer import Normalizer
 from lcm_ds.train.loss import input_noise, squared_error
 

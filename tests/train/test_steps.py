@@ -17,7 +17,7 @@ from steps_worker import CONFIG, EMBED_DIM, ROWS, rows
 
 from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
-from lcm_ds.data.loader import target_mask
+from lcm_ds.data.batch import target_mask
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.config import resolve_model
 from lcm_ds.model.modeling import BaseLCM

@@ -1,9 +1,9 @@
-"""Shards that are elsewhere, kept in a folder by their checksum: one copy for all processes of a node.
+"""A cache of remote shards in a folder, named by their checksum: one copy for all processes of a node.
 
-A file has the name of its sha256 and was compared with it before it got that name, so it is never half a shard. Who
-fetches one holds a lock on its `.partial`, the others wait for that. Who has one open holds a lock on it, and it is not
-taken out meanwhile: it would take its room all the same. A kill frees the locks. When a file came is its mtime, when it
-was last used its atime; that of one that was not used yet lies ahead, as far as it is kept for its use.
+A file is compared with its sha256 before it gets that name, so it is always a complete shard. The process that fetches
+a shard holds a lock on its `.partial`, and the others wait for it. A process that has a shard open holds a lock on it,
+and it is not evicted: its room would not be freed. A kill releases the locks. A file's mtime is when it was fetched,
+its atime when it was last used; until its first use, the atime is in the future, by the time it is kept for that.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from lcm_ds.files import OpenFile, sync
 
 logger = logging.getLogger(__name__)
 
-FREE_SHARE = 0.1  # of the disk, left free where there is no limit
+FREE_SHARE = 0.1  # of the disk, left free if there is no limit
 PATIENCE = 600.0  # seconds that a shard waits for room before that is an error
 _LOCK = "lock"
-_TO_BE_USED = 7 * 86_400 * 10**9  # ns that what was fetched ahead is kept before all that was used
-_PAUSE = 0.1  # seconds between two looks for room, or for what another process fetches
-# The files that are the cache's own: whatever else is in the folder is somebody's and stays.
-_KEPT = re.compile(r"[0-9a-f]{64}\.tar")
-_COMING = re.compile(r"[0-9a-f]{64}\.(\d+)\.partial")
+_TO_BE_USED = 7 * 86_400 * 10**9  # ns that a prefetched shard is kept in preference to used ones
+_PAUSE = 0.1  # seconds between two checks for room or for another process's fetch
+# The cache's own files; others in the folder stay untouched.
+_CACHED = re.compile(r"[0-9a-f]{64}\.tar")
+_PARTIAL = re.compile(r"[0-9a-f]{64}\.(\d+)\.partial")
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Shards in `folder`, those of least recent use taken out to stay within `limit` bytes.
+    """Shards in `folder`, the least recently used evicted to stay within `limit` bytes.
 
-    limit: None takes what the disk has, less a tenth of it. The folder has to be on a disk of the node's own.
+    limit: None uses the disk but for a tenth of it. The folder has to be on a local disk of the node.
     """
 
     folder: str
@@ -50,25 +50,34 @@ class Cache:
 
     @classmethod
     def of(cls, cache_dir: str | Path | None, cache_gb: float | None = None) -> Cache | None:
-        """What a config's `data` block says; None where it names no folder. cache_gb: limit in 10⁹ bytes."""
+        """The cache of a config's `data` block; None if it names no folder. cache_gb: limit in 10⁹ bytes."""
         if cache_dir is None:
             return None
         return cls(str(cache_dir), None if cache_gb is None else int(cache_gb * 1e9))
 
     def open(self, url: str, sha256: str, size: int, stopped: Event | None = None) -> OpenFile:
-        """The shard at `url`, fetched if it is not here; as long as it is open it is not taken out.
+        """The shard at `url`, fetched if it is not cached; it is not evicted as long as it is open.
 
-        sha256, size (bytes): what shards.jsonl lists. stopped: when set, it is given up with Stopped. Raises InputError
-        where it cannot be had, came as something else, or there is no room; TransientError where its server gives no
-        answer.
+        Args:
+            url: Of the shard.
+            sha256: As listed in shards.jsonl.
+            size: Bytes, as listed there.
+            stopped: When set, the fetch is given up with `Stopped`.
+
+        Returns:
+            The open file.
+
+        Raises:
+            InputError: It cannot be fetched, has another checksum, or there is no room.
+            TransientError: Its server gives no answer.
         """
         target = self._place(sha256)
         full, since = False, time.monotonic()
-        while (file := self._held(target, size)) is None:
+        while (file := self._open_cached(target, size)) is None:
             try:
                 waits = not self._fetch(url, target, sha256, size, stopped, full=full)
                 full = False
-            except remote.NoSpace:  # others write to the disk, too
+            except remote.NoSpace:  # because others write to the disk, too
                 full = True
                 continue
             if not waits:
@@ -77,27 +86,27 @@ class Cache:
                 raise self._no_room(size, f"what is there has been in use for {PATIENCE / 60:g} minutes")
             else:
                 _pause(stopped)
-        with suppress(OSError):  # that of another user has the time of its last reading
+        with suppress(OSError):  # a file of another user keeps the time of its last read
             os.utime(file.descriptor, ns=(time.time_ns(), file.status().st_mtime_ns))
         return file
 
     def open_ahead(self, url: str, sha256: str, size: int, stopped: Event) -> OpenFile | None:
-        """A shard that will be wanted, as `open` does; None where there is no room now, or another is fetching it."""
+        """As `open`, for a shard needed later; None if there is no room now, or another process is fetching it."""
         target = self._place(sha256)
-        file = self._held(target, size)
+        file = self._open_cached(target, size)
         if file is None:
             with suppress(remote.NoSpace):
                 self._fetch(url, target, sha256, size, stopped, ahead=True)
-            file = self._held(target, size)
+            file = self._open_cached(target, size)
         return file
 
     def invalidate(self, file: OpenFile) -> None:
-        """Take a shard out whose bytes have changed since it came."""
+        """Evict a shard whose bytes have changed since it was fetched."""
         logger.warning("%s: its bytes have changed since it was fetched; it is fetched again", file.path)
         self._evict(file)
 
     def check_room(self, shards: int, largest: int) -> None:
-        """Raise InputError where so many shards, each of up to `largest` bytes, cannot be here at a time."""
+        """Raise InputError if the limit is too small for `shards` shards of up to `largest` bytes."""
         least = shards * largest
         if self.limit is not None and self.limit < least:
             raise InputError(
@@ -109,8 +118,8 @@ class Cache:
     def _place(self, sha256: str) -> Path:
         return Path(self.folder) / f"{sha256}.tar"
 
-    def _held(self, target: Path, size: int) -> OpenFile | None:
-        """The file, open and locked against its removal; None where it is not there."""
+    def _open_cached(self, target: Path, size: int) -> OpenFile | None:
+        """The file, open and locked against eviction; None if it does not exist."""
         try:
             file = OpenFile(target)
             fcntl.flock(file.descriptor, fcntl.LOCK_SH)
@@ -126,7 +135,7 @@ class Cache:
         return file
 
     def _evict(self, file: OpenFile) -> None:
-        """Remove a file if it is still the one that was looked at, and not one that has come in its place."""
+        """Remove a file, unless it has been replaced since it was opened."""
         seen = file.status()
         with self._exclusive(), suppress(FileNotFoundError):
             there = os.stat(file.path)
@@ -143,9 +152,9 @@ class Cache:
         ahead: bool = False,
         full: bool = False,
     ) -> bool:
-        """Fetch a shard, or wait until another process has; False where there is no room now.
+        """Fetch a shard, or wait until another process has; False if there is no room now.
 
-        ahead, full: as of `_make_room`; ahead waits for nobody. Raises as remote.copy.
+        ahead, full: as for `_make_room`; with ahead it waits for no other process. Raises as remote.copy.
         """
         partial = target.with_name(f"{sha256}.{size}.partial")
         with self._exclusive():
@@ -165,7 +174,7 @@ class Cache:
             if ours:
                 self._fill(url, partial, target, sha256, size, stopped)
             elif not ahead:
-                while not _lock(file, fcntl.LOCK_SH):  # until whoever fetches it is done, or dead
+                while not _lock(file, fcntl.LOCK_SH):  # until the process that fetches it is done or dead
                     _pause(stopped)
         return True
 
@@ -184,7 +193,7 @@ class Cache:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """No other process or thread changes the folder meanwhile. Raises InputError where nobody can."""
+        """Lock the folder against other processes and threads. Raises InputError if it cannot be used."""
         try:
             Path(self.folder).mkdir(parents=True, exist_ok=True)
             with (Path(self.folder) / _LOCK).open("ab") as file:
@@ -194,34 +203,34 @@ class Cache:
             raise InputError(f"data.cache_dir: {self.folder}: cannot be used: {error.strerror}") from None
 
     def _make_room(self, own: Path, size: int, ahead: bool, full: bool) -> bool:
-        """Take out what was not used for longest, until `size` more bytes (of the partial `own`) fit.
+        """Evict the least recently used shards until `size` more bytes (of the partial `own`) fit.
 
-        What was fetched and not used yet goes last, for no shard that is fetched `ahead`, and not for a free tenth.
-        full: the disk has no room, whatever it says. False where room may come. Raises InputError where it will not.
+        Shards not used yet are evicted last, never for a shard fetched `ahead`, and not to keep a tenth of the disk
+        free. full: the disk has no room, whatever it reports. False if room may come. Raises InputError if it will not.
         """
-        kept: list[tuple[int, int, str]] = []  # last use, size, path
+        cached: list[tuple[int, int, str]] = []  # last use, size, path
         now = time.time_ns()
-        coming, written, others = size, 0, 0
+        incoming, written, others = size, 0, 0
         for entry in os.scandir(self.folder):
-            with suppress(FileNotFoundError):  # somebody tidies up here
-                if _KEPT.fullmatch(entry.name):
-                    kept.append((entry.stat().st_atime_ns, entry.stat().st_size, entry.path))
-                elif (partial := _COMING.fullmatch(entry.name)) and entry.name != own.name and not _remove(entry.path):
-                    coming += int(partial[1])
+            with suppress(FileNotFoundError):  # removed meanwhile
+                if _CACHED.fullmatch(entry.name):
+                    cached.append((entry.stat().st_atime_ns, entry.stat().st_size, entry.path))
+                elif (partial := _PARTIAL.fullmatch(entry.name)) and entry.name != own.name and not _remove(entry.path):
+                    incoming += int(partial[1])
                     written += entry.stat().st_size
                     others += 1
         disk = shutil.disk_usage(self.folder)
-        needed = coming - written - (0 if full else disk.free)
+        needed = incoming - written - (0 if full else disk.free)
         wanted = needed + int(FREE_SHARE * disk.total)
         if self.limit is not None:
-            needed = wanted = max(needed, sum(held for _, held, _ in kept) + coming - self.limit)
+            needed = wanted = max(needed, sum(bytes_ for _, bytes_, _ in cached) + incoming - self.limit)
         in_use = False
-        for last_use, held, path in sorted(kept):
+        for last_use, bytes_, path in sorted(cached):
             unused = last_use > now
             if (needed if unused else wanted) <= 0 or (unused and ahead):
                 break
             if _remove(path):
-                needed, wanted = needed - held, wanted - held
+                needed, wanted = needed - bytes_, wanted - bytes_
             else:
                 in_use = True
         if needed > 0 and not (ahead or in_use or others):
@@ -247,7 +256,7 @@ def _warn_of_a_full_disk(folder: str) -> None:
 
 
 def _remove(path: str) -> bool:
-    """Remove a file that nobody has locked; False where somebody has, or it is not ours to remove."""
+    """Remove a file; False if it is locked or may not be removed."""
     try:
         with open(path, "rb") as file:
             if not _lock(file, fcntl.LOCK_EX):
@@ -259,7 +268,7 @@ def _remove(path: str) -> bool:
 
 
 def _lock(file: BinaryIO, how: int) -> bool:
-    """Lock a file (see fcntl.flock) without waiting; False where it is locked."""
+    """Lock a file (see fcntl.flock) without waiting; False if it is locked."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:

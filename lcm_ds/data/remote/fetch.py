@@ -1,7 +1,7 @@
-"""Files that are not on this machine: whole files read and copied through fsspec.
+"""Remote files, read and copied through fsspec.
 
-What can pass (a dropped connection, 429, 5xx, a body that is not whole) is tried again, with pauses that double; what
-cannot (403, 404, no credentials, an unknown protocol) is an error at once.
+Transient errors (a dropped connection, 429, 5xx, an incomplete body) are retried with pauses that double; permanent
+ones (403, 404, no credentials, an unknown protocol) are raised at once.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lcm_ds.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
-# The pauses add up to about a minute, or two where the server is slow to answer.
+# The pauses add up to about a minute, or two if the server is slow to answer.
 ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE = 8, 0.5, 16.0  # seconds
-DAMAGED_ATTEMPTS = 3  # for what comes whole and yet is not what was asked for
+DAMAGED_ATTEMPTS = 3  # for a complete response with other content
 CONNECT_TIMEOUT, READ_TIMEOUT = 15, 30  # seconds without an answer, or without a byte more
 
-_PASSING_STATUS = (408, 425, 429)  # and all from 500 on
-# None of these is a matter of time, not even those that are OSErrors.
-_LASTING = (
+_TRANSIENT_STATUS = (408, 425, 429)  # and all from 500 on
+# None of these is transient, not even those that are OSErrors.
+_PERMANENT = (
     FileNotFoundError,
     PermissionError,
     IsADirectoryError,
@@ -41,23 +41,23 @@ _LASTING = (
     NotImplementedError,
     RecursionError,
 )
-_LASTING_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore
+_PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore
 _FULL_ERRNO = (errno.ENOSPC, errno.EDQUOT)
-_LASTING_ERRNO = (*_FULL_ERRNO, errno.EROFS, errno.EFBIG)
+_PERMANENT_ERRNO = (*_FULL_ERRNO, errno.EROFS, errno.EFBIG)
 
 Result = TypeVar("Result")
 
 
 class Damaged(Exception):
-    """What came is not what was asked for."""
+    """The content is not what shards.jsonl lists."""
 
 
 class Stopped(Exception):
-    """A copy that was given up because nobody waits for it any longer."""
+    """A copy was given up because it is no longer needed."""
 
 
 class NoSpace(InputError):
-    """A copy that this machine's disk has no room for."""
+    """The disk has no room for a copy."""
 
 
 def is_remote(path: str | Path) -> bool:
@@ -68,21 +68,21 @@ def is_remote(path: str | Path) -> bool:
 
 
 def join(folder: str, name: str) -> str:
-    """The place of `name` in `folder`; a name that is a URL or an absolute path stands for itself."""
+    """The path of `name` in `folder`; a URL or an absolute path is returned as it is."""
     if is_remote(name) or os.path.isabs(name):
         return name
     return f"{folder.rstrip('/')}/{name}" if is_remote(folder) else os.path.join(folder, name)
 
 
 def read_bytes(path: str) -> bytes | None:
-    """A small file's bytes, from a path or a URL; None where there is no such file.
+    """A small file's bytes, from a path or a URL; None if there is no such file.
 
-    Raises InputError where it cannot be read, TransientError where its server gives no answer.
+    Raises InputError if it cannot be read, TransientError if its server gives no answer.
     """
 
     def read() -> bytes:
-        files, place = _file_system(path)
-        return bytes(files.cat_file(place))
+        files, remote_path = _file_system(path)
+        return bytes(files.cat_file(remote_path))
 
     try:
         return _try(path, read) if is_remote(path) else Path(path).read_bytes()
@@ -95,24 +95,33 @@ def read_bytes(path: str) -> bytes | None:
 def copy(
     url: str, target: Path, sha256: str | None = None, size: int | None = None, stopped: Event | None = None
 ) -> tuple[str, int]:
-    """Copy the file at `url` to `target`, synced; returns its sha256 and its size in bytes.
+    """Copy the file at `url` to `target`, synced. After an error a part of the file may be left behind.
 
-    sha256, size: what shards.jsonl lists; something else is fetched again a few times. stopped: when set, the copy is
-    given up with Stopped. Raises InputError if it cannot be had, NoSpace if the disk is full, TransientError if its
-    server gives no answer. A part of the file may be left behind then.
+    Args:
+        url: The file.
+        target: The copy.
+        sha256: As listed in shards.jsonl; other content is fetched again a few times.
+        size: Bytes, as listed there.
+        stopped: When set, the copy is given up with `Stopped`.
+
+    Returns:
+        The sha256 and the size in bytes.
+
+    Raises:
+        InputError: It cannot be fetched.
+        NoSpace: The disk is full.
+        TransientError: Its server gives no answer.
     """
 
     def fetch() -> tuple[str, int]:
-        files, place = _file_system(url)
-        files.get_file(place, str(target), callback=_Watch(size, stopped))
+        files, remote_path = _file_system(url)
+        files.get_file(remote_path, str(target), callback=_Watch(size, stopped))
         with target.open("rb") as file:
             os.fsync(file.fileno())
-        came = target.stat().st_size, sha256_of(target)
-        if (size is not None and came[0] != size) or (sha256 is not None and came[1] != sha256):
-            raise Damaged(
-                f"came with {came[0]} bytes and sha256 {came[1]}, shards.jsonl lists {size} bytes and {sha256}"
-            )
-        return came[1], came[0]
+        bytes_, digest = target.stat().st_size, sha256_of(target)
+        if (size is not None and bytes_ != size) or (sha256 is not None and digest != sha256):
+            raise Damaged(f"came with {bytes_} bytes and sha256 {digest}, shards.jsonl lists {size} bytes and {sha256}")
+        return digest, bytes_
 
     try:
         return _try(url, fetch, stopped)
@@ -121,7 +130,7 @@ def copy(
 
 
 class _Watch(Callback):
-    """Ends a copy that is too long, or that nobody waits for."""
+    """Ends a copy that is too long or no longer needed."""
 
     def __init__(self, size: int | None, stopped: Event | None) -> None:
         super().__init__()
@@ -136,22 +145,22 @@ class _Watch(Callback):
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    """The file system that a URL is on, and what the file is called there."""
+    """The file system of a URL, and the file's path on it."""
     protocol = url.rpartition("::")[2].partition("://")[0]
     options: dict[str, Any] = {}
     if protocol in ("http", "https"):
         import aiohttp  # of the extra `remote`
 
-        # By default a copy may take five minutes and proxies are left out.
+        # By default a copy may take at most five minutes, and proxies are not used.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT, sock_read=READ_TIMEOUT)
         options[protocol] = {"client_kwargs": {"timeout": timeout, "trust_env": True}}
     return url_to_fs(url, **options)
 
 
 def _try(url: str, action: Callable[[], Result], stopped: Event | None = None) -> Result:
-    """What `action` returns, in one of several attempts.
+    """The result of `action`, in one of several attempts.
 
-    Raises FileNotFoundError; InputError for what will not pass, NoSpace among it, TransientError for what did not.
+    Raises FileNotFoundError; InputError (also NoSpace) for a permanent error, TransientError for one that persisted.
     """
     damaged = 0
     for attempt in range(1, ATTEMPTS + 1):
@@ -167,7 +176,7 @@ def _try(url: str, action: Callable[[], Result], stopped: Event | None = None) -
                     raise InputError(f"{url}: {reason}") from error
             elif isinstance(error, OSError) and error.errno in _FULL_ERRNO:
                 raise NoSpace(f"{url}: cannot be kept: {reason}") from error
-            elif not _may_pass(error):
+            elif not _is_transient(error):
                 raise InputError(f"{url}: cannot be read: {reason}") from error
             if attempt == ATTEMPTS:
                 raise TransientError(f"{url}: cannot be read, tried {ATTEMPTS} times: {reason}") from error
@@ -178,21 +187,21 @@ def _try(url: str, action: Callable[[], Result], stopped: Event | None = None) -
     raise AssertionError("unreachable")
 
 
-def _may_pass(error: Exception) -> bool:
+def _is_transient(error: Exception) -> bool:
     status = _status(error)
     if status is not None:
-        return status in _PASSING_STATUS or status >= 500
-    if isinstance(error, OSError) and error.errno in _LASTING_ERRNO:
+        return status in _TRANSIENT_STATUS or status >= 500
+    if isinstance(error, OSError) and error.errno in _PERMANENT_ERRNO:
         return False
-    return not isinstance(error, _LASTING) and type(error).__name__ not in _LASTING_NAMES
+    return not isinstance(error, _PERMANENT) and type(error).__name__ not in _PERMANENT_NAMES
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error of aiohttp, botocore, gcsfs or huggingface_hub; None where there is none."""
+    """The HTTP status behind an error of aiohttp, botocore, gcsfs or huggingface_hub; None if there is none."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
         found = [getattr(cause, "status", None), getattr(response, "status_code", None)]
-        if not type(cause).__module__.startswith("aiohttp"):  # where it may be no answer of the server's
+        if not type(cause).__module__.startswith("aiohttp"):  # whose code need not be the server's
             found.append(getattr(cause, "code", None))
         if isinstance(response, dict):
             found.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
@@ -203,14 +212,14 @@ def _status(error: BaseException) -> int | None:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
+    """The error and the chain of its causes."""
     while error is not None:
         yield error
         error = error.__cause__
 
 
 def _reason(error: BaseException) -> str:
-    """One line: what the error says, its type where it says nothing, and the HTTP status where there is one."""
+    """One line: the error's text, or its type if it has none, and the HTTP status if there is one."""
     text = " ".join(str(error).split()) or type(error).__name__
     status = _status(error)
     return text if status is None or str(status) in text else f"{status}: {text}"

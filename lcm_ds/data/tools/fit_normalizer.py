@@ -18,11 +18,17 @@ from lcm_ds.errors import Collector, InputError
 
 
 def fit_normalizer(mixture: Sequence[str], samples: int = 1_000_000, output: str | None = None) -> None:
-    """Fit center and scale to a sample of several datasets, each with the share that its weight is of all weights.
+    """Fit center and scale to a sample of several datasets, each with a share in proportion to its weight.
 
-    mixture: "DATASET" or "DATASET=WEIGHT" each, a folder or a URL. Written into every one of the folders, or to the
-    file `output` alone. Raises InputError with every mistake: a folder that is no finished dataset, a weight that is no
-    number above 0, datasets of different encoders, dimensions without spread.
+    Args:
+        mixture: "DATASET" or "DATASET=WEIGHT" each, a folder or a URL.
+        samples: Concepts of the sample.
+        output: The file to write; None to write into each of the datasets.
+
+    Raises:
+        InputError: With every error: a folder without a finished dataset, a weight that is not a number above 0,
+        different
+            encoders, dimensions without spread.
     """
     if samples < 2:
         raise InputError(f"--samples: {samples} is below 2")
@@ -30,12 +36,12 @@ def fit_normalizer(mixture: Sequence[str], samples: int = 1_000_000, output: str
         datasets, weights = _open(mixture, output, cache)
         shares = [weight / sum(weights) for weight in weights]
         constants = [Constants.of(dataset.info.end_of_text, dataset.info.supervised) for dataset in datasets]
-        there = [
+        available = [
             each.others(dataset.info.totals.concepts, dataset.info.totals.documents)
             for each, dataset in zip(constants, datasets, strict=True)
         ]
-        # No dataset has to give more than it has: the sample is as large as the scarcest one allows.
-        size = min([samples, *(count / share for count, share in zip(there, shares, strict=True))])
+        # The sample is as large as the scarcest dataset allows.
+        size = min([samples, *(count / share for count, share in zip(available, shares, strict=True))])
         drawn = [
             draw(dataset.shards, _opener(dataset), max(1, round(size * share)), each)
             for dataset, share, each in zip(datasets, shares, constants, strict=True)
@@ -51,10 +57,10 @@ def fit_normalizer(mixture: Sequence[str], samples: int = 1_000_000, output: str
                 "path": dataset.path,
                 "weight": weight,
                 "samples": len(each),
-                "left_out": alike.names,
+                "left_out": constant_concepts.names,
                 "fingerprint": dataset.fingerprint,
             }
-            for dataset, weight, each, alike in zip(datasets, weights, drawn, constants, strict=True)
+            for dataset, weight, each, constant_concepts in zip(datasets, weights, drawn, constants, strict=True)
         ],
     }
     for dataset, share, each in zip(datasets, shares, drawn, strict=True):
@@ -107,5 +113,5 @@ def _weighted(text: str) -> WeightedPath:
 
 
 def _opener(dataset: Dataset) -> Callable[[ShardInfo], Shard]:
-    numbers = {shard.name: number for number, shard in enumerate(dataset.shards)}
-    return lambda shard: open_shard_once(dataset, numbers[shard.name])
+    indices = {shard.name: index for index, shard in enumerate(dataset.shards)}
+    return lambda shard: open_shard_once(dataset, indices[shard.name])

@@ -1,4 +1,4 @@
-"""`lcm-ds index`: WebDataset tars made elsewhere become a dataset; they stay where and as they are."""
+"""`lcm-ds index`: WebDataset tars of other programs become a dataset; the tars are not moved or changed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ THREADS = 4
 
 @dataclass(frozen=True)
 class Reading:
-    """How the members of the tars are to be read."""
+    """How the members of the tars are read."""
 
     extension: str = "npy"
     texts: str = "json:sentences"
@@ -57,20 +57,27 @@ def index(
 ) -> None:
     """Write dataset.json, shards.jsonl and the normaliser for existing tars into the folder `output`.
 
-    shards: a path or a URL that fsspec opens, braces for many ("a-{000..099}.tar"). A sample of them is
-    `<key>.<extension>`, an .npy file of fp16 or fp32 [n, embed_dim], or with `bf16` uint16 that is bf16's bits; other
-    members are left alone. texts: where the sentences are, if anywhere: EXTENSION:FIELD of a JSON object, or EXTENSION
-    of a text with one a line. encoder: what made the concepts; like: a dataset that the same encoder made, whose
-    encoder, splitter, language and end of text are taken. samples: how many concepts the normaliser is fitted to.
-    threads: tars read at a time. supervised: the JSON of each document has source_sentences and target_sentences. Every
-    tar is read once, whole: for its checksum, counts and values.
-    Raises InputError with every mistake: tars that cannot be read or are not whole, that disagree about embed_dim or
-    dtype, or hold concepts that are not finite; an output that is a dataset already or no folder; `pipe:`, which would
-    run a shell.
-    Nothing is written then.
+    Every tar is read once, for its checksum, counts and values.
+
+    Args:
+        shards: A path or a URL that fsspec opens, with braces for many ("a-{000..099}.tar").
+        output: The dataset's folder.
+        encoder: The encoder of the concepts.
+        like: A dataset of the same encoder, from which encoder, splitter, language and end of text are copied.
+        extension: A sample is `<key>.<extension>`, an .npy file of fp16 or fp32 [n, embed_dim]; other members are
+        ignored. texts: The sentences, if there are any: EXTENSION:FIELD of a JSON object, or EXTENSION of a text with
+        one a line. bf16: Whether arrays are uint16 holding the bits of bf16. samples: How many concepts the normaliser
+        is fitted to. threads: Tars read at a time. supervised: Set if the JSON of each document has source_sentences
+        and target_sentences.
+
+    Raises:
+        InputError: With every error, and nothing written: tars that cannot be read or are incomplete, that disagree
+        about
+            embed_dim or dtype, or hold concepts that are not finite; an output that is a dataset already or not a
+            folder; `pipe:`, which would run a shell.
     """
     output = Path(output)
-    places = _places(shards)
+    locations = _locations(shards)
     about = _about(encoder, like)
     for name in (DATASET, SHARDS):
         if (output / name).exists():
@@ -79,7 +86,7 @@ def index(
     constants = Constants.of(about.get("end_of_text"), supervised)
     reading = Reading(extension.lower(), _checked(texts), bf16, supervised, constants)
     with _folder(output):
-        infos, embed_dim, dtype = _read(places, output, reading, sample, threads)
+        infos, embed_dim, dtype = _read(locations, output, reading, sample, threads)
         if embed_dim is None or dtype is None:
             raise InputError(f"{shards}: hold no documents: samples are <key>.{extension}")
         if like is not None and about["embed_dim"] != embed_dim:
@@ -105,26 +112,26 @@ def index(
     print(f"{output}: {len(infos)} shards, {documents:,} documents, {concepts:,} concepts of {embed_dim} × {dtype}")
 
 
-def _places(shards: str) -> list[str]:
-    """The paths and URLs that a brace pattern stands for. Raises InputError naming those that are not there."""
+def _locations(shards: str) -> list[str]:
+    """The paths and URLs of a brace pattern. Raises InputError naming missing files."""
     remote.is_remote(shards)  # refuses pipe:
     try:
-        places = list(dict.fromkeys(expand_urls(shards)))
+        locations = list(dict.fromkeys(expand_urls(shards)))
     except (ValueError, AssertionError) as error:  # braces; variables, which webdataset puts in
         raise InputError(f"{shards}: cannot be expanded: {error}") from None
     errors: list[str] = []
     names: dict[Path, str] = {}
-    for place in places:
-        if remote.is_remote(place):
+    for location in locations:
+        if remote.is_remote(location):
             continue
-        if not Path(place).is_file():
-            hint = ": a URL has //, as in file:///folder/a.tar" if place.startswith("file:") else ""
-            errors.append(f"{place}: no such file{hint}")
-        elif (first := names.setdefault(Path(place).resolve(), place)) != place:
-            errors.append(f"{place}: is the same file as {first}: name it once")
+        if not Path(location).is_file():
+            hint = ": a URL has //, as in file:///folder/a.tar" if location.startswith("file:") else ""
+            errors.append(f"{location}: no such file{hint}")
+        elif (first := names.setdefault(Path(location).resolve(), location)) != location:
+            errors.append(f"{location}: is the same file as {first}: name it once")
     if errors:
         raise InputError(errors)
-    return places
+    return locations
 
 
 def _checked(texts: str) -> str:
@@ -138,7 +145,7 @@ def _checked(texts: str) -> str:
 
 
 def _about(encoder: Mapping[str, Any] | None, like: str | None) -> dict[str, Any]:
-    """What dataset.json says of the encoder."""
+    """The encoder's part of dataset.json."""
     if like is None:
         return {"encoder": dict(encoder or {"name": "unknown"})}
     if encoder is not None:
@@ -149,7 +156,7 @@ def _about(encoder: Mapping[str, Any] | None, like: str | None) -> dict[str, Any
 
 @contextmanager
 def _folder(output: Path) -> Iterator[None]:
-    """The folder is there in the context, and gone after it where it was made for nothing."""
+    """Make the folder; remove it afterwards if it was new and is empty."""
     made = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -160,11 +167,11 @@ def _folder(output: Path) -> Iterator[None]:
     finally:
         if made:
             with suppress(OSError):
-                output.rmdir()  # which an empty one alone allows
+                output.rmdir()  # fails unless it is empty
 
 
 def _read(
-    places: Sequence[str], output: Path, reading: Reading, sample: UniformSample, threads: int
+    locations: Sequence[str], output: Path, reading: Reading, sample: UniformSample, threads: int
 ) -> tuple[list[ShardInfo], int | None, str | None]:
     """Lines for shards.jsonl in order, embed_dim and dtype. Raises InputError with all that is wrong."""
     from rich.console import Console
@@ -173,50 +180,50 @@ def _read(
     found: tuple[int | None, str | None] = (None, None)
     lock = Lock()
 
-    def read(place: str) -> tuple[Collector, ShardInfo | None]:
+    def read(location: str) -> tuple[Collector, ShardInfo | None]:
         nonlocal found
-        wrong = Collector()
+        errors = Collector()
         info: ShardInfo | None = None
-        with wrong, _open(place, output, reading, *found) as (shard, listed):
-            _check_type(shard, place, reading)
-            _scan(shard, place, reading, sample, lock)
+        with errors, _open(location, output, reading, *found) as (shard, listed):
+            _check_type(shard, location, reading)
+            _scan(shard, location, reading, sample, lock)
             info = listed
-            if shard.supervised:  # raises where a document lacks one of its parts
+            if shard.supervised:  # raises if a document lacks one of its parts
                 info = replace(listed, lengths=shard.lengths.tolist(), given=shard.given.tolist())
             if shard.dtype is not None:
                 found = (shard.embed_dim, shard.dtype.name)
-        return wrong, info
+        return errors, info
 
     results: list[tuple[Collector, ShardInfo | None]] = []
     with Progress(transient=True, disable=not Console().is_terminal) as progress, ThreadPoolExecutor(threads) as pool:
-        task = progress.add_task("reading", total=len(places))
-        while len(results) < len(places) and found == (None, None):  # until one says what the others have to be
-            results.append(read(places[len(results)]))
+        task = progress.add_task("reading", total=len(locations))
+        while len(results) < len(locations) and found == (None, None):  # until one determines embed_dim and dtype
+            results.append(read(locations[len(results)]))
             progress.advance(task)
-        for result in pool.map(read, places[len(results) :]):
+        for result in pool.map(read, locations[len(results) :]):
             results.append(result)
             progress.advance(task)
     errors = Collector()
-    for wrong, _ in results:
-        errors.add(wrong)
+    for collected, _ in results:
+        errors.add(collected)
     errors.raise_if_any()
     return [info for _, info in results if info is not None], *found
 
 
 @contextmanager
 def _open(
-    place: str, output: Path, reading: Reading, embed_dim: int | None, dtype: str | None
+    location: str, output: Path, reading: Reading, embed_dim: int | None, dtype: str | None
 ) -> Iterator[tuple[Shard, ShardInfo]]:
     """A tar that agrees with the ones before it, and its line for shards.jsonl."""
-    if not remote.is_remote(place):
-        file = Path(place).resolve()
+    if not remote.is_remote(location):
+        file = Path(location).resolve()
         name = file.name if file.parent == output.resolve() else str(file)
-        yield _listed(reading.shard(file, place, embed_dim, dtype), file, name)
+        yield _listed(reading.shard(file, location, embed_dim, dtype), file, name)
         return
     with TemporaryDirectory(dir=output, prefix="index-") as temporary:
         file = Path(temporary) / "shard.tar"
-        sha256, _ = remote.copy(place, file)
-        yield _listed(reading.shard(file, place, embed_dim, dtype), file, place, sha256)
+        sha256, _ = remote.copy(location, file)
+        yield _listed(reading.shard(file, location, embed_dim, dtype), file, location, sha256)
 
 
 def _listed(shard: Shard, file: Path, name: str, sha256: str | None = None) -> tuple[Shard, ShardInfo]:
@@ -224,25 +231,25 @@ def _listed(shard: Shard, file: Path, name: str, sha256: str | None = None) -> t
     return shard, ShardInfo(name, len(shard), int(shard.lengths.sum()), size, sha256 or sha256_of(file))
 
 
-def _check_type(shard: Shard, place: str, reading: Reading) -> None:
-    """Raise InputError where the numbers are not of a kind that concepts are kept in."""
+def _check_type(shard: Shard, location: str, reading: Reading) -> None:
+    """Raise InputError if the arrays are not of a type for concepts."""
     if shard.dtype is None:
         return
     wanted = (np.uint16,) if reading.bf16 else (np.float16, np.float32)
     if shard.embed_dim == 0 or shard.dtype not in wanted:
         expected = "bf16 kept as uint16" if reading.bf16 else "fp16 or fp32 (bf16 kept as uint16: --bf16)"
-        raise InputError(f"{place}: holds {shard.dtype} [n, {shard.embed_dim}]; concepts are {expected}")
+        raise InputError(f"{location}: holds {shard.dtype} [n, {shard.embed_dim}]; concepts are {expected}")
 
 
-def _scan(shard: Shard, place: str, reading: Reading, sample: UniformSample, lock: Lock) -> None:
-    """Put the shard's concepts to the sample, and look at its texts. Raises InputError for the first mistake."""
-    shard.given  # noqa: B018 (raises where a supervised document lacks one of its parts)
+def _scan(shard: Shard, location: str, reading: Reading, sample: UniformSample, lock: Lock) -> None:
+    """Add the shard's concepts to the sample, and check its texts. Raises InputError for the first error."""
+    shard.given  # noqa: B018 (raises if a supervised document lacks one of its parts)
     for document, key in enumerate(shard.keys):
         concepts = shard.concepts(document)
         if not np.isfinite(concepts).all():
-            raise InputError(f"{place}: {key}: has a concept that is not finite")
+            raise InputError(f"{location}: {key}: has a concept that is not finite")
         shard.meta(document)
         positions = np.arange(len(concepts))
-        among = reading.constants.leaves(shard, np.full_like(positions, document), positions)
+        mask = reading.constants.leaves(shard, np.full_like(positions, document), positions)
         with lock:
-            sample.add(f"{place}/{key}", concepts, among)
+            sample.add(f"{location}/{key}", concepts, mask)

@@ -21,7 +21,7 @@ from lcm_ds.data.shard import verify as read_again
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.terminal import strip_control_chars
 
-# For the lengths of sentences, which only the texts tell; the second where shards have to be fetched for it.
+# Read for the lengths of sentences; the second if shards have to be fetched.
 SAMPLED_SHARDS, FETCHED_SHARDS = 50, 5
 BAR = 28  # characters of the longest bar of a histogram
 
@@ -29,8 +29,13 @@ BAR = 28  # characters of the longest bar of a histogram
 def inspect(path: str | Path, verify: bool = False, sample: int = 0) -> None:
     """Print totals, lengths, encoder, splitter and refusals of a dataset, or of both splits in the folder of prepare.
 
-    path: a folder or a URL. verify: read every shard again first and compare it with its checksum. sample: print so
-    many documents, always the same. Raises InputError with all that is wrong.
+    Args:
+        path: A folder or a URL.
+        verify: Whether to read every shard first and compare its checksum.
+        sample: How many documents to print, always the same.
+
+    Raises:
+        InputError: With every error.
     """
     if sample < 0:
         raise InputError(f"--sample: {sample} is below 0; it is how many documents to print")
@@ -38,7 +43,7 @@ def inspect(path: str | Path, verify: bool = False, sample: int = 0) -> None:
     with tempfile.TemporaryDirectory(prefix="lcm-ds-") as cache:
         for folder in _datasets_in(str(path)):
             with errors:
-                # A shard that is missing is one of the things that verifying names.
+                # Verifying reports missing shards itself.
                 dataset = open_dataset(folder, Cache(cache), checksums=False, sizes=not verify)
                 if verify:
                     _verify(dataset)
@@ -49,7 +54,7 @@ def inspect(path: str | Path, verify: bool = False, sample: int = 0) -> None:
 
 
 def _datasets_in(path: str) -> list[str]:
-    """The dataset itself, or the splits in a folder that prepare has made."""
+    """The dataset itself, or the splits in an output folder of prepare."""
     if remote.read_bytes(remote.join(path, DATASET)) is not None:
         return [path]
     splits = [remote.join(path, split) for split in SPLITS]
@@ -60,14 +65,14 @@ def _verify(dataset: Dataset) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    wrong = []
+    found = []
     shards = track(
         read_again(dataset), "verifying", len(dataset.shards), transient=True, disable=not Console().is_terminal
     )
     for errors in shards:
-        wrong += errors
-    if wrong:
-        raise InputError(wrong)
+        found += errors
+    if found:
+        raise InputError(found)
     print(f"{dataset.path}: {len(dataset.shards)} shards verified: every checksum and every document is as written")
 
 
@@ -75,15 +80,15 @@ def _print_documents(dataset: Dataset, count: int) -> None:
     """Documents drawn from all of the dataset's, the same ones each time."""
     ends = np.cumsum([shard.documents for shard in dataset.shards])
     total = int(ends[-1])
-    for number in sorted(random.Random(0).sample(range(total), min(count, total))):
-        index = int(np.searchsorted(ends, number, side="right"))
+    for position in sorted(random.Random(0).sample(range(total), min(count, total))):
+        index = int(np.searchsorted(ends, position, side="right"))
         shard = open_shard_once(dataset, index)
-        document = number - int(ends[index] - dataset.shards[index].documents)
+        document = position - int(ends[index] - dataset.shards[index].documents)
         meta = shard.meta(document)
         print()
         print(strip_control_chars(f"{meta['id']} ({meta['source']}; {shard.name}, {shard.keys[document]})"))
-        for place, sentence in enumerate(meta["sentences"]):
-            print(strip_control_chars(f"{place:6}  {sentence}"))
+        for i, sentence in enumerate(meta["sentences"]):
+            print(strip_control_chars(f"{i:6}  {sentence}"))
     print()
 
 
@@ -100,7 +105,7 @@ def _print_table(dataset: Dataset) -> None:
 
 
 def _rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
-    """What the table says, line by line."""
+    """The lines of the table."""
     info, totals = dataset.info, dataset.info.totals
     yield "documents", f"{totals.documents:,}"
     yield "concepts", f"{totals.concepts:,} of {info.embed_dim} × {info.dtype}"
@@ -114,20 +119,20 @@ def _rows(dataset: Dataset) -> Iterator[tuple[str, str]]:
         yield "characters a sentence", _spread(characters) + of
     if info.supervised is not None:
         yield "supervised", _supervised(dataset, range(0, len(dataset.shards), step)) + of
-    yield "encoder", _told(info.encoder)
-    yield "splitter", _told(info.splitter) or "not known"
+    yield "encoder", _joined(info.encoder)
+    yield "splitter", _joined(info.splitter) or "not known"
     if info.end_of_text is not None:
         yield "end of text", repr(info.end_of_text.text)
     source = dict(info.source)
     refused = source.pop("refused", {})
     yield "normaliser", _normalizer(dataset)
-    yield "source", _told(source) or "not known"
-    yield "refused", _told(refused) or "none"
+    yield "source", _joined(source) or "not known"
+    yield "refused", _joined(refused) or "none"
     yield "fingerprint", dataset.fingerprint
 
 
 def _normalizer(dataset: Dataset) -> str:
-    """What the normaliser was fitted on, where its file says so, and the ranges of its two vectors."""
+    """The normaliser's statistics, if its file is local and has them, and the ranges of its vectors."""
     center, scale = read_normalizer(dataset.path)
     statistics: dict[str, Any] = {}
     if not remote.is_remote(dataset.path):
@@ -137,7 +142,7 @@ def _normalizer(dataset: Dataset) -> str:
         "center": f"{center.min():.3g} to {center.max():.3g}",
         "scale": f"{scale.min():.3g} to {scale.max():.3g}",
     }
-    return _told(statistics | ranges)
+    return _joined(statistics | ranges)
 
 
 def _lengths(dataset: Dataset, shards: range) -> tuple[np.ndarray, np.ndarray]:
@@ -196,5 +201,5 @@ def _histogram(values: np.ndarray) -> Iterator[str]:
             yield f"{first:>{width},}–{after - 1:<{width},} {bar} {count:,}"
 
 
-def _told(mapping: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {_told(value) if isinstance(value, dict) else value}" for key, value in mapping.items())
+def _joined(mapping: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {_joined(value) if isinstance(value, dict) else value}" for key, value in mapping.items())

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from lcm_ds.data.batch import Batch
 from lcm_ds.data.format import Dataset
-from lcm_ds.data.loader import Batch
 from lcm_ds.data.shard import open_shard
 from lcm_ds.errors import InputError
 from lcm_ds.train.step import Stepper

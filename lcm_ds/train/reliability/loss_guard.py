@@ -17,7 +17,8 @@ from typing import Any
 import torch.distributed as dist
 
 from lcm_ds.config import GuardConfig
-from lcm_ds.data.loader import Loader, trace
+from lcm_ds.data.loader import Loader
+from lcm_ds.data.trace import trace
 from lcm_ds.distributed.collectives import from_first
 from lcm_ds.errors import InputError, RunFailedError
 from lcm_ds.files import write_whole
