@@ -396,7 +396,7 @@ def validate(schema: type[Config], mapping: dict[str, Any], origin: str | Path) 
     try:
         return schema.model_validate(mapping)
     except ValidationError as error:
-        raise InputError([f"{origin}: {_mistake(schema, item)}" for item in error.errors()]) from None
+        raise InputError([f"{origin}: {_format_error(schema, item)}" for item in error.errors()]) from None
 
 
 def load(schema: type[Config], path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -410,7 +410,7 @@ def dump(config: Schema, **more: Any) -> str:
     return head + yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def _mistake(schema: type[Schema], item: Any) -> str:
+def _format_error(schema: type[Schema], item: Any) -> str:
     """One line for one of pydantic's errors."""
     location = item["loc"]
     key = ".".join(str(part) for part in location)

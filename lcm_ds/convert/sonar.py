@@ -29,11 +29,11 @@ RENAMED = (
     (r"\.output_proj\.", ".out_proj."),
 )
 # fairseq2 counts <pad> <unk> <s> </s>, transformers <s> <pad> </s> <unk>.
-ROWS = (2, 0, 3, 1)
+TOKEN_ORDER = (2, 0, 3, 1)
 HEAD_DIM = 64  # of Meta's SONAR: 1024 wide with 16 heads
 MAX_TOKENS = 512  # that Meta trained it on
 # Of fairseq2's vocabulary, behind the pieces of sentencepiece: the languages, and three marks of where data came from.
-MARKS = 3
+EXTRA_TOKENS = 3
 TOKENIZER = "facebook/nllb-200-distilled-600M"  # its vocabulary is SONAR's
 
 CARD = """\
@@ -133,7 +133,7 @@ def _renamed(found: dict[str, Tensor], part: str, path: Path) -> dict[str, Tenso
 
 def _reordered(embedding: Tensor) -> Tensor:
     """Rows of tokens [vocabulary, d_model] in transformers' order."""
-    return torch.cat([embedding[list(ROWS)], embedding[len(ROWS) :]])
+    return torch.cat([embedding[list(TOKEN_ORDER)], embedding[len(TOKEN_ORDER) :]])
 
 
 def _config(weights: dict[str, Tensor], header: dict[str, str], part: str, heads: int | None, path: Path) -> Any:
@@ -185,7 +185,7 @@ def _check_vocabulary(tokenizer: Any, name: str, vocabulary: int, part: str) -> 
     places = [tokenizer.convert_tokens_to_ids(language) for language in _languages()]
     if places != list(range(places[0], places[0] + len(places))):
         raise InputError(f"--tokenizer {name}: does not have NLLB's {len(places)} languages in their order")
-    fitting = places[0] + len(places) + MARKS
+    fitting = places[0] + len(places) + EXTRA_TOKENS
     if fitting != vocabulary:
         raise InputError(f"--tokenizer {name}: goes with {fitting} tokens, the {part} has {vocabulary}")
 

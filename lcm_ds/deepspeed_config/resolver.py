@@ -129,25 +129,25 @@ def check(mapping: dict[str, Any], origin: str | Path) -> None:
         dotted = ".".join(key)
         if dotted in REFUSED:
             errors.append(f"{dotted}: {REFUSED[dotted]}")
-            _take_out(rest, key)
+            _remove(rest, key)
         elif value == "auto":
             if dotted in FILLED_FROM_YAML or dotted in FILLED_FROM_HIDDEN_SIZE:
-                _take_out(rest, key)
+                _remove(rest, key)
             elif dotted != "data_types.keep_in_fp32_modules" and "zenflow" not in key:
                 errors.append(f'{dotted}: "auto" cannot be filled in here: give a value or leave it out')
-                _take_out(rest, key)
+                _remove(rest, key)
     try:
         DeepSpeedJson.model_validate(rest)
     except ValidationError as error:
-        errors.extend(_mistake(DeepSpeedJson, item) for item in error.errors())
-    errors.extend(_optimizer_mistakes(rest))
+        errors.extend(_format_error(DeepSpeedJson, item) for item in error.errors())
+    errors.extend(_optimizer_errors(rest))
     told = {mistake.split(": ")[0] for mistake in errors}
-    errors.extend(mistake for mistake in _combinations(rest) if mistake.split(": ")[0] not in told)
+    errors.extend(mistake for mistake in _combination_errors(rest) if mistake.split(": ")[0] not in told)
     if errors:
         raise InputError([f"{origin}: {mistake}" for mistake in errors])
 
 
-def _optimizer_mistakes(mapping: dict[str, Any]) -> Iterator[str]:
+def _optimizer_errors(mapping: dict[str, Any]) -> Iterator[str]:
     from lcm_ds.deepspeed_config.schema import needs_permission, optimizer_params, optimizer_types
 
     block = mapping.get("optimizer")
@@ -169,7 +169,7 @@ def _optimizer_mistakes(mapping: dict[str, Any]) -> Iterator[str]:
         yield f"optimizer.type: {kind} under ZeRO needs zero_allow_untested_optimizer: true"
 
 
-def _combinations(mapping: dict[str, Any]) -> Iterator[str]:
+def _combination_errors(mapping: dict[str, Any]) -> Iterator[str]:
     """Settings that are right one by one and wrong together, or that DeepSpeed would take from another type."""
     for block, key, kind in (("bf16", "enabled", bool), ("fp16", "enabled", bool), ("zero_optimization", "stage", int)):
         value = _block(mapping, block).get(key, kind())
@@ -189,7 +189,7 @@ def _combinations(mapping: dict[str, Any]) -> Iterator[str]:
         yield f"data_types.grad_accum_dtype: 'fp32' with {dtype} needs zero_optimization.stage 1, 2 or 3"
 
 
-def _mistake(schema: type[BaseModel], item: ErrorDetails) -> str:
+def _format_error(schema: type[BaseModel], item: ErrorDetails) -> str:
     """One line for one of pydantic's errors."""
     # pydantic puts the name of the tried branch of a union, list[str] or the like, into an error's location
     location = [part for part in item["loc"] if not str(part).endswith("]")]
@@ -344,7 +344,7 @@ def without_owned(mapping: dict[str, Any]) -> dict[str, Any]:
     """A copy of a resolved JSON without what the run's YAML owns."""
     rest = copy.deepcopy(mapping)
     for dotted in FILLED_FROM_YAML:
-        _take_out(rest, tuple(dotted.split(".")))
+        _remove(rest, tuple(dotted.split(".")))
     return rest
 
 
@@ -420,7 +420,7 @@ def _without_nulls(mapping: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _take_out(mapping: dict[str, Any], path: tuple[str, ...]) -> None:
+def _remove(mapping: dict[str, Any], path: tuple[str, ...]) -> None:
     _block(mapping, *path[:-1]).pop(path[-1], None)
 
 

@@ -56,14 +56,14 @@ def trace(
     losses = read_losses((Path(run) if is_run else Path(config.run_dir)) / "metrics.jsonl")
     traced = []
     for step, lines in trace_steps(datasets, plan, config.data.max_segment, range(first, last + 1)):
-        print(f"step {step}  loss {_told(losses.get(step))}")
+        print(f"step {step}  loss {_format_loss(losses.get(step))}")
         for line in lines:
             _print(line, text, named=len(datasets) > 1)
         traced.append(lines)
     return traced
 
 
-def _told(loss: float | None) -> str:
+def _format_loss(loss: float | None) -> str:
     if loss is None:
         return "not logged"
     return f"{loss:.6g}" if math.isfinite(loss) else "not finite, or without targets"

@@ -25,25 +25,25 @@ from lcm_ds.train.step import Stepper
 
 CPU = torch.device("cpu")
 
-FIT_ON = 100_000  # concepts of the training data that the ridge is fitted on, at most
-COMPARED = 2048  # concepts, in whole rows, whose targets are compared with one another
+RIDGE_CONCEPTS = 100_000  # concepts of the training data that the ridge is fitted on, at most
+COMPARED_CONCEPTS = 2048  # concepts, in whole rows, whose targets are compared with one another
 
 
 @torch.no_grad()
-def fit_ridge(stepper: Stepper, moved: Callable[[], None]) -> Linear:
+def fit_ridge(stepper: Stepper, on_progress: Callable[[], None]) -> Linear:
     """The ridge regression that is best on held-out training documents, the same on all ranks, which all call this.
 
     moved: is called after each batch. As `lcm-ds evaluate` fits and chooses it, on FIT_ON concepts at most.
     """
-    job, place, device = stepper.job, stepper.place, stepper.device
+    job, env, device = stepper.job, stepper.env, stepper.device
     # No more at a time than a step has: the device has room for that.
     rows = min(ROWS, job.config.batch.micro_batch_rows)
-    reader = Reader(job.config.data, place.rank, place.world_size, rows)
+    reader = Reader(job.config.data, env.rank, env.world_size, rows)
     normalizer: Normalizer = stepper.engine.module.normalizer
 
     def targets() -> Iterator[Targets]:
-        for some in training_targets(reader, job.datasets, job.config.data.train, normalizer, FIT_ON):
-            moved()
+        for some in training_targets(reader, job.datasets, job.config.data.train, normalizer, RIDGE_CONCEPTS):
+            on_progress()
             yield some
 
     def add_up(tensors: Iterable[Tensor]) -> None:
@@ -52,7 +52,7 @@ def fit_ridge(stepper: Stepper, moved: Callable[[], None]) -> Linear:
 
     sums = Training.of(targets(), job.model.embed_dim, device, add_up)
     told: list[Any] = [None]
-    if place.rank == 0:
+    if env.rank == 0:
         # Not on the GPU, whose memory is the model's.
         ridges = Training(sums.fit.to(CPU), sums.held_out.to(CPU)).predictors(tuple(RIDGES))
         told = [ridges[best_of(ridges)]]
@@ -62,7 +62,7 @@ def fit_ridge(stepper: Stepper, moved: Callable[[], None]) -> Linear:
 
 
 @torch.no_grad()
-def validate(stepper: Stepper, dataset: Dataset, ridge: Linear, moved: Callable[[], None]) -> dict[str, Any]:
+def validate(stepper: Stepper, dataset: Dataset, ridge: Linear, on_progress: Callable[[], None]) -> dict[str, Any]:
     """The val_* metrics over a dataset, or over its first `evaluate.rows` rows; all ranks call this.
 
     ridge: see `fit_ridge`. moved: is called after each batch. Losses are in normalised space, val_l2, CA, PAR and
@@ -73,16 +73,16 @@ def validate(stepper: Stepper, dataset: Dataset, ridge: Linear, moved: Callable[
     `ridge`. val_error_by_position: entry i is the loss of targets with i + 1 concepts before them in their segment,
     None where there are none. Without targets there are no figures: None.
     """
-    config, place = stepper.job.config, stepper.place
+    config, env = stepper.job.config, stepper.env
     stepper.engine.eval()
-    sums, first_rows = _Sums(stepper), _FirstRows(stepper)
+    sums, first_rows = _ValidationSums(stepper), _FirstRows(stepper)
     for batch in validation_batches(
         dataset,
         config.data.row_length,
         config.data.max_segment,
         config.batch.micro_batch_rows,
-        place.rank,
-        place.world_size,
+        env.rank,
+        env.world_size,
         config.evaluate.rows,
         origins=True,
     ):
@@ -93,11 +93,11 @@ def validate(stepper: Stepper, dataset: Dataset, ridge: Linear, moved: Callable[
             predictions[:, :-1][mask].float(), rows.targets, ridge(rows.targets), positions.to(stepper.device)[mask]
         )
         first_rows.add(batch, predictions, mask)
-        moved()
+        on_progress()
     return {**sums.read(), **first_rows.read()}
 
 
-class _Sums:
+class _ValidationSums:
     """Sums over all targets of this rank, and what they say of those of all ranks."""
 
     def __init__(self, stepper: Stepper) -> None:
@@ -158,7 +158,7 @@ class _FirstRows:
         config, dims = stepper.job.config.data, stepper.job.model.embed_dim
         self.max_segment = config.max_segment
         self.normalizer: Normalizer = stepper.engine.module.normalizer
-        rows = -(-COMPARED // config.row_length)
+        rows = -(-COMPARED_CONCEPTS // config.row_length)
         # Each row is one rank's, and zeros on all others: their sum is the row.
         self.concepts = torch.zeros(rows, config.row_length, dims, device=stepper.device)  # raw space
         self.predictions = torch.zeros_like(self.concepts)  # normalised space

@@ -77,25 +77,25 @@ def cut_short(path):
     os.truncate(path, path.stat().st_size - 1)
 
 
-def test_the_newest_checkpoint_that_is_whole_is_used_and_the_others_are_named_and_set_aside(saved, tmp_path):
+def test_the_newest_valid_checkpoint_is_used_and_the_others_are_named_and_moved_aside(saved, tmp_path):
     integrity_error = {12: (flip_a_byte, OF_A_RANK), 10: (remove, OF_A_RANK), 8: (cut_short, OF_A_RANK)}
     integrity_error |= {6: (flip_a_byte, "state.json"), 4: (lambda path: path.write_text('{"files": []}'), "COMPLETE")}
     config = damaged_copy(saved, tmp_path, integrity_error)
     (tmp_path / "run/checkpoints/step_00000015.partial").mkdir()
     said = launched(config)
-    assert f"step_00000012 is not whole: {OF_A_RANK} is not what was written" in said
-    assert f"step_00000010 is not whole: {OF_A_RANK} is missing" in said
-    assert f"step_00000008 is not whole: {OF_A_RANK} has " in said
-    assert "step_00000006 is not whole: state.json is not what was written" in said
-    assert "step_00000004 is not whole: COMPLETE cannot be read" in said
-    assert f"going on from {run_dir(config)}/checkpoints/step_00000002" in said
+    assert f"step_00000012 is incomplete or corrupt ({OF_A_RANK} is not what was written" in said
+    assert f"step_00000010 is incomplete or corrupt ({OF_A_RANK} is missing" in said
+    assert f"step_00000008 is incomplete or corrupt ({OF_A_RANK} has " in said
+    assert "step_00000006 is incomplete or corrupt (state.json is not what was written" in said
+    assert "step_00000004 is incomplete or corrupt (COMPLETE cannot be read" in said
+    assert f"resuming from {run_dir(config)}/checkpoints/step_00000002" in said
     assert folders(config) == sorted(
         [f"step_{step:08d}" for step in STEPS] + [f"step_{step:08d}.bad" for step in STEPS[1:]]
     )
     assert metrics(config, "loss") == metrics(saved, "loss")
 
 
-def test_where_no_checkpoint_is_whole_the_run_ends_with_1_and_nothing_is_overwritten(saved, tmp_path):
+def test_without_a_valid_checkpoint_the_run_ends_with_1_and_nothing_is_overwritten(saved, tmp_path):
     config = damaged_copy(
         saved, tmp_path, dict.fromkeys(STEPS[:-1], (remove, OF_A_RANK)) | {12: (flip_a_byte, OF_A_RANK)}
     )
@@ -106,7 +106,7 @@ def test_where_no_checkpoint_is_whole_the_run_ends_with_1_and_nothing_is_overwri
     }
     code, _, err = launch(config)
     assert code == 1
-    assert "no checkpoint is whole" in err
+    assert "no checkpoint is valid" in err
     assert all(f"step_{step:08d}" in err for step in STEPS)
     assert "Traceback" not in err
     assert all(path.read_bytes() == data for path, data in before.items())
@@ -118,11 +118,11 @@ def test_where_no_checkpoint_is_whole_the_run_ends_with_1_and_nothing_is_overwri
 
 
 @pytest.mark.slow
-def test_without_comparing_checksums_sizes_alone_tell_what_is_whole(saved, tmp_path):
+def test_verify_size_compares_only_sizes(saved, tmp_path):
     config = damaged_copy(saved, tmp_path, {12: (cut_short, OF_A_RANK)})
     (run_dir(config) / "metrics.jsonl").unlink()
     said = launched(config, "checkpoint.verify=size")
-    assert "step_00000012 is not whole" in said
+    assert "step_00000012 is incomplete or corrupt" in said
     assert list(metrics(config, "loss")) == [11, 12]
 
 
@@ -131,25 +131,25 @@ def test_without_comparing_checksums_sizes_alone_tell_what_is_whole(saved, tmp_p
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_ranks_zero_stages_and_micro_batches(make_config):
-    whole = make_config(steps=24, optim=CONSTANT, deepspeed="ds_configs/zero1_fp32.json")
-    launched(whole, ranks=1)
+    undisturbed = make_config(steps=24, optim=CONSTANT, deepspeed="ds_configs/zero1_fp32.json")
+    launched(undisturbed, ranks=1)
     config = make_config(steps=24, optim=CONSTANT)
     for ranks, stage, rows, steps in ((4, 3, 2, 8), (2, 2, 4, 16), (1, 1, 8, 24)):
         deepspeed = f"deepspeed=ds_configs/zero{stage}_fp32.json"
         said = launched(config, deepspeed, f"batch.micro_batch_rows={rows}", f"steps={steps}", ranks=ranks)
         assert ("converting" in said) == (steps > 8)
-    assert metrics(config, "loss") == pytest.approx(metrics(whole, "loss"), rel=1e-4)
-    assert metrics(config, "concepts") == metrics(whole, "concepts")
+    assert metrics(config, "loss") == pytest.approx(metrics(undisturbed, "loss"), rel=1e-4)
+    assert metrics(config, "concepts") == metrics(undisturbed, "concepts")
     assert folders(config) == [
         "step_00000008", "step_00000008.universal", "step_00000016", "step_00000016.universal", "step_00000024",
     ]  # fmt: skip
-    # Converted once, and again where that has rotted.
+    # Converted once, and again if the conversion is corrupt.
     checkpoints = run_dir(config) / "checkpoints"
     shutil.rmtree(checkpoints / "step_00000024")
     flip_a_byte(checkpoints / "step_00000016.universal/zero/norm.weight/exp_avg.pt")
     said = launched(config, "deepspeed=ds_configs/zero1_fp32.json", "batch.micro_batch_rows=8", ranks=1)
-    assert "step_00000016.universal is not whole: zero/norm.weight/exp_avg.pt is not what was written" in said
-    assert metrics(config, "loss") == pytest.approx(metrics(whole, "loss"), rel=1e-4)
+    assert "step_00000016.universal is incomplete or corrupt (zero/norm.weight/exp_avg.pt is not what" in said
+    assert metrics(config, "loss") == pytest.approx(metrics(undisturbed, "loss"), rel=1e-4)
 
 
 def test_another_precision_model_or_optimizer_is_refused_with_both_named(saved):
@@ -169,8 +169,8 @@ def test_another_precision_model_or_optimizer_is_refused_with_both_named(saved):
     [
         ({"world_size": 4}, None),
         ({"zero_stage": 3}, None),
-        ({"zero_stage": 0}, "ZeRO 0 keeps the optimizer whole"),
-        ({"world_size": 4, "optimizer": "Muon"}, "the states of Adam alone"),
+        ({"zero_stage": 0}, "the unpartitioned optimizer of ZeRO 0"),
+        ({"world_size": 4, "optimizer": "Muon"}, "converts only Adam's states"),
         ({"world_size": 4, "nvme": True}, "offloaded to NVMe"),
         ({"optimizer": "Muon"}, None),
     ],
@@ -184,7 +184,7 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(tmp_path, now, told
         assert lines == []
     else:
         (line,) = lines
-        assert "was saved by 2 rank(s) under ZeRO 2 and would go on with" in line
+        assert "was saved by 2 rank(s) under ZeRO 2 and would resume with" in line
         assert told in line
 
 
@@ -192,9 +192,9 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(tmp_path, now, told
     ("then", "now", "told"),
     [
         ({"zero_optimization": {"stage": 3}}, {"zero_optimization": {"stage": 3, "sub_group_size": 10}}, None),
-        (ROUND, {"zero_optimization": {"stage": 2}}, "mixes parameters up under round_robin_gradients"),
+        (ROUND, {"zero_optimization": {"stage": 2}}, "mixes up parameters under round_robin_gradients"),
         (ROUND, ROUND, None),
-        (MUON, {**MUON, "data_types": {"grad_accum_dtype": "fp32"}}, "the states of Adam alone"),
+        (MUON, {**MUON, "data_types": {"grad_accum_dtype": "fp32"}}, "converts only Adam's states"),
     ],
 )
 def test_another_layout_of_the_files_is_converted_or_refused(tmp_path, then, now, told):

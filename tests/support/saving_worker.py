@@ -74,14 +74,14 @@ NORMALIZER = (torch.zeros(EMBED_DIM).numpy(), torch.ones(EMBED_DIM).numpy())
 CHANGED = {"weight_decay": 0.7, "betas": [0.5, 0.6], "eps": 0.1}
 
 
-def build(deepspeed, place, device, **optim):
+def build(deepspeed, env, device, **optim):
     config = TrainConfig.model_validate({**CONFIG, "deepspeed": deepspeed, "optim": {**CONFIG["optim"], **optim}})
     model_config = resolve_model(config.model)
-    ds = deepspeed_config.resolve(deepspeed_config.read(deepspeed), config, place.world_size, "json", hidden_size=32)
+    ds = deepspeed_config.resolve(deepspeed_config.read(deepspeed), config, env.world_size, "json", hidden_size=32)
     with contextlib.redirect_stdout(io.StringIO()):
         engine = build_engine(build_model(model_config, NORMALIZER, config.seed, ds), config, ds)
     plan = Plan([Source([1_000_000])], config.seed, ROWS, CONFIG["data"]["row_length"])
-    return Stepper(TrainJob(config, ds, model_config, [], None, plan, ""), place, engine, device)
+    return Stepper(TrainJob(config, ds, model_config, [], None, plan, ""), env, engine, device)
 
 
 def weights(stepper):
@@ -93,24 +93,24 @@ def weights(stepper):
 
 
 def steps(stepper, first, last):
-    coming = [batch for batch in batches(stepper.place, CONFIG["batch"]["micro_batch_rows"]) if first <= batch.step]
+    coming = [batch for batch in batches(stepper.env, CONFIG["batch"]["micro_batch_rows"]) if first <= batch.step]
     coming = iter(coming)
     return [stepper.step(coming, step).loss for step in range(first, last)]
 
 
 def poisoned(stepper, step):
     """A step with one NaN, in a target of rank 1: (loss, whether it was applied, whether weights are as they were)."""
-    coming = [batch for batch in batches(stepper.place, CONFIG["batch"]["micro_batch_rows"]) if batch.step == step]
-    if stepper.place.rank == 1:
+    coming = [batch for batch in batches(stepper.env, CONFIG["batch"]["micro_batch_rows"]) if batch.step == step]
+    if stepper.env.rank == 1:
         coming[0].concepts[0, 3, 0] = torch.nan
     before = weights(stepper)
     outcome = stepper.step(iter(coming), step)
     return str(outcome.loss), outcome.applied, weights(stepper) == before
 
 
-def variant(name, folder, place, device):
+def variant(name, folder, env, device):
     deepspeed = VARIANTS[name]
-    stepper = build(deepspeed, place, device)
+    stepper = build(deepspeed, env, device)
     steps(stepper, 0, POISONED)
     result = {"poisoned": poisoned(stepper, POISONED), "skipped": stepper.engine.skipped_steps}
     steps(stepper, POISONED, SAVED_AT)
@@ -119,15 +119,15 @@ def variant(name, folder, place, device):
     saver = Saver(stepper.engine, folder, CheckpointConfig(), background=True)
     goes_on = Event()
     saver._writer.submit(goes_on.wait)  # nothing is written before the weights have changed
-    saver.begin(SAVED_AT, {"step": SAVED_AT, **identity(stepper.job, place)})
+    saver.save_async(SAVED_AT, {"step": SAVED_AT, **identity(stepper.job, env)})
     result["went on"] = steps(stepper, SAVED_AT, LAST)
     result["busy"] = saver.busy()
     goes_on.set()
-    result["saved"] = saver.finish()
+    result["saved"] = saver.commit()
     saver.close()
     result["weights"] = weights(stepper)
     stepper.engine.destroy()
-    stepper = build(deepspeed, place, device)
+    stepper = build(deepspeed, env, device)
     checkpoint = Checkpoint(folder / "checkpoints" / folder_name(SAVED_AT), SAVED_AT)
     assert resume.newest_complete(folder, CheckpointConfig()) == checkpoint
     read = fp32_weights(checkpoint)
@@ -140,14 +140,14 @@ def variant(name, folder, place, device):
     result["again"] = steps(stepper, SAVED_AT, LAST)
     result["weights again"] = weights(stepper)
     stepper.engine.destroy()
-    result["changed"] = changed(checkpoint, deepspeed, place, device)
-    result["converted"] = {other: converted(checkpoint, other, place, device) for other in CONVERTED.get(name, [])}
+    result["changed"] = changed(checkpoint, deepspeed, env, device)
+    result["converted"] = {other: converted(checkpoint, other, env, device) for other in CONVERTED.get(name, [])}
     return result
 
 
-def changed(checkpoint, deepspeed, place, device):
+def changed(checkpoint, deepspeed, env, device):
     """What a resumed engine's optimizer is set to, and a new one's, where the config has other settings by now."""
-    stepper = build(deepspeed, place, device, **CHANGED, max_grad_norm=0.0 if "optimizer" in deepspeed else 0.3)
+    stepper = build(deepspeed, env, device, **CHANGED, max_grad_norm=0.0 if "optimizer" in deepspeed else 0.3)
     new = settings(stepper.engine)
     resume.restore(stepper.engine, checkpoint, universal=False)
     resumed = settings(stepper.engine)
@@ -166,11 +166,11 @@ def settings(engine):
     return [groups, getattr(engine.optimizer, "clip_grad", None)]
 
 
-def converted(checkpoint, name, place, device):
+def converted(checkpoint, name, env, device):
     """The losses after the checkpoint, under another ZeRO stage."""
     with contextlib.redirect_stdout(io.StringIO()):
         resume.convert(checkpoint, 10_000, CheckpointConfig(), lambda doing: None, print)
-    stepper = build({**VARIANTS[name], "checkpoint": {"load_universal": True}}, place, device)
+    stepper = build({**VARIANTS[name], "checkpoint": {"load_universal": True}}, env, device)
     resume.restore(stepper.engine, checkpoint, universal=True)
     losses = steps(stepper, SAVED_AT, LAST)
     groups = stepper.engine.basic_optimizer.param_groups
@@ -180,10 +180,10 @@ def converted(checkpoint, name, place, device):
 
 def main():
     folder = Path(sys.argv[1])
-    place = detect_environment(os.environ)
-    device = init_distributed(place)
-    results = {name: variant(name, folder / name.replace(" ", "_"), place, device) for name in VARIANTS}
-    if place.rank == 0:
+    env = detect_environment(os.environ)
+    device = init_distributed(env)
+    results = {name: variant(name, folder / name.replace(" ", "_"), env, device) for name in VARIANTS}
+    if env.rank == 0:
         (folder / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 

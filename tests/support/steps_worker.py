@@ -65,34 +65,34 @@ def rows():
     return concepts, ids
 
 
-def batches(place, micro_batch_rows):
+def batches(env, micro_batch_rows):
     """This rank's micro-batches of every step, as the loader gives them."""
     concepts, ids = rows()
-    mine = ROWS // place.world_size
+    mine = ROWS // env.world_size
     for step in range(STEPS):
         for index in range(mine // micro_batch_rows):
-            first = place.rank * mine + index * micro_batch_rows
+            first = env.rank * mine + index * micro_batch_rows
             part = slice(first, first + micro_batch_rows)
             yield Batch(concepts[part], ids[part], step, index, first)
 
 
-def take_steps(changes, place, device, normalizer):
+def take_steps(changes, env, device, normalizer):
     """(losses of the steps over all ranks, name → gradient and group → histogram at the first step)."""
     blocks = {key: CONFIG.get(key, {}) | value for key, value in changes.items() if key != "deepspeed"}
     config = TrainConfig.model_validate(CONFIG | changes | blocks)
     model_config = resolve_model(config.model)
     read = deepspeed_config.read(config.deepspeed)
-    ds = deepspeed_config.resolve(read, config, place.world_size, "json", hidden_size=model_config.hidden_size)
+    ds = deepspeed_config.resolve(read, config, env.world_size, "json", hidden_size=model_config.hidden_size)
     deepspeed_config.check_device(ds, "json")
     model = build_model(model_config, normalizer, config.seed, ds)
     engine = build_engine(model, config, ds)
     plan = Plan([Source([1_000_000])], config.seed, ROWS, LENGTH)
     job = TrainJob(config, ds, model_config, [], None, plan, "")
-    stepper = Stepper(job, place, engine, device)
+    stepper = Stepper(job, env, engine, device)
     gradients, found, step = {}, {}, engine.step
 
-    def look():
-        found.update(histograms(engine, counts=place.rank == 0))
+    def on_gradients_ready():
+        found.update(histograms(engine, counts=env.rank == 0))
 
     def keep_gradients_and_step():
         if engine.is_gradient_accumulation_boundary() and not gradients:
@@ -102,9 +102,9 @@ def take_steps(changes, place, device, normalizer):
         step()
 
     engine.step = keep_gradients_and_step
-    coming, losses = batches(place, config.batch.micro_batch_rows), []
+    coming, losses = batches(env, config.batch.micro_batch_rows), []
     for number in range(STEPS):
-        losses.append(stepper.step(coming, number, look=look if number == 0 else None).loss)
+        losses.append(stepper.step(coming, number, on_gradients_ready=on_gradients_ready if number == 0 else None).loss)
     engine.destroy()
     torch._dynamo.reset()
     return losses, gradients, {group: asdict(histogram) for group, histogram in found.items()}
@@ -112,8 +112,8 @@ def take_steps(changes, place, device, normalizer):
 
 def main():
     variants, results_path, gradients_path = sys.argv[1:]
-    place = detect_environment(os.environ)
-    device = init_distributed(place)
+    env = detect_environment(os.environ)
+    device = init_distributed(env)
     generator = torch.Generator().manual_seed(2)
     normalizer = (
         torch.randn(EMBED_DIM, generator=generator).numpy() / 10,
@@ -123,13 +123,13 @@ def main():
     for name, changes in json.loads(Path(variants).read_text()).items():
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                losses, gradients, found = take_steps(changes, place, device, normalizer)
+                losses, gradients, found = take_steps(changes, env, device, normalizer)
         except InputError as error:
             results[name] = {"refused": error.errors}
             continue
         results[name] = {"losses": losses, "histograms": found}
         all_gradients |= {f"{name}/{parameter}": gradient.cpu() for parameter, gradient in gradients.items()}
-    if place.rank == 0:
+    if env.rank == 0:
         save_file(all_gradients, gradients_path)
         Path(results_path).write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -183,7 +183,7 @@ def test_settings_of_steps_that_would_do_nothing_are_refused(refused, make_confi
     config = make_config(train={"recompute_every": 2, "profile_steps": [50, 60]})
     lines = refused("train", config)
     assert len(lines) == 2
-    assert "train.recompute_every: 2: nothing is recomputed without a block activation_checkpointing" in lines[0]
+    assert "train.recompute_every: 2: has no effect without a block" in lines[0]
     assert "train.profile_steps: [50, 60]: the run has steps 0 to 39" in lines[1]
     lines = refused(
         "train", config, "train.profile_steps=[9,3]", "optim.max_grad_norm=1", "deepspeed=ds_configs/zero1_muon.json"

@@ -13,14 +13,14 @@ import pytest
 from machine import patience
 from runs import ROOT, finish, run_dir, start
 
-from lcm_ds.train.monitoring.console_format import bar_line, step_line, summary, validation_line
+from lcm_ds.train.monitoring.console_format import progress_bar, step_line, summary, validation_line
 
 STEP = r"step +\d+/\d+  loss +\S+  lr \S+  grad norm +\S+ +\S+ concepts/s  eta +\S+"
 LINES = [
     r"\S+: [\d,]+ parameters, 2 rank\(s\), ZeRO \d, \w+",
-    r"reads \S+ \([\d,]+ concepts, \d+ of \d+ lanes\)",
-    r"step 0 of \d+, \d+ rows of \d+ concepts a step",
-    r"in all [\d,]+ concepts, \d+\.\d\d epochs; warm-up \d+ steps, \S+% of the run",
+    r"data: \S+ \([\d,]+ concepts, \d+ of \d+ lanes\)",
+    r"step 0 of \d+, \d+ rows of \d+ concepts per step",
+    r"total: [\d,]+ concepts, \d+\.\d\d epochs; warm-up \d+ steps, \S+% of the run",
     STEP,
     r"step +\d+/\d+  validation loss +\S+(  mean \S+)?(  copy \S+)?(  ridge \S+)?  cosine \S+",
     r"done: \d+ steps, [\d,]+ concepts; \S+",
@@ -76,7 +76,7 @@ def test_the_summary_names_the_best_validation_and_what_comes_next(tmp_path):
 
 
 def test_the_bar_is_as_full_as_the_run():
-    assert bar_line(50, 200, 75).startswith("━" * 8 + "╌" * 22 + " 50 of 200 steps (25%)  0:01:15 left")
+    assert progress_bar(50, 200, 75).startswith("━" * 8 + "╌" * 22 + " 50 of 200 steps (25%)  0:01:15 left")
 
 
 SPEAKER = """

@@ -30,7 +30,7 @@ def test_a_dry_run_tells_sizes_memory_and_steps_and_starts_nothing(dry_run, make
     assert told["parameters"] == f"{2 * 16 * 32 + 32 + 16 + 2 * layer + 32:,}"
     assert told["step"] == "256 concepts: 2 rank(s) × 1 micro-batch(es) × 4 rows × 32"
     total = json.loads((concepts["train"] / "dataset.json").read_text())["totals"]["concepts"]
-    assert told["data"] == f"{total:,} concepts in 30 shards: {total / 256:,.1f} steps an epoch"
+    assert told["data"] == f"{total:,} concepts in 30 shards: {total / 256:,.1f} steps per epoch"
     read = f"{30 * 256:,} concepts, {30 * 256 / total:.2f} epochs"
     assert told["run"] == f"30 steps, {read}; warm-up 5 steps, 16.7% of the run: {run_dir(config)}"
     assert "warning" not in told
@@ -57,7 +57,7 @@ def test_a_dry_run_tells_how_many_targets_of_supervised_documents_are_reached(dr
         assert f"targets       {dataset.path}: {told.replace('an epoch', 'validation')}" in lines
         (rows,) = [line for line in lines if line.startswith("data ")]
         plan = Plan([source_of(dataset, 32, max_segment)], 7, 8, 32)
-        assert rows.endswith(f"{plan.places / 256:.1f} steps an epoch, rows {sum(lengths) / plan.places:.0%} full")
+        assert rows.endswith(f"{plan.places / 256:.1f} steps per epoch, rows {sum(lengths) / plan.places:.0%} full")
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("mini", 1), ("150m", 8), ("400m", 8), ("1.6b", 32), ("7b", 64)])

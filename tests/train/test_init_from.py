@@ -63,7 +63,7 @@ def test_an_exported_folder_and_a_run_give_their_weights_and_their_normaliser(
     code, out, err = finish(start("launch", "--local", 2, config))
     assert code == 0, out + err
     assert f"weights from {path}" in out
-    assert "its normaliser; the optimizer is fresh" in out
+    assert "its normaliser; new optimizer" in out
     model, _, step = load_model(run_dir(config))
     assert step == 1
     assert same(model, BaseLCM.from_pretrained(exported))
@@ -77,7 +77,7 @@ def test_a_checkpoint_of_metas_takes_the_normaliser_of_the_data(make_config, syn
     config = make_config(**STILL, model={"init_from": str(GOLDEN)}, data=data)
     code, out, err = finish(start("train", config))
     assert code == 0, out + err
-    assert f"weights from {GOLDEN} (Meta's), the normaliser of the training data, for it has none" in out
+    assert f"weights from {GOLDEN} (Meta's), the normaliser of the training data, as it has none" in out
     code, out, err = finish(start("import-meta", GOLDEN, tmp_path / "imported"))
     assert code == 0, out + err
     imported = BaseLCM.from_pretrained(tmp_path / "imported")

@@ -18,7 +18,7 @@ from lcm_ds.data.format import commit, open_dataset
 from lcm_ds.data.format import finish as finish_dataset
 from lcm_ds.data.shard import open_shard
 from lcm_ds.data.writer import Document, write_shard
-from lcm_ds.train.engine import skip_what_is_not_finite
+from lcm_ds.train.engine import skip_nonfinite_steps
 from lcm_ds.train.reliability.loss_guard import StepMonitor
 from lcm_ds.train.trace import trace
 
@@ -91,7 +91,7 @@ def test_a_nan_in_the_batch_of_one_rank_skips_the_step_on_all_and_names_the_docu
     assert broken[0]["lane"] >= 4  # rank 1's
     assert {document["lane"] for document in incident["documents"]} == set(range(8))
     log = (run_dir(config) / "log.txt").read_text()
-    assert f"documents with numbers that are not finite: {broken[0]['id']}" in log
+    assert f"documents with values that are not finite: {broken[0]['id']}" in log
     losses, whole = metrics(config, "loss"), metrics(trained(2), "loss")
     assert losses[7] is None
     assert metrics(config, "skipped_steps")[12] == 1
@@ -117,7 +117,7 @@ def test_a_nan_that_is_stored_is_named_and_too_many_in_a_row_are_gone_back_for_a
         broken = {document["id"] for document in incident["documents"] if not document["finite"]}
         assert broken == {bad[incident["step"]]}
     log = (run_dir(config) / "log.txt").read_text()
-    assert "back to the last checkpoint, and on without the steps 11 to 13" in log
+    assert "rolling back, skipping steps 11 to 13" in log
     assert "step 10 of 21" in out  # where it went on
     losses = metrics(config, "loss")
     assert [step for step in range(1, 22) if step not in losses] == [12, 13, 14]
@@ -133,7 +133,7 @@ def test_what_never_gets_finite_is_gone_back_for_once_and_then_ends_with_1(make_
     code, _, err = finish(start("launch", "--local", 2, config))
     assert code == 1
     assert "not finite" in err
-    assert "has gone back to step 0 before, for the steps 1 to 3, and that did not help" in err
+    assert "has already rolled back to step 0 and skipped the steps 1 to 3" in err
     assert "Traceback" not in err
     assert [incident["left_out"] for incident in incidents(config) if incident["left_out"]] == [[1, 3], [4, 6]]
     assert not list((run_dir(config) / "checkpoints").glob("step_*"))
@@ -149,7 +149,7 @@ def test_a_spike_is_gone_back_for_and_its_steps_are_left_out(make_config, concep
     code, out, err = finish(start("launch", "--local", 2, config))
     assert code == 0, out + err
     (incident,) = incidents(config)
-    assert "the loss leaps to" in incident["what"]
+    assert "loss spike: " in incident["what"]
     assert (incident["step"], incident["left_out"]) == (12, [11, 12])
     assert spike in {document["id"] for document in incident["documents"]}
     losses = metrics(config, "loss")
@@ -182,8 +182,8 @@ def test_a_loss_is_a_spike_where_it_is_sigma_above_a_full_window():
     guard = StepMonitor(GuardConfig(spike_sigma=3, spike_window=4), [1.0, 1.1, 0.9, 1.0])
     assert judged(guard, [1.2, 0.1]) == [None, None]
     (spike,) = judged(guard, [5.0], first=6)
-    assert (spike.step, spike.leave_out) == (6, None)
-    assert "leaps to 5" in spike.what
+    assert (spike.step, spike.skip) == (6, None)
+    assert spike.what == "loss spike: 5 (previous 4 steps: 0.8 ± 0.48)"
 
 
 def test_a_guard_that_is_resumed_judges_as_one_that_was_not():
@@ -208,13 +208,13 @@ def test_a_step_without_targets_is_neither_a_spike_nor_one_that_later_ones_are_c
 def test_steps_are_counted_in_a_row():
     guard = StepMonitor(GuardConfig(max_skipped=3), [])
     found = judged(guard, [math.nan, math.nan, 1.0, math.nan, math.nan, math.inf])
-    assert [incident and incident.leave_out for incident in found] == [None] * 5 + [range(3, 6)]
+    assert [incident and incident.skip for incident in found] == [None] * 5 + [range(3, 6)]
 
 
 def test_torchs_own_optimizer_is_made_to_skip_what_is_not_finite():
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1)
-    skip_what_is_not_finite(optimizer)
+    skip_nonfinite_steps(optimizer)
     for gradient, overflow in ((1.0, False), (math.inf, True), (1.0, False)):
         before = parameter.detach().clone()
         parameter.grad = torch.tensor([1.0, gradient, 1.0])

@@ -51,7 +51,7 @@ def test_the_shares_of_a_mixture_are_those_of_its_weights_and_are_printed(mixtur
     _, ours, damaged, out = mixture
     totals = [sum(shard.concepts for shard in open_dataset(path, skip_bad=True).shards) for path in (ours, damaged)]
     assert (
-        f"reads {ours} ({totals[0]:,} concepts, 6 of 8 lanes), {damaged} ({totals[1]:,} concepts, 2 of 8 lanes)" in out
+        f"data: {ours} ({totals[0]:,} concepts, 6 of 8 lanes), {damaged} ({totals[1]:,} concepts, 2 of 8 lanes)" in out
     )
 
 
@@ -59,7 +59,7 @@ def test_the_start_says_how_long_the_run_is_and_names_a_warm_up_that_takes_much_
     config, *datasets, out = mixture
     total = sum(shard.concepts for path in datasets for shard in open_dataset(path, skip_bad=True).shards)
     read = 12 * 8 * 32
-    assert f"\nin all {read:,} concepts, {read / total:.2f} epochs; warm-up 5 steps, 41.7% of the run\n" in out
+    assert f"\ntotal: {read:,} concepts, {read / total:.2f} epochs; warm-up 5 steps, 41.7% of the run\n" in out
     line = "optim.schedule.warmup_steps: 5 is 42% of the run's 12 steps; the LCM paper's 4 % would be 1"
     assert f"\nwarning: {line}\n" in out
     assert f"WARNING lcm_ds: {line}" in (run_dir(config) / "log.txt").read_text()
@@ -173,7 +173,8 @@ def test_a_mixture_with_another_normaliser_is_refused_to_the_bit_with_the_way_ou
     write_normalizer(other, center, scale, {})
     (line,) = errors()
     assert line == (
-        f"data.train: {other} has another normaliser than {one}; a run needs one: lcm-ds fit-normalizer {one} {other}"
+        f"data.train: {other} and {one} have different normalisers; fit a common one: "
+        f"lcm-ds fit-normalizer {one} {other}"
     )
     weighted = [{"path": str(one), "weight": 3}, {"path": str(other), "weight": 0.5}]
     assert errors(train=weighted)[0].endswith(f": lcm-ds fit-normalizer {one}=3 {other}=0.5")
@@ -185,7 +186,7 @@ def test_what_is_validated_on_has_the_training_datas_normaliser(two):
     one, other, _, errors = two
     write_normalizer(other, *(numbers * 2 for numbers in read_normalizer(other)), {})
     (line,) = errors(train=str(one), validation=str(other))
-    assert line.startswith(f"data.validation: {other} has another normaliser than {one}; a run needs one: copy ")
+    assert line.startswith(f"data.validation: {other} and {one} have different normalisers; copy ")
     shutil.copy(one / "normalizer.safetensors", other)
     assert errors(train=str(one), validation=str(other)) == []
 
@@ -206,7 +207,7 @@ def test_a_mixture_with_another_end_of_text_is_refused(two):
         assert line.startswith(f"data: documents of {other} end with ")
         assert f", of {one} with 'End of text.' (" in line
         (line,) = errors(train=str(one), validation=str(other))
-        assert "a run needs one end of text" in line
+        assert "data: documents of" in line
 
 
 def test_supervised_datasets_of_a_mixture_have_one_suffix_and_plain_ones_go_with_them(two, synthetic_dataset):
@@ -223,4 +224,7 @@ def test_supervised_datasets_of_a_mixture_have_one_suffix_and_plain_ones_go_with
     assert ConceptInfo.of(infos[0], mixed=infos).source_suffix == "[MODEL]:"
     supervise(one, 0)
     (line,) = errors()
-    assert line == (f"data: sources of {other} end with '[MODEL]:', of {one} with None; a run needs one source_suffix")
+    assert line == (
+        f"data: sources of {other} end with '[MODEL]:', those of {one} with None; "
+        "all datasets of a run need the same source_suffix"
+    )

@@ -13,7 +13,7 @@ from lcm_ds.train.monitoring.gradient_scale import GradientMeter
 CONFIGS = Path(__file__).parents[2] / "configs/train"
 # The quickstart's is a recipe of its own, for 24 thousand sentences.
 PAPERS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "quickstart")
-PAPERS_EPS, PAPERS_CLIP = 1e-5, 25.0  # arXiv 2412.08821, section 2.4.1; the loss is summed over dimensions
+PAPER_EPS, PAPERS_CLIP = 1e-5, 25.0  # arXiv 2412.08821, section 2.4.1; the loss is summed over dimensions
 # Concepts to train on: FineWeb-Edu and its sample of 10 billion tokens without the hundredth that validates, and the
 # 1000 documents of the mini one, with as many sentences each.
 CONCEPTS = {"fineweb_edu_full": 0.99 * 60e9, "fineweb_edu_10bt": 0.99 * 0.5e9, "fineweb_edu_mini": 0.99 * 52e3}
@@ -56,10 +56,10 @@ def test_a_step_on_our_mean_is_the_papers_on_its_sum(name, size):
     def papers(weights, truth):
         return (weights[:-1] - truth[1:]).square().sum(-1).mean()
 
-    expected = moved(papers, PAPERS_EPS, PAPERS_CLIP)
+    expected = moved(papers, PAPER_EPS, PAPERS_CLIP)
     assert torch.allclose(moved(ours, optim.eps, optim.max_grad_norm), expected, rtol=1e-3, atol=1e-6 * size)
     # Both numbers matter here: without either the weights move otherwise.
-    assert not torch.allclose(moved(ours, PAPERS_EPS, optim.max_grad_norm), expected, rtol=1e-2)
+    assert not torch.allclose(moved(ours, PAPER_EPS, optim.max_grad_norm), expected, rtol=1e-2)
     assert torch.allclose(moved(ours, optim.eps, 1.0), expected, rtol=1e-2) == (size < 1)
 
 

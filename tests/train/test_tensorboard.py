@@ -26,7 +26,7 @@ from lcm_ds.generate.retrieval import nearest
 from lcm_ds.train.job_builder import build_job
 from lcm_ds.train.monitoring import trackers
 from lcm_ds.train.monitoring.metrics_log import tag_of
-from lcm_ds.train.monitoring.tensorboard import TensorBoardWriter, told
+from lcm_ds.train.monitoring.tensorboard import TensorBoardWriter, sample_markdown
 from lcm_ds.train.monitoring.text_samples import Sample
 from lcm_ds.train.monitoring.trackers import Trackers
 
@@ -162,7 +162,7 @@ def test_error_by_position_is_a_figure_with_gaps_where_there_is_no_target(tmp_pa
 
 def test_a_sentence_is_no_markup():
     sample = Sample("a_b", ["# one", "*two*"], "<b>three</b>", "[four](x)", 0.5, 0.4, 3)
-    text = told(sample)
+    text = sample_markdown(sample)
     for letters in ("\\# one", "\\*two\\*", "\\<b\\>three\\</b\\>", "\\[four\\]\\(x\\)", "place 3", "*a\\_b*"):
         assert letters in text
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-BAR = 30  # letters
+BAR_WIDTH = 30  # letters
 # Of simple baselines.
 NAMES = {"val_loss_of_mean": "mean", "val_loss_of_copy": "copy", "val_loss_of_ridge": "ridge"}
 
@@ -16,7 +16,7 @@ def step_line(done: int, total: int, values: Mapping[str, Any]) -> str:
     """The line of a logged step; values: its metrics."""
     norm, mfu = values["grad_norm"], values["mfu"]
     return (
-        f"{_step(done, total)}  loss {_figure(values['loss'])}  lr {values['lr']:.2e}"
+        f"{_step(done, total)}  loss {_format(values['loss'])}  lr {values['lr']:.2e}"
         f"  grad norm {math.nan if norm is None else norm:8.3f}  {values['concepts_per_second']:9,.0f} concepts/s"
         f"{'' if mfu is None else f'  mfu {mfu:5.1%}'}  eta {clock((total - done) * values['step_time']):>8}"
     )
@@ -26,16 +26,16 @@ def validation_line(done: int, total: int, values: Mapping[str, Any]) -> str:
     """The line of a validation after `done` steps."""
     compared = "".join(f"  {name} {values[key]:.4f}" for key, name in NAMES.items() if values.get(key) is not None)
     return (
-        f"{_step(done, total)}  validation loss {_figure(values['val_loss'])}{compared}"
-        f"  cosine {_figure(values['val_cosine'], 6)}"
+        f"{_step(done, total)}  validation loss {_format(values['val_loss'])}{compared}"
+        f"  cosine {_format(values['val_cosine'], 6)}"
     )
 
 
-def bar_line(done: int, total: int, seconds: float | None, doing: str = "") -> str:
+def progress_bar(done: int, total: int, seconds: float | None, doing: str = "") -> str:
     """The bar of a run that has done so many of its steps and needs so many seconds more (None: not known yet)."""
-    filled = round(BAR * done / total)
+    filled = round(BAR_WIDTH * done / total)
     left = "" if seconds is None else f"  {clock(seconds)} left"
-    return f"{'━' * filled}{'╌' * (BAR - filled)} {done:,} of {total:,} steps ({done / total:.0%}){left}  {doing}"
+    return f"{'━' * filled}{'╌' * (BAR_WIDTH - filled)} {done:,} of {total:,} steps ({done / total:.0%}){left}  {doing}"
 
 
 def summary(run_dir: Path, speed: Mapping[str, Any], seconds: float, losses: Mapping[int, float]) -> list[str]:
@@ -66,7 +66,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def _figure(value: float | None, width: int = 7) -> str:
+def _format(value: float | None, width: int = 7) -> str:
     """A figure, or a dash where there is none, for want of targets."""
     return f"{'–':>{width}}" if value is None else f"{value:{width}.4f}"
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-PAPERS_EPS = 1e-5  # arXiv 2412.08821, section 2.4.1; of a loss that is the sum over dimensions (see loss.py)
-MOST = 0.5  # of Adam's denominator that eps may be without a word
+PAPER_EPS = 1e-5  # arXiv 2412.08821, section 2.4.1; of a loss that is the sum over dimensions (see loss.py)
+MAX_EPS_SHARE = 0.5  # of Adam's denominator that eps may be without a word
 
 
 class GradientMeter:
@@ -45,13 +45,13 @@ class GradientMeter:
         """What is wrong with eps, at the first line that shows it; embed_dim: dimensions that the loss is a mean of."""
         norm = (self._norms or [None])[-1]
         share = self._eps_share(norm)
-        if self._warned or norm is None or share is None or share <= MOST:
+        if self._warned or norm is None or share is None or share <= MAX_EPS_SHARE:
             return None
         self._warned = True
         return (
             f"optim.eps: {self._eps:g} is {share:.0%} of Adam's denominator (the gradient is {self._scale(norm):.2g} a "
             f"weight), so weights move {1 - share:.2g} times as far as optim.lr says; the LCM paper's eps would be "
-            f"{PAPERS_EPS / embed_dim:.3g} here: {PAPERS_EPS:g} / {embed_dim} dimensions, of which the loss is the mean"
+            f"{PAPER_EPS / embed_dim:.3g} here: {PAPER_EPS:g} / {embed_dim} dimensions, of which the loss is the mean"
         )
 
     def _scale(self, norm: float) -> float:

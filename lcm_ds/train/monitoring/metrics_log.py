@@ -48,7 +48,7 @@ TAGS = {
 }
 
 
-def settings_of(job: TrainJob, ranks: int) -> dict[str, Setting]:
+def hparams_of(job: TrainJob, ranks: int) -> dict[str, Setting]:
     """What tells runs apart: the config's values by their dotted keys, and what follows from it.
 
     Without the blocks that change nothing about what is learnt.
@@ -88,7 +88,7 @@ class RunLog:
         self._file = self._path.open("ab", buffering=0)
         self._waiting = b""
         self.done = False  # whether the run has come to its end
-        settings = settings_of(job, ranks)
+        settings = hparams_of(job, ranks)
         self._board = TensorBoardWriter(job.run_dir / "tensorboard", settings, start_step)
         self._trackers = Trackers(job.config.log, job.run_dir, settings)
 

@@ -25,7 +25,7 @@ logger = logging.getLogger("lcm_ds")
 Setting = str | bool | int | float
 
 # What is said of the run as a whole is in a file of its own, so that a resume replaces it.
-ABOUT = ".about"
+RUN_SUFFIX = ".about"
 ERROR_BY_POSITION = "val_error_by_position"
 FLUSH_SECONDS = 30
 # Each chart's tags are regular expressions from the beginning of a tag on.
@@ -75,7 +75,7 @@ class TensorBoardWriter:
         """What the model predicts for fixed prompts, in words."""
         with self._writing(step) as writer:
             for number, sample in enumerate(samples):
-                writer.add_text(f"samples/{number}", told(sample), step)
+                writer.add_text(f"samples/{number}", sample_markdown(sample), step)
 
     def flush(self) -> None:
         """To the disk with it."""
@@ -107,11 +107,11 @@ class TensorBoardWriter:
         if self._about is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             for old in self._folder.glob("*tfevents*"):
-                if old.name.endswith(ABOUT):
+                if old.name.endswith(RUN_SUFFIX):
                     old.unlink()
                 else:
                     drop_later(old, self._purge_step - 1)
-            about = SummaryWriter(self._folder, filename_suffix=ABOUT)
+            about = SummaryWriter(self._folder, filename_suffix=RUN_SUFFIX)
             about.add_custom_scalars(LAYOUT)
             for summary in _hparams(self._settings)[:2]:
                 _add(about, summary)
@@ -189,7 +189,7 @@ def error_figure(by_position: Sequence[float | None], step: int) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def told(sample: Sample) -> str:
+def sample_markdown(sample: Sample) -> str:
     """A sample as Markdown; a sentence is no markup, whatever it holds."""
     before = [f"… {_plain(sentence)}" for sentence in sample.context]
     return "\n\n".join(

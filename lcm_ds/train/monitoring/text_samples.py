@@ -59,7 +59,7 @@ class Samples:
         self._sentences: list[str] = []
         self._prompts: list[_Prompt] = []
         read = [np.zeros((0, dataset.embed_dim), np.float32)]
-        if stepper.place.rank == 0:
+        if stepper.env.rank == 0:
             try:
                 read += self._read(dataset, longest, count)
             except InputError as error:

@@ -57,7 +57,7 @@ class _Tally:
     seconds: float = 0.0
     steps: int = 0
     concepts: int = 0
-    pairs: int = 0
+    attended_pairs: int = 0
     waited: float = 0.0
 
 
@@ -75,14 +75,14 @@ class ThroughputMeter:
         self._since = time.perf_counter()
         self._lately = _Tally()
 
-    def add(self, concepts: int, pairs: int, waited: float) -> None:
+    def add(self, concepts: int, attended_pairs: int, waited: float) -> None:
         """One step: its real concepts and their pairs (see `training_flops`), over all ranks; this rank's wait (s)."""
         now = time.perf_counter()
         for tally in (self._lately, self._all):
             tally.seconds += now - self._since
             tally.steps += 1
             tally.concepts += concepts
-            tally.pairs += pairs
+            tally.attended_pairs += attended_pairs
             tally.waited += waited
         self._since = now
 
@@ -93,7 +93,7 @@ class ThroughputMeter:
         """
         tally = self._all if overall else self._lately
         seconds, steps = max(tally.seconds, 1e-9), max(1, tally.steps)
-        flops = training_flops(self._model, tally.concepts, tally.pairs)
+        flops = training_flops(self._model, tally.concepts, tally.attended_pairs)
         return {
             "concepts_per_second": tally.concepts / seconds,
             "mfu": None if self._peak_flops is None else flops / seconds / self._peak_flops,
