@@ -62,7 +62,7 @@ def mistakes_in(mapping):
         ({"optimizer": {"type": "AdamW", "parms": {}}}, "f.json: optimizer.parms: unknown key; did you mean 'params'?"),
         (
             {"optimizer": {"type": "AdamW", "params": {"beta": [0.9, 0.95]}}},
-            "f.json: optimizer.params.beta: AdamW takes no such argument; did you mean 'betas'?",
+            "f.json: optimizer.params.beta: AdamW has no such argument; did you mean 'betas'?",
         ),
         ({"bf16": {"enable": True}}, "f.json: bf16.enable: unknown key; did you mean 'enabled'?"),
         ({"data_types": {"grad_acum_dtype": "fp32"}}, "did you mean 'grad_accum_dtype'?"),
@@ -237,9 +237,9 @@ def test_a_path_is_found_from_the_current_folder_and_from_the_configs_folder_upw
     ("text", "told"),
     [
         ('{\n  "steps_per_print" 1\n}', "line 2, column 21: not JSON"),
-        ('{"bf16": {"enabled": true, "enabled": false}}', "enabled: stands twice"),
+        ('{"bf16": {"enabled": true, "enabled": false}}', "enabled: is repeated"),
         ("[1]", "has to be a JSON object"),
-        ('{"gradient_clipping": NaN}', "NaN: is no JSON number"),
+        ('{"gradient_clipping": NaN}', "NaN: is not a JSON number"),
     ],
 )
 def test_a_file_that_is_no_clean_json_is_refused_with_the_place(tmp_path, text, told):
@@ -324,10 +324,10 @@ def test_rows_that_the_ranks_cannot_share_are_refused_with_what_would_do():
     (line,) = mistakes_of(deepspeed_config.resolve, {"optimizer": ADAMW}, train_config(48, 4), 5, "f.json", "x.yaml")
     assert line == (
         "x.yaml: batch.rows_per_step: 48 rows are not a multiple of 5 ranks * 4 micro_batch_rows; "
-        "1, 2, 3, 4, 6, 12 ranks; or rows_per_step 40 or 60 would do"
+        "use 1, 2, 3, 4, 6, 12 ranks; or rows_per_step 40 or 60"
     )
     (line,) = mistakes_of(deepspeed_config.resolve, {"optimizer": ADAMW}, train_config(12, 5), 2, "f.json", "x.yaml")
-    assert "micro_batch_rows 1, 2, 3, 6; or rows_per_step 10 or 20 would do" in line
+    assert "micro_batch_rows 1, 2, 3, 6; or rows_per_step 10 or 20" in line
 
 
 def test_what_only_deepspeed_notices_is_one_line_too():

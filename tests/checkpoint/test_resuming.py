@@ -340,7 +340,7 @@ def test_a_run_folder_has_one_owner_and_who_died_owns_nothing(make_config):
     owner = json.loads((run_dir(config) / "LOCK").read_text())
     code, _, err = launch(config)
     assert code == 2
-    assert f"process {owner['pid']} of host {owner['host']} trains here" in err
+    assert f"run directory is locked by PID {owner['pid']} on {owner['host']}" in err
     assert first.poll() is None
     first.kill()
     first.communicate()
@@ -357,7 +357,7 @@ def test_a_lock_that_a_file_server_holds_for_a_dead_machine_is_taken_over(tmp_pa
         fcntl.flock(file, fcntl.LOCK_EX)
         with RunLock(tmp_path, beat=0.1, watch=1.0):
             assert json.loads((tmp_path / "LOCK").read_text())["pid"] == os.getpid()
-            with pytest.raises(InputError, match=f"process {os.getpid()} of host"):
+            with pytest.raises(InputError, match=f"PID {os.getpid()} on"):
                 RunLock(tmp_path).__enter__()
 
 
@@ -379,7 +379,7 @@ for beat in itertools.count():
     try:
         while not (tmp_path / "LOCK").read_text():
             time.sleep(0.01)
-        with pytest.raises(InputError, match="process 7 of host far"):
+        with pytest.raises(InputError, match="PID 7 on far"):
             RunLock(tmp_path, beat=0.1, watch=5.0).__enter__()
     finally:
         far.send_signal(signal.SIGKILL)

@@ -131,7 +131,7 @@ def reshaped(golden):
 
 BAD = {
     "layers.1.mlp.up_proj.bias is missing": lacking,
-    "post_net.weight has shape [48, 63], [48, 64] fits the others": reshaped,
+    "post_net.weight has shape [48, 63] instead of [48, 64]": reshaped,
     "decoder.extra: unknown to Base-LCM": lambda g: {"model": {**weights_of(g), "decoder.extra": torch.zeros(2)}},
     # half a normaliser, or one that clips, is not the model's
     "normalizer.scale is missing": lambda g: {"model": with_normaliser(g, center=torch.zeros(48))},
@@ -173,13 +173,13 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 @pytest.mark.parametrize("heads", [3, 0, 64])
 def test_heads_that_do_not_divide_the_width_are_refused(golden, tmp_path, heads):
     torch.save({"model": weights_of(golden)}, tmp_path / "meta.pt")
-    with pytest.raises(InputError, match=f"--heads {heads}: has to divide the width 64"):
+    with pytest.raises(InputError, match=f"--heads {heads}: has to divide the hidden size 64"):
         import_meta(tmp_path / "meta.pt", tmp_path / "model", heads=heads)
 
 
 def test_heads_that_nothing_tells_are_asked_for(golden, tmp_path):
     torch.save({"model": weights_of(golden)}, tmp_path / "meta.pt")
-    with pytest.raises(InputError, match="--heads: the weights do not tell how many attention heads share 64"):
+    with pytest.raises(InputError, match="--heads: is needed: the number of heads of hidden size 64"):
         import_meta(tmp_path / "meta.pt", tmp_path / "model")
 
 

@@ -88,7 +88,7 @@ def test_an_evaluation_of_this_checkpoint_is_in_the_card_and_no_other(trained, t
     card = (tmp_path / "its" / "README.md").read_text()
     assert "on texts, 3 documents, 1,234 targets:" in card
     assert "| Base-LCM | 0.1235 | 1.5 | – | – | 0.5 |" in card
-    assert "Base-LCM less ridge from the last, the best baseline: mse +0.0141 (95 %: +0.0119 to +0.0164)." in card
+    assert "Base-LCM minus ridge from the last, the best baseline: mse +0.0141 (95 %: +0.0119 to +0.0164)." in card
     for name in ("another", "older"):
         assert "1,234" not in (tmp_path / name / "README.md").read_text()
 

@@ -196,7 +196,7 @@ def test_every_mistake_comes_at_once_and_nothing_is_written(
     assert "sonar: is there already" in told
     assert "encoder.pt: layers.1.fc1.bias is missing" in told
     assert "encoder.pt: pooler.weight: unknown to SONAR's encoder" in told
-    assert "decoder.pt: final_proj.weight is not decoder_frontend.embed.weight" in told
+    assert "decoder.pt: final_proj.weight differs from decoder_frontend.embed.weight" in told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["decoder.pt", "encoder.pt", "sonar"]
 
 
@@ -208,7 +208,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(whole: tuple[Path, ...], tmp_p
         import_sonar(GOLDEN, GOLDEN, tmp_path / "sonar", tokenizer=name)
     assert all("--tokenizer" in line and "\n" not in line for line in refused.value.errors)
     if tokenizer == "spm":
-        assert refused.value.errors == [f"--tokenizer {name}: goes with 326 tokens, the encoder has 128"]
+        assert refused.value.errors == [f"--tokenizer {name}: is for a vocabulary of 326 tokens, the encoder has 128"]
     assert not (tmp_path / "sonar").exists()
 
 
@@ -218,11 +218,11 @@ def test_the_parts_are_not_taken_for_one_another_and_heads_are_asked_for(
     encoder, decoder = saved(golden, tmp_path)
     with pytest.raises(InputError) as refused:
         import_sonar(decoder, encoder, tmp_path / "sonar", heads=4)
-    assert [f"no text {part} of SONAR's in here" in line for part, line in
+    assert [f"not SONAR's text {part}: " in line for part, line in
             zip(("encoder", "decoder"), refused.value.errors, strict=True)] == [True, True]  # fmt: skip
-    with pytest.raises(InputError, match="--heads: the weights do not tell how many attention heads share 32"):
+    with pytest.raises(InputError, match="--heads: is needed: the number of heads of hidden size 32"):
         import_sonar(encoder, decoder, tmp_path / "sonar")
-    with pytest.raises(InputError, match="--heads 5: has to divide the width 32"):
+    with pytest.raises(InputError, match="--heads 5: has to divide the hidden size 32"):
         import_sonar(encoder, decoder, tmp_path / "sonar", heads=5)
     (tmp_path / "other.pt").write_bytes(b"no checkpoint")
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")

@@ -193,4 +193,4 @@ def test_settings_of_steps_that_would_do_nothing_are_refused(refused, make_confi
     config = make_config(optim={"lr": 1e-3, "max_grad_norm": 1.0}, deepspeed="ds_configs/zero1_muon.json")
     lines = refused("train", config)
     assert len(lines) == 1
-    assert "optim.max_grad_norm: 1.0: Muon's updates have a size of their own" in lines[0]
+    assert "optim.max_grad_norm: 1.0: has to be 0 with Muon" in lines[0]

@@ -163,7 +163,7 @@ def test_a_run_that_stands_still_leaves_the_stacks_of_every_rank_and_ends_with_1
     assert code == 1, out + err
     log = (run_dir(config) / "log.txt").read_text()
     for rank in ("", " rank 1"):
-        assert f"ERROR{rank} lcm_ds.train: step 4: nothing has moved for 0.05 minutes (guard.stall_minutes)" in log
+        assert f"ERROR{rank} lcm_ds.train: step 4: no progress for 0.05 minutes (guard.stall_minutes)" in log
     assert "in faulty" in log  # the thread of rank 1 that reads
     assert log.count("Thread 0x") > 4
 

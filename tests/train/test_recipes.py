@@ -126,9 +126,9 @@ def test_an_eps_above_the_gradients_is_named_once_with_the_papers():
     meter = GradientMeter(1_649_185_792, 1e-5, clip=25 / 1024)
     meter.add(0.2)
     line = meter.eps_warning(1024)
-    assert line.startswith("optim.eps: 1e-05 is 94% of Adam's denominator (the gradient is 6e-07 a weight), so ")
-    assert "weights move 0.057 times as far as optim.lr says" in line
-    assert "the LCM paper's eps would be 9.77e-09 here: 1e-05 / 1024 dimensions" in line
+    assert line.startswith("optim.eps: 1e-05 is 94% of Adam's denominator (gradient per weight: 6e-07), ")
+    assert "scales all updates by 0.057" in line
+    assert "the LCM paper's eps corresponds to 9.77e-09 here: 1e-05 / 1024" in line
     assert meter.eps_warning(1024) is None
     scaled = GradientMeter(1_649_185_792, 1e-5 / 1024, clip=25 / 1024)
     scaled.add(0.2)
