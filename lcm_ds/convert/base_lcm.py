@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_ds.convert.fairseq2 import check_names, header_number, read_checkpoint
+from lcm_ds.convert.fairseq2 import attention_heads, check_names, header_number, layer_count, read_checkpoint
 from lcm_ds.errors import InputError
 from lcm_ds.files import check_new
 from lcm_ds.model.config import BaseLCMConfig
@@ -90,20 +90,13 @@ def _config_of(weights: dict[str, Tensor], header: dict[str, str], heads: int | 
         if name not in weights or weights[name].ndim != 2:
             raise InputError(f"{origin}: not a Base-LCM: {name} is missing (Meta's name may differ)")
     hidden_size, embed_dim = weights["pre_net.weight"].shape
-    heads = header_number(header, "num_heads", int, heads, origin) if heads is None else heads
-    if heads is None and hidden_size % HEAD_DIM == 0:
-        heads = hidden_size // HEAD_DIM
-    if heads is None:
-        raise InputError(
-            f"{origin}: --heads: is needed: the number of heads of hidden size {hidden_size} is not in the file"
-        )
+    heads = attention_heads(heads, header, "num_heads", hidden_size, HEAD_DIM, origin)
     if heads < 1 or hidden_size % (2 * heads):
         raise InputError(f"{origin}: --heads {heads}: has to divide the hidden size {hidden_size} into even parts")
-    layers = {int(match[1]) for match in map(re.compile(r"layers\.(\d+)\.").match, weights) if match}
     return BaseLCMConfig(
         embed_dim=embed_dim,
         hidden_size=hidden_size,
-        num_hidden_layers=max(layers) + 1,
+        num_hidden_layers=layer_count(weights),
         num_attention_heads=heads,
         intermediate_size=weights["layers.0.mlp.gate_proj.weight"].shape[0],
         rms_norm_eps=header_number(header, "norm_eps", float, 1e-5, origin),

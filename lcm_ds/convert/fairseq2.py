@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,33 @@ def check_names(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor], o
     ]
     if errors:
         raise InputError(sorted(errors))
+
+
+def layer_count(weights: Mapping[str, Tensor]) -> int:
+    """The number of layers, from the names of the weights: layers.N.…"""
+    return 1 + max(int(match[1]) for match in map(re.compile(r"layers\.(\d+)\.").match, weights) if match)
+
+
+def attention_heads(
+    stated: int | None, header: Mapping[str, str], key: str, hidden_size: int, head_dim: int, origin: Any
+) -> int:
+    """The number of attention heads, which the weights do not determine.
+
+    Args:
+        stated: By the user.
+        header: Metadata of the file, with the number under `key` if it is there.
+        key: See `header`.
+        hidden_size: Of the model.
+        head_dim: By default there is a head for this many dimensions, if that divides `hidden_size`.
+        origin: The file, for messages.
+    """
+    default = hidden_size // head_dim if hidden_size % head_dim == 0 else None
+    heads = header_number(header, key, int, default, origin) if stated is None else stated
+    if heads is None:
+        raise InputError(
+            f"{origin}: --heads: is needed: the number of heads of hidden size {hidden_size} is not in the file"
+        )
+    return heads
 
 
 def header_number(header: Mapping[str, str], key: str, kind: type, default: Any, origin: Any) -> Any:

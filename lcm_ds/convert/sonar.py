@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_ds.convert.fairseq2 import check_names, header_number, read_checkpoint
+from lcm_ds.convert.fairseq2 import attention_heads, check_names, header_number, layer_count, read_checkpoint
 from lcm_ds.encoders.base import unreachable
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import check_new, new_folder
@@ -151,16 +151,12 @@ def _config(weights: dict[str, Tensor], header: dict[str, str], part: str, heads
     inner = weights.get("layers.0.fc1.weight")
     if inner is None:
         raise InputError(f"{path}: not SONAR's text {part}: it has no layers")
-    if heads is None:
-        heads = header_number(header, "heads", int, d_model // HEAD_DIM if d_model % HEAD_DIM == 0 else None, path)
-    if heads is None:
-        raise InputError(f"{path}: --heads: is needed: the number of heads of hidden size {d_model} is not in the file")
+    heads = attention_heads(heads, header, "heads", d_model, HEAD_DIM, path)
     if heads < 1 or d_model % heads:
         raise InputError(f"{path}: --heads {heads}: has to divide the hidden size {d_model}")
-    layers = {int(match[1]) for match in map(re.compile(r"layers\.(\d+)\.").match, weights) if match}
     sizes: dict[str, Any] = {}
     for each in ("encoder", "decoder"):
-        sizes[f"{each}_layers"] = max(layers) + 1 if each == part else 0
+        sizes[f"{each}_layers"] = layer_count(weights) if each == part else 0
         sizes[f"{each}_attention_heads"], sizes[f"{each}_ffn_dim"] = heads, len(inner)
     positions = header_number(header, "max_seq_len", int, MAX_TOKENS, path)
     return M2M100Config(vocab_size=vocabulary, d_model=d_model, max_position_embeddings=positions, **sizes)

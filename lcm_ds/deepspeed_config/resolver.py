@@ -158,7 +158,7 @@ def _optimizer_errors(mapping: dict[str, Any]) -> Iterator[str]:
             yield f"optimizer.params.{key}: {kind} has no such argument{nearest(key, known)}"
     if kind.lower() == "muon" and mapping.get("gradient_clipping") not in (None, 0, 0.0, "auto"):
         yield f"gradient_clipping: {MUON_CLIPPING}"
-    if needs_permission(kind) and _stage(mapping) > 0 and not mapping.get("zero_allow_untested_optimizer"):
+    if needs_permission(kind) and zero_stage(mapping) > 0 and not mapping.get("zero_allow_untested_optimizer"):
         yield f"optimizer.type: {kind} under ZeRO needs zero_allow_untested_optimizer: true"
 
 
@@ -171,7 +171,7 @@ def _combination_errors(mapping: dict[str, Any]) -> Iterator[str]:
     if _enabled(mapping, "bf16") and _enabled(mapping, "fp16"):
         yield "bf16.enabled, fp16.enabled: only one of them can be true"
         return
-    if _enabled(mapping, "fp16") and _stage(mapping) == 0:
+    if _enabled(mapping, "fp16") and zero_stage(mapping) == 0:
         # DeepSpeed 0.19 divides gradients by the loss scale under stage 0, and does not multiply the loss by it.
         yield "fp16.enabled: needs zero_optimization.stage 1, 2 or 3: DeepSpeed does not scale the loss under stage 0"
     dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[precision(mapping)]
@@ -181,7 +181,7 @@ def _combination_errors(mapping: dict[str, Any]) -> Iterator[str]:
             f"data_types.grad_accum_dtype: {accumulated!r} loses precision of {dtype} gradients; "
             f"use 'fp32' or {dtype!r}"
         )
-    if accumulated == "fp32" and dtype != "fp32" and _stage(mapping) == 0:
+    if accumulated == "fp32" and dtype != "fp32" and zero_stage(mapping) == 0:
         yield f"data_types.grad_accum_dtype: 'fp32' with {dtype} needs zero_optimization.stage 1, 2 or 3"
 
 
@@ -285,8 +285,9 @@ def precision(mapping: dict[str, Any]) -> str:
 
 
 def zero_stage(mapping: dict[str, Any]) -> int:
-    """The ZeRO stage, 0 to 3."""
-    return _stage(mapping)
+    """The ZeRO stage, 0 to 3; 0 for an invalid one."""
+    stage = _block(mapping, "zero_optimization").get("stage", 0)
+    return stage if stage in (0, 1, 2, 3) else 0
 
 
 def offloads_to_nvme(mapping: dict[str, Any]) -> bool:
@@ -298,20 +299,20 @@ def offloads_to_nvme(mapping: dict[str, Any]) -> bool:
 def layout(mapping: dict[str, Any]) -> dict[str, Any]:
     """Settings that, besides stage and number of ranks, determine the layout of optimizer states on disk."""
     zero = _block(mapping, "zero_optimization")
-    if _stage(mapping) == 3:
+    if zero_stage(mapping) == 3:
         return {"sub_group_size": zero.get("sub_group_size", 1_000_000_000)}
     settings = {key: zero.get(key, False) for key in ("round_robin_gradients", "parameter_alignment")}
     if _block(mapping, "optimizer").get("type", "").lower() == "muon":  # BF16_Optimizer stores its momentum differently
         in_fp32 = _block(mapping, "data_types").get("grad_accum_dtype") == "fp32"
         settings["by_bf16_optimizer"] = (
-            _stage(mapping) == 1 and _enabled(mapping, "bf16") and in_fp32 and not offloads_optimizer(mapping)
+            zero_stage(mapping) == 1 and _enabled(mapping, "bf16") and in_fp32 and not offloads_optimizer(mapping)
         )
     return settings
 
 
 def shuffles_parameters(mapping: dict[str, Any]) -> bool:
     """Whether DeepSpeed stores parameters in another order than their names (0.19.8: link_hp_params)."""
-    return _stage(mapping) in (1, 2) and layout(mapping)["round_robin_gradients"]
+    return zero_stage(mapping) in (1, 2) and layout(mapping)["round_robin_gradients"]
 
 
 def without_owned(mapping: dict[str, Any]) -> dict[str, Any]:
@@ -413,8 +414,3 @@ def offloads_optimizer(mapping: dict[str, Any]) -> bool:
 
 def _enabled(mapping: dict[str, Any], key: str) -> bool:
     return _block(mapping, key).get("enabled") is True
-
-
-def _stage(mapping: dict[str, Any]) -> int:
-    stage = _block(mapping, "zero_optimization").get("stage", 0)
-    return stage if stage in (0, 1, 2, 3) else 0

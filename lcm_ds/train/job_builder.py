@@ -189,8 +189,8 @@ def _dataset_errors(datasets: Sequence[Dataset], model: BaseLCMConfig | None, pa
     for dataset in datasets[1:]:
         if dataset.embed_dim != datasets[0].embed_dim:
             lines.append(
-                f"{path}: data: concepts of {dataset.path} have {dataset.embed_dim} dimensions, "
-                f"those of {datasets[0].path} {datasets[0].embed_dim}; all datasets of a run need the same"
+                f"{path}: data: {dataset.path} has concepts of {dataset.embed_dim} dimensions, "
+                f"{datasets[0].path} of {datasets[0].embed_dim}; all datasets of a run need the same"
             )
         if dataset.info.encoder != datasets[0].info.encoder:
             lines.append(

@@ -19,7 +19,7 @@ from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
 from lcm_ds.cli import main
 from lcm_ds.config import EncoderConfig
-from lcm_ds.convert.sonar import ROWS, TOKENIZER, import_sonar
+from lcm_ds.convert.sonar import TOKEN_ORDER, TOKENIZER, import_sonar
 from lcm_ds.encoders.sonar import SonarDecoder, SonarEncoder, embed
 from lcm_ds.errors import InputError
 
@@ -56,7 +56,7 @@ def saved(golden: dict[str, Tensor], folder: Path, **changes: Any) -> tuple[Path
 
 def renumbered(ids: Tensor) -> Tensor:
     """fairseq2's token ids as transformers'."""
-    return torch.tensor([ROWS.index(row) for row in range(4)] + list(range(4, 128)))[ids.long()]
+    return torch.tensor([TOKEN_ORDER.index(row) for row in range(4)] + list(range(4, 128)))[ids.long()]
 
 
 def test_the_encoder_is_fairseq2s(imported: Path, golden: dict[str, Tensor]) -> None:
@@ -75,7 +75,7 @@ def test_the_decoder_is_fairseq2s(imported: Path, golden: dict[str, Tensor]) -> 
             decoder_input_ids=renumbered(golden["prefix_ids"]),
         ).logits
     # logits come in the order of tokens, too
-    reordered = torch.cat([golden["logits"][..., list(ROWS)], golden["logits"][..., 4:]], dim=-1)
+    reordered = torch.cat([golden["logits"][..., list(TOKEN_ORDER)], golden["logits"][..., 4:]], dim=-1)
     torch.testing.assert_close(logits, reordered, atol=1e-5, rtol=1e-5)
 
 
@@ -118,7 +118,7 @@ def fairseq2_names(found: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     for name, tensor in found.items():
         if name in ("model.shared.weight", "embed_tokens.weight"):
             embedding = torch.empty_like(tensor)
-            embedding[list(ROWS)], embedding[4:] = tensor[:4], tensor[4:]
+            embedding[list(TOKEN_ORDER)], embedding[4:] = tensor[:4], tensor[4:]
             named[f"{part}_frontend.embed.weight"] = embedding
         elif part == "encoder" or name.startswith("model.decoder."):
             name = name.removeprefix("model.decoder.").replace(".self_attn.out_proj.", ".self_attn.output_proj.")

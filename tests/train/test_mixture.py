@@ -68,7 +68,7 @@ def test_the_start_says_how_long_the_run_is_and_names_a_warm_up_that_takes_much_
 def test_an_eps_above_the_gradients_is_named_once_and_logged_with_the_share_of_clipped_steps(mixture):
     config, *_, out = mixture
     assert out.count("warning: optim.eps: 0.01 is ") == 1
-    assert "the LCM paper's eps would be 6.25e-07 here: 1e-05 / 16 dimensions" in out
+    assert "the LCM paper's eps corresponds to 6.25e-07 here: 1e-05 / 16" in out
     norms, shares, clipped = (metrics(config, key) for key in ("grad_norm", "adam_eps_share", "clipped"))
     weights = load_model(run_dir(config))[0].num_parameters()
     for step, norm in norms.items():
@@ -205,7 +205,7 @@ def test_a_mixture_with_another_end_of_text_is_refused(two):
         describe(other, end_of_text=its)
         (line,) = errors()
         assert line.startswith(f"data: documents of {other} end with ")
-        assert f", of {one} with 'End of text.' (" in line
+        assert f", those of {one} with 'End of text.' (" in line
         (line,) = errors(train=str(one), validation=str(other))
         assert "data: documents of" in line
 

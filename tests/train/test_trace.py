@@ -55,4 +55,4 @@ def test_a_run_that_was_trained_in_another_order_is_not_traced(call, make_config
         (checkpoint / "state.json").write_text(json.dumps({"fingerprint": mark}))
         found, _, err = call("trace", run_dir(config), "--step", 3)
         assert found == code, err
-    assert err.startswith(f"{run_dir(config)}: its checkpoint of step 20 was trained in another order")
+    assert err.startswith(f"{run_dir(config)}: its checkpoint of step 20 was trained with another data order")
