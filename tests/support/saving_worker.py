@@ -1,4 +1,4 @@
-"""One rank that saves while it trains, loads what it saved, and is given numbers that are not finite.
+"""One rank that saves while it trains, loads the checkpoint, and gets values that are not finite.
 
 python saving_worker.py FOLDER: for each ZeRO stage and precision it takes steps of a tiny Base-LCM, one of them with a
 NaN in the rows of rank 1, saves in the background, goes on, and does the same from the checkpoint; FOLDER/results.json
@@ -65,7 +65,7 @@ VARIANTS = {
         "bf16": {"enabled": True},
     },
 }
-# What each is loaded as, too, converted: every stage into every other one.
+# Conversions: every stage into every other one.
 CONVERTED = {f"zero {stage}, fp32": [f"zero {other}, fp32" for other in {1, 2, 3} - {stage}] for stage in (1, 2, 3)}
 CONVERTED["zero 1, bf16, gradients in fp32"] = ["zero 3, bf16, gradients in fp32"]
 NORMALIZER = (torch.zeros(EMBED_DIM).numpy(), torch.ones(EMBED_DIM).numpy())
@@ -99,7 +99,7 @@ def steps(stepper, first, last):
 
 
 def poisoned(stepper, step):
-    """A step with one NaN, in a target of rank 1: (loss, whether it was applied, whether weights are as they were)."""
+    """A step with one NaN, in a target of rank 1: (loss, whether it was applied, whether the weights are unchanged)."""
     coming = [batch for batch in batches(stepper.env, CONFIG["batch"]["micro_batch_rows"]) if batch.step == step]
     if stepper.env.rank == 1:
         coming[0].concepts[0, 3, 0] = torch.nan
@@ -131,7 +131,7 @@ def variant(name, folder, env, device):
     checkpoint = Checkpoint(folder / "checkpoints" / folder_name(SAVED_AT), SAVED_AT)
     assert resume.newest_complete(folder, CheckpointConfig()) == checkpoint
     read = fp32_weights(checkpoint)
-    if "in turn" in name:  # DeepSpeed itself takes one for the other: what it multiplies with is right
+    if "in turn" in name:  # DeepSpeed itself confuses the masters; the half-precision weights are right
         assert all(torch.equal(read[key].bfloat16(), value) for key, value in rounded.items())
     else:
         assert set(masters) | {"normalizer.center", "normalizer.scale"} == set(read)
@@ -146,7 +146,7 @@ def variant(name, folder, env, device):
 
 
 def changed(checkpoint, deepspeed, env, device):
-    """What a resumed engine's optimizer is set to, and a new one's, where the config has other settings by now."""
+    """Optimizer settings of a resumed engine and of a new one, if the config has changed."""
     stepper = build(deepspeed, env, device, **CHANGED, max_grad_norm=0.0 if "optimizer" in deepspeed else 0.3)
     new = settings(stepper.engine)
     resume.restore(stepper.engine, checkpoint, universal=False)
@@ -158,7 +158,7 @@ def changed(checkpoint, deepspeed, env, device):
 
 
 def settings(engine):
-    """Settings of each group of parameters, and the norm that gradients are clipped to."""
+    """Settings of each parameter group, and the clipping norm."""
     groups = [
         {key: value for key, value in group.items() if key not in ("params", "step", "lr")}
         for group in engine.basic_optimizer.param_groups

@@ -1,8 +1,8 @@
-"""One rank that takes ten steps of a tiny Base-LCM, by the real loop, under each of the variants it is given.
+"""One rank that takes ten steps of a tiny Base-LCM, by the real loop, under each of some variants.
 
 python steps_worker.py VARIANTS.json RESULTS.json GRADIENTS.safetensors: the variants are name → changes of a train
 config; the results name → the losses of its steps and the histograms at the first, or why it was refused. The
-gradients of the first step, "NAME/PARAMETER" each, are those of the whole batch.
+gradients of the first step, "NAME/PARAMETER" each, are those of the global batch.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def rows():
 
 
 def batches(env, micro_batch_rows):
-    """This rank's micro-batches of every step, as the loader gives them."""
+    """This rank's micro-batches of every step, as from the loader."""
     concepts, ids = rows()
     mine = ROWS // env.world_size
     for step in range(STEPS):
@@ -97,7 +97,7 @@ def take_steps(changes, env, device, normalizer):
     def keep_gradients_and_step():
         if engine.is_gradient_accumulation_boundary() and not gradients:
             for name, parameter in engine.module.named_parameters():
-                scale = float(getattr(engine.optimizer, "cur_scale", 1.0))  # fp16 multiplies the loss by it
+                scale = float(getattr(engine.optimizer, "cur_scale", 1.0))  # the loss scale of fp16
                 gradients[name] = safe_get_full_grad(parameter).float() / scale
         step()
 

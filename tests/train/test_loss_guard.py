@@ -1,4 +1,4 @@
-"""Steps that go wrong: skipped on all ranks, named with their documents, gone back for; and a run that stands still."""
+"""Steps that go wrong: skipped on all ranks, logged with their documents, rolled back; and a run that hangs."""
 
 import json
 import math
@@ -42,13 +42,13 @@ def incidents(config):
 
 
 def with_a_mark(concepts):
-    """`damaged` makes NaNs of it, which cannot be written as such."""
+    """`damaged` replaces it by NaNs, which cannot be written."""
     concepts[-1, :4] = MARK
     return concepts
 
 
 def document_of(config, step):
-    """The id of a document that the run sees in that step alone."""
+    """The id of a document that the run reads only in that step."""
     seen = {}
     for at, lines in enumerate(trace(config, [], 0, 17)):
         for line in lines:
@@ -57,7 +57,7 @@ def document_of(config, step):
 
 
 def damaged(dataset, folder, harm, ids):
-    """A copy of a dataset in which the documents of these ids hold harm(concepts)."""
+    """A copy of a dataset in which harm() was applied to the documents of these ids."""
     folder.mkdir()
     old = open_dataset(dataset)
     for index, info in enumerate(old.shards):
@@ -92,16 +92,14 @@ def test_a_nan_in_the_batch_of_one_rank_skips_the_step_on_all_and_names_the_docu
     assert {document["lane"] for document in incident["documents"]} == set(range(8))
     log = (run_dir(config) / "log.txt").read_text()
     assert f"documents with values that are not finite: {broken[0]['id']}" in log
-    losses, whole = metrics(config, "loss"), metrics(trained(2), "loss")
+    losses, complete = metrics(config, "loss"), metrics(trained(2), "loss")
     assert losses[7] is None
     assert metrics(config, "skipped_steps")[12] == 1
     assert len({losses[step] for step in range(8, 13)}) == 5
-    assert max(losses[step] for step in range(8, 13)) < losses[1] < 1.1 * whole[1]
+    assert max(losses[step] for step in range(8, 13)) < losses[1] < 1.1 * complete[1]
 
 
-def test_a_nan_that_is_stored_is_named_and_too_many_in_a_row_are_gone_back_for_and_left_out(
-    make_config, concepts, tmp_path
-):
+def test_stored_nans_are_named_and_too_many_in_a_row_are_rolled_back_and_skipped(make_config, concepts, tmp_path):
     settings = {"checkpoint": CHECKPOINT, "evaluate": {"every": None}, "epochs": 1, "steps": None}
     bad = {step: document_of(make_config(**settings), step) for step in (3, 11, 12, 13)}
 
@@ -118,7 +116,7 @@ def test_a_nan_that_is_stored_is_named_and_too_many_in_a_row_are_gone_back_for_a
         assert broken == {bad[incident["step"]]}
     log = (run_dir(config) / "log.txt").read_text()
     assert "rolling back, skipping steps 11 to 13" in log
-    assert "step 10 of 21" in out  # where it went on
+    assert "step 10 of 21" in out  # after the rollback
     losses = metrics(config, "loss")
     assert [step for step in range(1, 22) if step not in losses] == [12, 13, 14]
     assert [step for step in losses if losses[step] is None] == [4]
@@ -128,7 +126,7 @@ def test_a_nan_that_is_stored_is_named_and_too_many_in_a_row_are_gone_back_for_a
 
 
 @pytest.mark.slow
-def test_what_never_gets_finite_is_gone_back_for_once_and_then_ends_with_1(make_config):
+def test_a_run_that_stays_non_finite_rolls_back_once_and_then_ends_with_1(make_config):
     config = make_config(steps=20, optim={"lr": 1.0e30, "max_grad_norm": 0}, guard={"max_skipped": 3})
     code, _, err = finish(start("launch", "--local", 2, config))
     assert code == 1
@@ -140,7 +138,7 @@ def test_what_never_gets_finite_is_gone_back_for_once_and_then_ends_with_1(make_
 
 
 @pytest.mark.slow
-def test_a_spike_is_gone_back_for_and_its_steps_are_left_out(make_config, concepts, tmp_path):
+def test_a_spike_is_rolled_back_and_its_steps_are_skipped(make_config, concepts, tmp_path):
     settings = {"checkpoint": CHECKPOINT, "evaluate": {"every": None}, "epochs": 1, "steps": None}
     spike = document_of(make_config(**settings), 12)
     train = damaged(concepts["train"], tmp_path / "damaged", lambda values: values * 50, [spike])
@@ -157,7 +155,7 @@ def test_a_spike_is_gone_back_for_and_its_steps_are_left_out(make_config, concep
     assert max(losses.values()) < 2
 
 
-def test_a_run_that_stands_still_leaves_the_stacks_of_every_rank_and_ends_with_1(make_config):
+def test_a_run_that_hangs_logs_the_stacks_of_every_rank_and_ends_with_1(make_config):
     config = make_config(guard={"stall_minutes": 0.05}, evaluate={"every": None})
     code, out, err = finish(start_faulty(config, "hang:1:4"))
     assert code == 1, out + err
@@ -168,7 +166,7 @@ def test_a_run_that_stands_still_leaves_the_stacks_of_every_rank_and_ends_with_1
     assert log.count("Thread 0x") > 4
 
 
-# --- what counts ------------------------------------------------------------------------------------------------------
+# --- the monitor ------------------------------------------------------------------------------------------------------
 
 
 def judged(guard, losses, first=0):
@@ -176,7 +174,7 @@ def judged(guard, losses, first=0):
     return [guard.check(step, loss, loss is None or math.isfinite(loss)) for step, loss in steps]
 
 
-def test_a_loss_is_a_spike_where_it_is_sigma_above_a_full_window():
+def test_a_loss_is_a_spike_if_it_is_sigma_above_a_full_window():
     guard = StepMonitor(GuardConfig(spike_sigma=3, spike_window=4), [])
     assert judged(guard, [1.0, 1.1, 9.0]) == [None] * 3  # the window is not full
     guard = StepMonitor(GuardConfig(spike_sigma=3, spike_window=4), [1.0, 1.1, 0.9, 1.0])
@@ -186,17 +184,17 @@ def test_a_loss_is_a_spike_where_it_is_sigma_above_a_full_window():
     assert spike.what == "loss spike: 5 (previous 4 steps: 0.8 ± 0.48)"
 
 
-def test_a_guard_that_is_resumed_judges_as_one_that_was_not():
+def test_a_resumed_monitor_decides_as_one_that_was_not_interrupted():
     config = GuardConfig(spike_sigma=2, spike_window=6)
     losses = [1 + 0.1 * math.sin(step) for step in range(20)] + [1.5]
-    whole = judged(StepMonitor(config, []), losses)
+    complete = judged(StepMonitor(config, []), losses)
     first = StepMonitor(config, [])
     judged(first, losses[:11])
-    assert judged(StepMonitor(config, json.loads(json.dumps(first.state()))), losses[11:], first=11) == whole[11:]
-    assert whole[-1] is not None
+    assert judged(StepMonitor(config, json.loads(json.dumps(first.state()))), losses[11:], first=11) == complete[11:]
+    assert complete[-1] is not None
 
 
-def test_a_step_without_targets_is_neither_a_spike_nor_one_that_later_ones_are_compared_with():
+def test_a_step_without_targets_is_not_a_spike_and_not_in_the_window():
     guard = StepMonitor(GuardConfig(spike_sigma=3, spike_window=4), [1.0, 1.1, 0.9, 1.0])
     assert judged(guard, [None] * 9) == [None] * 9
     assert guard.state() == [1.0, 1.1, 0.9, 1.0]
@@ -205,13 +203,13 @@ def test_a_step_without_targets_is_neither_a_spike_nor_one_that_later_ones_are_c
     assert incident.what == "the gradient is not finite, the step is skipped"
 
 
-def test_steps_are_counted_in_a_row():
+def test_skipped_steps_are_counted_in_a_row():
     guard = StepMonitor(GuardConfig(max_skipped=3), [])
     found = judged(guard, [math.nan, math.nan, 1.0, math.nan, math.nan, math.inf])
     assert [incident and incident.skip for incident in found] == [None] * 5 + [range(3, 6)]
 
 
-def test_torchs_own_optimizer_is_made_to_skip_what_is_not_finite():
+def test_torchs_optimizer_skips_non_finite_gradients():
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1)
     skip_nonfinite_steps(optimizer)
