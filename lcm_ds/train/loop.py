@@ -125,7 +125,18 @@ def build_trainer(
     skipped_steps: list[range],
     stack: ExitStack,
 ) -> Trainer:
-    """A trainer at `checkpoint`, or at step 0 if that is None. What it opens is closed by `stack`."""
+    """Build model, engine, loader and saver of a run.
+
+    Args:
+        job: The run.
+        env: This process's rank.
+        device: Of this rank.
+        stop: Stop requests of this process.
+        watchdog: Is told about progress.
+        checkpoint: To resume from; None: step 0.
+        skipped_steps: Steps to skip.
+        stack: Closes what is opened here.
+    """
     config, ds = job.config, job.ds
     state: dict[str, Any] = {"concepts": 0, "losses": [], "learned": False}
     if checkpoint is not None:
@@ -298,17 +309,15 @@ class Trainer:
         incident = self.monitor.check(step, outcome.loss, outcome.applied)
         if incident is None:
             return
-        if incident.skip is None:
-            if deepspeed_config.precision(self.job.ds) == "float16" and not outcome.applied:
-                logger.info("step %d: %s (fp16: the loss scale is lowered)", step, incident.what)
-            else:
-                record_incident(incident, self.job, self.loader)
+        if incident.skip is None and not outcome.applied and deepspeed_config.precision(self.job.ds) == "float16":
+            logger.info("step %d: %s (fp16: the loss scale is lowered)", step, incident.what)
             return
         record_incident(incident, self.job, self.loader)
-        if self.saver.pending:
-            self.saver.commit()
-        self.engine.destroy()
-        raise Rollback(incident)
+        if incident.skip is not None:
+            if self.saver.pending:
+                self.saver.commit()
+            self.engine.destroy()
+            raise Rollback(incident)
 
     def report(self, done: int) -> None:
         """Log the metrics after `done` steps: a new metric of a step goes into `values`."""

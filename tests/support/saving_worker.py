@@ -93,18 +93,18 @@ def weights(stepper):
 
 
 def steps(stepper, first, last):
-    coming = [batch for batch in batches(stepper.env, CONFIG["batch"]["micro_batch_rows"]) if first <= batch.step]
-    coming = iter(coming)
-    return [stepper.step(coming, step).loss for step in range(first, last)]
+    upcoming = [batch for batch in batches(stepper.env, CONFIG["batch"]["micro_batch_rows"]) if first <= batch.step]
+    upcoming = iter(upcoming)
+    return [stepper.step(upcoming, step).loss for step in range(first, last)]
 
 
 def poisoned(stepper, step):
     """A step with one NaN, in a target of rank 1: (loss, whether it was applied, whether the weights are unchanged)."""
-    coming = [batch for batch in batches(stepper.env, CONFIG["batch"]["micro_batch_rows"]) if batch.step == step]
+    upcoming = [batch for batch in batches(stepper.env, CONFIG["batch"]["micro_batch_rows"]) if batch.step == step]
     if stepper.env.rank == 1:
-        coming[0].concepts[0, 3, 0] = torch.nan
+        upcoming[0].concepts[0, 3, 0] = torch.nan
     before = weights(stepper)
-    outcome = stepper.step(iter(coming), step)
+    outcome = stepper.step(iter(upcoming), step)
     return str(outcome.loss), outcome.applied, weights(stepper) == before
 
 

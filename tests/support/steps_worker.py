@@ -68,10 +68,10 @@ def rows():
 def batches(env, micro_batch_rows):
     """This rank's micro-batches of every step, as from the loader."""
     concepts, ids = rows()
-    mine = ROWS // env.world_size
+    own_rows = ROWS // env.world_size
     for step in range(STEPS):
-        for index in range(mine // micro_batch_rows):
-            first = env.rank * mine + index * micro_batch_rows
+        for index in range(own_rows // micro_batch_rows):
+            first = env.rank * own_rows + index * micro_batch_rows
             part = slice(first, first + micro_batch_rows)
             yield Batch(concepts[part], ids[part], step, index, first)
 
@@ -89,10 +89,10 @@ def take_steps(changes, env, device, normalizer):
     plan = Plan([Source([1_000_000])], config.seed, ROWS, LENGTH)
     job = TrainJob(config, ds, model_config, [], None, plan, "")
     stepper = Stepper(job, env, engine, device)
-    gradients, found, step = {}, {}, engine.step
+    gradients, first_histograms, step = {}, {}, engine.step
 
     def on_gradients_ready():
-        found.update(histograms(engine, counts=env.rank == 0))
+        first_histograms.update(histograms(engine, counts=env.rank == 0))
 
     def keep_gradients_and_step():
         if engine.is_gradient_accumulation_boundary() and not gradients:
@@ -102,12 +102,12 @@ def take_steps(changes, env, device, normalizer):
         step()
 
     engine.step = keep_gradients_and_step
-    coming, losses = batches(env, config.batch.micro_batch_rows), []
-    for number in range(STEPS):
-        losses.append(stepper.step(coming, number, on_gradients_ready=on_gradients_ready if number == 0 else None).loss)
+    upcoming, losses = batches(env, config.batch.micro_batch_rows), []
+    for index in range(STEPS):
+        losses.append(stepper.step(upcoming, index, on_gradients_ready=on_gradients_ready if index == 0 else None).loss)
     engine.destroy()
     torch._dynamo.reset()
-    return losses, gradients, {group: asdict(histogram) for group, histogram in found.items()}
+    return losses, gradients, {group: asdict(histogram) for group, histogram in first_histograms.items()}
 
 
 def main():
@@ -123,11 +123,11 @@ def main():
     for name, changes in json.loads(Path(variants).read_text()).items():
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                losses, gradients, found = take_steps(changes, env, device, normalizer)
+                losses, gradients, first_histograms = take_steps(changes, env, device, normalizer)
         except InputError as error:
             results[name] = {"refused": error.errors}
             continue
-        results[name] = {"losses": losses, "histograms": found}
+        results[name] = {"losses": losses, "histograms": first_histograms}
         all_gradients |= {f"{name}/{parameter}": gradient.cpu() for parameter, gradient in gradients.items()}
     if env.rank == 0:
         save_file(all_gradients, gradients_path)

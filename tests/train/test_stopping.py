@@ -90,8 +90,8 @@ def start_alone(make_config):
 
 
 def test_a_rank_that_waits_for_another_at_the_start_ends_at_once(start_alone):
-    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    process, config = start_alone(**place)
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    process, config = start_alone(**variables)
     while not (run_dir(config) / "log.txt").exists():
         time.sleep(0.05)
     time.sleep(1)
