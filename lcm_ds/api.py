@@ -1,6 +1,6 @@
-"""For notebooks and scripts: prepare, train and evaluate as functions, with the configs as objects.
+"""For notebooks and scripts: prepare, train and evaluate as functions, with configs as objects.
 
-The same code as behind the verbs of `lcm-ds`. What is wrong is an InputError with a line for each mistake.
+The same code as behind the commands of `lcm-ds`. Invalid input raises an InputError with a line for each error.
 
     from lcm_ds.api import PrepareConfig, TrainConfig, evaluate, load, prepare, train
 
@@ -32,40 +32,39 @@ __all__ = ["InputError", "PrepareConfig", "Prepared", "Run", "TrainConfig", "eva
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a preparation made."""
+    """The datasets of a preparation."""
 
     train: Dataset
-    validation: Dataset | None  # None where the config keeps no documents for it
+    validation: Dataset | None  # None if the config sets no documents aside for it
 
 
 @dataclass(frozen=True)
 class Run:
     """A run on disk.
 
-    stopped: whether the call of `train` that returned it was asked to stop before the run's end. Its checkpoint is
-    saved; call `train` again to continue.
+    stopped: `train` was asked to stop before the end of the run and saved a checkpoint; call it again to continue.
     """
 
     path: Path
     stopped: bool = False
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every line of RUN/metrics.jsonl, oldest first; those of validations have keys that begin with val_."""
+        """All lines of RUN/metrics.jsonl, oldest first; keys of validations begin with val_."""
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
     @property
     def step(self) -> int:
-        """Steps up to its newest checkpoint."""
+        """The step of its newest checkpoint."""
         from lcm_ds.checkpoint.format import find
 
         return find(self.path).step
 
 
 def prepare(config: PrepareConfig) -> Prepared:
-    """Text → dataset, as `lcm-ds prepare`; what is finished already is opened.
+    """Text → dataset, as `lcm-ds prepare`; a dataset that is complete already is only opened.
 
-    Where a launcher has set RANK and WORLD_SIZE, this is one of its ranks, and all of them have to call it. Raises
-    InputError, RunFailedError if another rank or process fails.
+    If a launcher has set RANK and WORLD_SIZE, all its ranks have to call this. Raises InputError, and RunFailedError if
+    another rank or process fails.
     """
     from lcm_ds.prepare.coordinator import PeerFailed
     from lcm_ds.prepare.pipeline import prepare
@@ -80,17 +79,23 @@ def prepare(config: PrepareConfig) -> Prepared:
 
 
 def train(config: TrainConfig, processes: int = 1) -> Run:
-    """Train in so many processes on this host, as `lcm-ds launch --local`, or go on from the run's newest checkpoint.
+    """Train, or resume from the newest checkpoint, as `lcm-ds launch --local`; only from the main thread.
 
-    What the workers say is printed here. Interrupting it saves, and so does the file RUN/STOP: `stopped` of what is
-    returned says so, and called again, the run goes on. Call it from the main thread. Raises InputError for what is
-    wrong with the config, RunFailedError if the run fails.
+    Workers' output is printed here. An interrupt or the file RUN/STOP saves a checkpoint and returns a `stopped` run.
+
+    Args:
+        config: The run.
+        processes: Workers on this host.
+
+    Raises:
+        InputError: The config is invalid.
+        RunFailedError: The run failed.
     """
     from lcm_ds.distributed.workers import STOPPED
     from lcm_ds.launcher.launch import launch
 
     if isinstance(config.deepspeed, str):
-        # The workers read the config from elsewhere.
+        # Workers read a copy of the config in another folder.
         config = config.model_copy(update={"deepspeed": str(find(config.deepspeed, None).resolve())})
     with tempfile.TemporaryDirectory(prefix="lcm-ds-") as folder, _printed() as output:
         path = Path(folder) / "config.yaml"
@@ -100,16 +105,14 @@ def train(config: TrainConfig, processes: int = 1) -> Run:
         except InputError as error:
             raise type(error)(line.replace(str(path), "config") for line in error.errors) from None
     if code == 2:
-        raise InputError(f"{config.run_dir}: the workers refused to start; what they said is above")
+        raise InputError(f"{config.run_dir}: the workers refused to start; see their output above")
     if code == 1:
-        raise RunFailedError(
-            f"{config.run_dir}: failed; what the workers said is above and in {config.run_dir}/log.txt"
-        )
+        raise RunFailedError(f"{config.run_dir}: failed; see the workers' output above and {config.run_dir}/log.txt")
     return Run(Path(config.run_dir), stopped=code == STOPPED)
 
 
 def evaluate(run: Run | str | Path, **options: Any) -> dict[str, Any]:
-    """The figures of a run's newest checkpoint beside its baselines, as `lcm-ds evaluate` (see its function)."""
+    """Metrics of a run's newest checkpoint and its baselines; options as of `lcm_ds.evaluate.run.evaluate`."""
     from lcm_ds.evaluate.run import evaluate
 
     return evaluate(run.path if isinstance(run, Run) else run, **options)
@@ -117,19 +120,19 @@ def evaluate(run: Run | str | Path, **options: Any) -> dict[str, Any]:
 
 @contextmanager
 def _printed() -> Iterator[int]:
-    """A file descriptor whose lines are printed by this process: what workers write there reaches a notebook's cell."""
-    reading, writing = os.pipe()
+    """A file descriptor whose lines this process prints: the output of workers reaches a notebook's cell."""
+    read_end, write_end = os.pipe()
 
-    def tell() -> None:
-        with os.fdopen(reading, encoding="utf-8", errors="replace") as lines:
+    def print_lines() -> None:
+        with os.fdopen(read_end, encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 sys.stdout.write(line)
                 sys.stdout.flush()
 
-    teller = threading.Thread(target=tell, name="lcm-ds-output")
-    teller.start()
+    printer = threading.Thread(target=print_lines, name="lcm-ds-output")
+    printer.start()
     try:
-        yield writing
+        yield write_end
     finally:
-        os.close(writing)
-        teller.join()
+        os.close(write_end)
+        printer.join()

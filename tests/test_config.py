@@ -1,4 +1,4 @@
-"""A config's mistakes come all at once, one line each."""
+"""All errors of a config are reported at once, a line each."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def written(tmp_path, text):
     return path
 
 
-def test_all_mistakes_at_once_each_on_its_line(tmp_path):
+def test_all_errors_are_reported_at_once_each_on_a_line(tmp_path):
     path = written(
         tmp_path,
         """
@@ -46,8 +46,8 @@ deepspeed: 3
         load(TrainConfig, path, ["seed=-1"])
     lines = caught.value.errors
     assert all(line.startswith(f"{path}: ") and "\n" not in line for line in lines)
-    told = {line.removeprefix(f"{path}: ").split(": ")[0]: line for line in lines}
-    assert set(told) == {
+    errors = {line.removeprefix(f"{path}: ").split(": ")[0]: line for line in lines}
+    assert set(errors) == {
         "modell",
         "model.presett",
         "data.train.0.wieght",
@@ -58,11 +58,11 @@ deepspeed: 3
         "deepspeed",
         "seed",
     }
-    assert "did you mean 'model'?" in told["modell"]
-    assert "did you mean 'preset'?" in told["model.presett"]
-    assert "did you mean 'weight'?" in told["data.train.0.wieght"]
-    assert "did you mean 'name'?" in told["optim.schedule.nam"]
-    assert "greater than or equal to 2, not 1" in told["data.row_length"]
+    assert "did you mean 'model'?" in errors["modell"]
+    assert "did you mean 'preset'?" in errors["model.presett"]
+    assert "did you mean 'weight'?" in errors["data.train.0.wieght"]
+    assert "did you mean 'name'?" in errors["optim.schedule.nam"]
+    assert "greater than or equal to 2, not 1" in errors["data.row_length"]
 
 
 def test_overrides_are_dotted_paths(tmp_path):
@@ -79,19 +79,19 @@ def test_a_run_without_an_end_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["run_dir: [", "- a\n- b\n", "a: 1\na: 2\n"])
-def test_what_is_not_a_mapping_in_yaml_is_refused_in_one_line(tmp_path, text):
+def test_yaml_that_is_not_a_mapping_is_refused_in_one_line(tmp_path, text):
     with pytest.raises(InputError) as caught:
         load(TrainConfig, written(tmp_path, text))
     assert len(caught.value.errors) == 1
 
 
-def test_a_missing_file_and_a_bad_override_are_told_together(tmp_path):
+def test_a_missing_file_and_a_bad_override_are_reported_together(tmp_path):
     with pytest.raises(InputError) as caught:
         load(TrainConfig, tmp_path / "none.yaml", ["steps"])
     assert len(caught.value.errors) == 2
 
 
-def test_an_override_that_is_no_yaml_is_named_itself(tmp_path):
+def test_an_invalid_override_is_named(tmp_path):
     with pytest.raises(InputError) as caught:
         load(TrainConfig, CONFIGS / "train/quickstart.yaml", ["steps=[1", "seed={"])
     assert [line.split(": ")[0] for line in caught.value.errors] == ["'steps=[1'", "'seed={'"]

@@ -1,4 +1,4 @@
-"""The strict reader of DeepSpeed JSONs: what DeepSpeed would pass over in silence is refused, "auto" is filled in."""
+"""The strict reader of DeepSpeed JSON: keys that DeepSpeed would ignore are refused, "auto" is filled in."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def mistakes_in(mapping):
 
 
 @pytest.mark.parametrize(
-    ("mapping", "told"),
+    ("mapping", "expected"),
     [
         ({"gradient_cliping": 1.0}, "f.json: gradient_cliping: unknown key; did you mean 'gradient_clipping'?"),
         ({"zero_optimisation": {}}, "f.json: zero_optimisation: unknown key; did you mean 'zero_optimization'?"),
@@ -62,7 +62,7 @@ def mistakes_in(mapping):
         ({"optimizer": {"type": "AdamW", "parms": {}}}, "f.json: optimizer.parms: unknown key; did you mean 'params'?"),
         (
             {"optimizer": {"type": "AdamW", "params": {"beta": [0.9, 0.95]}}},
-            "f.json: optimizer.params.beta: AdamW takes no such argument; did you mean 'betas'?",
+            "f.json: optimizer.params.beta: AdamW has no such argument; did you mean 'betas'?",
         ),
         ({"bf16": {"enable": True}}, "f.json: bf16.enable: unknown key; did you mean 'enabled'?"),
         ({"data_types": {"grad_acum_dtype": "fp32"}}, "did you mean 'grad_accum_dtype'?"),
@@ -71,13 +71,13 @@ def mistakes_in(mapping):
         ({"tensorboard": {"output": "x"}}, "did you mean 'output_path'?"),
     ],
 )
-def test_a_misspelt_key_is_refused_with_the_nearest_right_name(mapping, told):
+def test_a_misspelt_key_is_refused_with_the_closest_match(mapping, expected):
     lines = mistakes_in(mapping)
     assert len(lines) == 1
-    assert lines[0].endswith(told)
+    assert lines[0].endswith(expected)
 
 
-def test_all_mistakes_come_at_once():
+def test_all_errors_are_reported_at_once():
     lines = mistakes_in(
         {
             "gradient_cliping": 1,
@@ -96,14 +96,14 @@ def test_all_mistakes_come_at_once():
 
 
 @pytest.mark.parametrize("key", ["amp", "elasticity", "nebula", "scheduler", "torch_autocast", "data_efficiency"])
-def test_what_has_no_place_here_is_refused_with_a_reason(key):
+def test_unsupported_keys_are_refused_with_a_reason(key):
     (line,) = mistakes_in({key: {"enabled": False}})
     assert line.startswith(f"f.json: {key}: ")
     assert "unknown" not in line
 
 
 class Asked(dict):
-    """A mapping that remembers which keys were looked for."""
+    """A mapping that records which keys were read."""
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
@@ -131,7 +131,7 @@ class Asked(dict):
         return self
 
 
-def test_known_and_refused_keys_are_those_that_the_installed_deepspeed_asks_for():
+def test_known_and_refused_keys_are_those_that_the_installed_deepspeed_reads():
     from deepspeed.runtime import config as theirs
 
     blocks = {
@@ -143,7 +143,7 @@ def test_known_and_refused_keys_are_those_that_the_installed_deepspeed_asks_for(
     blocks["checkpoint"]["parallel_write"] = Asked()
     mapping = Asked({"train_micro_batch_size_per_gpu": 1, **blocks})
     theirs.DeepSpeedConfig(mapping)
-    # __init__.py looks for these, and the ones gone are in lists of their own
+    # read in __init__.py; removed keys are in separate lists
     asked = mapping.names | {"sequence_parallel_size", "data_parallel_size"}
     asked |= set(theirs._REMOVED_TOP_LEVEL_CONFIG_KEYS)
     refused = {key for key in schema.REFUSED if "." not in key}
@@ -213,7 +213,7 @@ def test_a_value_of_another_type_or_out_of_range_is_refused(mapping, key):
         {"communication_data_type": "fp32", "wall_clock_breakdown": True, "csv_monitor": {"enabled": False}},
     ],
 )
-def test_what_deepspeed_knows_is_accepted(mapping):
+def test_valid_settings_are_accepted(mapping):
     deepspeed_config.check(mapping, "f.json")
 
 
@@ -224,8 +224,8 @@ def test_a_path_is_found_from_the_current_folder_and_from_the_configs_folder_upw
     config = tmp_path / "checkout/configs/train/x.yaml"
     (tmp_path / "checkout/ds_configs").mkdir(parents=True)
     (tmp_path / "checkout/ds_configs/a.json").write_text('{"steps_per_print": 7}')
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
     assert deepspeed_config.read("ds_configs/a.json", config)["steps_per_print"] == 7
     (line,) = mistakes_of(deepspeed_config.read, "ds_configs/b.json", config)
     assert line.startswith("ds_configs/b.json: no such DeepSpeed JSON")
@@ -234,24 +234,24 @@ def test_a_path_is_found_from_the_current_folder_and_from_the_configs_folder_upw
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ('{\n  "steps_per_print" 1\n}', "line 2, column 21: not JSON"),
-        ('{"bf16": {"enabled": true, "enabled": false}}', "enabled: stands twice"),
+        ('{"bf16": {"enabled": true, "enabled": false}}', "enabled: is repeated"),
         ("[1]", "has to be a JSON object"),
-        ('{"gradient_clipping": NaN}', "NaN: is no JSON number"),
+        ('{"gradient_clipping": NaN}', "NaN: is not a JSON number"),
     ],
 )
-def test_a_file_that_is_no_clean_json_is_refused_with_the_place(tmp_path, text, told):
+def test_invalid_json_is_refused_with_the_position(tmp_path, text, expected):
     path = tmp_path / "a.json"
     path.write_text(text)
     lines = mistakes_of(deepspeed_config.read, str(path))
     assert len(lines) == 1
     assert lines[0].startswith(f"{path}: ")
-    assert told in lines[0]
+    assert expected in lines[0]
 
 
-def test_a_key_that_is_null_says_nothing():
+def test_a_null_value_is_ignored():
     read = deepspeed_config.read({"bf16": None, "zero_optimization": {"stage": 1, "offload_optimizer": None}})
     assert read == {"zero_optimization": {"stage": 1}}
 
@@ -259,11 +259,11 @@ def test_a_key_that_is_null_says_nothing():
 # --- filling in -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("said", ["auto", "absent"])
-def test_what_the_yaml_owns_is_filled_in(said):
+@pytest.mark.parametrize("value", ["auto", "absent"])
+def test_values_of_the_yaml_are_filled_in(value):
     params = {"torch_adam": True}
     mapping = {"optimizer": {"type": "AdamW", "params": params}}
-    if said == "auto":
+    if value == "auto":
         mapping |= dict.fromkeys(
             ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"],
             "auto",
@@ -282,13 +282,13 @@ def test_what_the_yaml_owns_is_filled_in(said):
     }
 
 
-def test_an_optimizer_is_given_only_what_it_takes():
+def test_an_optimizer_gets_only_arguments_that_it_has():
     mapping = {"optimizer": {"type": "SGD", "params": {"betas": "auto"}}}
     params = deepspeed_config.resolve(mapping, train_config(), 1, "f.json")["optimizer"]["params"]
     assert params == {"lr": 3e-4, "weight_decay": 0.1}
 
 
-def test_bucket_sizes_follow_the_models_width():
+def test_bucket_sizes_follow_the_hidden_size():
     zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"}
     mapping = {"optimizer": ADAMW, "zero_optimization": zero}
     resolved = deepspeed_config.resolve(mapping, train_config(), 1, "f.json", hidden_size=512)
@@ -299,7 +299,7 @@ def test_bucket_sizes_follow_the_models_width():
     }
 
 
-def test_the_same_thing_said_twice_with_two_values_is_refused_naming_both():
+def test_contradicting_values_are_refused_with_both():
     mapping = {
         "train_batch_size": 32,
         "gradient_clipping": 1.0,
@@ -307,7 +307,7 @@ def test_the_same_thing_said_twice_with_two_values_is_refused_naming_both():
     }
     lines = mistakes_of(deepspeed_config.resolve, mapping, train_config(16), 2, "f.json", "x.yaml")
     assert len(lines) == 3
-    for line, told in zip(
+    for line, expected in zip(
         lines,
         (
             ("train_batch_size: 32", "batch.rows_per_step = 16"),
@@ -317,26 +317,26 @@ def test_the_same_thing_said_twice_with_two_values_is_refused_naming_both():
         strict=True,
     ):
         assert line.startswith("f.json: ")
-        assert all(text in line for text in (*told, "x.yaml"))
+        assert all(text in line for text in (*expected, "x.yaml"))
 
 
-def test_rows_that_the_ranks_cannot_share_are_refused_with_what_would_do():
+def test_rows_that_cannot_be_divided_are_refused_with_alternatives():
     (line,) = mistakes_of(deepspeed_config.resolve, {"optimizer": ADAMW}, train_config(48, 4), 5, "f.json", "x.yaml")
     assert line == (
         "x.yaml: batch.rows_per_step: 48 rows are not a multiple of 5 ranks * 4 micro_batch_rows; "
-        "1, 2, 3, 4, 6, 12 ranks; or rows_per_step 40 or 60 would do"
+        "use 1, 2, 3, 4, 6, 12 ranks; or rows_per_step 40 or 60"
     )
     (line,) = mistakes_of(deepspeed_config.resolve, {"optimizer": ADAMW}, train_config(12, 5), 2, "f.json", "x.yaml")
-    assert "micro_batch_rows 1, 2, 3, 6; or rows_per_step 10 or 20 would do" in line
+    assert "micro_batch_rows 1, 2, 3, 6; or rows_per_step 10 or 20" in line
 
 
-def test_what_only_deepspeed_notices_is_one_line_too():
+def test_errors_that_only_deepspeed_finds_are_one_line_too():
     mapping = {"optimizer": ADAMW, "bf16": {"enabled": True, "bf16_optimizer_states": True}}
     (line,) = mistakes_of(deepspeed_config.resolve, mapping, train_config(), 1, "f.json")
     assert line.startswith("f.json: DeepSpeed: bf16_optimizer_states")
 
 
-def test_a_precision_that_the_device_has_not_got_is_refused_where_it_trains():
+def test_a_precision_that_the_device_does_not_support_is_refused():
     from deepspeed.accelerator import get_accelerator
 
     if get_accelerator().is_fp16_supported():

@@ -1,9 +1,9 @@
-"""Checkpoints on disk: whole or not there at all.
+"""Checkpoints on disk: complete, or not there.
 
-A save (save.py) writes into `step_XXXXXXXX.partial/`, last of all COMPLETE with the size and sha256 of every file, and
-renames the folder. A folder without COMPLETE, or with a file of another size, is not a checkpoint. What turned out not
-to be whole is set aside as `.bad`; `.universal` is a checkpoint converted for another number of ranks (load.py).
-DeepSpeed reads its files with pickle: load only checkpoints that you trust; exports are safetensors.
+A save (save.py) writes into `step_XXXXXXXX.partial/`, last COMPLETE with the size and sha256 of every file, and renames
+the folder. A folder without COMPLETE, or with a file of another size, is not a checkpoint. Corrupt ones are moved to
+`.bad`; `.universal` is a checkpoint converted for another number of ranks (load.py). DeepSpeed reads its files with
+pickle: load only checkpoints that you trust; exports are safetensors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Checkpoint:
 
     @property
     def universal(self) -> Path:
-        """Where it lies in DeepSpeed's universal format, once it was converted."""
+        """Its folder in DeepSpeed's universal format, if it was converted."""
         return self.path.with_name(self.path.name + UNIVERSAL)
 
     def state(self) -> dict[str, Any]:
@@ -48,14 +48,14 @@ class Checkpoint:
 
     def files(self) -> dict[str, dict[str, Any]]:
         """The size (bytes) and sha256 of every file in it, by name. Raises OSError, or ValueError."""
-        found = json.loads((self.path / "COMPLETE").read_text(encoding="utf-8"))
+        listed = json.loads((self.path / "COMPLETE").read_text(encoding="utf-8"))
         try:
-            return {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in found["files"].items()}
+            return {name: {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in listed["files"].items()}
         except (KeyError, TypeError, AttributeError):
             raise ValueError("COMPLETE does not list files") from None
 
     def integrity_error(self) -> str | None:
-        """Why it is not whole, as far as names and sizes tell; None where it is."""
+        """Why it is invalid, by names and sizes of its files; None if it is not."""
         try:
             files = self.files()
         except FileNotFoundError:
@@ -71,7 +71,7 @@ class Checkpoint:
         return None
 
     def delete(self) -> None:
-        """Take it away, with what it was converted to. Cut short, it is no checkpoint any more."""
+        """Delete it and its conversion. If interrupted, what is left is not a checkpoint."""
         shutil.rmtree(self.universal, ignore_errors=True)
         (self.path / "COMPLETE").unlink()
         partial = self.path.with_name(self.path.name + PARTIAL)
@@ -79,12 +79,12 @@ class Checkpoint:
         shutil.rmtree(partial)
 
     def quarantine(self) -> Path:
-        """Give it a name under which nobody looks for checkpoints; returns that."""
+        """Rename it to `.bad`; returns the new path."""
         shutil.rmtree(self.universal, ignore_errors=True)
-        aside = self.path.with_name(self.path.name + BAD)
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(self.path, aside)
-        return aside
+        bad = self.path.with_name(self.path.name + BAD)
+        shutil.rmtree(bad, ignore_errors=True)
+        os.rename(self.path, bad)
+        return bad
 
 
 def folder_name(step: int) -> str:
@@ -93,41 +93,40 @@ def folder_name(step: int) -> str:
 
 
 def candidates(run_dir: Path) -> list[Checkpoint]:
-    """Everything that has the name of a checkpoint, oldest first, whole or not."""
-    named = [(re.fullmatch(r"step_(\d+)", path.name), path) for path in (run_dir / "checkpoints").glob("step_*")]
-    return sorted((Checkpoint(path, int(name[1])) for name, path in named if name), key=lambda found: found.step)
+    """Every folder named as a checkpoint, oldest first, valid or not."""
+    paths = [path for path in (run_dir / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d+", path.name)]
+    return sorted((Checkpoint(path, int(path.name[5:])) for path in paths), key=lambda checkpoint: checkpoint.step)
 
 
 def list_checkpoints(run_dir: Path) -> list[Checkpoint]:
-    """The run's complete checkpoints, oldest first. Those that are not whole are named in the log and left out."""
-    found = []
+    """The run's valid checkpoints, oldest first; errors of the others are logged."""
+    valid = []
     for checkpoint in candidates(run_dir):
-        wrong = checkpoint.integrity_error()
-        if wrong:
-            logger.error("checkpoint %s is not whole and is not used: %s", checkpoint.path, wrong)
+        if error := checkpoint.integrity_error():
+            logger.error("checkpoint %s is incomplete or corrupt and not used: %s", checkpoint.path, error)
         else:
-            found.append(checkpoint)
-    return found
+            valid.append(checkpoint)
+    return valid
 
 
 def retain(run_dir: Path, rules: CheckpointConfig) -> None:
-    """Delete what the rules no longer keep: all but the last `keep` and the multiples of `keep_every`."""
+    """Delete all checkpoints but the last `keep` and the multiples of `keep_every`."""
     for old in list_checkpoints(run_dir)[: -rules.keep]:
         if rules.keep_every is None or old.step % rules.keep_every:
             old.delete()
 
 
 def clear_partial(run_dir: Path) -> None:
-    """Remove what a save, a conversion or a deletion that was cut short left behind."""
+    """Remove the remains of interrupted saves, conversions and deletions."""
     folder = run_dir / "checkpoints"
     orphans = [path for path in folder.glob(f"step_*{UNIVERSAL}") if not path.with_suffix("").exists()]
     for path in [*folder.glob(f"step_*{PARTIAL}"), *orphans]:
         logger.info("removing the unfinished %s", path)
-        shutil.rmtree(path, ignore_errors=True)  # a converter whose parent was killed may write on for a moment
+        shutil.rmtree(path, ignore_errors=True)  # a converter whose parent was killed may still write for a moment
 
 
 def find(run_dir: str | Path, step: int | None = None) -> Checkpoint:
-    """The newest checkpoint of a run, or the one of `step`. Raises InputError where there is none."""
+    """The newest checkpoint of a run, or the one of `step`. Raises InputError if there is none."""
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise InputError(f"{run_dir}: no run here (config.yaml is missing)")
@@ -139,14 +138,14 @@ def find(run_dir: str | Path, step: int | None = None) -> Checkpoint:
     for checkpoint in checkpoints:
         if checkpoint.step == step:
             return checkpoint
-    there = ", ".join(str(checkpoint.step) for checkpoint in checkpoints)
-    raise InputError(f"{run_dir}/checkpoints: no checkpoint of step {step} (there are: {there})")
+    steps = ", ".join(str(checkpoint.step) for checkpoint in checkpoints)
+    raise InputError(f"{run_dir}/checkpoints: no checkpoint of step {step} (available: {steps})")
 
 
 def load_model(run_dir: str | Path, step: int | None = None) -> tuple[BaseLCM, TrainConfig, int]:
     """The model of a run in fp32 on the CPU, in evaluation mode, with its config and the steps it was trained for.
 
-    Works for any ZeRO stage and world size. Raises InputError where there is no such run or checkpoint.
+    Works for any ZeRO stage and world size. Raises InputError if there is no such run or checkpoint.
     """
     import torch
 
@@ -155,17 +154,17 @@ def load_model(run_dir: str | Path, step: int | None = None) -> tuple[BaseLCM, T
 
     checkpoint = find(run_dir, step)
     config = load(TrainConfig, Path(run_dir) / "config.yaml")
-    with torch.device("meta"):  # what is read becomes the model's: no second copy of it
+    with torch.device("meta"):  # the tensors that are read become the model's, without a copy
         model = BaseLCM(BaseLCMConfig(**checkpoint.state()["model"]))
     model.load_state_dict(fp32_weights(checkpoint), assign=True)
     return model.eval(), config, checkpoint.step
 
 
 def fp32_weights(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The full state dict of a checkpoint: its fp32 master weights to the last bit, and its buffers.
+    """The full state dict of a checkpoint: its fp32 master weights, bit for bit, and its buffers.
 
-    For each of DeepSpeed's optimizers: ZeRO 0 to 3 and, in half precision, those that it takes for ZeRO 0 and for ZeRO
-    1 with gradients in fp32; from any number of ranks. Raises InputError if the masters are not those of the weights.
+    For any number of ranks and each of DeepSpeed's optimizers: ZeRO 0 to 3 and, in half precision, those that it uses
+    for ZeRO 0 and for ZeRO 1 with fp32 gradients. Raises InputError if the masters do not round to the weights.
     """
     if checkpoint.state()["zero_stage"] == 3:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -175,19 +174,19 @@ def fp32_weights(checkpoint: Checkpoint) -> dict[str, Any]:
     saved = _read(checkpoint.path / "mp_rank_00_model_states.pt")
     weights = saved["module"]
     shapes = saved.get("param_shapes")  # None under ZeRO 0
-    masters = _of_one_optimizer(checkpoint, saved) if shapes is None else _of_ranks(checkpoint, shapes)
+    masters = _replicated_masters(checkpoint, saved) if shapes is None else _sharded_masters(checkpoint, shapes)
     for name, master in masters.items():
         if not master.to(weights[name].dtype).equal(weights[name].flatten()):
-            raise InputError(f"{checkpoint.path}: the fp32 weights of {name} are not those that the model was run with")
+            raise InputError(f"{checkpoint.path}: the fp32 weights of {name} do not round to the weights of the model")
     return {name: masters.get(name, value).float().view(value.shape) for name, value in weights.items()}
 
 
-def _of_ranks(checkpoint: Checkpoint, shapes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Master weights by name, each in one dimension, that are shared out among the files of the ranks (ZeRO 1 and 2).
+def _sharded_masters(checkpoint: Checkpoint, shapes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Flat master weights by name, which ZeRO 1 and 2 divide among the files of the ranks.
 
-    DeepSpeed's own reader takes no file of its BF16_Optimizer, which it uses for ZeRO 1 with gradients in fp32.
+    DeepSpeed's own reader does not support its BF16_Optimizer, which it uses for ZeRO 1 with fp32 gradients.
 
-    shapes: of the parameters, group by group, in the order in which they lie one after the other.
+    shapes: of the parameters of each group, in the order in which they are concatenated.
     """
     import torch
 
@@ -196,17 +195,17 @@ def _of_ranks(checkpoint: Checkpoint, shapes: list[dict[str, Any]]) -> dict[str,
         (path,) = checkpoint.path.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")  # or bf16_zero_pp_rank_…
         ranks.append(_read(path)["optimizer_state_dict"])
     masters = {}
-    for number, group in enumerate(shapes):
-        flat = torch.cat([rank["single_partition_of_fp32_groups"][number].detach() for rank in ranks])
-        fillings, start = ranks[0].get("param_alignment_paddings"), 0
+    for group_index, group in enumerate(shapes):
+        flat = torch.cat([rank["single_partition_of_fp32_groups"][group_index].detach() for rank in ranks])
+        paddings, start = ranks[0].get("param_alignment_paddings"), 0
         for index, (name, shape) in enumerate(group.items()):
             masters[name] = flat[start : start + shape.numel()]
-            start += shape.numel() + (fillings[number][index] if fillings else 0)
+            start += shape.numel() + (paddings[group_index][index] if paddings else 0)
     return masters
 
 
-def _of_one_optimizer(checkpoint: Checkpoint, saved: dict[str, Any]) -> dict[str, Any]:
-    """Master weights by name, each in one dimension, that lie beside the weights (ZeRO 0); none beside fp32 weights."""
+def _replicated_masters(checkpoint: Checkpoint, saved: dict[str, Any]) -> dict[str, Any]:
+    """Flat master weights by name, which ZeRO 0 stores with the weights; empty for fp32 weights."""
     import torch
 
     from lcm_ds.config import OptimConfig
@@ -219,20 +218,21 @@ def _of_one_optimizer(checkpoint: Checkpoint, saved: dict[str, Any]) -> dict[str
     if not groups:
         return {}
     state = checkpoint.state()
-    with torch.device("meta"):  # only for the order in which the optimizer holds its parameters
+    with torch.device("meta"):  # only for the order of the optimizer's parameters
         model = BaseLCM(BaseLCMConfig(**state["model"]))
     names = {parameter: name for name, parameter in model.named_parameters()}
     masters: dict[str, Any] = {}
     optim = OptimConfig(lr=1.0)  # type: ignore[call-arg]
-    for group, kept in zip(parameter_groups(model, optim, state["optimizer"]), groups, strict=True):
+    for group, tensors in zip(parameter_groups(model, optim, state["optimizer"]), groups, strict=True):
         sizes = [parameter.numel() for parameter in group["params"]]
-        flat = torch.cat([tensor.detach().flatten() for tensor in kept])[: sum(sizes)]  # the rest fills it up
+        flat = torch.cat([tensor.detach().flatten() for tensor in tensors])[: sum(sizes)]  # the rest is padding
         masters.update(zip((names[parameter] for parameter in group["params"]), flat.split(sizes), strict=True))
     return masters
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """One of DeepSpeed's files, of which only what is used comes into memory. It is a pickle."""
+    """One of DeepSpeed's files (a pickle), memory-mapped."""
+
     import torch
 
     return torch.load(path, map_location="cpu", mmap=True, weights_only=False)

@@ -1,6 +1,6 @@
-"""Where a run goes on: the newest checkpoint that is whole, converted where ranks or ZeRO stage are others than then.
+"""Resuming: the newest valid checkpoint, converted if the number of ranks or the ZeRO stage has changed.
 
-All ranks call the functions here together and come to the same.
+All ranks call these functions together and reach the same result.
 """
 
 from __future__ import annotations
@@ -36,79 +36,78 @@ from lcm_ds.processes import set_parent_death_signal
 logger = logging.getLogger("lcm_ds.train")
 
 POLL_SECONDS = 0.5
-TELL_SECONDS = 10.0
-# Bytes that a conversion needs for each parameter: fp32 weight and two moments, once in pieces and once put together.
+REPORT_SECONDS = 10.0
+# Disk space of a conversion per parameter: fp32 weight and two moments, both in fragments and merged.
 CONVERTED_BYTES = 24
 
 MODEL_STATES = {"mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"}
 
 
 def newest_complete(run_dir: Path, rules: CheckpointConfig) -> Checkpoint | None:
-    """The run's newest checkpoint that is whole, None where it has none at all yet.
+    """The run's newest valid checkpoint; None if the run has none yet.
 
-    Those that are not are told at ERROR and set aside as `.bad`. Raises RunFailedError, and leaves everything as it is,
-    where there are some and none is whole.
+    Invalid ones are logged as errors and moved to `.bad`. Raises RunFailedError, and changes nothing, if there are
+    checkpoints and none is valid.
     """
-    found = from_first(candidates(run_dir) if dist.get_rank() == 0 else [])
+    existing = from_first(candidates(run_dir) if dist.get_rank() == 0 else [])
     bad: list[tuple[Checkpoint, str]] = []
-    for checkpoint in reversed(found):
+    for checkpoint in reversed(existing):
         integrity_error = _integrity_error(checkpoint, full=rules.verify == "full")
         if integrity_error is None:
             if dist.get_rank() == 0:
-                _quarantine(bad, [older for older in found if older.step < checkpoint.step], checkpoint)
+                _quarantine(bad, [older for older in existing if older.step < checkpoint.step], checkpoint)
             return checkpoint
         bad.append((checkpoint, integrity_error))
-    aside = from_first(sorted(map(str, (run_dir / "checkpoints").glob(f"step_*{BAD}"))))
-    if bad or aside:
-        told = [f"{checkpoint.path}: {integrity_error}" for checkpoint, integrity_error in bad] + [
-            f"{path}: set aside" for path in aside
-        ]
+    quarantined = from_first(sorted(map(str, (run_dir / "checkpoints").glob(f"step_*{BAD}"))))
+    if bad or quarantined:
+        reasons = [f"{checkpoint.path}: {integrity_error}" for checkpoint, integrity_error in bad]
+        reasons += [f"{path}: found corrupt before" for path in quarantined]
         raise RunFailedError(
-            f"{run_dir}: no checkpoint is whole ({'; '.join(told)}); nothing was changed; take another run_dir to "
-            f"start anew, or move {run_dir / 'checkpoints'} away"
+            f"{run_dir}: no checkpoint is valid ({'; '.join(reasons)}); nothing was changed; choose another run_dir to "
+            f"start over, or move {run_dir / 'checkpoints'} away"
         )
     return None
 
 
 def _integrity_error(checkpoint: Checkpoint, full: bool) -> str | None:
-    """Why a checkpoint is not whole, None where it is; `full`: every file's checksum, shared out among the ranks."""
+    """Why a checkpoint is invalid, None if it is not; `full`: by every file's checksum, each rank hashing its share."""
     integrity_error = from_first(checkpoint.integrity_error() if dist.get_rank() == 0 else None)
     if integrity_error is not None or not full:
         return integrity_error
-    mine = None
+    errors: list[str] = []
     try:
         files = sorted(checkpoint.files().items())
         for name, entry in files[dist.get_rank() :: dist.get_world_size()]:
             if sha256_of(checkpoint.path / name) != entry["sha256"]:
-                mine = f"{name} is not what was written (its sha256 differs)"
+                errors.append(f"{name} is not what was written (its sha256 differs)")
     except (OSError, ValueError) as error:
-        mine = str(error)
-    every: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
-    return next((integrity_error for integrity_error in every if integrity_error is not None), None)
+        errors.append(str(error))
+    errors_by_rank: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(errors_by_rank, errors)
+    return next((error for own_errors in errors_by_rank for error in own_errors), None)
 
 
 def _quarantine(bad: list[tuple[Checkpoint, str]], older: list[Checkpoint], used: Checkpoint) -> None:
     for checkpoint, integrity_error in bad:
-        aside = checkpoint.quarantine()
+        moved_to = checkpoint.quarantine().name
         logger.error(
-            "checkpoint %s is not whole: %s; it is set aside as %s", checkpoint.path, integrity_error, aside.name
+            "checkpoint %s is incomplete or corrupt (%s); moved to %s", checkpoint.path, integrity_error, moved_to
         )
     if bad:
-        logger.error("going on from %s", used.path)
+        logger.error("resuming from %s", used.path)
     for checkpoint in older:
-        if not (checkpoint.path / "COMPLETE").exists():  # it was being deleted
+        if not (checkpoint.path / "COMPLETE").exists():  # its deletion was interrupted
             logger.info("removing the rest of %s", checkpoint.path)
             shutil.rmtree(checkpoint.path, ignore_errors=True)
 
 
-# --- may it go on -----------------------------------------------------------------------------------------------------
+# --- compatibility ----------------------------------------------------------------------------------------------------
 
 
 def errors(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
-    """What keeps a run with the identity `now` (run_folder.py) from going on there: a line each, both values shown."""
+    """Why a run with the identity `now` (run_metadata.py) cannot resume from a checkpoint: a line each, both values."""
     then = checkpoint.state()
-    what = {
+    names = {
         "fingerprint": "the data plan's fingerprint (shards, seed, rows_per_step, row_length, max_segment)",
         "model": "the model",
         "init_from": "model.init_from",
@@ -116,39 +115,37 @@ def errors(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
         "optimizer": "the optimizer",
     }
     lines = [
-        f"{checkpoint.path}: {name} was {then.get(key)!r} and is now {now.get(key)!r}; start a new run_dir or go back"
-        for key, name in what.items()
+        f"{checkpoint.path}: {name} was {then.get(key)!r} and is now {now.get(key)!r}; undo that or use a new run_dir"
+        for key, name in names.items()
         if then.get(key) != now.get(key)
     ]
     if not lines and needs_conversion(then, now):
+        shuffled = [deepspeed_config.shuffles_parameters(state.get("deepspeed", {})) for state in (then, now)]
         reasons = {
-            "ZeRO 0 keeps the optimizer whole, and DeepSpeed cannot convert it": 0
+            "DeepSpeed cannot convert the unpartitioned optimizer of ZeRO 0": 0
             in (then["zero_stage"], now["zero_stage"]),
-            "DeepSpeed converts the states of Adam alone": now["optimizer"].lower() not in ("adam", "adamw"),
-            "what is offloaded to NVMe cannot be converted": then["nvme"] or now["nvme"],
-            "DeepSpeed mixes parameters up under round_robin_gradients": any(
-                deepspeed_config.shuffles_parameters(state["deepspeed"])
-                for state in (then, now)
-                if "deepspeed" in state
-            ),
+            "DeepSpeed converts only Adam's states": now["optimizer"].lower() not in ("adam", "adamw"),
+            "states offloaded to NVMe cannot be converted": then["nvme"] or now["nvme"],
+            "DeepSpeed mixes up parameters under round_robin_gradients": any(shuffled),
         }
         lines = [
-            f"{checkpoint.path}: was saved by {_shape(then)} and would go on with {_shape(now)}: {reason}; "
-            "go on as it was"
-            for reason, holds in reasons.items()
-            if holds
+            f"{checkpoint.path}: was saved by {_shape(then)} and would resume with {_shape(now)}: {reason}; "
+            "resume with the former settings"
+            for reason, applies in reasons.items()
+            if applies
         ]
     return lines
 
 
 def needs_conversion(then: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether DeepSpeed's own files do not fit: another number of ranks, ZeRO stage or layout (ds_config.py)."""
+    """Whether DeepSpeed's own files do not fit: number of ranks, ZeRO stage or file layout differ."""
     if then["zero_stage"] == now["zero_stage"] == 0:
         return False
     if any(then[key] != now[key] for key in ("world_size", "zero_stage")):
         return True
-    known = "deepspeed" in then  # not in checkpoints of older versions
-    return known and deepspeed_config.layout(then["deepspeed"]) != deepspeed_config.layout(now["deepspeed"])
+    if "deepspeed" not in then:  # a checkpoint of an older version
+        return False
+    return deepspeed_config.layout(then["deepspeed"]) != deepspeed_config.layout(now["deepspeed"])
 
 
 def _shape(state: dict[str, Any]) -> str:
@@ -156,13 +153,13 @@ def _shape(state: dict[str, Any]) -> str:
 
 
 def changes(checkpoint: Checkpoint, run_dir: Path, now: dict[str, Any]) -> str | None:
-    """What the config and the DeepSpeed JSON say otherwise than when a checkpoint was saved, in a line; None: nothing.
+    """Config and DeepSpeed settings that changed since a checkpoint was saved, as one line; None if none did.
 
     Args:
-        checkpoint: Where the run resumes.
-        run_dir: Its config.yaml and ds_config.json, of the run's last start, stand in for what the checkpoints of older
-            versions do not hold.
-        now: The run's identity (run_folder.py).
+        checkpoint: The run resumes from it.
+        run_dir: Its config.yaml and ds_config.json, of the run's last start, replace what checkpoints of older versions
+            do not contain.
+        now: The run's identity (run_metadata.py).
     """
     then = checkpoint.state()
     if "config" not in then:
@@ -181,7 +178,7 @@ def changes(checkpoint: Checkpoint, run_dir: Path, now: dict[str, Any]) -> str |
 
 
 def _common(mapping: Any, other: Any) -> Any:
-    """The keys that both have: others are not of both versions of lcm-ds."""
+    """The keys that `other` has, too: the rest is of another version of lcm-ds."""
     if not (isinstance(mapping, dict) and isinstance(other, dict)):
         return mapping
     return {key: _common(value, other[key]) for key, value in mapping.items() if key in other}
@@ -206,13 +203,22 @@ def convert(
     checkpoint: Checkpoint,
     parameters: int,
     rules: CheckpointConfig,
-    moved: Callable[[str], None],
-    say: Callable[[str], None],
+    on_progress: Callable[[str], None],
+    print_line: Callable[[str], None],
 ) -> None:
-    """Convert a checkpoint to DeepSpeed's universal format, beside it, unless that was done before and is whole.
+    """Convert a checkpoint to DeepSpeed's universal format, beside it, unless a valid conversion exists.
 
-    Rank 0 does it and tells how far it is; the others wait, in no collective, for it may take longer than those wait.
-    moved: is told what goes on, again and again; say: lines for people. Raises RunFailedError on all ranks if it fails.
+    Rank 0 converts; the others wait outside of collectives, whose timeout may be shorter.
+
+    Args:
+        checkpoint: What to convert.
+        parameters: Number of the model's parameters, for the disk space needed.
+        rules: `verify` decides how an existing conversion is checked.
+        on_progress: Called again and again with what is being done.
+        print_line: Prints a line for the user.
+
+    Raises:
+        RunFailedError: On all ranks, if it fails.
     """
     if checkpoint.universal.exists():
         integrity_error = _integrity_error(
@@ -221,57 +227,63 @@ def convert(
         if integrity_error is None:
             return
         if dist.get_rank() == 0:
-            logger.error("%s is not whole: %s; it is made again", checkpoint.universal, integrity_error)
+            logger.error(
+                "%s is incomplete or corrupt (%s); it is converted again", checkpoint.universal, integrity_error
+            )
             shutil.rmtree(checkpoint.universal)
         dist.barrier()
     store, key = dist.distributed_c10d._get_default_store(), f"lcm-ds/converted/{checkpoint.step}"
     if dist.get_rank() == 0:
         try:
-            _convert(checkpoint, parameters, moved, say)
+            _convert(checkpoint, parameters, on_progress, print_line)
             store.set(key, "")
         except (RunFailedError, OSError, RuntimeError) as error:
             store.set(key, str(error) or repr(error))
-    while not store.check([key]):  # raises where rank 0 has died
-        moved("waiting for the conversion")
+    while not store.check([key]):  # raises if rank 0 has died
+        on_progress("waiting for the conversion")
         time.sleep(POLL_SECONDS)
     if error_text := store.get(key).decode():
         raise RunFailedError(error_text)
     dist.barrier()
 
 
-def _convert(checkpoint: Checkpoint, parameters: int, moved: Callable[[str], None], say: Callable[[str], None]) -> None:
+def _convert(
+    checkpoint: Checkpoint, parameters: int, on_progress: Callable[[str], None], print_line: Callable[[str], None]
+) -> None:
     free = shutil.disk_usage(checkpoint.path).free
     if free < parameters * CONVERTED_BYTES:
         raise RunFailedError(
-            f"{checkpoint.path}: to be converted it needs about {parameters * CONVERTED_BYTES / 1e9:,.1f} GB, "
-            f"and {free / 1e9:,.1f} GB are free"
+            f"{checkpoint.path}: its conversion needs about {parameters * CONVERTED_BYTES / 1e9:,.1f} GB, "
+            f"and only {free / 1e9:,.1f} GB are free"
         )
     partial = checkpoint.path.with_name(f"{checkpoint.universal.name}.{os.getpid()}{PARTIAL}")
     workers = str(max(1, min(8, len(os.sched_getaffinity(0)))))
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(checkpoint.path)]
     command += ["--output_folder", str(partial), "--num_extract_workers", workers, "--num_merge_workers", workers]
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    say(f"converting {checkpoint.path.name} to DeepSpeed's universal format, once")
+    print_line(f"converting {checkpoint.path.name} to DeepSpeed's universal format, once")
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, env=environ, preexec_fn=set_parent_death_signal())
-        told = started = time.monotonic()
+        reported = started = time.monotonic()
         while child.poll() is None:
             time.sleep(POLL_SECONDS)
-            moved(f"converting {checkpoint.path.name}")
-            if time.monotonic() - told > TELL_SECONDS:
-                told = time.monotonic()
+            on_progress(f"converting {checkpoint.path.name}")
+            if time.monotonic() - reported > REPORT_SECONDS:
+                reported = time.monotonic()
                 done = sum(1 for _ in (partial / "zero").glob("*/fp32.pt"))
-                say(f"converting {checkpoint.path.name}: {done} parameters done, {told - started:.0f} s")
+                print_line(f"converting {checkpoint.path.name}: {done} parameters done, {reported - started:.0f} s")
         log.seek(0)
-        said = log.read().decode("utf-8", errors="replace")
+        output = log.read().decode("utf-8", errors="replace")
     if child.returncode:
-        raise RunFailedError(f"{checkpoint.path}: cannot be converted to DeepSpeed's universal format:\n{said[-4000:]}")
+        raise RunFailedError(
+            f"{checkpoint.path}: cannot be converted to DeepSpeed's universal format:\n{output[-4000:]}"
+        )
     (partial.parent / "latest_universal").unlink()
     normalize_universal_checkpoint(partial)
     files = {}
     for path in sorted(partial.rglob("*")):
         if path.is_file():
-            moved(f"converting {checkpoint.path.name}: {path.name}")
+            on_progress(f"converting {checkpoint.path.name}: {path.name}")
             sync(path)
             name = str(path.relative_to(partial))
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
@@ -281,18 +293,18 @@ def _convert(checkpoint: Checkpoint, parameters: int, moved: Callable[[str], Non
 
 
 def normalize_universal_checkpoint(folder: Path) -> None:
-    """What DeepSpeed looks for besides weights and moments has other names under ZeRO 3 than under ZeRO 1 and 2."""
-    found, *others = sorted(folder.glob("*model_states.pt"))
-    for name in MODEL_STATES - {found.name}:
-        os.link(found, folder / name)
+    """Make a universal checkpoint loadable under any stage: ZeRO 3 expects other files and keys than ZeRO 1 and 2."""
+    model_states, *others = sorted(folder.glob("*model_states.pt"))
+    for name in MODEL_STATES - {model_states.name}:
+        os.link(model_states, folder / name)
     for path in {*others} - {folder / name for name in MODEL_STATES}:
         path.unlink()
     states = folder / "zero" / "optimizer_state.pt"
     saved = torch.load(states, weights_only=False)
-    if "optimizer_state_dict" in saved:  # of ZeRO 3, with all that rank 0 had
+    if "optimizer_state_dict" in saved:  # of ZeRO 3, with all of rank 0's state
         step = saved["optimizer_state_dict"]["state"][0]["step"]
         del saved["fp32_flat_groups"]
-        for group in torch.load(found, weights_only=False, mmap=True)["param_shapes"]:
+        for group in torch.load(model_states, weights_only=False, mmap=True)["param_shapes"]:
             for parameter, shape in group.items():
                 torch.save(step, folder / "zero" / parameter / "step.pt")
                 for path in (folder / "zero" / parameter / f"{name}.pt" for name in ("fp32", "exp_avg", "exp_avg_sq")):
@@ -308,23 +320,23 @@ def normalize_universal_checkpoint(folder: Path) -> None:
 
 
 def restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, universal: bool) -> None:
-    """Load weights, optimizer and random states into a fresh engine, whose settings stay those of the config.
+    """Load weights, optimizer and random states into a fresh engine, and keep the settings of its config.
 
     Args:
-        engine: Was built with the config, and has taken no step.
+        engine: Built with the config; has taken no step.
         checkpoint: What to load.
-        universal: From what `convert` made of it, into an engine that was built for that.
+        universal: Load the universal checkpoint of `convert`, into an engine built for that.
     """
     path = checkpoint.universal if universal else checkpoint.path
-    settings = LaunchOptions(engine)
+    settings = OptimizerSettings(engine)
     loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name, load_lr_scheduler_states=False)
     if loaded is None:
         raise RuntimeError(f"DeepSpeed could not load the checkpoint {path}")
-    settings.put_back(engine)
+    settings.restore(engine)
     groups = engine.basic_optimizer.param_groups
     on_device = any(group.get("fused") or group.get("capturable") for group in groups)
     for parameter, state in engine.basic_optimizer.state.items():
-        if isinstance(state.get("step"), torch.Tensor):  # one for all of them, or where another optimizer wants it
+        if isinstance(state.get("step"), torch.Tensor):  # loaded as one shared tensor, or for another optimizer
             state["step"] = state["step"].to(parameter.device if on_device else "cpu", copy=True)
     if universal:
         _restore_normalizer(engine.module.normalizer, path)
@@ -332,41 +344,36 @@ def restore(engine: deepspeed.DeepSpeedEngine, checkpoint: Checkpoint, universal
         restore_random_states(checkpoint.path, dist.get_rank())
 
 
-class LaunchOptions:
-    """What the config says of a fresh engine's optimizer, which DeepSpeed's loading replaces by the checkpoint's."""
+class OptimizerSettings:
+    """A fresh engine's optimizer settings, of the config; DeepSpeed's loading replaces them by the checkpoint's."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         self._groups = [
             {key: value for key, value in group.items() if key not in ("params", "step")}
             for group in engine.basic_optimizer.param_groups
         ]
-        held = {name: getattr(engine.optimizer, name, None) for name in ("clip_grad", "dynamic_loss_scale")}
-        self._held = {name: value for name, value in held.items() if value is not None}
+        attributes = {name: getattr(engine.optimizer, name, None) for name in ("clip_grad", "dynamic_loss_scale")}
+        self._attributes = {name: value for name, value in attributes.items() if value is not None}
         self._scalers = {
             name: copy.copy(getattr(engine.optimizer, name))
-            for name in ("loss_scaler", "loss_scale_config")  # under ZeRO, and without
+            for name in ("loss_scaler", "loss_scale_config")  # with and without ZeRO
             if hasattr(engine.optimizer, name)
         }
 
-    def put_back(self, engine: deepspeed.DeepSpeedEngine) -> None:
-        """Make them the settings of the engine again; how far a dynamic scale of the loss has come stays."""
+    def restore(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        """Give the engine these settings again; the current value of a dynamic loss scale stays."""
         for group, own in zip(engine.basic_optimizer.param_groups, self._groups, strict=True):
             group.update(own)
-        for name, value in self._held.items():
+        for name, value in self._attributes.items():
             setattr(engine.optimizer, name, value)
         for name, own in self._scalers.items():
             setattr(engine.optimizer, name, scaler_as_configured(own, getattr(engine.optimizer, name)))
 
 
 def scaler_as_configured(own: Any, loaded: Any) -> Any:
-    """A scaler of the loss, or its settings, as the config says, as far as the loaded one had come.
-
-    Args:
-        own: One as the config says, which is changed.
-        loaded: The checkpoint's.
-    """
+    """The loss scaler `own` of the config, or its settings, with the progress of the `loaded` one."""
     dynamic = [getattr(scaler, "dynamic", getattr(scaler, "dynamic_loss_scale", False)) for scaler in (own, loaded)]
-    if all(dynamic):  # else the scale is what the config says
+    if all(dynamic):  # else the scale is the config's
         for name in ("cur_scale", "cur_iter", "last_overflow_iter"):
             setattr(own, name, getattr(loaded, name))
         own.cur_scale = max(own.cur_scale, getattr(own, "min_scale", getattr(own, "min_loss_scale", 0)))
@@ -376,10 +383,11 @@ def scaler_as_configured(own: Any, loaded: Any) -> Any:
 
 
 def _restore_normalizer(normalizer: Normalizer, universal: Path) -> None:
-    """Take it from the checkpoint: of the universal format DeepSpeed loads parameters alone, and no buffers.
+    """Load the normaliser: from the universal format DeepSpeed loads no buffers.
 
-    It need not be that of the training data: a run that started from another model has that model's.
+    It may differ from that of the training data: a run with model.init_from has that model's.
     """
+
     states = universal / min(MODEL_STATES)  # the same under either name
     saved = torch.load(states, map_location="cpu", mmap=True, weights_only=False)["module"]
     normalizer.set(*(saved[f"normalizer.{name}"].float().numpy() for name in ("center", "scale")))

@@ -1,8 +1,8 @@
-"""Saving: DeepSpeed's files, what this process alone knows, then COMPLETE; all ranks agree before anything older goes.
+"""Saving: DeepSpeed's files, random states and state.json, then COMPLETE; older checkpoints go once all ranks agree.
 
-The run stands still while its state is copied into the host's memory; a thread of each rank writes the copy, and the
-ranks make a checkpoint of it at the first step at which all have written. Nothing that goes wrong with a file ends the
-run: it is told at ERROR, what was written is taken away, and the checkpoints that are there stay.
+Training pauses while the state is copied into host memory. A thread of each rank writes the copy, and the ranks commit
+the checkpoint at the first step at which all have written. A failed write does not end the run: it is logged as an
+error, its files are deleted, and existing checkpoints stay.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from lcm_ds import deepspeed_config
 from lcm_ds.checkpoint import format as checkpoints
 from lcm_ds.checkpoint.format import PARTIAL, Checkpoint, folder_name
 from lcm_ds.config import CheckpointConfig
+from lcm_ds.distributed.collectives import from_first
 from lcm_ds.files import sha256_of, sync, write_whole
 
 logger = logging.getLogger("lcm_ds.train")
 
-# What ds_to_universal looks for in the client state of ZeRO 1 and 2 before it converts a checkpoint.
-CONVERTIBLE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
+# ds_to_universal requires this in the client state of ZeRO 1 and 2.
+CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
 
 
 def saves_in_background(rules: CheckpointConfig, ds: dict[str, Any]) -> bool:
-    """Whether a save is written while the run goes on: as the config says, else under every ZeRO stage.
+    """checkpoint.background, or its default: unless the optimizer is offloaded.
 
-    Not by default where the optimizer is offloaded: then the host's memory holds its states already, and NVMe's
-    are copied from file to file.
+    With offload, host memory holds the optimizer states already, and those on NVMe are copied from file to file.
     """
     return not deepspeed_config.offloads_optimizer(ds) if rules.background is None else rules.background
 
 
 class Saver:
-    """The checkpoints that an engine writes; every method but `busy` is called by all ranks together."""
+    """Writes checkpoints of an engine; all ranks call every method but `busy` together."""
 
     def __init__(
         self, engine: deepspeed.DeepSpeedEngine, run_dir: Path, rules: CheckpointConfig, background: bool
@@ -57,41 +57,41 @@ class Saver:
         self._engine, self._run_dir, self._rules = engine, run_dir, rules
         self._rank = dist.get_rank()
         self._writer = ThreadPoolExecutor(1, "lcm-ds-save") if background else None
-        self._files = Files(self._writer)
-        self._pending: int | None = None  # steps done in the save that is being written
+        self._files = HashingCheckpointEngine(self._writer)
+        self._pending: int | None = None  # step of the checkpoint that is being written
         engine.checkpoint_engine = self._files
 
     @property
     def in_background(self) -> bool:
-        """Whether a save is written while the run goes on."""
+        """Whether training continues while a checkpoint is written."""
         return self._writer is not None
 
     @property
     def pending(self) -> bool:
-        """Whether a save has begun and is no checkpoint yet."""
+        """Whether a checkpoint was started and not committed."""
         return self._pending is not None
 
     def busy(self) -> bool:
-        """Whether this rank still writes."""
+        """Whether this rank is still writing."""
         return self._files.busy()
 
-    def begin(self, step: int, state: Mapping[str, Any]) -> None:
-        """Copy everything there is after `step` steps, and start to write it; `finish` makes it a checkpoint.
+    def save_async(self, step: int, state: Mapping[str, Any]) -> None:
+        """Copy the state after `step` steps and start writing it; `commit` makes it a checkpoint.
 
-        state: what goes into state.json.
+        state: content of state.json.
         """
         partial = self._partial(step)
         self._files.start(partial, first=self._rank == 0)
-        dist.barrier()  # the folder is there
+        dist.barrier()  # the folder exists
         self._files.save(random_states(), str(partial / random_states_name(self._rank)))
         if self._rank == 0:
             self._files.save_text(json.dumps(state, indent=1), partial / "state.json")
         try:
             self._engine.save_checkpoint(
-                str(partial.parent), tag=partial.name, client_state=CONVERTIBLE, save_latest=False
+                str(partial.parent), tag=partial.name, client_state=CLIENT_STATE, save_latest=False
             )
         except OSError as error:
-            # What DeepSpeed copies itself, as its last act; the other ranks wait in what comes then.
+            # Copying offloaded files is DeepSpeed's last action; the other ranks are waiting in the barrier after it.
             self._files.errors.append(str(error))
             if self._engine._optimizer_has_ckpt_event_epilogue():
                 self._engine.optimizer.checkpoint_event_epilogue()
@@ -99,31 +99,30 @@ class Saver:
         self._files.add_copied(partial, self._rank)
         self._pending = step
 
-    def finish(self) -> bool:
-        """Wait until every rank has written, and make it a checkpoint; whether it is one now."""
+    def commit(self) -> bool:
+        """Wait until every rank has written, and complete the checkpoint; False if anything failed."""
         assert self._pending is not None
         step, self._pending = self._pending, None
         written: list[tuple[dict[str, Any], list[str]]] = [({}, [])] * dist.get_world_size()
         dist.all_gather_object(written, self._files.result())
-        wrong = [f"rank {rank}: {error}" for rank, (_, errors) in enumerate(written) for error in errors]
-        if self._rank == 0 and not wrong:
+        errors = [f"rank {rank}: {error}" for rank, (_, own_errors) in enumerate(written) for error in own_errors]
+        if self._rank == 0 and not errors:
             try:
                 self._complete(step, {name: entry for files, _ in written for name, entry in sorted(files.items())})
             except OSError as error:
-                wrong = [str(error)]
-        outcome = [wrong]
-        dist.broadcast_object_list(outcome, src=0)
+                errors = [str(error)]
+        errors = from_first(errors)
         if self._rank == 0:
-            if outcome[0]:
-                logger.error("checkpoint of step %d was not written: %s; the run goes on", step, "; ".join(outcome[0]))
+            if errors:
+                logger.error("checkpoint of step %d was not written: %s; the run continues", step, "; ".join(errors))
                 shutil.rmtree(self._partial(step), ignore_errors=True)
             else:
                 logger.info("saved %s", self._final(step))
                 self._retain()
-        return not outcome[0]
+        return not errors
 
     def close(self) -> None:
-        """End the thread; a save that is no checkpoint yet is given up."""
+        """End the thread; a checkpoint that is not committed is abandoned."""
         if self._writer is not None:
             self._writer.shutdown(wait=True)
 
@@ -137,7 +136,7 @@ class Saver:
         partial, final = self._partial(step), self._final(step)
         write_whole(partial / "COMPLETE", json.dumps({"files": files}, indent=1))
         integrity_error = Checkpoint(partial, step).integrity_error()
-        if integrity_error:  # of another rank's: a folder that not all hosts share
+        if integrity_error:  # a file of another rank's: not all hosts share the folder
             raise OSError(f"{partial}: {integrity_error}")
         for former in (final, Checkpoint(final, step).universal):
             shutil.rmtree(former, ignore_errors=True)
@@ -157,8 +156,8 @@ class Saver:
             self._writer.submit(retain)
 
 
-class Files(CheckpointEngine):
-    """What DeepSpeed writes its files with: synced, their checksums taken on the way, errors kept for `result`.
+class HashingCheckpointEngine(CheckpointEngine):
+    """Writes DeepSpeed's files: synced, hashed on the way, errors kept for `result`.
 
     writer: the thread that writes; None: the caller waits.
     """
@@ -169,40 +168,40 @@ class Files(CheckpointEngine):
         self.errors: list[str] = []
         self._writer = writer
         self._written: dict[str, dict[str, Any]] = {}
-        self._coming: list[Future[None]] = []
+        self._writes: list[Future[None]] = []
 
     def start(self, folder: Path, first: bool) -> None:
-        """Begin a checkpoint in `folder`, which the `first` rank makes anew."""
-        self._written, self.errors, self._coming = {}, [], []
+        """Begin a checkpoint in `folder`, which the `first` rank creates, empty."""
+        self._written, self.errors, self._writes = {}, [], []
         if first:
             shutil.rmtree(folder, ignore_errors=True)
             self.makedirs(str(folder), exist_ok=True)
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write an object as torch.save does; with a writer, a copy of it, after this has returned."""
+        """Write an object with torch.save; in the background a copy of it, after this has returned."""
         if self._writer is None:
             self._write(state_dict, Path(path))
         else:
-            self._coming.append(self._writer.submit(self._write, on_host(state_dict, {}), Path(path)))
+            self._writes.append(self._writer.submit(self._write, on_host(state_dict, {}), Path(path)))
 
     def save_text(self, text: str, path: Path) -> None:
         """Write a text."""
         self._write(text, path)
 
     def add_copied(self, folder: Path, rank: int) -> None:
-        """Take in what DeepSpeed copied itself: the states of an optimizer that is offloaded to NVMe."""
+        """Hash what DeepSpeed copied itself: optimizer states that are offloaded to NVMe."""
         for path in sorted((folder / "offloaded_tensors" / f"rank{rank:02d}").rglob("*")):
             if path.is_file() and not self.errors:
                 entry = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
                 self._written[str(path.relative_to(folder))] = entry
 
     def busy(self) -> bool:
-        """Whether something is still to be written."""
-        return not all(future.done() for future in self._coming)
+        """Whether a write is pending."""
+        return not all(future.done() for future in self._writes)
 
     def result(self) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        """Wait until all is written: size and sha256 by name, and what went wrong."""
-        for future in self._coming:
+        """Wait until everything is written; returns size and sha256 by name, and the errors."""
+        for future in self._writes:
             future.result()
         return self._written, self.errors
 
@@ -216,7 +215,7 @@ class Files(CheckpointEngine):
                     torch.save(content, hashed)
                 file.flush()
                 os.fsync(file.fileno())
-        except Exception as error:  # whatever it is, the other ranks have to hear of it
+        except Exception as error:  # of any kind: the other ranks have to know of it
             self.errors.append(f"{path.name}: {_cause(error)}")
         else:
             self._written[path.name] = {"bytes": hashed.bytes, "sha256": hashed.sha256.hexdigest()}
@@ -233,15 +232,15 @@ class Files(CheckpointEngine):
         return torch.load(path, map_location=map_location, weights_only=False)
 
     def create(self, info: Any) -> None:
-        """Nothing: the folder is made in `start`."""
+        """Nothing: `start` makes the folder."""
 
     def commit(self, info: Any) -> bool:
-        """Nothing: COMPLETE and the new name come when all ranks have written."""
+        """Nothing: `Saver.commit` completes the checkpoint when all ranks have written."""
         return True
 
 
 class _Hashed(io.RawIOBase):
-    """Writes on to a file and takes the sha256 of what it writes."""
+    """Writes to a file and computes the sha256 of what it writes."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file, self.sha256, self.bytes = file, hashlib.sha256(), 0
@@ -253,24 +252,24 @@ class _Hashed(io.RawIOBase):
 
 
 def on_host(value: Any, known: dict[int, Any]) -> Any:
-    """A copy of a state with all its tensors in the host's memory; a tensor's copy holds no more than the tensor.
+    """A copy of a state with all its tensors in host memory, each with a storage of its own size.
 
-    known: copies by the id of what was copied, for what occurs twice.
+    known: copies by the id of the original, for objects that occur twice.
     """
     if id(value) in known:
         return known[id(value)]
-    made: Any
+    copied: Any
     if isinstance(value, torch.Tensor):
-        made = value.detach().to("cpu", copy=True)
+        copied = value.detach().to("cpu", copy=True)
     elif type(value) in (list, tuple):
-        made = type(value)(on_host(item, known) for item in value)
+        copied = type(value)(on_host(item, known) for item in value)
     elif isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections"):
-        made = copy.copy(value)
-        made.update((key, on_host(item, known)) for key, item in value.items())
+        copied = copy.copy(value)
+        copied.update((key, on_host(item, known)) for key, item in value.items())
     else:
-        made = copy.deepcopy(value)
-    known[id(value)] = made
-    return made
+        copied = copy.deepcopy(value)
+    known[id(value)] = copied
+    return copied
 
 
 def _cause(error: BaseException) -> str:
@@ -288,7 +287,7 @@ def random_states_name(rank: int) -> str:
 
 
 def random_states() -> dict[str, Any]:
-    """The states of all generators of random numbers of this process, as torch.load takes them with weights_only.
+    """The states of all random generators of this process, loadable by torch.load with weights_only.
 
     The run itself draws from none of them: its noise and dropout are functions of (seed, step, lane).
     """
@@ -305,7 +304,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(folder: Path, rank: int) -> None:
-    """Put back what `random_states` gave when this rank saved into `folder`; nothing where there was no such rank."""
+    """Restore the random states that this rank saved in `folder`, if there was such a rank."""
     path = folder / random_states_name(rank)
     if not path.exists():
         return

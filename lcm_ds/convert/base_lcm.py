@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_ds.convert.fairseq2 import check_names, number_in, read_checkpoint
+from lcm_ds.convert.fairseq2 import attention_heads, check_names, header_number, layer_count, read_checkpoint
 from lcm_ds.errors import InputError
 from lcm_ds.files import check_new
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.pretrained import write_folder
 
-# Meta's names → ours, prefixes first. In fairseq2's GLU the gate goes through SiLU and inner_proj is what it gates.
+# Meta's names → ours, prefixes first. In fairseq2's GLU, SiLU(gate_proj) gates inner_proj.
 RENAMED = (
     (r"^(module\.)?(model\.)?", ""),
     (r"^frontend\.pre_linear\.", "pre_net."),
@@ -29,17 +29,22 @@ RENAMED = (
     (r"\.ffn\.gate_proj\.", ".mlp.gate_proj."),
     (r"\.ffn\.inner_proj\.", ".mlp.up_proj."),
     (r"\.ffn\.output_proj\.", ".mlp.down_proj."),
-    # Meta applies it outside of the model's forward pass, and keeps it in the frontend
+    # Meta applies it outside of the model's forward pass
     (r"^frontend\.sonar_normalizer\.", "normalizer."),
 )
 HEAD_DIM = 128  # of Meta's models: 2048 wide with 16 heads
 
 
 def import_meta(checkpoint: str | Path, output: str | Path, heads: int | None = None) -> BaseLCM:
-    """Write Meta's checkpoint (a .pt `{"model": state_dict}`, or .safetensors) as a Hugging Face folder.
+    """Write Meta's checkpoint as a Hugging Face folder; without a normaliser in the file, with the identity.
 
-    Without a normaliser in the file the model's is the identity. Raises InputError as `read_meta`, and where the folder
-    is there already.
+    Args:
+        checkpoint: A .pt with `{"model": state_dict}`, or .safetensors.
+        output: A new or empty folder.
+        heads: See `read_meta`.
+
+    Raises:
+        InputError: As `read_meta`, and if the folder exists already.
     """
     check_new(output)
     config, weights = read_meta(checkpoint, heads)
@@ -55,11 +60,11 @@ def import_meta(checkpoint: str | Path, output: str | Path, heads: int | None = 
 
 
 def read_meta(checkpoint: str | Path, heads: int | None = None) -> tuple[BaseLCMConfig, dict[str, Tensor]]:
-    """The sizes of the model in Meta's checkpoint, and its weights under our names, fp32.
+    """The sizes of the model in Meta's checkpoint, and its weights under our names, fp32, with the normaliser if any.
 
-    heads: attention heads, which the weights do not tell; by default what the file's header says, else 128 dimensions
-    a head. The normaliser is among the weights where the file has one. Raises InputError for a file that is not such a
-    checkpoint, and for one of a model that computes something else (a normaliser that clips, weight normalisation).
+    heads: number of attention heads, which the weights do not determine; default: that in the file's header, else one
+    for 128 dimensions. Raises InputError for any other file, and for other models (e.g. with a clipping normaliser or
+    weight normalisation).
     """
     weights, header = read_checkpoint(Path(checkpoint))
     renamed = {rename(name): tensor.float() for name, tensor in weights.items()}
@@ -80,25 +85,20 @@ def rename(name: str) -> str:
 
 
 def _config_of(weights: dict[str, Tensor], header: dict[str, str], heads: int | None, origin: Any) -> BaseLCMConfig:
-    """Sizes read off the weights' shapes."""
+    """Sizes, from the shapes of the weights."""
     for name in ("pre_net.weight", "layers.0.mlp.gate_proj.weight"):
         if name not in weights or weights[name].ndim != 2:
-            raise InputError(f"{origin}: no Base-LCM in here: {name} is missing (Meta's name may differ)")
+            raise InputError(f"{origin}: not a Base-LCM: {name} is missing (Meta's name may differ)")
     hidden_size, embed_dim = weights["pre_net.weight"].shape
-    heads = number_in(header, "num_heads", int, heads, origin) if heads is None else heads
-    if heads is None and hidden_size % HEAD_DIM == 0:
-        heads = hidden_size // HEAD_DIM
-    if heads is None:
-        raise InputError(f"{origin}: --heads: the weights do not tell how many attention heads share {hidden_size}")
+    heads = attention_heads(heads, header, "num_heads", hidden_size, HEAD_DIM, origin)
     if heads < 1 or hidden_size % (2 * heads):
-        raise InputError(f"{origin}: --heads {heads}: has to divide the width {hidden_size} into even parts")
-    layers = {int(match[1]) for match in map(re.compile(r"layers\.(\d+)\.").match, weights) if match}
+        raise InputError(f"{origin}: --heads {heads}: has to divide the hidden size {hidden_size} into even parts")
     return BaseLCMConfig(
         embed_dim=embed_dim,
         hidden_size=hidden_size,
-        num_hidden_layers=max(layers) + 1,
+        num_hidden_layers=layer_count(weights),
         num_attention_heads=heads,
         intermediate_size=weights["layers.0.mlp.gate_proj.weight"].shape[0],
-        rms_norm_eps=number_in(header, "norm_eps", float, 1e-5, origin),
-        rope_theta=number_in(header, "rope_theta", float, 10_000.0, origin),
+        rms_norm_eps=header_number(header, "norm_eps", float, 1e-5, origin),
+        rope_theta=header_number(header, "rope_theta", float, 10_000.0, origin),
     )

@@ -1,4 +1,4 @@
-"""A run's model as a Hugging Face folder: config, safetensors with the normaliser inside, and a card of its making."""
+"""A run's model as a Hugging Face folder: config, safetensors with the normaliser, and a model card."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ tags:
 
 # {name}
 
-A Base-LCM (https://arxiv.org/abs/2412.08821) of {parameters:,} parameters, trained with lcm-ds {lcm_ds}: from the
-concepts (sentence embeddings) of a text up to each of them it predicts the one that follows.
+A Base-LCM (https://arxiv.org/abs/2412.08821) of {parameters:,} parameters, trained with lcm-ds {lcm_ds}: it predicts
+the next concept (sentence embedding) of a text from those before it.
 
 ## Use
 
@@ -40,12 +40,12 @@ import torch
 from lcm_ds import BaseLCM
 
 model = BaseLCM.from_pretrained("{name}").eval()
-concepts = torch.zeros(1, 3, {embed_dim})  # [texts, concepts, {embed_dim}], as the encoder gives them
-following = model.normalizer.denormalize(model(concepts))[:, -1]
+concepts = torch.zeros(1, 3, {embed_dim})  # [texts, concepts, {embed_dim}], as the encoder outputs them
+next_concept = model.normalizer.denormalize(model(concepts))[:, -1]
 ```
 
-From text to text: `lcm-ds generate {name} --prompt "…"`. The weights are {dtype}; the normaliser is among them, in
-float32, as `normalizer.center` and `normalizer.scale`. `concepts.json`, where it is there, says what made the concepts.
+From text to text: `lcm-ds generate {name} --prompt "…"`. The weights are {dtype}; the normaliser is included in
+float32, as `normalizer.center` and `normalizer.scale`. `concepts.json`, if present, describes the concepts.
 
 ## Training
 
@@ -63,14 +63,14 @@ float32, as `normalizer.center` and `normalizer.scale`. `concepts.json`, where i
 """
 
 SONAR_LICENCE = """\
-The concepts are SONAR's. Meta's SONAR weights are licensed CC-BY-NC-4.0 (non-commercial); whoever uses this model with
-them is bound by that."""
-OTHER_LICENCE = "The encoder above has a licence of its own, and so have the texts."
-# The figures of an evaluation that a card shows: space and metric.
+The concepts are SONAR's. Meta's SONAR weights are licensed CC-BY-NC-4.0 (non-commercial), which applies to any use of
+this model with them."""
+OTHER_LICENCE = "The encoder above and the texts have their own licences."
+# Metrics of an evaluation on the card: space and metric.
 EVALUATED = (("normalised", "mse"), ("raw", "l2"), ("raw", "cosine"), ("raw", "ca"), ("normalised", "variance_ratio"))
 UNKNOWN_LICENCE = """\
-The training dataset was not at hand when this card was written: see the licence of the encoder that made it. Meta's
-SONAR weights are licensed CC-BY-NC-4.0 (non-commercial)."""
+The training dataset was not available when this card was written: see the licence of its encoder. Meta's SONAR weights
+are licensed CC-BY-NC-4.0 (non-commercial)."""
 
 
 def export(
@@ -80,15 +80,21 @@ def export(
     dtype: str = "float32",
     max_shard_size: str = MAX_SHARD_SIZE,
 ) -> None:
-    """Write the model of a run's newest checkpoint, or of the one of `step`, as the folder `output`.
+    """Write a run's model as a Hugging Face folder; on an error, nothing is written.
 
-    dtype: float32, bfloat16 or float16, of the weights; the normaliser stays float32. max_shard_size: such as "5GB",
-    above which the weights are cut into several files. The folder is whole or not there. Raises InputError where there
-    is no such run or checkpoint, `output` is a file or a folder that is not empty, and for a size that is none.
+    Args:
+        run_dir: The run.
+        output: A new or empty folder.
+        step: Of the checkpoint; default: the newest.
+        dtype: Of the weights: float32, bfloat16 or float16; the normaliser stays float32.
+        max_shard_size: E.g. "5GB": larger weights are split into several files.
+
+    Raises:
+        InputError: There is no such run or checkpoint, `output` exists, or the size is malformed.
     """
     errors = Collector()
     if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|KiB|MiB|GiB)", max_shard_size):
-        errors.errors.append(f"--max-shard-size {max_shard_size}: has to be a whole number and a unit, as in 5GB")
+        errors.errors.append(f"--max-shard-size {max_shard_size}: has to be an integer and a unit, e.g. 5GB")
     with errors:
         check_new(output)
     with errors:
@@ -97,46 +103,46 @@ def export(
     model, config, step = load_model(run_dir, step)
     model.to(getattr(torch, dtype))
     datasets = [_dataset_at(source.path, config) for source in config.data.train]
-    known = next((dataset for dataset in datasets if dataset is not None), None)
-    more = {"README.md": _card(Path(run_dir), Path(output).name, config, step, model, datasets)}
-    if known is not None:
-        mixed = [dataset.info for dataset in datasets if dataset is not None]
-        info = ConceptInfo.of(known.info, config.data.max_segment, mixed)
-        more[CONCEPTS] = json.dumps(info.model_dump(), indent=2, ensure_ascii=False) + "\n"
-    write_folder(model, output, more, max_shard_size)
+    infos = [dataset.info for dataset in datasets if dataset is not None]
+    files = {"README.md": _card(Path(run_dir), Path(output).name, config, step, model, datasets)}
+    if infos:
+        info = ConceptInfo.of(infos[0], config.data.max_segment, infos)
+        files[CONCEPTS] = json.dumps(info.model_dump(), indent=2, ensure_ascii=False) + "\n"
+    write_folder(model, output, files, max_shard_size)
     print(f"{output}: the model after {step} steps, {model.num_parameters():,} parameters in {dtype}")
-    if known is None:
-        print(f"{output}: without {CONCEPTS}, for no training dataset is at hand: generate will need --dataset")
+    if not infos:
+        print(f"{output}: without {CONCEPTS}, as no training dataset is available: generate will need --dataset")
 
 
 def _card(
     run_dir: Path, name: str, config: TrainConfig, step: int, model: BaseLCM, datasets: list[Dataset | None]
 ) -> str:
-    """README.md of the folder: what the model is, what it was trained on, and how well it does."""
+    """The model card: the model, its training data and its metrics."""
     checkpoint = find(run_dir, step)
     state = checkpoint.state()
-    known = next((dataset for dataset in datasets if dataset is not None), None)
+    encoder = next((dataset.info.encoder for dataset in datasets if dataset is not None), None)
     rows = {
         "steps": f"{step:,}",
         "concepts seen": f"{state['concepts']:,}",
-        "rows a step": f"{config.batch.rows_per_step} of {config.data.row_length} concepts",
+        "rows per step": f"{config.batch.rows_per_step} of {config.data.row_length} concepts",
         "longest segment": f"{config.data.max_segment} concepts",
         "datasets": "; ".join(
             _described(source.path, source.weight, dataset)
             for source, dataset in zip(config.data.train, datasets, strict=True)
         ),
-        "encoder": "not known" if known is None else _encoder(known.info.encoder),
-        "started from": config.model.init_from or "fresh weights",
+        "encoder": "unknown" if encoder is None else _encoder(encoder),
+        "started from": config.model.init_from or "random weights",
         "noise on inputs": f"{config.noise_std}, in normalised space",
         "learning rate": f"{config.optim.lr}, {config.optim.schedule.name}",
         "precision": state["precision"],
         "seed": config.seed,
         "versions": ", ".join(f"{library} {version}" for library, version in state["versions"].items()),
     }
-    if known is None:
-        licence = UNKNOWN_LICENCE
-    else:
-        licence = SONAR_LICENCE if known.info.encoder.get("name") == "sonar" else OTHER_LICENCE
+    licence = UNKNOWN_LICENCE
+    if encoder is not None:
+        licence = SONAR_LICENCE if encoder.get("name") == "sonar" else OTHER_LICENCE
+    validation = _validation(run_dir / "metrics.jsonl", step, config)
+    evaluation = _evaluation(run_dir / "evaluation.json", checkpoint)
     return CARD.format(
         name=name,
         parameters=model.num_parameters(),
@@ -144,20 +150,13 @@ def _card(
         dtype=str(model.post_net.weight.dtype).removeprefix("torch."),
         lcm_ds=state["versions"]["lcm_ds"],
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
-        validation="\n\n".join(
-            told
-            for told in (
-                _validation(run_dir / "metrics.jsonl", step, config),
-                _evaluation(run_dir / "evaluation.json", checkpoint),
-            )
-            if told is not None
-        ),
+        validation=validation if evaluation is None else f"{validation}\n\n{evaluation}",
         licence=licence,
     )
 
 
 def _dataset_at(path: str, config: TrainConfig) -> Dataset | None:
-    """The dataset, or None where it is no longer there: that keeps nobody from their weights."""
+    """The dataset, or None if it is no longer available, which does not prevent an export."""
     try:
         return open_dataset(path, Cache.of(config.data.cache_dir, config.data.cache_gb), checksums=False)
     except InputError:
@@ -172,44 +171,50 @@ def _described(path: str, weight: float, dataset: Dataset | None) -> str:
 
 
 def _encoder(encoder: dict[str, Any]) -> str:
-    """Name, model and revision in a line."""
+    """Name, model and revision on a line."""
     return ", ".join(str(encoder[key]) for key in ("name", "model", "revision") if encoder.get(key) is not None)
 
 
 def _evaluation(path: Path, checkpoint: Checkpoint) -> str | None:
-    """What `lcm-ds evaluate` has found of this very checkpoint, beside its baselines, as a table; None if nothing."""
-    found = read_object(path, default={})
+    """The metrics of this checkpoint and its baselines by `lcm-ds evaluate`, as a table; None without evaluation."""
+    evaluation = read_object(path, default={})
     try:
-        if found["format_version"] != VERSION or found["checkpoint"] != sha256_of(checkpoint.path / "COMPLETE"):
+        if evaluation["format_version"] != VERSION or evaluation["checkpoint"] != sha256_of(
+            checkpoint.path / "COMPLETE"
+        ):
             return None
         rows = [
-            [name, *(_figure(of[space].get(metric)) for space, metric in EVALUATED)]
-            for name, of in found["scores"].items()
+            [name, *(_format(scores[space].get(metric)) for space, metric in EVALUATED)]
+            for name, scores in evaluation["scores"].items()
         ]
-    except (KeyError, TypeError, AttributeError):  # none, or that of another version
+    except (KeyError, TypeError, AttributeError):  # no evaluation, or one of another version
         return None
     head = ["predictor", *(f"{metric} ({space})" for space, metric in EVALUATED)]
     table = [head, ["---"] * len(head), *rows]
     return "\n".join(
         [
-            f"`lcm-ds evaluate` on {found['dataset']}, {found['documents']:,} documents, {found['targets']:,} targets:",
+            f"`lcm-ds evaluate` on {evaluation['dataset']}, {evaluation['documents']:,} documents, "
+            f"{evaluation['targets']:,} targets:",
             "",
             *("| " + " | ".join(row) + " |" for row in table),
-            *_difference(found.get("difference")),
+            *_difference(evaluation.get("difference")),
         ]
     )
 
 
-def _difference(found: dict[str, Any] | None) -> list[str]:
-    """How far the model is from the best baseline: lines of Markdown."""
-    if found is None:
+def _difference(difference: dict[str, Any] | None) -> list[str]:
+    """The distance of the model to the best baseline: lines of Markdown."""
+    if difference is None:
         return []
-    ends = found["interval"]
-    told = "" if ends is None else f" (95 %: {ends[0]:+.4f} to {ends[1]:+.4f})"
-    return ["", f"{found['of']} less {found['less']}, the best baseline: mse {found['value']:+.4f}{told}."]
+    ends = difference["interval"]
+    interval = "" if ends is None else f" (95 %: {ends[0]:+.4f} to {ends[1]:+.4f})"
+    return [
+        "",
+        f"{difference['of']} minus {difference['less']}, the best baseline: mse {difference['value']:+.4f}{interval}.",
+    ]
 
 
-def _figure(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
@@ -219,12 +224,12 @@ def _validation(metrics: Path, step: int, config: TrainConfig) -> str:
     for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
         try:
             values = json.loads(line)
-        except ValueError:  # a line that a crash cut short
+        except ValueError:  # a line truncated by a crash
             continue
         if "val_loss" in values and values["step"] <= step:
             last = values
     if last is None:
-        return "This run has not validated."
+        return "This run has no validation."
     names = {
         "val_loss": "mean squared error",
         "val_cosine": "cosine",

@@ -1,6 +1,6 @@
 """SONAR's text encoder and decoder: from Meta's fairseq2 checkpoints to folders that our encoder and decoder load.
 
-The same to rounding; transformers and fairseq2 only name things, and number the first four tokens, differently.
+Outputs agree to rounding: transformers and fairseq2 differ in names and in the order of the first four tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_ds.convert.fairseq2 import check_names, number_in, read_checkpoint
+from lcm_ds.convert.fairseq2 import attention_heads, check_names, header_number, layer_count, read_checkpoint
 from lcm_ds.encoders.base import unreachable
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import check_new, new_folder
@@ -29,11 +29,11 @@ RENAMED = (
     (r"\.output_proj\.", ".out_proj."),
 )
 # fairseq2 counts <pad> <unk> <s> </s>, transformers <s> <pad> </s> <unk>.
-ROWS = (2, 0, 3, 1)
+TOKEN_ORDER = (2, 0, 3, 1)
 HEAD_DIM = 64  # of Meta's SONAR: 1024 wide with 16 heads
-MAX_TOKENS = 512  # that Meta trained it on
-# Of fairseq2's vocabulary, behind the pieces of sentencepiece: the languages, and three marks of where data came from.
-MARKS = 3
+MAX_TOKENS = 512  # in Meta's training
+# fairseq2's vocabulary: the pieces of sentencepiece, the languages, and three tokens for the origin of data.
+EXTRA_TOKENS = 3
 TOKENIZER = "facebook/nllb-200-distilled-600M"  # its vocabulary is SONAR's
 
 CARD = """\
@@ -53,14 +53,19 @@ def import_sonar(
     tokenizer: str | None = None,
     heads: int | None = None,
 ) -> None:
-    """Write the checkpoints (.pt `{"model": state_dict}`, or .safetensors) as OUTPUT/encoder and OUTPUT/decoder.
+    """Write Meta's checkpoints as OUTPUT/encoder and OUTPUT/decoder; on an error, nothing is written.
 
-    tokenizer: NLLB's sentencepiece model, or a folder or hub id of NLLB's tokenizer, which goes into both folders;
-    without one it has to be put there. heads: attention heads, which the weights do not tell; default: what a header
-    says, else 64 dimensions each.
+    Args:
+        encoder: A .pt with `{"model": state_dict}`, or .safetensors.
+        decoder: The same.
+        output: A new or empty folder.
+        tokenizer: NLLB's sentencepiece model, or a folder or hub id of NLLB's tokenizer, for both folders; None: it has
+            to be added later.
+        heads: Attention heads, which the weights do not determine; default: that in a header, else one for 64
+            dimensions.
 
-    `output` is whole or not there. Raises InputError with every mistake, for files that are no such checkpoints, and
-    for a tokenizer of another vocabulary.
+    Raises:
+        InputError: With every error: other files, or a tokenizer with another vocabulary.
     """
     errors = Collector()
     with errors:
@@ -83,18 +88,18 @@ def import_sonar(
                 tokens.save_pretrained(folder / part)
             card = CARD.format(part=part, checkpoint=Path(path).name)
             (folder / part / "README.md").write_text(card, encoding="utf-8")
-    print(f"{output}/encoder and {output}/decoder: SONAR, {models['encoder'].config.d_model} numbers a concept")
+    print(f"{output}/encoder and {output}/decoder: SONAR, {models['encoder'].config.d_model} dimensions per concept")
     if tokens is None:
         print(f"they need NLLB's tokenizer: import again with --tokenizer {TOKENIZER} (or its sentencepiece.bpe.model)")
 
 
 def _model(part: str, path: Path, heads: int | None) -> Any:
-    """The encoder or decoder of a checkpoint, fp32, as one of transformers' models."""
+    """The encoder or decoder of a checkpoint, fp32, as a model of transformers."""
     from transformers import M2M100ForConditionalGeneration
     from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
-    found, header = read_checkpoint(path)
-    weights = _renamed(found, part, path)
+    metas_weights, header = read_checkpoint(path)
+    weights = _renamed(metas_weights, part, path)
     output = weights.pop("final_proj.weight", None)
     config = _config(weights, header, part, heads, path)
     with torch.device("meta"):
@@ -102,10 +107,10 @@ def _model(part: str, path: Path, heads: int | None) -> Any:
     inner = model if part == "encoder" else model.model.decoder
     check_names(inner.state_dict(), weights, path, f"SONAR's {part}")
     if output is not None and not torch.equal(_reordered(output.float()), weights["embed_tokens.weight"]):
-        raise InputError(f"{path}: final_proj.weight is not decoder_frontend.embed.weight, as it is in SONAR's decoder")
+        raise InputError(f"{path}: final_proj.weight differs from decoder_frontend.embed.weight, unlike in SONAR")
     inner.load_state_dict(weights, assign=True)
     if part == "decoder":
-        # What transformers has beside a decoder: the same embedding under other names, and an encoder without layers.
+        # transformers' model also has the same embedding under other names, and an encoder, here without layers.
         model.model.shared.weight = inner.embed_tokens.weight
         norm = {"weight": torch.ones(config.d_model), "bias": torch.zeros(config.d_model)}
         model.model.encoder.layer_norm.load_state_dict(norm, assign=True)
@@ -113,17 +118,19 @@ def _model(part: str, path: Path, heads: int | None) -> Any:
     return model
 
 
-def _renamed(found: dict[str, Tensor], part: str, path: Path) -> dict[str, Tensor]:
-    """The weights of one part under transformers' names, fp32, their embedding in transformers' order of tokens."""
-    plain = {re.sub(r"^(module\.)?(model\.)?", "", name): tensor for name, tensor in found.items()}
+def _renamed(metas_weights: dict[str, Tensor], part: str, path: Path) -> dict[str, Tensor]:
+    """The weights of one part under transformers' names, fp32, with the embedding in transformers' token order."""
+    unprefixed = {re.sub(r"^(module\.)?(model\.)?", "", name): tensor for name, tensor in metas_weights.items()}
     embedding = f"{part}_frontend.embed.weight"
-    if f"{part}.{embedding}" in plain:  # a file with both parts, each under its name
-        own = f"{part}."
-        plain = {name.removeprefix(own): tensor for name, tensor in plain.items() if name.startswith(own)}
-    if embedding not in plain or plain[embedding].ndim != 2:
-        raise InputError(f"{path}: no text {part} of SONAR's in here: {embedding} is missing")
+    if f"{part}.{embedding}" in unprefixed:  # a file with both parts, each with its prefix
+        prefix = f"{part}."
+        unprefixed = {
+            name.removeprefix(prefix): tensor for name, tensor in unprefixed.items() if name.startswith(prefix)
+        }
+    if embedding not in unprefixed or unprefixed[embedding].ndim != 2:
+        raise InputError(f"{path}: not SONAR's text {part}: {embedding} is missing")
     weights = {}
-    for name, tensor in plain.items():
+    for name, tensor in unprefixed.items():
         for pattern, replacement in RENAMED:
             name = re.sub(pattern, replacement, name)
         weights[name] = tensor.float()
@@ -132,31 +139,27 @@ def _renamed(found: dict[str, Tensor], part: str, path: Path) -> dict[str, Tenso
 
 
 def _reordered(embedding: Tensor) -> Tensor:
-    """Rows of tokens [vocabulary, d_model] in transformers' order."""
-    return torch.cat([embedding[list(ROWS)], embedding[len(ROWS) :]])
+    """An embedding [vocabulary, d_model] in transformers' token order."""
+    return torch.cat([embedding[list(TOKEN_ORDER)], embedding[len(TOKEN_ORDER) :]])
 
 
 def _config(weights: dict[str, Tensor], header: dict[str, str], part: str, heads: int | None, path: Path) -> Any:
-    """Sizes read off the weights' shapes."""
+    """Sizes, from the shapes of the weights."""
     from transformers import M2M100Config
 
-    vocabulary, width = weights["embed_tokens.weight"].shape
+    vocabulary, d_model = weights["embed_tokens.weight"].shape
     inner = weights.get("layers.0.fc1.weight")
     if inner is None:
-        raise InputError(f"{path}: no text {part} of SONAR's in here: it has no layers")
-    if heads is None:
-        heads = number_in(header, "heads", int, width // HEAD_DIM if width % HEAD_DIM == 0 else None, path)
-    if heads is None:
-        raise InputError(f"{path}: --heads: the weights do not tell how many attention heads share {width}")
-    if heads < 1 or width % heads:
-        raise InputError(f"{path}: --heads {heads}: has to divide the width {width}")
-    layers = {int(match[1]) for match in map(re.compile(r"layers\.(\d+)\.").match, weights) if match}
+        raise InputError(f"{path}: not SONAR's text {part}: it has no layers")
+    heads = attention_heads(heads, header, "heads", d_model, HEAD_DIM, path)
+    if heads < 1 or d_model % heads:
+        raise InputError(f"{path}: --heads {heads}: has to divide the hidden size {d_model}")
     sizes: dict[str, Any] = {}
     for each in ("encoder", "decoder"):
-        sizes[f"{each}_layers"] = max(layers) + 1 if each == part else 0
+        sizes[f"{each}_layers"] = layer_count(weights) if each == part else 0
         sizes[f"{each}_attention_heads"], sizes[f"{each}_ffn_dim"] = heads, len(inner)
-    positions = number_in(header, "max_seq_len", int, MAX_TOKENS, path)
-    return M2M100Config(vocab_size=vocabulary, d_model=width, max_position_embeddings=positions, **sizes)
+    positions = header_number(header, "max_seq_len", int, MAX_TOKENS, path)
+    return M2M100Config(vocab_size=vocabulary, d_model=d_model, max_position_embeddings=positions, **sizes)
 
 
 def _tokenizer(name: str) -> Any:
@@ -174,24 +177,24 @@ def _tokenizer(name: str) -> Any:
         raise InputError(f"--tokenizer {name}: needs pip install 'lcm-ds[prepare]': {str(error).strip()}") from None
     except Exception as error:  # protobuf raises its own
         raise InputError(f"--tokenizer: {unreachable(name, error)}") from None
-    # What transformers would add itself comes here in NLLB's order, in which <mask> is the last.
+    # Tokens that transformers would add itself, in NLLB's order: <mask> is the last.
     for token in (*_languages(), "<mask>"):
         pieces["vocab"].setdefault(token, len(pieces["vocab"]))
     return NllbTokenizer(**{**pieces, "additional_special_tokens": None})
 
 
 def _check_vocabulary(tokenizer: Any, name: str, vocabulary: int, part: str) -> None:
-    """Raise InputError unless the languages lie where they do in a vocabulary of that size of fairseq2's."""
-    places = [tokenizer.convert_tokens_to_ids(language) for language in _languages()]
-    if places != list(range(places[0], places[0] + len(places))):
-        raise InputError(f"--tokenizer {name}: does not have NLLB's {len(places)} languages in their order")
-    fitting = places[0] + len(places) + MARKS
-    if fitting != vocabulary:
-        raise InputError(f"--tokenizer {name}: goes with {fitting} tokens, the {part} has {vocabulary}")
+    """Raise InputError unless the languages have the ids of fairseq2's vocabulary, and its size matches."""
+    ids = [tokenizer.convert_tokens_to_ids(language) for language in _languages()]
+    if ids != list(range(ids[0], ids[0] + len(ids))):
+        raise InputError(f"--tokenizer {name}: does not have NLLB's {len(ids)} languages in their order")
+    size = ids[0] + len(ids) + EXTRA_TOKENS
+    if size != vocabulary:
+        raise InputError(f"--tokenizer {name}: is for a vocabulary of {size} tokens, the {part} has {vocabulary}")
 
 
 def _languages() -> list[str]:
-    """The codes of NLLB's languages in the order of its vocabulary, which is that of Meta's SONAR cards."""
+    """The codes of NLLB's languages in the order of its vocabulary, as in Meta's SONAR cards."""
     from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
 
     return list(FAIRSEQ_LANGUAGE_CODES)

@@ -1,4 +1,4 @@
-"""DeepSpeed's JSON: what of it a run may set, and every "auto" filled in."""
+"""DeepSpeed JSON: validated, and every "auto" filled in from the run's config."""
 
 from lcm_ds.deepspeed_config.resolver import (
     accumulation_steps,

@@ -1,7 +1,7 @@
-"""The strict reader of a DeepSpeed JSON (0.19): what DeepSpeed would accept in silence is refused here.
+"""A strict reader of DeepSpeed JSON (0.19), which rejects what DeepSpeed would silently ignore.
 
 The JSON owns precision, ZeRO, offload, activation checkpointing and communication; the run's YAML owns the rest and
-fills the JSON's "auto" values. The same thing said twice with two values is refused.
+fills the JSON's "auto" values. Contradictions between the two are errors.
 """
 
 from __future__ import annotations
@@ -9,21 +9,17 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any
 
 from lcm_ds import resources
-from lcm_ds.config import TrainConfig
+from lcm_ds.config import TrainConfig, validation_error
 from lcm_ds.errors import Collector, InputError, nearest
 
-if TYPE_CHECKING:
-    from pydantic import BaseModel
-    from pydantic_core import ErrorDetails
+# deepspeed takes seconds to import: only `check` and `resolve` do, when they are called.
 
-# deepspeed takes seconds to import: only `check` and `resolve` do, and only when they are called.
-
-# Where "auto" may stand: what the run's YAML says …
+# Keys that may be "auto": those that the run's YAML sets …
 FILLED_FROM_YAML = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -34,28 +30,23 @@ FILLED_FROM_YAML = (
     "optimizer.params.eps",
     "optimizer.params.weight_decay",
 )
-# … and what follows from the model's width, as in the Hugging Face Trainer: factors of hidden_size² and hidden_size.
+# … and those that depend on the model's hidden size, as in the Hugging Face Trainer.
 FILLED_FROM_HIDDEN_SIZE = {
-    "zero_optimization.reduce_bucket_size": lambda width: width * width,
-    "zero_optimization.stage3_prefetch_bucket_size": lambda width: width * width * 9 // 10,
-    "zero_optimization.stage3_param_persistence_threshold": lambda width: width * 10,
+    "zero_optimization.reduce_bucket_size": lambda size: size * size,
+    "zero_optimization.stage3_prefetch_bucket_size": lambda size: size * size * 9 // 10,
+    "zero_optimization.stage3_param_persistence_threshold": lambda size: size * 10,
 }
 
-
-MUON_CLIPS = (
-    "Muon's updates have a size of their own, which DeepSpeed would shrink along with the gradients; has to be 0"
-)
+MUON_CLIPPING = "has to be 0 with Muon: DeepSpeed's clipping would also scale Muon's normalised updates"
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def find(value: str, config_path: Path | None) -> Path:
-    """The file that `deepspeed: value` means: seen from here, or from the config's folder, or from a folder above it.
+    """The file of `deepspeed: value`, looked up from here, the config's folder, its parents, and lcm-ds's own files.
 
-    Last comes the one of that name that came with lcm-ds.
-
-    Raises InputError where there is none.
+    Raises InputError if there is none.
     """
     folders = [Path()]
     if config_path is not None and not Path(value).is_absolute():
@@ -65,14 +56,14 @@ def find(value: str, config_path: Path | None) -> Path:
             return folder / value
     if (shipped := resources.find(value)) is not None:
         return shipped
-    seen = f" (nor from the folder of {config_path}, nor above it)" if len(folders) > 1 else ""
-    raise InputError(f"{value}: no such DeepSpeed JSON, seen from {Path.cwd()}{seen}")
+    parents = f", the folder of {config_path} or its parents" if len(folders) > 1 else ""
+    raise InputError(f"{value}: no such DeepSpeed JSON in {Path.cwd()}{parents}")
 
 
 def read(value: str | dict[str, Any], config_path: Path | None = None) -> dict[str, Any]:
-    """The checked mapping of a DeepSpeed JSON, given by its path or inline.
+    """The checked content of a DeepSpeed JSON, given by path or inline.
 
-    Raises InputError where the file is missing, is not JSON, says a key twice, or `check` finds mistakes.
+    Raises InputError if the file is missing or not JSON, repeats a key, or does not pass `check`.
     """
     if isinstance(value, dict):
         mapping, origin = value, f"{config_path}: deepspeed" if config_path else "deepspeed"
@@ -84,21 +75,21 @@ def read(value: str | dict[str, Any], config_path: Path | None = None) -> dict[s
 
 
 def _parse(path: Path, origin: str) -> dict[str, Any]:
-    """A JSON file as a mapping; no key twice, no NaN."""
+    """A JSON file as a mapping, without repeated keys and NaN."""
     errors: list[str] = []
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
         keys = [key for key, _ in pairs]
-        errors.extend(f"{origin}: {key}: stands twice in one block" for key in mapping if keys.count(key) > 1)
+        errors.extend(f"{origin}: {key}: is repeated in a block" for key in mapping if keys.count(key) > 1)
         return mapping
 
-    def no_number(text: str) -> None:
-        errors.append(f"{origin}: {text}: is no JSON number")
+    def reject_constant(text: str) -> None:
+        errors.append(f"{origin}: {text}: is not a JSON number")
 
     try:
         text = path.read_text(encoding="utf-8")
-        mapping = json.loads(text, object_pairs_hook=once, parse_constant=no_number)
+        mapping = json.loads(text, object_pairs_hook=unique_keys, parse_constant=reject_constant)
     except json.JSONDecodeError as error:
         raise InputError(f"{origin}: line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -115,9 +106,9 @@ def _parse(path: Path, origin: str) -> dict[str, Any]:
 
 
 def check(mapping: dict[str, Any], origin: str | Path) -> None:
-    """Refuse unknown keys, wrong types and values out of range, at any depth; "auto" only where it can be filled in.
+    """Check keys, types and ranges at every depth, and that each "auto" can be filled in.
 
-    Raises InputError with one line for every mistake.
+    Raises InputError with a line for every error.
     """
     from pydantic import ValidationError
 
@@ -129,25 +120,27 @@ def check(mapping: dict[str, Any], origin: str | Path) -> None:
         dotted = ".".join(key)
         if dotted in REFUSED:
             errors.append(f"{dotted}: {REFUSED[dotted]}")
-            _take_out(rest, key)
+            _remove(rest, key)
         elif value == "auto":
             if dotted in FILLED_FROM_YAML or dotted in FILLED_FROM_HIDDEN_SIZE:
-                _take_out(rest, key)
+                _remove(rest, key)
             elif dotted != "data_types.keep_in_fp32_modules" and "zenflow" not in key:
-                errors.append(f'{dotted}: "auto" cannot be filled in here: give a value or leave it out')
-                _take_out(rest, key)
+                errors.append(f'{dotted}: cannot be "auto": set a value or remove the key')
+                _remove(rest, key)
     try:
         DeepSpeedJson.model_validate(rest)
     except ValidationError as error:
-        errors.extend(_mistake(DeepSpeedJson, item) for item in error.errors())
-    errors.extend(_optimizer_mistakes(rest))
-    told = {mistake.split(": ")[0] for mistake in errors}
-    errors.extend(mistake for mistake in _combinations(rest) if mistake.split(": ")[0] not in told)
+        for item in error.errors():
+            message = validation_error(DeepSpeedJson, item, hidden=REFUSED)
+            errors.append(message.replace("2, 3 or 3", "2 or 3"))  # DeepSpeed's enum has two names for stage 3
+    errors.extend(_optimizer_errors(rest))
+    keys = {error.split(": ")[0] for error in errors}
+    errors.extend(error for error in _combination_errors(rest) if error.split(": ")[0] not in keys)
     if errors:
-        raise InputError([f"{origin}: {mistake}" for mistake in errors])
+        raise InputError([f"{origin}: {error}" for error in errors])
 
 
-def _optimizer_mistakes(mapping: dict[str, Any]) -> Iterator[str]:
+def _optimizer_errors(mapping: dict[str, Any]) -> Iterator[str]:
     from lcm_ds.deepspeed_config.schema import needs_permission, optimizer_params, optimizer_types
 
     block = mapping.get("optimizer")
@@ -158,19 +151,19 @@ def _optimizer_mistakes(mapping: dict[str, Any]) -> Iterator[str]:
         return
     known = optimizer_params(kind, params, offloads_optimizer(mapping))
     if known is None:
-        yield f"optimizer.type: {kind!r} is no optimizer of DeepSpeed or torch.optim{nearest(kind, optimizer_types())}"
+        yield f"optimizer.type: unknown optimizer {kind!r}{nearest(kind, optimizer_types())}"
         return
     for key in params:
         if key not in known:
-            yield f"optimizer.params.{key}: {kind} takes no such argument{nearest(key, known)}"
+            yield f"optimizer.params.{key}: {kind} has no such argument{nearest(key, known)}"
     if kind.lower() == "muon" and mapping.get("gradient_clipping") not in (None, 0, 0.0, "auto"):
-        yield f"gradient_clipping: {MUON_CLIPS}"
-    if needs_permission(kind) and _stage(mapping) > 0 and not mapping.get("zero_allow_untested_optimizer"):
+        yield f"gradient_clipping: {MUON_CLIPPING}"
+    if needs_permission(kind) and zero_stage(mapping) > 0 and not mapping.get("zero_allow_untested_optimizer"):
         yield f"optimizer.type: {kind} under ZeRO needs zero_allow_untested_optimizer: true"
 
 
-def _combinations(mapping: dict[str, Any]) -> Iterator[str]:
-    """Settings that are right one by one and wrong together, or that DeepSpeed would take from another type."""
+def _combination_errors(mapping: dict[str, Any]) -> Iterator[str]:
+    """Settings that are invalid together, or that DeepSpeed would convert from another type."""
     for block, key, kind in (("bf16", "enabled", bool), ("fp16", "enabled", bool), ("zero_optimization", "stage", int)):
         value = _block(mapping, block).get(key, kind())
         if type(value) is not kind:
@@ -178,45 +171,18 @@ def _combinations(mapping: dict[str, Any]) -> Iterator[str]:
     if _enabled(mapping, "bf16") and _enabled(mapping, "fp16"):
         yield "bf16.enabled, fp16.enabled: only one of them can be true"
         return
-    if _enabled(mapping, "fp16") and _stage(mapping) == 0:
-        # DeepSpeed 0.19 divides the gradients by the scale of the loss there, and never multiplies the loss by it.
+    if _enabled(mapping, "fp16") and zero_stage(mapping) == 0:
+        # DeepSpeed 0.19 divides gradients by the loss scale under stage 0, and does not multiply the loss by it.
         yield "fp16.enabled: needs zero_optimization.stage 1, 2 or 3: DeepSpeed does not scale the loss under stage 0"
     dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[precision(mapping)]
     accumulated = _block(mapping, "data_types").get("grad_accum_dtype")
     if accumulated in ("fp16", "bf16") and accumulated != dtype:
-        yield f"data_types.grad_accum_dtype: {accumulated!r} loses digits of {dtype} gradients; use 'fp32' or {dtype!r}"
-    if accumulated == "fp32" and dtype != "fp32" and _stage(mapping) == 0:
+        yield (
+            f"data_types.grad_accum_dtype: {accumulated!r} loses precision of {dtype} gradients; "
+            f"use 'fp32' or {dtype!r}"
+        )
+    if accumulated == "fp32" and dtype != "fp32" and zero_stage(mapping) == 0:
         yield f"data_types.grad_accum_dtype: 'fp32' with {dtype} needs zero_optimization.stage 1, 2 or 3"
-
-
-def _mistake(schema: type[BaseModel], item: ErrorDetails) -> str:
-    """One line for one of pydantic's errors."""
-    # pydantic puts the name of the tried branch of a union, list[str] or the like, into an error's location
-    location = [part for part in item["loc"] if not str(part).endswith("]")]
-    key = ".".join(str(part) for part in location)
-    if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key{nearest(str(location[-1]), _fields_at(schema, location[:-1]))}"
-    if item["type"] == "missing":
-        return f"{key}: is missing"
-    message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    if item["type"] in ("value_error", "assertion_error"):
-        return f"{key}: {message}"
-    message = message.replace("2, 3 or 3", "2 or 3")  # DeepSpeed's enum of stages has two names for the last one
-    return f"{key}: {message[0].lower() + message[1:]}, not {item['input']!r}"
-
-
-def _fields_at(schema: type[BaseModel], location: Sequence[Any]) -> list[str]:
-    """Names of the keys that the block at `location` may have."""
-    from lcm_ds.deepspeed_config.schema import REFUSED
-
-    block = schema
-    for part in location:
-        if isinstance(part, str):
-            fields = {field.alias or name: field for name, field in block.model_fields.items()}
-            annotation = fields[part].annotation if part in fields else block.model_fields[part].annotation
-            block = next(kind for kind in [annotation, *get_args(annotation)] if hasattr(kind, "model_fields"))
-    names = [field.alias or name for name, field in block.model_fields.items()]
-    return [name for name in names if ".".join([*map(str, location), name]) not in REFUSED]
 
 
 # --- filling in -------------------------------------------------------------------------------------------------------
@@ -230,17 +196,25 @@ def resolve(
     config_path: str | Path = "the run's YAML",
     hidden_size: int | None = None,
 ) -> dict[str, Any]:
-    """A checked JSON with every "auto", and everything that is not said, filled in from the run's config.
+    """A checked JSON with "auto" and missing values filled in from the run's config.
 
-    `hidden_size` is for the bucket sizes that may be "auto"; where it is not known those are left to DeepSpeed's
-    defaults. Raises InputError where JSON and YAML contradict each other or the ranks cannot share the batch.
+    Args:
+        mapping: Of `read`.
+        config: The run.
+        world_size: Number of ranks.
+        origin: The JSON, for messages.
+        config_path: The YAML, for messages.
+        hidden_size: For bucket sizes that are "auto"; None leaves them to DeepSpeed's defaults.
+
+    Raises:
+        InputError: JSON and YAML contradict each other, or the batch cannot be divided among the ranks.
     """
     from lcm_ds.deepspeed_config.schema import optimizer_params
 
     resolved = copy.deepcopy(mapping)
     errors = Collector()
     batch, optim = config.batch, config.optim
-    said: dict[str, tuple[Any, str]] = {
+    yaml_values: dict[str, tuple[Any, str]] = {
         "train_batch_size": (batch.rows_per_step, "batch.rows_per_step"),
         "train_micro_batch_size_per_gpu": (batch.micro_batch_rows, "batch.micro_batch_rows"),
         "gradient_clipping": (optim.max_grad_norm, "optim.max_grad_norm"),
@@ -251,16 +225,16 @@ def resolve(
     }
     with errors:
         steps = accumulation_steps(batch.rows_per_step, batch.micro_batch_rows, world_size, config_path)
-        said["gradient_accumulation_steps"] = steps, f"rows_per_step / ({world_size} ranks * micro_batch_rows)"
+        source = f"rows_per_step / ({world_size} ranks * micro_batch_rows)"
+        yaml_values["gradient_accumulation_steps"] = steps, source
     optimizer = resolved.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
-    takes = (
-        optimizer_params(optimizer["type"], optimizer.setdefault("params", {}), offloads_optimizer(resolved)) or set()
-    )
-    for dotted, (value, yaml_key) in said.items():
+    params = optimizer.setdefault("params", {})
+    known = optimizer_params(optimizer["type"], params, offloads_optimizer(resolved)) or set()
+    for dotted, (value, yaml_key) in yaml_values.items():
         *path, key = dotted.split(".")
         block = _block(resolved, *path)
-        if path and key not in takes:
-            block.pop(key, None)  # "auto", of an optimizer that does not take it
+        if path and key not in known:
+            block.pop(key, None)  # "auto" for an optimizer without this argument
             continue
         if block.get(key, "auto") != "auto" and block[key] != value:
             errors.errors.append(
@@ -269,37 +243,37 @@ def resolve(
             )
         block[key] = value
     if optimizer["type"].lower() == "muon" and optim.max_grad_norm:
-        errors.errors.append(f"{config_path}: optim.max_grad_norm: {optim.max_grad_norm}: {MUON_CLIPS}")
-    for dotted, from_width in FILLED_FROM_HIDDEN_SIZE.items():
+        errors.errors.append(f"{config_path}: optim.max_grad_norm: {optim.max_grad_norm}: {MUON_CLIPPING}")
+    for dotted, from_hidden_size in FILLED_FROM_HIDDEN_SIZE.items():
         *path, key = dotted.split(".")
         block = _block(resolved, *path)
         if block.get(key) == "auto":
             block.pop(key)
             if hidden_size is not None:
-                block[key] = from_width(hidden_size)
+                block[key] = from_hidden_size(hidden_size)
     errors.raise_if_any()
     _validate_with_deepspeed(resolved, origin)
     return resolved
 
 
 def accumulation_steps(rows_per_step: int, micro_batch_rows: int, world_size: int, config_path: str | Path) -> int:
-    """Micro-batches that each rank takes for one optimizer step.
+    """Micro-batches of each rank in an optimizer step.
 
-    Raises InputError, with what would do instead, where the ranks cannot share the rows evenly.
+    Raises InputError, with valid alternatives, if the rows cannot be divided evenly.
     """
-    if rows_per_step % (world_size * micro_batch_rows) == 0:
-        return rows_per_step // (world_size * micro_batch_rows)
-    ways = []
-    if rows_per_step % micro_batch_rows == 0:
-        ways.append(f"{_divisors(rows_per_step // micro_batch_rows, world_size)} ranks")
-    if rows_per_step % world_size == 0:
-        ways.append(f"micro_batch_rows {_divisors(rows_per_step // world_size, micro_batch_rows)}")
     group = world_size * micro_batch_rows
+    if rows_per_step % group == 0:
+        return rows_per_step // group
+    alternatives = []
+    if rows_per_step % micro_batch_rows == 0:
+        alternatives.append(f"{_divisors(rows_per_step // micro_batch_rows, world_size)} ranks")
+    if rows_per_step % world_size == 0:
+        alternatives.append(f"micro_batch_rows {_divisors(rows_per_step // world_size, micro_batch_rows)}")
     multiples = sorted({max(1, rows_per_step // group) * group, (rows_per_step // group + 1) * group})
-    ways.append(f"rows_per_step {' or '.join(str(rows) for rows in multiples)}")
+    alternatives.append(f"rows_per_step {' or '.join(str(rows) for rows in multiples)}")
     raise InputError(
         f"{config_path}: batch.rows_per_step: {rows_per_step} rows are not a multiple of {world_size} ranks * "
-        f"{micro_batch_rows} micro_batch_rows; {'; or '.join(ways)} would do"
+        f"{micro_batch_rows} micro_batch_rows; use {'; or '.join(alternatives)}"
     )
 
 
@@ -311,58 +285,58 @@ def precision(mapping: dict[str, Any]) -> str:
 
 
 def zero_stage(mapping: dict[str, Any]) -> int:
-    """The ZeRO stage, 0 to 3."""
-    return _stage(mapping)
+    """The ZeRO stage, 0 to 3; 0 for an invalid one."""
+    stage = _block(mapping, "zero_optimization").get("stage", 0)
+    return stage if stage in (0, 1, 2, 3) else 0
 
 
 def offloads_to_nvme(mapping: dict[str, Any]) -> bool:
-    """Whether parameters or states of the optimizer lie on a disk."""
+    """Whether parameters or optimizer states are offloaded to a disk."""
     zero = _block(mapping, "zero_optimization")
     return any(_block(zero, key).get("device") == "nvme" for key in ("offload_optimizer", "offload_param"))
 
 
 def layout(mapping: dict[str, Any]) -> dict[str, Any]:
-    """What decides, beside stage and number of ranks, how DeepSpeed lays out the states of the optimizer on disk."""
+    """Settings that, besides stage and number of ranks, determine the layout of optimizer states on disk."""
     zero = _block(mapping, "zero_optimization")
-    if _stage(mapping) == 3:
+    if zero_stage(mapping) == 3:
         return {"sub_group_size": zero.get("sub_group_size", 1_000_000_000)}
-    found = {key: zero.get(key, False) for key in ("round_robin_gradients", "parameter_alignment")}
-    if _block(mapping, "optimizer").get("type", "").lower() == "muon":  # BF16_Optimizer keeps its momentum otherwise
+    settings = {key: zero.get(key, False) for key in ("round_robin_gradients", "parameter_alignment")}
+    if _block(mapping, "optimizer").get("type", "").lower() == "muon":  # BF16_Optimizer stores its momentum differently
         in_fp32 = _block(mapping, "data_types").get("grad_accum_dtype") == "fp32"
-        found["by_bf16_optimizer"] = (
-            _stage(mapping) == 1 and _enabled(mapping, "bf16") and in_fp32 and not offloads_optimizer(mapping)
+        settings["by_bf16_optimizer"] = (
+            zero_stage(mapping) == 1 and _enabled(mapping, "bf16") and in_fp32 and not offloads_optimizer(mapping)
         )
-    return found
+    return settings
 
 
 def shuffles_parameters(mapping: dict[str, Any]) -> bool:
-    """Whether the parameters lie in another order than DeepSpeed's names of them (0.19.8: link_hp_params)."""
-    return _stage(mapping) in (1, 2) and layout(mapping)["round_robin_gradients"]
+    """Whether DeepSpeed stores parameters in another order than their names (0.19.8: link_hp_params)."""
+    return zero_stage(mapping) in (1, 2) and layout(mapping)["round_robin_gradients"]
 
 
 def without_owned(mapping: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a resolved JSON without what the run's YAML owns."""
+    """A copy of a resolved JSON without the keys that the run's YAML sets."""
     rest = copy.deepcopy(mapping)
     for dotted in FILLED_FROM_YAML:
-        _take_out(rest, tuple(dotted.split(".")))
+        _remove(rest, tuple(dotted.split(".")))
     return rest
 
 
 def check_device(mapping: dict[str, Any], origin: str | Path) -> None:
-    """Refuse what this machine's device has not got; for the machine that trains, not one that launches.
+    """Check that this machine's device, which trains, supports precision, NVMe offload and quantized communication.
 
-    Raises InputError for a precision, for offload to NVMe without libaio, and for quantized communication without
-    DeepSpeed's kernels.
+    Raises InputError with a line for each that it does not.
     """
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator()
     errors = []
     supported = {"float16": device.is_fp16_supported, "bfloat16": device.is_bf16_supported}
-    kind = precision(mapping)
-    if kind in supported and not supported[kind]():
-        other = "fp32" if kind == "bfloat16" else "bf16 or fp32"
-        errors.append(f"DeepSpeed has no {kind} on this device ({device.device_name()}); use {other}")
+    dtype = precision(mapping)
+    if dtype in supported and not supported[dtype]():
+        alternative = "fp32" if dtype == "bfloat16" else "bf16 or fp32"
+        errors.append(f"DeepSpeed does not support {dtype} on this device ({device.device_name()}); use {alternative}")
     zero = _block(mapping, "zero_optimization")
     for key in ("offload_optimizer", "offload_param"):
         on_disk = _block(zero, key).get("device") == "nvme"
@@ -374,19 +348,20 @@ def check_device(mapping: dict[str, Any], origin: str | Path) -> None:
                 f"zero_optimization.{key}: DeepSpeed has no kernels for it on this device ({device.device_name()})"
             )
     if errors:
-        raise InputError([f"{origin}: {mistake}" for mistake in errors])
+        raise InputError([f"{origin}: {error}" for error in errors])
 
 
 def _validate_with_deepspeed(resolved: dict[str, Any], origin: str | Path) -> None:
-    """DeepSpeed's own reading of the resolved JSON, for what it asserts across blocks."""
+    """Let DeepSpeed parse the resolved JSON, for its assertions across blocks."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.utils import logger
 
-    batch = ("train_batch_size",)  # it knows no world size before the process group is there
+    # Without train_batch_size: the world size is unknown before there is a process group.
+    content = {key: copy.deepcopy(value) for key, value in resolved.items() if key != "train_batch_size"}
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        DeepSpeedConfig({key: copy.deepcopy(value) for key, value in resolved.items() if key not in batch})
+        DeepSpeedConfig(content)
     except Exception as error:  # AssertionError, ValueError, TypeError or its own, all about this JSON
         raise InputError(f"{origin}: DeepSpeed: {' '.join(str(error).split())}") from None
     finally:
@@ -397,7 +372,7 @@ def _validate_with_deepspeed(resolved: dict[str, Any], origin: str | Path) -> No
 
 
 def _divisors(number: int, near: int) -> str:
-    """The divisors of `number`, or the eight nearest to `near`, as '1, 2, 4'."""
+    """The divisors of `number`, at most the eight nearest to `near`, as '1, 2, 4'."""
     divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
     nearest_first = sorted(divisors, key=lambda divisor: abs(divisor - near))
     return ", ".join(str(divisor) for divisor in sorted(nearest_first[:8]))
@@ -412,7 +387,7 @@ def _leaves_and_blocks(mapping: dict[str, Any], above: tuple[str, ...] = ()) -> 
 
 
 def _without_nulls(mapping: dict[str, Any]) -> dict[str, Any]:
-    """A copy without the keys whose value is null: they say nothing, and DeepSpeed takes them in few blocks."""
+    """A copy without keys whose value is null, which DeepSpeed accepts in few blocks."""
     return {
         key: _without_nulls(value) if isinstance(value, dict) else copy.deepcopy(value)
         for key, value in mapping.items()
@@ -420,12 +395,12 @@ def _without_nulls(mapping: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _take_out(mapping: dict[str, Any], path: tuple[str, ...]) -> None:
+def _remove(mapping: dict[str, Any], path: tuple[str, ...]) -> None:
     _block(mapping, *path[:-1]).pop(path[-1], None)
 
 
 def _block(mapping: dict[str, Any], *path: str) -> dict[str, Any]:
-    """The block at `path`; empty where there is none."""
+    """The block at `path`; empty if there is none."""
     block: Any = mapping
     for key in path:
         block = block.get(key) if isinstance(block, dict) else None
@@ -433,14 +408,9 @@ def _block(mapping: dict[str, Any], *path: str) -> dict[str, Any]:
 
 
 def offloads_optimizer(mapping: dict[str, Any]) -> bool:
-    """Whether the optimizer steps on the CPU while the model is elsewhere."""
+    """Whether optimizer states are offloaded, so that the optimizer steps on the CPU."""
     return _block(mapping, "zero_optimization", "offload_optimizer").get("device", "none") != "none"
 
 
 def _enabled(mapping: dict[str, Any], key: str) -> bool:
     return _block(mapping, key).get("enabled") is True
-
-
-def _stage(mapping: dict[str, Any]) -> int:
-    stage = _block(mapping, "zero_optimization").get("stage", 0)
-    return stage if stage in (0, 1, 2, 3) else 0

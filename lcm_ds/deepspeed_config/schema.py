@@ -1,8 +1,7 @@
-"""What a DeepSpeed JSON may say, as one pydantic schema.
+"""The schema of a DeepSpeed JSON, as one pydantic model.
 
-DeepSpeed checks some of its blocks with pydantic models of its own: those are used as they are. The rest it reads with
-`dict.get`, so that a misspelt key is accepted in silence: those blocks are written down here. A test compares them
-with the keys that the installed DeepSpeed asks for.
+For some blocks DeepSpeed has pydantic models, which are used here. It reads the others with `dict.get`, and ignores
+misspelt keys: their schema is below. A test compares it with the keys that the installed DeepSpeed reads.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Dtype = Literal["fp32", "fp16", "bf16"]
-# As DeepSpeed reads them: in any case.
+# DeepSpeed accepts these in upper and lower case.
 TagValidation = Annotated[Literal["WARN", "IGNORE", "FAIL"], BeforeValidator(lambda value: _upper(value))]
 WriterType = Annotated[Literal["MOCK", "PYTHON", "FAST"], BeforeValidator(lambda value: _upper(value))]
 WriterUnit = Annotated[Literal["REPLICA", "SOCKET", "MACHINE"], BeforeValidator(lambda value: _upper(value))]
@@ -31,7 +30,7 @@ def _upper(value: Any) -> Any:
 
 
 class Block(BaseModel):
-    """A block that DeepSpeed itself does not check."""
+    """A block that DeepSpeed itself does not validate."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
@@ -105,9 +104,9 @@ class TimersBlock(Block):
 
 
 class DeepSpeedJson(Block):
-    """The whole file."""
+    """The complete file."""
 
-    # filled in from the run's YAML where absent or "auto"
+    # filled in from the run's YAML if missing or "auto"
     train_batch_size: int | None = Field(None, gt=0)
     train_micro_batch_size_per_gpu: int | None = Field(None, gt=0)
     gradient_accumulation_steps: int | None = Field(None, gt=0)
@@ -123,7 +122,7 @@ class DeepSpeedJson(Block):
     communication_data_type: Dtype | None = None
     prescale_gradients: bool = False
     gradient_predivide_factor: float = Field(1.0, gt=0)
-    # The loss is a sum over all ranks' targets: it counts on DeepSpeed averaging over ranks and owning the boundary.
+    # The loss is a sum over the targets of all ranks and relies on DeepSpeed averaging over ranks.
     gradient_allreduce_op: Literal["mean"] = "mean"
     managed_gradient_accumulation: Literal[True] = True
     disable_allgather: bool = False
@@ -147,9 +146,9 @@ class DeepSpeedJson(Block):
 
 
 _GONE = "was removed from DeepSpeed 0.19"
-_ORDER = "the order of the data is the plan's, and lcm-ds reads it itself; leave it out"
+_ORDER = "lcm-ds reads the data itself, in the order of its plan; leave it out"
 
-# Keys that DeepSpeed knew or knows and that have no place here, with the reason that the user is given.
+# Keys of DeepSpeed, present or former, that are not supported, with the reason.
 REFUSED: dict[str, str] = {
     "scheduler": "the learning rate's schedule is optim.schedule of the run's YAML; leave it out",
     "amp": f"{_GONE}: use bf16 or fp16",
@@ -176,12 +175,12 @@ REFUSED: dict[str, str] = {
     "zero_optimization.elastic_checkpoint": "is deprecated: leave it out",
     "data_efficiency": _ORDER,
     "dataloader_drop_last": _ORDER,
-    "torch_autocast": "the precision is that of bf16 or fp16; autocast is not used here",
+    "torch_autocast": "autocast is not used: set bf16 or fp16",
     "bfloat16": "the old name of bf16: write bf16",
     "autotuning": "needs DeepSpeed's own launcher and script; leave it out",
     "hybrid_engine": "is for reinforcement learning with generation; leave it out",
     "weight_quantization": "is for inference; leave it out",
-    "pipeline": "Base-LCM is no pipeline module; leave it out",
+    "pipeline": "Base-LCM is not a pipeline module; leave it out",
     "tensor_parallel": "Base-LCM is not split over devices; ZeRO shards it instead",
     "expert_parallel": "Base-LCM has no experts; leave it out",
     "use_data_before_expert_parallelism": "Base-LCM has no experts; leave it out",
@@ -189,24 +188,30 @@ REFUSED: dict[str, str] = {
     "data_parallel_size": "every rank is a data-parallel one; leave it out",
     "seq_parallel_communication_data_type": "rows are not split over devices; leave it out",
     "vocabulary_size": "a concept model has no vocabulary; leave it out",
-    "datastates_ckpt": "checkpoints are made of files that lcm-ds can check; leave it out",
+    "datastates_ckpt": "lcm-ds writes checkpoints itself; leave it out",
     "optimizer.params.max_grad_norm": "clipping is optim.max_grad_norm of the run's YAML; leave it out",
 }
 
-# What DeepSpeed takes out of `optimizer.params` before the rest goes to the optimizer's constructor.
+# Keys of `optimizer.params` that DeepSpeed does not pass to the optimizer's constructor.
 _ADAM_EXTRAS = {"torch_adam", "adam_w_mode", "fp32_optimizer_states"}
 _MUON_PARAMS = {"lr", "muon_lr", "adam_lr", "momentum", "ns_method", "betas", "eps", "weight_decay", *_ADAM_EXTRAS}
 _DEEPSPEED_OPTIMIZERS = ("Adam", "AdamW", "Adagrad", "Lamb", "Lion", "Muon")
 
 
 def optimizer_types() -> list[str]:
-    """The names that `optimizer.type` may have: DeepSpeed's own, in any case, and those of torch.optim."""
+    """Valid values of `optimizer.type`: DeepSpeed's own, in any case, and those of torch.optim."""
     torch_names = [name for name, value in vars(torch.optim).items() if inspect.isclass(value) and name != "Optimizer"]
     return sorted({*_DEEPSPEED_OPTIMIZERS, *(name for name in torch_names if name != "LBFGS")})
 
 
 def optimizer_params(kind: str, params: dict[str, Any], offloaded: bool) -> set[str] | None:
-    """The keys that `optimizer.params` may have for an optimizer of type `kind`; None where there is no such type."""
+    """Valid keys of `optimizer.params` for an optimizer type; None if there is no such type.
+
+    Args:
+        kind: optimizer.type.
+        params: optimizer.params: torch_adam and adam_w_mode choose Adam's implementation.
+        offloaded: Whether DeepSpeed's CPU implementation is used.
+    """
     name = kind.lower()
     if name == "muon":
         return _MUON_PARAMS
@@ -216,8 +221,8 @@ def optimizer_params(kind: str, params: dict[str, Any], offloaded: bool) -> set[
             return _arguments(constructor) | _ADAM_EXTRAS
         from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
-        taken = {"adamw_mode", "set_grad_none"}  # said by DeepSpeed itself
-        return (_arguments(DeepSpeedCPUAdam if offloaded else FusedAdam) | _ADAM_EXTRAS) - taken
+        set_by_deepspeed = {"adamw_mode", "set_grad_none"}
+        return (_arguments(DeepSpeedCPUAdam if offloaded else FusedAdam) | _ADAM_EXTRAS) - set_by_deepspeed
     if name == "lamb":
         from deepspeed.ops.lamb import FusedLamb
 
@@ -234,7 +239,7 @@ def optimizer_params(kind: str, params: dict[str, Any], offloaded: bool) -> set[
 
 
 def needs_permission(kind: str) -> bool:
-    """Whether ZeRO takes this optimizer only with zero_allow_untested_optimizer."""
+    """Whether ZeRO needs zero_allow_untested_optimizer for this optimizer."""
     return kind.lower() not in ("adam", "adamw", "adagrad", "lion", "muon")
 
 

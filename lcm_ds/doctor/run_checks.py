@@ -112,13 +112,13 @@ def _run(config_path: str | Path, overrides: Sequence[str], ranks: int, on_this_
 
 
 def _needs(job: TrainJob, ranks: int) -> Iterator[str]:
-    from lcm_ds.train.memory import GIB, count_parameters, lines
+    from lcm_ds.train.memory import GIB, count_parameters, memory_lines
 
     parameters, precision = count_parameters(job.model), deepspeed_config.precision(job.ds)
     batch = job.config.batch
     yield f"run           {job.run_dir}: {job.total_steps} steps of {batch.rows_per_step} rows, {ranks} rank(s)"
     yield f"model         {parameters:,} parameters, {precision}"
-    yield from lines(job.config, job.model, job.ds, ranks)
+    yield from memory_lines(job.config, job.model, job.ds, ranks)
     free = shutil.disk_usage(_nearest_folder(job.run_dir)).free / GIB
     checkpoint = checkpoint_bytes(job) / GIB
     yield f"disk          {free:.1f} GiB free; a checkpoint takes about {checkpoint:.3g} GiB"

@@ -1,4 +1,4 @@
-"""Training: the engine, the loop, checkpoints, metrics."""
+"""Training: from a config to a trained model. README.md in this folder is the way in."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ from lcm_ds.errors import InputError, RunFailedError
 
 
 def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False, ranks: int | None = None) -> int:
-    """A worker of a run, from the environment its launcher set; returns the exit code (DESIGN: Contract 4).
+    """Run one worker of a training run, with the environment that its launcher set.
 
-    dry_run: only say what the run would be, on as many `ranks` (default: those of the environment).
+    Args:
+        config_path: A train config.
+        overrides: `key=value` with dotted keys.
+        dry_run: Print what the run would be instead.
+        ranks: Number of ranks of a dry run; default: that of the environment.
+
+    Returns:
+        The exit code.
     """
     from lcm_ds.distributed.environment import detect_environment, exit_with_launcher
     from lcm_ds.train.monitoring.console import console
@@ -20,38 +27,38 @@ def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False,
 
     if not dry_run:
         exit_with_launcher(os.environ)
-    console.redirect()  # imports have much to say, too
-    speaks, code = True, 1
-    stop = None if dry_run else StopRequest()  # from now on: the imports below take seconds
+    console.redirect()  # imports print, too
+    prints_errors, code = True, 1
+    stop = None if dry_run else StopRequest()  # before the imports below, which take seconds
     try:
-        place = detect_environment(os.environ)
-        speaks = place.local_rank == 0  # one process a host says what is wrong
+        env = detect_environment(os.environ)
+        prints_errors = env.local_rank == 0  # every rank finds the errors below; one per host prints them
         from lcm_ds import deepspeed_config
         from lcm_ds.train.job_builder import build_job
 
-        job = build_job(config_path, overrides, ranks or place.world_size)
+        job = build_job(config_path, overrides, ranks or env.world_size)
         if stop is None:
-            from lcm_ds.train.dry_run import dry_run as say
+            from lcm_ds.train.dry_run import dry_run as print_dry_run
 
             console.restore()
-            if place.rank == 0:
-                say(job, ranks or place.world_size)
+            if env.rank == 0:
+                print_dry_run(job, ranks or env.world_size)
             return 0
         deepspeed_config.check_device(job.ds, config_path)
         from lcm_ds.train.loop import train
 
-        speaks = True  # from here on a mistake is known to the rank that finds it
-        code = train(job, place, stop)
-    except RunFailedError as error:  # of all ranks alike
-        if place.rank == 0:
+        prints_errors = True  # from here on only the rank that finds an error knows it
+        code = train(job, env, stop)
+    except RunFailedError as error:  # raised by all ranks
+        if env.rank == 0:
             logging.getLogger("lcm_ds.train").error("%s", error)
         code = error.exit_code
     except InputError as error:
-        if speaks and error.errors:
+        if prints_errors and error.errors:
             console.error(str(error))
         code = error.exit_code
     except Exception:
-        # To RUN/log.txt as well, once it is there; the others are ended by whoever started them.
+        # Also into RUN/log.txt, once that is open; the launcher ends the other ranks.
         logging.getLogger("lcm_ds.train").exception("this process ends with an error")
     finally:
         if stop is not None:

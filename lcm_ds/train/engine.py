@@ -27,46 +27,46 @@ from lcm_ds.processes import keep_freed_memory, remove_left_over_locks
 logger = logging.getLogger("lcm_ds.train")
 
 
-def init_distributed(place: DistEnv, stall_minutes: float | None = None) -> torch.device:
-    """Join the process group as `place` says and return this rank's device.
+def init_distributed(env: DistEnv, stall_minutes: float | None = None) -> torch.device:
+    """Join the process group described by `env`; returns this rank's device.
 
-    stall_minutes: after how long a watchdog ends a rank that stands still. Raises TransientError if a
-    rank does not come.
+    stall_minutes: guard.stall_minutes, which collectives outlast. Raises TransientError if a rank does not join.
     """
-    meet(place, "train")
-    os.environ.update(place.environment())
-    # DeepSpeed compiles with the ninja that it finds: the one of this environment, which need not be activated. Two
-    # versions in turn would compile everything anew each time.
+    meet(env, "train")
+    os.environ.update(env.environment())
+    # DeepSpeed uses the ninja on PATH: this environment's, although it may not be activated. Alternating between two
+    # versions would recompile everything each time.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    if place.local_rank == 0:
+    if env.local_rank == 0:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
         for lock in remove_left_over_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache))):
-            logger.warning("%s: removed: who was compiling there was killed", lock)
+            logger.warning("%s: stale lock removed: the process that compiled there was killed", lock)
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         # Under srun --gpus-per-task=1 each process sees one device, whatever its local rank.
-        accelerator.set_device(place.local_rank % accelerator.device_count())
+        accelerator.set_device(env.local_rank % accelerator.device_count())
     else:
         keep_freed_memory()
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=patience(stall_minutes))
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=collective_timeout(stall_minutes))
     return torch.device(accelerator.current_device_name())
 
 
-def patience(stall_minutes: float | None) -> timedelta:
-    """How long a collective waits: longer than the watchdog (guard.stall_minutes; None: there is none).
-
-    So that what is told of a run that stands still is where each rank is, and not that others have waited for it.
-    """
+def collective_timeout(stall_minutes: float | None) -> timedelta:
+    """Timeout of collectives: longer than the watchdog's, which reports where each rank hangs (None: no watchdog)."""
     return timedelta(minutes=stall_minutes + 10) if stall_minutes is not None else timedelta(days=1)
 
 
 def build_model(
     config: BaseLCMConfig, normalizer: tuple[np.ndarray, np.ndarray], seed: int | None, ds: dict[str, Any]
 ) -> BaseLCM:
-    """A Base-LCM with fresh weights and the dataset's normaliser; partitioned as it is made under ZeRO-3.
+    """A Base-LCM with fresh weights; partitioned on creation under ZeRO-3.
 
-    The weights are a function of (config, seed) alone: the same for any world size and ZeRO stage. seed None: whoever
-    calls this fills them.
+    Args:
+        config: Its sizes.
+        normalizer: Center and scale, [embed_dim] each.
+        seed: The weights are a function of (config, seed): the same for any world size and ZeRO stage. None: the
+            caller fills them.
+        ds: The resolved DeepSpeed JSON.
     """
     partitioned = deepspeed_config.zero_stage(ds) == 3
     with deepspeed.zero.Init(config_dict_or_path=ds, enabled=partitioned):
@@ -79,13 +79,19 @@ def build_model(
 
 
 def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """The DeepSpeed engine around `model`, with the optimizer and the activation checkpointing that the JSON names."""
+    """The DeepSpeed engine around `model`, with optimizer and activation checkpointing as configured.
+
+    Args:
+        model: Of `build_model`.
+        config: The run's config.
+        ds: The resolved DeepSpeed JSON.
+    """
     if "activation_checkpointing" in ds:
         deepspeed.checkpointing.configure(None, deepspeed_config=ds)
         model.recompute = deepspeed.checkpointing.checkpoint
         model.recompute_every = config.train.recompute_every or 1
     if config.train.compile and deepspeed_config.zero_stage(ds) == 3:
-        logger.warning("train.compile: off, for the hooks with which ZeRO-3 gathers parameters break what is compiled")
+        logger.warning("train.compile: disabled: ZeRO-3 gathers parameters by hooks, which break compiled layers")
     elif config.train.compile:
         model.compile_layers()
     groups: Any = parameter_groups(model, config.optim, ds["optimizer"]["type"])
@@ -94,22 +100,21 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
         optimizer = muon(groups, ds["optimizer"]["params"])
         groups, ds = None, {key: block for key, block in ds.items() if key != "optimizer"}
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, optimizer=optimizer, config=ds)
-    # Public since torch 2.14, which warns of the name that it had before.
+    # Public since torch 2.14, which deprecates the private name.
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
-    for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed makes its own with torch's default
-        set_timeout(patience(config.guard.stall_minutes), group)
+    for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed's have torch's default timeout
+        set_timeout(collective_timeout(config.guard.stall_minutes), group)
     if isinstance(engine.optimizer, torch.optim.Optimizer):
-        skip_what_is_not_finite(engine.optimizer)
+        skip_nonfinite_steps(engine.optimizer)
     return engine
 
 
-def skip_what_is_not_finite(optimizer: torch.optim.Optimizer) -> None:
-    """Have an optimizer skip steps whose gradients are not finite, and tell DeepSpeed of it, as its own do.
+def skip_nonfinite_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Make an optimizer skip steps with non-finite gradients and report that to DeepSpeed, as DeepSpeed's own do.
 
-    For ZeRO 0 in fp32, where DeepSpeed takes torch's optimizer as it is.
+    Needed for ZeRO 0 in fp32, for which DeepSpeed uses torch's optimizer unwrapped.
     """
-    plain: Any = optimizer
-    plain.overflow = False
+    optimizer.overflow = False  # type: ignore[attr-defined]
 
     def skip(optimizer: Any, arguments: Any, keywords: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -117,16 +122,16 @@ def skip_what_is_not_finite(optimizer: torch.optim.Optimizer) -> None:
         optimizer.overflow = not norms.isfinite().all().item()
         if optimizer.overflow:
             for parameter in parameters:
-                parameter.grad = None  # torch's optimizers pass over what has none
+                parameter.grad = None  # torch's optimizers skip parameters without a gradient
 
     optimizer.register_step_pre_hook(skip)
 
 
 def muon(groups: list[dict[str, Any]], params: dict[str, Any]) -> torch.optim.Optimizer:
-    """DeepSpeed's Muon with AdamW. groups: of `parameter_groups`; params: optimizer.params of the DeepSpeed JSON."""
+    """DeepSpeed's Muon with AdamW, from `parameter_groups` and optimizer.params of the DeepSpeed JSON."""
     from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
 
-    settings: dict[bool, dict[str, Any]] = {  # by Muon or not
+    settings: dict[bool, dict[str, Any]] = {  # by use_muon
         True: {key: params[key] for key in ("momentum", "ns_method") if key in params},
         False: {key: params[key] for key in ("betas", "eps")},
     }
@@ -140,10 +145,14 @@ def muon(groups: list[dict[str, Any]], params: dict[str, Any]) -> torch.optim.Op
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, params: dict[str, Any], factor: float) -> None:
-    """Give every parameter group the learning rate of the coming step: `factor` of the highest, which `params` says.
+    """Set every parameter group's learning rate for the next step.
 
-    params: optimizer.params of the DeepSpeed JSON, where Muon may have a rate of its own for either of its halves.
+    Args:
+        engine: Of `build_engine`.
+        params: optimizer.params of the DeepSpeed JSON; with Muon, muon_lr and adam_lr may differ from lr.
+        factor: Share of those peak rates.
     """
+
     for group in engine.basic_optimizer.param_groups:
         own = {True: "muon_lr", False: "adam_lr"}.get(group.get("use_muon"), "lr")
         group["lr"] = factor * params.get(own, params["lr"])

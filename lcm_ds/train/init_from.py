@@ -1,6 +1,6 @@
-"""First weights of another model's (`model.init_from`): an exported folder, a run, or a checkpoint of Meta's code.
+"""Initial weights from another model (`model.init_from`): an exported folder, a run, or a checkpoint of Meta's code.
 
-The optimizer is fresh and the run begins at step 0. A run that has a checkpoint of its own goes on from that.
+The optimizer is new and the run starts at step 0. A run that has a checkpoint of its own resumes from that instead.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ CENTER, SCALE = "normalizer.center", "normalizer.scale"
 
 @dataclass(frozen=True)
 class InitFrom:
-    """A model to start from: its sizes, and its weights once they are asked for."""
+    """A model to start from: its sizes, and a function that reads its weights."""
 
-    says: str  # what it is, for people
+    description: str
     config: BaseLCMConfig
-    read: Callable[[], dict[str, Tensor]]  # fp32, under this project's names; the normaliser where it has one
-    has_normalizer: bool  # that does something; else the run takes that of its training data
+    read: Callable[[], dict[str, Tensor]]  # fp32, under our names, with the normaliser if there is one
+    has_normalizer: bool  # other than the identity; else the run uses that of its training data
 
 
 def resolve_init_from(model: ModelConfig) -> InitFrom:
-    """What `model.init_from` names. Raises InputError where that is none of the three."""
+    """The model that `model.init_from` names. Raises InputError if it is none of the three."""
     path = Path(str(model.init_from))
     if (path / "config.yaml").is_file():
         checkpoint = find(path)
@@ -53,16 +53,15 @@ def resolve_init_from(model: ModelConfig) -> InitFrom:
         return InitFrom(str(path), config, lambda: dict(read_folder(path).state_dict()), _folder_has_normalizer(path))
     if path.is_file():
         config, weights = read_meta(path, model.num_attention_heads)
-        own = _has_normalizer(weights)
-        return InitFrom(f"{path} (Meta's)", config, lambda: read_meta(path, model.num_attention_heads)[1], own)
+        normalizes = _has_normalizer(weights)
+        return InitFrom(f"{path} (Meta's)", config, lambda: read_meta(path, model.num_attention_heads)[1], normalizes)
     raise InputError(
-        f"{path}: no run here (config.yaml is missing), no exported model (config.json is missing) and no checkpoint "
-        "of Meta's (no such file)"
+        f"{path}: neither a run (config.yaml is missing), nor an exported model (config.json is missing), nor a file"
     )
 
 
 def sizes_of_run(run_dir: Path) -> BaseLCMConfig | None:
-    """The model of a run that has a checkpoint of its own, from which it goes on; None where it has none yet."""
+    """The model of a run's own newest checkpoint, from which it resumes; None if it has none yet."""
     for checkpoint in reversed(candidates(run_dir)):
         if checkpoint.integrity_error() is None:
             return BaseLCMConfig(**checkpoint.state()["model"])
@@ -70,33 +69,40 @@ def sizes_of_run(run_dir: Path) -> BaseLCMConfig | None:
 
 
 def load_initial_weights(model: BaseLCM, initial: InitFrom, partitioned: bool) -> str:
-    """Fill a model with the weights of another one; all ranks call this. Returns what was done, for people.
+    """Copy another model's weights into a model, rounded to the dtype of its parameters; all ranks call this.
 
-    Rank 0 reads them; the others get theirs from it, here (partitioned: under ZeRO-3) or, as all first weights, when
-    DeepSpeed makes its engine. They are rounded to the dtype of the model's parameters. The normaliser is the other
-    model's, for it says what its weights mean; where it has none, or does nothing, it stays as it is.
+    Only rank 0 reads them. The other ranks receive them here under ZeRO-3, else when DeepSpeed builds its engine. The
+    normaliser comes with the weights, which depend on it, unless it is missing or the identity.
+
+    Args:
+        model: Of `build_model`.
+        initial: The other model.
+        partitioned: Whether `model` is partitioned by ZeRO-3.
+
+    Returns:
+        A description for the user.
     """
     weights = initial.read() if dist.get_rank() == 0 else {}
-    own = from_first((weights[CENTER], weights[SCALE]) if _has_normalizer(weights) else None)
+    normalizer = from_first((weights[CENTER], weights[SCALE]) if _has_normalizer(weights) else None)
     for name, parameter in model.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned), torch.no_grad():
             if dist.get_rank() == 0:
                 parameter.copy_(weights.pop(name))
-    if own is not None:
-        model.normalizer.set(own[0].numpy(), own[1].numpy())
-    whose = "its normaliser" if own is not None else "the normaliser of the training data, for it has none"
-    return f"weights from {initial.says}, {whose}; the optimizer is fresh"
+    if normalizer is not None:
+        model.normalizer.set(normalizer[0].numpy(), normalizer[1].numpy())
+    source = "its normaliser" if normalizer is not None else "the normaliser of the training data, as it has none"
+    return f"weights from {initial.description}, {source}; new optimizer"
 
 
 def _folder_has_normalizer(path: Path) -> bool:
-    """Whether an exported folder has one that does something; its other weights are not read."""
-    found: dict[str, Tensor] = {}
+    """The same for an exported folder, of which the other weights are not read."""
+    normalizer: dict[str, Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            found |= {name: tensors.get_tensor(name) for name in (CENTER, SCALE) if name in tensors.keys()}  # noqa: SIM118
-    return _has_normalizer(found)
+            normalizer |= {name: tensors.get_tensor(name) for name in (CENTER, SCALE) if name in tensors.keys()}  # noqa: SIM118
+    return _has_normalizer(normalizer)
 
 
 def _has_normalizer(weights: dict[str, Tensor]) -> bool:
-    """Whether there is a normaliser that does something, unlike that of a model which was imported without one."""
+    """Whether there is a normaliser other than the identity, which models imported without one have."""
     return CENTER in weights and SCALE in weights and bool(weights[CENTER].any() or (weights[SCALE] != 1).any())

@@ -1,4 +1,4 @@
-"""A run that has passed its checks: its configs, its model and the order in which it reads its data."""
+"""A checked run: its configs, its model and the order of its data."""
 
 from __future__ import annotations
 
@@ -12,40 +12,39 @@ from lcm_ds.data.plan import Plan
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.train.init_from import InitFrom
 
-LONG_WARMUP = 0.2  # of the run's steps
+MAX_WARMUP_SHARE = 0.2  # of the run's steps
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A run that has passed its checks."""
+    """A checked run (job_builder.py)."""
 
     config: TrainConfig
-    ds: dict[str, Any]  # the DeepSpeed JSON, every "auto" filled in
+    ds: dict[str, Any]  # the resolved DeepSpeed JSON
     model: BaseLCMConfig
     datasets: list[Dataset]
     validation: Dataset | None
     plan: Plan
     fingerprint: str
-    initial: InitFrom | None = None  # where its first weights are from; None: they are fresh, or its own checkpoint's
+    initial: InitFrom | None = None  # origin of the initial weights; None: random, or the run's own checkpoint
 
     @property
     def run_dir(self) -> Path:
-        """Where the run lives."""
+        """The run directory."""
         return Path(self.config.run_dir)
 
     @property
     def total_steps(self) -> int:
-        """Steps until the run is done: `steps`, the end of `epochs`, or the sooner of both."""
-        ends = [end for end in (self.config.steps, self.plan.steps) if end is not None]
-        return min(ends)
+        """Steps of the complete run: `steps`, those of `epochs`, or the smaller of both."""
+        return min(end for end in (self.config.steps, self.plan.steps) if end is not None)
 
     @property
     def warmup_share(self) -> float:
-        """The share of the run's steps that the learning rate rises for."""
+        """The share of warm-up in the run's steps."""
         return self.config.optim.schedule.warmup_steps / self.total_steps
 
     def length(self) -> str:
-        """How long the run is, for people: concepts and epochs in all, and what of it is warm-up."""
+        """The length of the run, for display: concepts, epochs and warm-up."""
         concepts, epochs = self.plan.concepts(self.total_steps), self.plan.epoch(self.total_steps)
         warmup = self.config.optim.schedule.warmup_steps
         return (
@@ -53,8 +52,8 @@ class TrainJob:
         )
 
     def warmup_warning(self) -> str | None:
-        """A warning, if the warm-up takes more of the run than any recipe would."""
-        if self.warmup_share <= LONG_WARMUP:
+        """A warning if the warm-up takes a larger share of the run than in any recipe."""
+        if self.warmup_share <= MAX_WARMUP_SHARE:
             return None
         return (
             f"optim.schedule.warmup_steps: {self.config.optim.schedule.warmup_steps} is {self.warmup_share:.0%} of the "

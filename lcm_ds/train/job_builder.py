@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a run before it starts, found in one go."""
+"""From a train config to a `TrainJob`: everything that can be checked before a run starts, reported at once."""
 
 from __future__ import annotations
 
@@ -22,22 +22,27 @@ from lcm_ds.train.init_from import InitFrom, resolve_init_from, sizes_of_run
 from lcm_ds.train.job import TrainJob
 from lcm_ds.train.monitoring.trackers import missing_packages
 
-# Two ends of text differ if their distance is more of their length than this: another device or precision changes the
-# concept of the same text a little.
-OTHER_END = 0.1
+# Relative distance of two end-of-text concepts that count as the same: they vary a little with device and precision.
+END_OF_TEXT_TOLERANCE = 0.1
 
 
 def build_job(path: str | Path, overrides: Sequence[str], world_size: int) -> TrainJob:
-    """Read and check a run's config against its datasets, its DeepSpeed JSON and the number of ranks.
+    """Read a train config and check it against its datasets, its DeepSpeed JSON and the number of ranks.
 
-    Raises InputError with every mistake of all of them, one line each.
+    Args:
+        path: The YAML file.
+        overrides: `key=value` with dotted keys.
+        world_size: Number of ranks.
+
+    Raises:
+        InputError: With every error, one line each.
     """
     mapping = read_yaml(path, overrides)
     errors = Collector()
     config: TrainConfig | None = None
     with errors:
         config = validate(TrainConfig, mapping, path)
-    # The parts are looked at even where the config as a whole is wrong, so that nobody has to come back twice.
+    # DeepSpeed JSON and datasets are checked even if the config is invalid, to report all errors in one run.
     ds: dict[str, Any] | None = None
     with errors:
         ds = _read_ds(mapping.get("deepspeed"), Path(path))
@@ -55,31 +60,29 @@ def build_job(path: str | Path, overrides: Sequence[str], world_size: int) -> Tr
         model, initial = _model(config, path)
     resolved: dict[str, Any] = {}
     with errors:
-        width = None if model is None else model.hidden_size
-        resolved = deepspeed_config.resolve(ds, config, world_size, _ds_origin(config, path), path, width)
-    if wrong := why_not_writable(config.run_dir):
-        errors.errors.append(f"{path}: run_dir: {wrong}")
+        hidden_size = None if model is None else model.hidden_size
+        resolved = deepspeed_config.resolve(ds, config, world_size, _ds_origin(config, path), path, hidden_size)
+    if reason := why_not_writable(config.run_dir):
+        errors.errors.append(f"{path}: run_dir: {reason}")
     training = [dataset for dataset in datasets if dataset is not None]
-    opened = training if validation is None else [*training, validation]
-    errors.errors.extend(_disagreements(opened, model, path))
+    errors.errors.extend(_dataset_errors([*training, *([validation] if validation else [])], model, path))
     if config.model.init_from is None or (initial is not None and not initial.has_normalizer):
-        errors.errors.extend(_normalizer_disagreements(training, validation, config, path))
-    for key, some in (("data.train", datasets), ("data.validation", [validation])):
-        for dataset in (each for each in some if each is not None):
-            with errors:
-                if wrong := missing_targets(dataset, config.data.row_length, config.data.max_segment):
-                    raise InputError(f"{path}: {key}: {wrong}")
+        errors.errors.extend(_normalizer_errors(training, validation, config, path))
+    for key, dataset in [*(("data.train", each) for each in datasets), ("data.validation", validation)]:
+        with errors:
+            if dataset and (reason := missing_targets(dataset, config.data.row_length, config.data.max_segment)):
+                raise InputError(f"{path}: {key}: {reason}")
     errors.raise_if_any()
     assert model is not None
-    plan, mark = plan_of(config, training)
-    job = TrainJob(config, resolved, model, training, validation, plan, mark, initial)
-    if lines := _step_mistakes(job, path):
+    plan, order = plan_of(config, training)
+    job = TrainJob(config, resolved, model, training, validation, plan, order, initial)
+    if lines := _step_errors(job, path):
         raise InputError(lines)
     return job
 
 
 def _model(config: TrainConfig, path: str | Path) -> tuple[BaseLCMConfig, InitFrom | None]:
-    """The model, and what its first weights are from. A run that has begun no longer needs that."""
+    """The model, and the origin of its initial weights, which a run with a checkpoint no longer needs."""
     if config.model.init_from is None:
         return resolve_model(config.model, str(path)), None
     own = sizes_of_run(Path(config.run_dir))
@@ -95,46 +98,47 @@ def _model(config: TrainConfig, path: str | Path) -> tuple[BaseLCMConfig, InitFr
 def plan_of(config: TrainConfig, datasets: Sequence[Dataset]) -> tuple[Plan, str]:
     """The order in which a run reads its datasets, and the fingerprint of that order."""
     weights = [entry.weight for entry in config.data.train]
-    rows, length, longest = config.batch.rows_per_step, config.data.row_length, config.data.max_segment
-    sources = [source_of(dataset, length, longest, weight) for dataset, weight in zip(datasets, weights, strict=True)]
+    rows, length, max_segment = config.batch.rows_per_step, config.data.row_length, config.data.max_segment
+    sources = [
+        source_of(dataset, length, max_segment, weight) for dataset, weight in zip(datasets, weights, strict=True)
+    ]
     supervised = any(dataset.info.supervised is not None for dataset in datasets)
-    marks = [dataset.fingerprint for dataset in datasets]
-    mark = fingerprint(marks, weights, config.seed, rows, length, longest, supervised)
-    return Plan(sources, config.seed, rows, length, config.epochs), mark
+    fingerprints = [dataset.fingerprint for dataset in datasets]
+    order = fingerprint(fingerprints, weights, config.seed, rows, length, max_segment, supervised)
+    return Plan(sources, config.seed, rows, length, config.epochs), order
 
 
-def reach_lines(job: TrainJob) -> list[str]:
-    """A line for each supervised dataset: how many of its targets are reached.
+def target_coverage_lines(job: TrainJob) -> list[str]:
+    """A line for each supervised dataset: the number of its targets that a run trains on.
 
-    An unsupervised one loses the first concept of each segment only; how many those are its shards' counts do not tell.
+    Other datasets lose only the first concept of each segment, a number that their shards' counts do not give.
     """
     data, lines = job.config.data, []
-    for when, datasets in (("an epoch", job.datasets), ("validation", [job.validation] if job.validation else [])):
-        for dataset in datasets:
-            if dataset.info.supervised is not None:
-                found = target_reach(dataset, data.row_length, data.max_segment)
-                lost = found.all - found.reached
-                why = f"{lost:,} are lost: documents longer than {length_limit(data.row_length, data.max_segment)}"
-                lines.append(
-                    f"{dataset.path}: {when} reaches {found.reached:,} of {found.all:,} targets"
-                    + (f"; {why}" if lost else "")
-                )
+    for scope, dataset in [*(("an epoch", each) for each in job.datasets), ("validation", job.validation)]:
+        if dataset is not None and dataset.info.supervised is not None:
+            targets = target_reach(dataset, data.row_length, data.max_segment)
+            lost = targets.all - targets.reached
+            reason = f"; {lost:,} are lost: documents longer than {length_limit(data.row_length, data.max_segment)}"
+            lines.append(
+                f"{dataset.path}: {scope} reaches {targets.reached:,} of {targets.all:,} targets"
+                + (reason if lost else "")
+            )
     return lines
 
 
-def _step_mistakes(job: TrainJob, path: str | Path) -> list[str]:
-    """Settings of `train` and `log` that would do nothing, and a warm-up that never ends."""
+def _step_errors(job: TrainJob, path: str | Path) -> list[str]:
+    """Settings of `train` and `log` without effect, and a warm-up longer than the run."""
     train, lines = job.config.train, []
     warmup = job.config.optim.schedule.warmup_steps
-    if warmup >= job.total_steps and not candidates(job.run_dir):  # a run that has begun may end as it is
+    if warmup >= job.total_steps and not candidates(job.run_dir):  # a run with a checkpoint may end early
         lines.append(
             f"{path}: optim.schedule.warmup_steps: {warmup}: the run has {job.total_steps} steps and would never reach "
             f"optim.lr; the LCM paper's 4 % would be {max(1, job.total_steps // 25)}"
         )
     if train.recompute_every is not None and "activation_checkpointing" not in job.ds:
         lines.append(
-            f"{path}: train.recompute_every: {train.recompute_every}: nothing is recomputed without a block "
-            f"activation_checkpointing in {_ds_origin(job.config, path)}; {{}} will do"
+            f"{path}: train.recompute_every: {train.recompute_every}: has no effect without a block "
+            f'"activation_checkpointing": {{}} in {_ds_origin(job.config, path)}'
         )
     if train.profile_steps is not None and train.profile_steps[0] >= job.total_steps:
         lines.append(
@@ -173,78 +177,81 @@ def _open(value: Any, key: str, data: dict[str, Any], path: str | Path, errors: 
     return None
 
 
-def _disagreements(datasets: Sequence[Dataset], model: BaseLCMConfig | None, path: str | Path) -> list[str]:
-    """Datasets that do not fit the model, or one another."""
+def _dataset_errors(datasets: Sequence[Dataset], model: BaseLCMConfig | None, path: str | Path) -> list[str]:
+    """Datasets that do not fit the model or each other."""
     lines = []
     for dataset in datasets:
         if model is not None and dataset.embed_dim != model.embed_dim:
             lines.append(
-                f"{path}: model.embed_dim: the model takes concepts of {model.embed_dim} dimensions, "
-                f"{dataset.path} holds {dataset.embed_dim}; choose a preset or model.embed_dim that fits"
+                f"{path}: model.embed_dim: is {model.embed_dim}, but the concepts of {dataset.path} have "
+                f"{dataset.embed_dim} dimensions; set model.embed_dim={dataset.embed_dim}"
             )
     for dataset in datasets[1:]:
         if dataset.embed_dim != datasets[0].embed_dim:
             lines.append(
-                f"{path}: data: {dataset.path} holds concepts of {dataset.embed_dim} dimensions, "
-                f"{datasets[0].path} of {datasets[0].embed_dim}; a run needs one size"
+                f"{path}: data: {dataset.path} has concepts of {dataset.embed_dim} dimensions, "
+                f"{datasets[0].path} of {datasets[0].embed_dim}; all datasets of a run need the same"
             )
         if dataset.info.encoder != datasets[0].info.encoder:
             lines.append(
                 f"{path}: data: {dataset.path} was encoded with {dataset.info.encoder}, "
-                f"{datasets[0].path} with {datasets[0].info.encoder}; a run needs one encoder"
+                f"{datasets[0].path} with {datasets[0].info.encoder}; all datasets of a run need the same encoder"
             )
-        elif _other_end(dataset, datasets[0]):
+        elif _different_end_of_text(dataset, datasets[0]):
             lines.append(
                 f"{path}: data: documents of {dataset.path} end with {_end_of_text(dataset)}, "
-                f"of {datasets[0].path} with {_end_of_text(datasets[0])}; a run needs one end of text"
+                f"those of {datasets[0].path} with {_end_of_text(datasets[0])}; all datasets of a run need the same"
             )
     supervised = [(d, d.info.supervised.source_suffix) for d in datasets if d.info.supervised is not None]
     for dataset, suffix in supervised[1:]:
         if suffix != supervised[0][1]:
             lines.append(
-                f"{path}: data: sources of {dataset.path} end with {suffix!r}, of {supervised[0][0].path} with "
-                f"{supervised[0][1]!r}; a run needs one source_suffix"
+                f"{path}: data: sources of {dataset.path} end with {suffix!r}, those of {supervised[0][0].path} with "
+                f"{supervised[0][1]!r}; all datasets of a run need the same source_suffix"
             )
     return lines
 
 
-def _other_end(one: Dataset, other: Dataset) -> bool:
-    """Whether documents end otherwise, by text or concept; what dataset.json does not say is another end, too."""
+def _different_end_of_text(one: Dataset, other: Dataset) -> bool:
+    """Whether documents end differently, by text or concept; an end missing in dataset.json counts as different."""
     ends = one.info.end_of_text, other.info.end_of_text
     if ends[0] is None or ends[1] is None:
         return ends[0] is not ends[1]
     if ends[0].text != ends[1].text:
         return True
     a, b = np.array(ends[0].vector), np.array(ends[1].vector)
-    return a.shape == b.shape and bool(np.linalg.norm(a - b) > OTHER_END * np.linalg.norm(b))
+    return a.shape == b.shape and bool(np.linalg.norm(a - b) > END_OF_TEXT_TOLERANCE * np.linalg.norm(b))
 
 
 def _end_of_text(dataset: Dataset) -> str:
-    """As a message has it: with the first numbers, for the same text may have another concept."""
+    """For messages: with the first values, because the same text may have another concept."""
     end = dataset.info.end_of_text
     if end is None:
-        return "nothing that dataset.json names"
-    return f"{end.text!r} ({', '.join(f'{number:.4g}' for number in end.vector[:3])} …)"
+        return "no end that dataset.json names"
+    return f"{end.text!r} ({', '.join(f'{value:.4g}' for value in end.vector[:3])} …)"
 
 
-def _normalizer_disagreements(
+def _normalizer_errors(
     training: Sequence[Dataset], validation: Dataset | None, config: TrainConfig, path: str | Path
 ) -> Iterator[str]:
-    """Datasets whose normaliser is not, to the bit, the first one's, which is the run's."""
+    """Datasets whose normaliser is not bit-identical to that of the first one, which the run uses."""
     if not training:
         return
     first = training[0].path
-    own = [numbers.tobytes() for numbers in read_normalizer(first)]
+
+    def differs(dataset: Dataset) -> bool:
+        pairs = zip(read_normalizer(dataset.path), read_normalizer(first), strict=True)
+        return any(own.tobytes() != of_first.tobytes() for own, of_first in pairs)
+
     weights = {entry.weight for entry in config.data.train}
     named = " ".join(f"{each.path}={each.weight:g}" if len(weights) > 1 else each.path for each in config.data.train)
-    for dataset in training[1:]:
-        if [numbers.tobytes() for numbers in read_normalizer(dataset.path)] != own:
-            yield (
-                f"{path}: data.train: {dataset.path} has another normaliser than {first}; a run needs one: "
-                f"lcm-ds fit-normalizer {named}"
-            )
-    if validation is not None and [numbers.tobytes() for numbers in read_normalizer(validation.path)] != own:
+    for dataset in filter(differs, training[1:]):
         yield (
-            f"{path}: data.validation: {validation.path} has another normaliser than {first}; a run needs one: copy "
+            f"{path}: data.train: {dataset.path} and {first} have different normalisers; fit a common one: "
+            f"lcm-ds fit-normalizer {named}"
+        )
+    if validation is not None and differs(validation):
+        yield (
+            f"{path}: data.validation: {validation.path} and {first} have different normalisers; copy "
             f"{first}/{NORMALIZER} there"
         )

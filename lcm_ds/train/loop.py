@@ -1,16 +1,17 @@
 """The training loop, top to bottom in the order in which things happen.
 
-What it promises: a resumed run goes on bit for bit on the same number of ranks (on one kind of device, with one number
-of threads a rank), and to rounding on another; all ranks agree before any of them stops, saves or goes back.
+A run resumed on the same number of ranks is bit-identical to one that was never interrupted (same kind of device, same
+number of threads per rank); on another number of ranks it agrees to rounding. All ranks agree before any of them stops,
+saves or rolls back.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,11 +21,9 @@ from deepspeed.accelerator import get_accelerator
 
 from lcm_ds import deepspeed_config
 from lcm_ds.baselines.linear import Linear
-from lcm_ds.checkpoint import format as checkpoints
 from lcm_ds.checkpoint import load as resume
-from lcm_ds.checkpoint.format import Checkpoint
+from lcm_ds.checkpoint.format import Checkpoint, clear_partial
 from lcm_ds.checkpoint.save import Saver, saves_in_background
-from lcm_ds.data.batch import Batch
 from lcm_ds.data.format import read_normalizer
 from lcm_ds.data.loader import Loader
 from lcm_ds.distributed.environment import DistEnv
@@ -34,18 +33,18 @@ from lcm_ds.train.init_from import load_initial_weights
 from lcm_ds.train.job import TrainJob
 from lcm_ds.train.memory import count_parameters
 from lcm_ds.train.monitoring.console import console, set_up_logging
-from lcm_ds.train.monitoring.console_format import bar_line, step_line, summary, validation_line
+from lcm_ds.train.monitoring.console_format import progress_bar, step_line, summary, validation_line
 from lcm_ds.train.monitoring.gradient_scale import GradientMeter
 from lcm_ds.train.monitoring.histograms import histograms
 from lcm_ds.train.monitoring.metrics_log import RunLog
 from lcm_ds.train.monitoring.profiler import StepProfiler
 from lcm_ds.train.monitoring.text_samples import Samples
 from lcm_ds.train.monitoring.throughput import ThroughputMeter, memory_gib, peak_tflops
-from lcm_ds.train.reliability.loss_guard import Rollback, SkippedSteps, StepMonitor, tell
+from lcm_ds.train.reliability.loss_guard import Rollback, SkippedSteps, StepMonitor, record_incident
 from lcm_ds.train.reliability.run_lock import RunLock
 from lcm_ds.train.reliability.stop_signal import STOPPED, StopRequest
 from lcm_ds.train.reliability.watchdog import Watchdog
-from lcm_ds.train.run_metadata import identity, log_run_header, prepare_run_folder
+from lcm_ds.train.run_metadata import identity, log_run_header, write_run_config
 from lcm_ds.train.step import StepOutcome, Stepper
 from lcm_ds.train.validation import fit_ridge, validate
 
@@ -54,122 +53,145 @@ logger = logging.getLogger("lcm_ds.train")
 DONE, FAILED = 0, 1
 
 
-def train(job: TrainJob, place: DistEnv, stop: StopRequest) -> int:
-    """Train until the run is done or somebody asks it to stop; returns the exit code: 0, 75, or 1 where what was to be
-    saved could not be.
+def train(job: TrainJob, env: DistEnv, stop: StopRequest) -> int:
+    """Train from the newest checkpoint to the end of the run, or until a stop is requested.
 
-    Raises InputError where the run's folder has an owner, its checkpoints belong to another run, or a shard turns out
-    not to be what was written; RunFailedError where no checkpoint is whole, or going back did not help.
+    Args:
+        job: The run, checked.
+        env: This process's rank and rendezvous.
+        stop: Stop requests of this process; the ranks agree on them at the next step.
+
+    Returns:
+        The exit code: 0 done, 75 stopped on request, 1 if the last checkpoint could not be saved.
+
+    Raises:
+        InputError: The run directory is locked, its checkpoints belong to another run, or a shard is damaged.
+        RunFailedError: No checkpoint is valid, or rolling back did not help.
     """
+    with session(job, env, stop) as (device, watchdog):
+        checkpoint = resume.newest_complete(job.run_dir, job.config.checkpoint)
+        if checkpoint is not None:
+            if errors := resume.errors(checkpoint, identity(job, env)):
+                raise InputError(errors if env.rank == 0 else [])  # printed once
+            if checkpoint.step >= job.total_steps:
+                if env.rank == 0:
+                    console.line(f"{job.run_dir}: already trained for {checkpoint.step} steps, nothing to do")
+                return DONE
+        if env.rank == 0:
+            changes = None if checkpoint is None else resume.changes(checkpoint, job.run_dir, identity(job, env))
+            write_run_config(job, env)
+            if changes is not None:
+                console.line(changes)
+        skipped = SkippedSteps(job.run_dir)
+        while True:
+            try:
+                with ExitStack() as stack:
+                    return build_trainer(job, env, device, stop, watchdog, checkpoint, skipped.ranges, stack).run()
+            except Rollback as rollback:
+                incident = rollback.incident
+            # Nothing refers to the engine any more.
+            gc.collect()
+            get_accelerator().empty_cache()
+            checkpoint = resume.newest_complete(job.run_dir, job.config.checkpoint)
+            skipped.add(incident, 0 if checkpoint is None else checkpoint.step)
+
+
+@contextmanager
+def session(job: TrainJob, env: DistEnv, stop: StopRequest) -> Iterator[tuple[torch.device, Watchdog]]:
+    """Log, lock the run directory, start the watchdog and join the process group; yields device and watchdog."""
     job.run_dir.mkdir(parents=True, exist_ok=True)
-    set_up_logging(job.run_dir, place.rank)
-    with contextlib.ExitStack() as stack:
-        if place.rank == 0:
+    set_up_logging(job.run_dir, env.rank)
+    with ExitStack() as stack:
+        if env.rank == 0:
             stack.enter_context(RunLock(job.run_dir))
         watchdog = Watchdog(job.config.guard.stall_minutes)
         stack.callback(watchdog.close)
-        device = init_distributed(place, job.config.guard.stall_minutes)
-        if place.rank == 0:
-            checkpoints.clear_partial(job.run_dir)
+        device = init_distributed(env, job.config.guard.stall_minutes)
+        if env.rank == 0:
+            clear_partial(job.run_dir)
             stop.watch(job.run_dir / "STOP")
-        code = _train(job, place, device, stop, watchdog)
+        yield device, watchdog
         # Not after an error: other ranks may wait in a collective, and this one would wait with them.
         dist.destroy_process_group()
-    return code
 
 
-def _train(job: TrainJob, place: DistEnv, device: torch.device, stop: StopRequest, watchdog: Watchdog) -> int:
-    """Go on from the newest checkpoint, as often as the guard asks for it."""
-    newest = resume.newest_complete(job.run_dir, job.config.checkpoint)
-    if newest is not None:
-        errors = resume.errors(newest, identity(job, place))
-        if errors:
-            raise InputError(errors if place.rank == 0 else [])  # said once
-        if newest.step >= job.total_steps:
-            if place.rank == 0:
-                console.line(f"{job.run_dir}: already trained for {newest.step} steps, nothing to do")
-            return DONE
-    if place.rank == 0:
-        changed = None if newest is None else resume.changes(newest, job.run_dir, identity(job, place))
-        prepare_run_folder(job, place)
-        if changed is not None:
-            console.line(changed)
-    left_out = SkippedSteps(job.run_dir)
-    while True:
-        try:
-            return _attempt(job, place, device, stop, watchdog, newest, left_out.ranges)
-        except Rollback as back:
-            incident = back.incident
-        # Out here nothing holds the engine any more.
-        gc.collect()
-        get_accelerator().empty_cache()
-        newest = resume.newest_complete(job.run_dir, job.config.checkpoint)
-        left_out.add(incident, 0 if newest is None else newest.step)
-
-
-def _attempt(
+def build_trainer(
     job: TrainJob,
-    place: DistEnv,
+    env: DistEnv,
     device: torch.device,
     stop: StopRequest,
     watchdog: Watchdog,
-    newest: Checkpoint | None,
-    left_out: list[range],
-) -> int:
-    """Train from a checkpoint, or from the beginning; raises GoBack, having let go of everything, where it is to start
-    from another one.
+    checkpoint: Checkpoint | None,
+    skipped_steps: list[range],
+    stack: ExitStack,
+) -> Trainer:
+    """Build model, engine, loader and saver of a run.
+
+    Args:
+        job: The run.
+        env: This process's rank.
+        device: Of this rank.
+        stop: Stop requests of this process.
+        watchdog: Is told about progress.
+        checkpoint: To resume from; None: step 0.
+        skipped_steps: Steps to skip.
+        stack: Closes what is opened here.
     """
-    run_dir, config, ds = job.run_dir, job.config, job.ds
-    state: dict[str, Any] = {"concepts": 0, "losses": [], "learned": False} if newest is None else newest.state()
-    start = 0 if newest is None else newest.step
-    convert = newest is not None and resume.needs_conversion(state, identity(job, place))
-    if newest is not None and convert:
-        resume.convert(newest, count_parameters(job.model), config.checkpoint, watchdog.beat, console.line)
+    config, ds = job.config, job.ds
+    state: dict[str, Any] = {"concepts": 0, "losses": [], "learned": False}
+    if checkpoint is not None:
+        state = checkpoint.state()
+    first_step = 0 if checkpoint is None else checkpoint.step
+    universal = checkpoint is not None and resume.needs_conversion(state, identity(job, env))
+    if checkpoint is not None and universal:
+        resume.convert(checkpoint, count_parameters(job.model), config.checkpoint, watchdog.beat, console.line)
         ds = {**ds, "checkpoint": {**ds.get("checkpoint", {}), "load_universal": True}}
     watchdog.beat("building the model")
-    initial = job.initial if newest is None else None
-    model = build_model(job.model, read_normalizer(job.datasets[0].path), config.seed if initial is None else None, ds)
-    begun = None if initial is None else load_initial_weights(model, initial, deepspeed_config.zero_stage(ds) == 3)
+    init_from = job.initial if checkpoint is None else None
+    model = build_model(job.model, read_normalizer(job.datasets[0].path), None if init_from else config.seed, ds)
+    loaded = load_initial_weights(model, init_from, deepspeed_config.zero_stage(ds) == 3) if init_from else None
     engine = build_engine(model, config, ds)
-    if newest is not None:
-        resume.restore(engine, newest, convert)
-    if place.rank == 0:
-        log_run_header(job, place, engine, start, begun)
-    with contextlib.ExitStack() as stack:
-        run_log = RunLog(job, place.world_size, start) if place.rank == 0 else None
-        if run_log is not None:
-            stack.callback(run_log.close)
-        loader = Loader(
-            job.datasets,
-            job.plan,
-            config.data.max_segment,
-            place.rank,
-            place.world_size,
-            config.batch.micro_batch_rows,
-            workers=config.data.workers,
-            start_step=start,
-            pinned=device.type == "cuda",
-            local_ranks=place.local_world_size,
-            skipped_steps=left_out,
-        )
-        stack.callback(loader.close)
-        saver = Saver(engine, run_dir, config.checkpoint, saves_in_background(config.checkpoint, ds))
-        stack.callback(saver.close)
-        stack.callback(console.end_bar)
-        run = Run(Stepper(job, place, engine, device), loader, saver, watchdog, run_log, stop, state, left_out)
-        try:
-            return run.steps(start)
-        except Rollback:
-            if saver.pending:
-                saver.finish()
-            engine.destroy()
-            raise
+    if checkpoint is not None:
+        resume.restore(engine, checkpoint, universal)
+    if env.rank == 0:
+        log_run_header(job, env, engine, first_step, loaded)
+    run_log = RunLog(job, env.world_size, first_step) if env.rank == 0 else None
+    if run_log is not None:
+        stack.callback(run_log.close)
+    loader = Loader(
+        job.datasets,
+        job.plan,
+        config.data.max_segment,
+        env.rank,
+        env.world_size,
+        config.batch.micro_batch_rows,
+        workers=config.data.workers,
+        start_step=first_step,
+        pinned=device.type == "cuda",
+        local_ranks=env.local_world_size,
+        skipped_steps=skipped_steps,
+    )
+    stack.callback(loader.close)
+    saver = Saver(engine, job.run_dir, config.checkpoint, saves_in_background(config.checkpoint, ds))
+    stack.callback(saver.close)
+    stack.callback(console.end_bar)
+    stepper = Stepper(job, env, engine, device)
+    return Trainer(stepper, loader, saver, watchdog, run_log, stop, state, first_step, skipped_steps)
 
 
-class Run:
-    """One process's part in a run: what happens before and after each step.
+class Trainer:
+    """One process's part in a run: `run` is the loop, the methods below it follow in the order of their use.
 
-    state: of the checkpoint that it goes on from. left_out: steps that are passed over.
+    Args:
+        stepper: Takes the optimizer steps.
+        loader: This rank's batches from `first_step` on.
+        saver: Writes checkpoints.
+        watchdog: Is told what the process does.
+        run_log: Metrics of the run; None on ranks other than 0.
+        stop: Stop requests of this process.
+        state: state.json of the checkpoint that the run resumes from.
+        first_step: Steps done so far.
+        skipped_steps: Steps to pass over.
     """
 
     def __init__(
@@ -181,121 +203,129 @@ class Run:
         run_log: RunLog | None,
         stop: StopRequest,
         state: dict[str, Any],
-        left_out: list[range],
+        first_step: int,
+        skipped_steps: list[range],
     ) -> None:
         self.stepper, self.loader, self.saver, self.watchdog = stepper, loader, saver, watchdog
-        self.job, self.place, self.engine = stepper.job, stepper.place, stepper.engine
-        self.run_log, self.stop, self.left_out = run_log, stop, left_out
+        self.job, self.env, self.engine = stepper.job, stepper.env, stepper.engine
+        self.run_log, self.stop = run_log, stop
+        self.first_step, self.skipped_steps = first_step, skipped_steps
         self.concepts_seen: int = state["concepts"]
-        self.concepts_missing = 0  # since this process started
+        self.missing_concepts = 0  # since this process started
         self.losses: list[float | None] = []  # of the steps since the last report
         self.targets = 0  # of the last step
-        self.learned: bool = state.get("learned", True)  # whether a step has had targets; earlier versions did not say
-        self.guard = StepMonitor(self.job.config.guard, state["losses"])
-        self.save_is_due = False
-        self.ridge: Linear | None = None  # from the first validation on
-        self.samples: Samples | None = None  # from then on, too
+        self.had_targets: bool = state.get("learned", True)  # any step so far; not in checkpoints of earlier versions
+        self.monitor = StepMonitor(self.job.config.guard, state["losses"])
+        self.save_due = False
+        self.ridge: Linear | None = None  # from the first validation on, as `samples`
+        self.samples: Samples | None = None
         self.started = self.last_save = time.monotonic()
         self.stalled = self.stalled_by_this_save = 0.0  # seconds
         peak = peak_tflops(stepper.device, self.job.config.log.peak_tflops)
-        self.speed = ThroughputMeter(self.job.model, self.place.world_size, peak)
+        self.speed = ThroughputMeter(self.job.model, self.env.world_size, peak)
         parameters, eps = count_parameters(self.job.model), self.job.ds["optimizer"]["params"].get("eps")
         self.gradients = GradientMeter(parameters, eps, self.job.config.optim.max_grad_norm)
-        self.profiler = StepProfiler(
-            self.job.run_dir, self.job.config.train.profile_steps if self.place.rank == 0 else None
-        )
+        profile_steps = self.job.config.train.profile_steps if self.env.rank == 0 else None
+        self.profiler = StepProfiler(self.job.run_dir, profile_steps)
 
-    def steps(self, start: int) -> int:
-        """Every step from `start` to the end of the run; returns the exit code. Raises GoBack."""
+    def run(self) -> int:
+        """Every step to the end of the run; returns the exit code. Raises Rollback."""
         config, total = self.job.config, self.job.total_steps
         batches = iter(self.loader)
         self.stop.steps_begin()
         stopping = False
-        for step in range(start, total):
+        for step in range(self.first_step, total):
             done = step + 1
-            self.save_is_due |= _due(done, config.checkpoint.every, total)
-            if not any(step in steps for steps in self.left_out):
-                stopping = self.step(batches, step)
-            else:
-                self.report(step)  # the losses of a line are those of steps one after the other
+            self.save_due |= _due(done, config.checkpoint.every, total)
+            if any(step in steps for steps in self.skipped_steps):
+                self.report(step)  # a line's losses are those of consecutive steps
                 if done < total:
                     continue
+            else:
+                self.watchdog.beat(f"step {step}")
+                self.profiler.begin(step)
+                outcome = self.stepper.step(batches, step, self.rank_flags(), self.histogram_writer(done))
+                self.profiler.end(step)
+                self.count(outcome)
+                self.show_bar(done)
+                self.check(step, outcome)
+                stops, saves, still_writing = outcome.rank_flags
+                if self.saver.pending and not still_writing:
+                    self.commit_save(done)
+                self.save_due |= saves > 0
+                stopping = stops > 0
             last = stopping or done == total
-            if done % config.log.every == 0 or last or self.saves_now:
-                self.report(done)  # what is not reported when it is saved is lost on a resume
-            if done == total and not self.learned:  # before it is saved as done
-                mistake = f"{self.job.run_dir}: none of the {total} steps had a target: nothing was learned"
-                raise InputError([mistake] if self.place.rank == 0 else [])
+            if done % config.log.every == 0 or last or self.save_now:
+                self.report(done)  # a resume would lose what is not reported before a save
+            if done == total and not self.had_targets:  # before it is saved as done
+                error = f"{self.job.run_dir}: none of the {total} steps had a target: nothing was learned"
+                raise InputError([error] if self.env.rank == 0 else [])
             if _due(done, config.evaluate.every, total) and self.job.validation is not None:
                 self.validate(done)
-            if (last or self.saves_now) and not self.save(done, wait=last) and last:
+            if (last or self.save_now) and not self.save(done, wait=last) and last:
                 return FAILED
-            if stopping and done < total:
+            if stopping:
                 break
         self.profiler.close()
-        return self.end(done, total)
+        return self.finish(done, total)
 
-    def step(self, batches: Iterator[Batch], step: int) -> bool:
-        """One step, and what there is to be said of it; whether the run was asked to stop. Raises GoBack."""
-        self.watchdog.beat(f"step {step}")
-        self.profiler.begin(step)
-        every = self.job.config.log.histograms
-        look = (lambda: self.look(step + 1)) if every is not None and (step + 1) % every == 0 else None
+    def rank_flags(self) -> tuple[bool, bool, bool]:
+        """What the ranks sum up in a step: stop requested, save due by rank 0's clock, still writing a checkpoint."""
         minutes = self.job.config.checkpoint.every_minutes
-        by_the_clock = minutes is not None and time.monotonic() - self.last_save > 60 * minutes
-        asks = (self.stop.requested(), by_the_clock and self.place.rank == 0, self.saver.busy())
-        outcome = self.stepper.step(batches, step, asks, look)
-        self.profiler.end(step)
+        save_due = minutes is not None and time.monotonic() - self.last_save > 60 * minutes
+        return self.stop.requested(), save_due and self.env.rank == 0, self.saver.busy()
+
+    def histogram_writer(self, done: int) -> Callable[[], None] | None:
+        """Logs histograms of weights and gradients within the step that ends as step `done`; None if not due."""
+        every = self.job.config.log.histograms
+        if every is None or done % every:
+            return None
+
+        def write() -> None:
+            values = histograms(self.engine, counts=self.run_log is not None)
+            if self.run_log is not None:
+                self.run_log.histograms(done, values)
+
+        return write
+
+    def count(self, outcome: StepOutcome) -> None:
+        """Add a step to the figures of the next report."""
         self.concepts_seen += outcome.concepts
-        self.concepts_missing += outcome.missing
+        self.missing_concepts += outcome.missing
         self.losses.append(outcome.loss)
         self.gradients.add(self.engine.get_global_grad_norm())
-        self.targets, self.learned = outcome.targets, self.learned or outcome.targets > 0
-        self.speed.add(outcome.concepts, outcome.pairs, outcome.waited)
-        self.show_bar(step + 1)
-        self.check(step, outcome)
-        stops, saves, busy = outcome.asked
-        if self.saver.pending and not busy:
-            self.finish_save(step + 1)
-        self.save_is_due |= saves > 0
-        return stops > 0
-
-    def look(self, done: int) -> None:
-        """Histograms of the weights before a step, and of its gradients."""
-        found = histograms(self.engine, counts=self.run_log is not None)
-        if self.run_log is not None:
-            self.run_log.histograms(done, found)
+        self.targets, self.had_targets = outcome.targets, self.had_targets or outcome.targets > 0
+        self.speed.add(outcome.concepts, outcome.attended_pairs, outcome.waited)
 
     def show_bar(self, done: int, doing: str = "") -> None:
-        """The bar of rank 0, on a terminal."""
+        """The progress bar of rank 0, on a terminal."""
         if self.run_log is not None:
             total = self.job.total_steps
             seconds = (total - done) * self.speed.read(overall=True)["step_time"]
-            console.bar(bar_line(done, total, seconds, doing), now=bool(doing))
+            console.bar(progress_bar(done, total, seconds, doing), now=bool(doing))
 
     def check(self, step: int, outcome: StepOutcome) -> None:
-        """Say what is wrong with a step, and go back where that is what the guard wants. Raises GoBack."""
-        incident = self.guard.check(step, outcome.loss, outcome.applied)
+        """Record a step that went wrong. Raises Rollback, having let go of the engine, if the guard asks for it."""
+        incident = self.monitor.check(step, outcome.loss, outcome.applied)
         if incident is None:
             return
-        if deepspeed_config.precision(self.job.ds) == "float16" and not outcome.applied and incident.leave_out is None:
-            logger.info("step %d: %s (fp16: the scale of the loss goes down)", step, incident.what)
+        if incident.skip is None and not outcome.applied and deepspeed_config.precision(self.job.ds) == "float16":
+            logger.info("step %d: %s (fp16: the loss scale is lowered)", step, incident.what)
             return
-        where = ""
-        if incident.leave_out is not None:
-            first, last = incident.leave_out.start, incident.leave_out.stop - 1
-            where = f": back to the last checkpoint, and on without the steps {first} to {last}"
-        tell(incident, self.job, self.loader, where)
-        if incident.leave_out is not None:
+        record_incident(incident, self.job, self.loader)
+        if incident.skip is not None:
+            if self.saver.pending:
+                self.saver.commit()
+            self.engine.destroy()
             raise Rollback(incident)
 
     def report(self, done: int) -> None:
-        """A line of metrics after `done` steps."""
+        """Log the metrics after `done` steps: a new metric of a step goes into `values`."""
         if self.run_log is not None and self.losses:
             loss = self.losses[-1]
             values = {
                 "concepts": self.concepts_seen,
-                "missing_concepts": self.concepts_missing,
+                "missing_concepts": self.missing_concepts,
                 "epoch": self.job.plan.epoch(done),
                 "loss": loss,
                 "loss_sum": None if loss is None else loss * self.job.model.embed_dim,
@@ -309,80 +339,78 @@ class Run:
             }
             self.run_log.write(done, values)
             console.line(step_line(done, self.job.total_steps, values))
-            if wrong := self.gradients.eps_warning(self.job.model.embed_dim):
-                console.warning(wrong)
+            if warning := self.gradients.eps_warning(self.job.model.embed_dim):
+                console.warning(warning)
         self.losses.clear()
         self.gradients.reset()
         self.speed.reset()
 
     def validate(self, done: int) -> None:
-        """A line of validation metrics after `done` steps, and what is predicted for a few prompts, in words."""
-        config, dataset = self.job.config.log, self.job.validation
+        """Log validation metrics after `done` steps, and what the model predicts for a few prompts, as text."""
+        dataset = self.job.validation
         assert dataset is not None
         self.show_bar(done, "validating")
-        moved = partial(self.watchdog.beat, f"validation, step {done}")
+        on_progress = partial(self.watchdog.beat, f"validation, step {done}")
         if self.ridge is None:
-            self.ridge = fit_ridge(self.stepper, moved)
-        found = validate(self.stepper, dataset, self.ridge, moved)
-        if self.samples is None and config.samples:
-            self.samples = Samples(self.stepper, dataset, config.samples)
+            self.ridge = fit_ridge(self.stepper, on_progress)
+        values = validate(self.stepper, dataset, self.ridge, on_progress)
+        if self.samples is None and self.job.config.log.samples:
+            self.samples = Samples(self.stepper, dataset, self.job.config.log.samples)
         samples = self.samples.predict() if self.samples is not None else []
         if self.run_log is not None:
-            self.run_log.write(done, found)
+            self.run_log.write(done, values)
             self.run_log.samples(done, samples)
-            console.line(validation_line(done, self.job.total_steps, found))
+            console.line(validation_line(done, self.job.total_steps, values))
         self.speed.reset()
 
     @property
-    def saves_now(self) -> bool:
-        """Whether to save after this step: not while steps are not finite, or the run would go back to here."""
-        return self.save_is_due and self.guard.skipped_in_a_row == 0
+    def save_now(self) -> bool:
+        """Whether to save after this step: not while steps are skipped, or a rollback would lead back to here."""
+        return self.save_due and self.monitor.skipped_in_a_row == 0
 
     def save(self, done: int, wait: bool) -> bool:
-        """Begin a checkpoint after `done` steps, and `wait` until it is one; False where it could not be made."""
+        """Start a checkpoint after `done` steps, and `wait` until it is complete; False if it could not be written."""
         self.watchdog.beat(f"saving after step {done}")
         self.show_bar(done, "saving")
         if self.saver.pending:
-            self.finish_save(done)
+            self.commit_save(done)
         started = time.monotonic()
         state = {
             "step": done,
             "concepts": self.concepts_seen,
-            "left_out": [[steps.start, steps.stop - 1] for steps in self.left_out],  # first and last
-            "losses": self.guard.state(),
-            "learned": self.learned,
-            **identity(self.job, self.place),
+            "left_out": [[steps.start, steps.stop - 1] for steps in self.skipped_steps],  # first and last
+            "losses": self.monitor.state(),
+            "learned": self.had_targets,
+            **identity(self.job, self.env),
         }
-        self.saver.begin(done, state)
-        self.save_is_due, self.last_save = False, time.monotonic()
+        self.saver.save_async(done, state)
+        self.save_due, self.last_save = False, time.monotonic()
         self.stalled_by_this_save = self.last_save - started
-        made = True
-        if wait or not self.saver.in_background:
-            made = self.finish_save(done)
+        committed = self.commit_save(done) if wait or not self.saver.in_background else True
         self.speed.reset()
-        return made
+        return committed
 
-    def finish_save(self, done: int) -> bool:
-        """Make a checkpoint of what was begun; `done` steps are done by now. False where it could not be made."""
+    def commit_save(self, done: int) -> bool:
+        """Complete the checkpoint that was started, `done` steps being done by now; False if it failed."""
         self.watchdog.beat(f"making a checkpoint, step {done}")
         started = time.monotonic()
-        made = self.saver.finish()
+        committed = self.saver.commit()
         now = time.monotonic()
         self.stalled_by_this_save += now - started
         self.stalled += self.stalled_by_this_save
         if self.run_log is not None:
             share = self.stalled / (now - self.started)
             self.run_log.write(done, {"checkpoint_time": self.stalled_by_this_save, "checkpoint_share": share})
-        return made
+        return committed
 
-    def end(self, done: int, total: int) -> int:
-        """The last lines of the run, and its exit code."""
+    def finish(self, done: int, total: int) -> int:
+        """Print the run's last lines; returns its exit code."""
         console.end_bar()
         if self.run_log is not None:
             self.stop.clear()
             if done < total:
-                who = self.stop.reason or "another rank's"
-                console.line(f"stopped at step {done} on request ({who}); a checkpoint is saved, start again to go on")
+                reason = self.stop.reason or "another rank's"
+                console.line(f"stopped at step {done} on request ({reason}); checkpoint saved, start again to resume")
             else:
                 self.run_log.done = True
                 console.line(f"done: {total} steps, {self.concepts_seen:,} concepts; {self.job.run_dir}")
@@ -393,5 +421,5 @@ class Run:
 
 
 def _due(done: int, every: int | None, total: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, is due."""
+    """Whether something that happens every `every` steps, and at the end, is due."""
     return done == total or (every is not None and done % every == 0)

@@ -1,14 +1,15 @@
-"""The training loss and the noise on the inputs, both independent of how rows fall on devices.
+"""The training loss and the input noise, both independent of how rows are split over devices.
 
 The loss is the MEAN over the embed_dim dimensions of a concept, and over targets; that of the LCM paper (arXiv
-2412.08821, section 2.3.1) is the SUM over dimensions. Loss and gradients are 1 / embed_dim of the paper's. So from the
-paper, and from any recipe of a summed loss, take
+2412.08821, section 2.3.1) is the SUM over dimensions. Loss and gradients are 1 / embed_dim of the paper's. To use the
+paper's recipe, or any other for a summed loss, set
 
     optim.eps           = eps / embed_dim    1e-5 / 1024 = 9.765625e-9
     optim.max_grad_norm = clip / embed_dim     25 / 1024 = 0.0244140625
 
-and everything else as it is: Adam's step does not depend on the scale of the loss otherwise. The paper's loss compares
-with `loss_sum`, our loss times embed_dim. embed_dim is the encoder's: 1024 for SONAR, 384 for MiniLM.
+and keep everything else: apart from eps, Adam's step does not depend on the scale of the loss. `loss_sum`, our loss
+times embed_dim, compares with the paper's. embed_dim is the encoder's: 1024 for SONAR, 384 for MiniLM.
+
 """
 
 from __future__ import annotations
@@ -22,21 +23,23 @@ from torch.autograd.function import once_differentiable
 
 
 def squared_error(predictions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-    """Sum over targets of the squared error's mean over dimensions, in fp32, as a scalar.
+    """Sum over targets of the mean squared error over dimensions: divided by the number of targets it is the loss.
 
-    predictions: [rows, row_length, embed_dim], normalised space; entry t predicts concept t + 1.
-    targets: fp32 [rows, row_length - 1, embed_dim], normalised space, the concepts but the first of each row, without
-    noise. They are written over, so that there are no two of so large a tensor in fp32.
-    mask: bool [rows, row_length - 1], which of the targets count (`Batch.target_mask`).
+    Args:
+        predictions: [rows, row_length, embed_dim], normalised space; entry t predicts concept t + 1.
+        targets: fp32 [rows, row_length - 1, embed_dim], normalised space: the concepts from the second of each row on,
+            without noise. Overwritten, to hold only one fp32 tensor of this size.
+        mask: bool [rows, row_length - 1], which of them are targets (`Batch.target_mask`).
 
-    Divided by the global number of targets it is the loss (see above for its scale).
+    Returns:
+        An fp32 scalar.
     """
     error: Tensor = _SquaredError.apply(predictions, targets, mask)
     return error
 
 
 class _SquaredError(torch.autograd.Function):
-    """What autograd would do in four tensors of the size of the targets, in one."""
+    """In one tensor of the size of the targets; autograd would take four."""
 
     @staticmethod
     def forward(ctx: Any, predictions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -50,31 +53,38 @@ class _SquaredError(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (difference,) = ctx.saved_tensors
         rows, length, embed_dim = difference.shape
-        of_predictions = torch.empty(rows, length + 1, embed_dim, dtype=ctx.dtype, device=difference.device)
-        # In fp32, and rounded as it is written: a scale of the loss may be beyond what fp16 holds.
-        torch.mul(difference, gradient * (-2 / embed_dim), out=of_predictions[:, :-1])
-        of_predictions[:, -1] = 0
-        return of_predictions, None, None
+        prediction_gradient = torch.empty(rows, length + 1, embed_dim, dtype=ctx.dtype, device=difference.device)
+        # Multiplied in fp32, then rounded: fp16 may not hold the loss scale itself.
+        torch.mul(difference, gradient * (-2 / embed_dim), out=prediction_gradient[:, :-1])
+        prediction_gradient[:, -1] = 0
+        return prediction_gradient, None, None
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from a run's seed and whatever names the draw."""
+    """A 63-bit seed from a run's seed and the name of the draw."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def dropout_keys(rows: int, seed: int, step: int, first_lane: int) -> Tensor:
-    """Keys of one micro-batch for the model's dropout: int64 [rows], below 2**32; row i is of lane first_lane + i."""
+    """Dropout keys of one micro-batch: int64 [rows], below 2**32; row i belongs to lane first_lane + i."""
     keys = [derive_seed(seed, "dropout", step, first_lane + row) & 0xFFFFFFFF for row in range(rows)]
     return torch.tensor(keys, dtype=torch.int64)
 
 
 def input_noise(like: Tensor, std: float, seed: int, step: int, first_lane: int) -> Tensor | None:
-    """Gaussian noise for one micro-batch, fp32, in normalised space; None where `std` is 0.
+    """Gaussian noise for one micro-batch, fp32, in normalised space; None if `std` is 0.
 
-    like: [rows, row_length, embed_dim]; row i belongs to lane first_lane + i. A row's noise is a function of
-    (seed, step, lane) alone, so it is the same for any world size and micro-batch.
+    A row's noise is a function of (seed, step, lane): the same for any world size and micro-batch.
+
+    Args:
+        like: [rows, row_length, embed_dim], for shape and device.
+        std: Standard deviation.
+        seed: The run's.
+        step: The optimizer step.
+        first_lane: Row i belongs to lane first_lane + i.
     """
+
     if std == 0:
         return None
     noise = torch.empty(like.shape, dtype=torch.float32, device=like.device)

@@ -1,4 +1,4 @@
-"""What a device holds in training: arithmetic, checked against what PyTorch keeps by tests/train/test_memory.py."""
+"""Memory of a device in training, by arithmetic; tests/train/test_memory.py compares it with what PyTorch allocates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIB = 2**30
 
 
 class States(NamedTuple):
-    """Bytes that a rank holds apart from activations."""
+    """Bytes of a rank without activations."""
 
     parameters: float
     gradients: float
@@ -24,12 +24,18 @@ class States(NamedTuple):
 
     @classmethod
     def of(cls, parameters: int, stage: int, ranks: int, half: bool, fp32_gradients: bool) -> States:
-        """Of a model with so many parameters under a ZeRO stage (0 to 3) and AdamW.
+        """Under ZeRO and AdamW, by the ZeRO paper (arXiv 1910.02054, section 3.1).
 
-        Bytes a parameter as in the ZeRO paper (arXiv 1910.02054, section 3.1): 2 in half precision and 4 in fp32 for
-        the parameter and for its gradient (4 where gradients accumulate in fp32), 12 for the master weight, which
-        DeepSpeed keeps in fp32, too, and the two moments. Stage 1 shares the optimizer's states among the ranks, stage
-        2 the gradients, too, stage 3 everything.
+        A parameter takes 2 bytes in half precision and 4 in fp32, its gradient the same (4 if accumulated in fp32), its
+        master weight (which DeepSpeed keeps in fp32 runs, too) and two moments 12. Stage 1 partitions the optimizer's
+        states among the ranks, stage 2 also the gradients, stage 3 also the parameters.
+
+        Args:
+            parameters: Of the model.
+            stage: 0 to 3.
+            ranks: Number of ranks.
+            half: Parameters in half precision.
+            fp32_gradients: Gradients accumulate in fp32.
         """
         shares = [parameters / (ranks if stage >= first else 1) for first in (3, 2, 1)]
         return cls(
@@ -38,24 +44,28 @@ class States(NamedTuple):
 
 
 def count_parameters(config: BaseLCMConfig) -> int:
-    """Trainable parameters, counted on a model without memory."""
+    """The number of trainable parameters."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in BaseLCM(config).parameters())
 
 
 def activations(config: BaseLCMConfig, concepts: int, half: bool, recompute_every: int | None = None) -> int:
-    """Bytes that the forward pass of one micro-batch keeps for the backward pass, without compilation.
+    """Bytes that the forward pass keeps for the backward pass, without compilation.
 
-    concepts: of a micro-batch; recompute_every: every so many layers, from the first on, keep their input alone, and
-    one of them is kept whole while it is computed again.
+    Args:
+        config: The model.
+        concepts: Of one micro-batch.
+        half: Half precision.
+        recompute_every: Every k-th layer, from the first on, keeps only its input; while it is recomputed, all
+            activations of this one layer exist.
     """
     width, inner, size = config.hidden_size, config.intermediate_size, 2 if half else 4
-    # Inputs of both norms, of the projections of either block and of the last product of attention; queries, keys and
-    # values; what attention gives. Gate, up, the gate's SiLU, and what goes into the last product.
+    # Inputs of both norms, of both blocks' projections and of attention's output projection; queries, keys, values;
+    # attention's output. Gate, up, SiLU of the gate, input of the down projection.
     layer = 8 * width * size + 4 * inner * size
     # The log-sum-exp of each head; the statistics of both norms.
     layer += 4 * config.num_attention_heads + 2 * 4
-    layer += 2 * width if config.dropout > 0 else 0  # which values are dropped
+    layer += 2 * width if config.dropout > 0 else 0  # dropout masks
     layers = config.num_hidden_layers
     recomputed = 0 if recompute_every is None else -(-layers // recompute_every)
     kept = (layers - recomputed) * layer + recomputed * width * size + (layer if recomputed else 0)
@@ -64,8 +74,15 @@ def activations(config: BaseLCMConfig, concepts: int, half: bool, recompute_ever
     return concepts * (kept + ends)
 
 
-def lines(config: TrainConfig, model: BaseLCMConfig, ds: dict[str, Any], ranks: int) -> Iterator[str]:
-    """A line for each ZeRO stage, and one for activations: what a rank needs, the run's own stage marked."""
+def memory_lines(config: TrainConfig, model: BaseLCMConfig, ds: dict[str, Any], ranks: int) -> Iterator[str]:
+    """A rank's memory: a line for each ZeRO stage, the run's own marked, and one for activations.
+
+    Args:
+        config: The run.
+        model: Its model.
+        ds: The resolved DeepSpeed JSON.
+        ranks: Number of ranks.
+    """
     parameters = count_parameters(model)
     half = deepspeed_config.precision(ds) != "float32"
     fp32_gradients = ds.get("data_types", {}).get("grad_accum_dtype") == "fp32"
@@ -73,18 +90,18 @@ def lines(config: TrainConfig, model: BaseLCMConfig, ds: dict[str, Any], ranks: 
     every = (config.train.recompute_every or 1) if "activation_checkpointing" in ds else None
     kept = activations(model, concepts, half, every)
     zero = ds.get("zero_optimization", {})
-    moved = {"parameters": "offload_param", "optimizer": "offload_optimizer"}
+    offload_blocks = {"parameters": "offload_param", "optimizer": "offload_optimizer"}
     for stage in range(4):
         states = States.of(parameters, stage, ranks, half, fp32_gradients)
         this = stage == deepspeed_config.zero_stage(ds)
-        places = {name: zero.get(block, {}).get("device", "none") if this else "none" for name, block in moved.items()}
-        parts, here = [], float(kept)
-        for name, held in states._asdict().items():
-            place = places.get(name, "none")
-            here += held if place == "none" else 0
-            parts.append(f"{name} {held / GIB:.3g}" + ("" if place == "none" else f" on {place}"))
+        parts, on_device = [], float(kept)
+        for name, size in states._asdict().items():
+            offload = zero.get(offload_blocks.get(name), {}) if this else {}
+            target = offload.get("device", "none")
+            on_device += size if target == "none" else 0
+            parts.append(f"{name} {size / GIB:.3g}" + ("" if target == "none" else f" on {target}"))
         yield (
-            f"ZeRO {stage}        {here / GIB:.3g} GiB a rank ({', '.join(parts)}, activations {kept / GIB:.3g})"
+            f"ZeRO {stage}        {on_device / GIB:.3g} GiB per rank ({', '.join(parts)}, activations {kept / GIB:.3g})"
             + ("  <- this run" if this else "")
         )
     yield (

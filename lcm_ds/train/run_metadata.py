@@ -1,4 +1,4 @@
-"""What a run says of itself: in its folder, in its checkpoints, and in its first lines."""
+"""Metadata of a run: in its folder, in its checkpoints and in its first lines."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lcm_ds.config import dump
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.files import write_whole
 from lcm_ds.train.job import TrainJob
-from lcm_ds.train.job_builder import reach_lines
+from lcm_ds.train.job_builder import target_coverage_lines
 from lcm_ds.train.monitoring.console import console
 
 
-def identity(job: TrainJob, place: DistEnv) -> dict[str, Any]:
-    """What a checkpoint has to agree with to be resumed (see checkpoint/load.py), and what it was made with."""
+def identity(job: TrainJob, env: DistEnv) -> dict[str, Any]:
+    """What a checkpoint has to match to be resumed (checkpoint/load.py), and how it was made."""
     return {
         "fingerprint": job.fingerprint,
         "model": job.model.sizes(),
@@ -35,7 +35,7 @@ def identity(job: TrainJob, place: DistEnv) -> dict[str, Any]:
         "optimizer": job.ds["optimizer"]["type"],
         "zero_stage": deepspeed_config.zero_stage(job.ds),
         "nvme": deepspeed_config.offloads_to_nvme(job.ds),
-        "world_size": place.world_size,
+        "world_size": env.world_size,
         "config": job.config.model_dump(mode="json"),
         "deepspeed": job.ds,
         "config_sha256": hashlib.sha256((dump(job.config) + json.dumps(job.ds)).encode()).hexdigest(),
@@ -45,7 +45,7 @@ def identity(job: TrainJob, place: DistEnv) -> dict[str, Any]:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Versions of what decides a run's numbers, and the project's git commit where it runs from a checkout."""
+    """Versions of the libraries that determine a run's numbers, and the project's git commit in a checkout."""
     commit = ""
     with contextlib.suppress(OSError):  # no git on this machine
         command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -60,32 +60,41 @@ def versions() -> dict[str, str]:
     }
 
 
-def prepare_run_folder(job: TrainJob, place: DistEnv) -> None:
-    """The config as resolved comes, with versions and world size (rank 0)."""
-    write_whole(job.run_dir / "config.yaml", dump(job.config, world_size=place.world_size, **versions()))
+def write_run_config(job: TrainJob, env: DistEnv) -> None:
+    """Write the resolved configs, with versions and world size (rank 0)."""
+    write_whole(job.run_dir / "config.yaml", dump(job.config, world_size=env.world_size, **versions()))
     write_whole(job.run_dir / "ds_config.json", json.dumps(job.ds, indent=2) + "\n")
 
 
 def log_run_header(
-    job: TrainJob, place: DistEnv, engine: deepspeed.DeepSpeedEngine, start: int, begun: str | None = None
+    job: TrainJob, env: DistEnv, engine: deepspeed.DeepSpeedEngine, first_step: int, loaded: str | None = None
 ) -> None:
-    """The few lines a run begins with; `begun`: what its first weights are, where they are not fresh."""
+    """Print the first lines of a run.
+
+    Args:
+        job: The run.
+        env: For the number of ranks.
+        engine: For the number of parameters.
+        first_step: Steps done so far.
+        loaded: The origin of the initial weights, if they are not random.
+    """
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     lanes = job.plan.lanes_per_source
-    reads = ", ".join(
+    data = ", ".join(
         f"{dataset.path} ({sum(shard.concepts for shard in dataset.shards):,} concepts, {count} of {sum(lanes)} lanes)"
         for dataset, count in zip(job.datasets, lanes, strict=True)
     )
     lines = [
-        f"{job.run_dir}: {parameters:,} parameters, {place.world_size} rank(s), "
+        f"{job.run_dir}: {parameters:,} parameters, {env.world_size} rank(s), "
         f"ZeRO {deepspeed_config.zero_stage(job.ds)}, {deepspeed_config.precision(job.ds)}",
-        f"reads {reads}",
-        *reach_lines(job),
-        f"step {start} of {job.total_steps}, {job.config.batch.rows_per_step} rows of "
-        f"{job.config.data.row_length} concepts a step" + (", resumed" if start else ""),
-        f"in all {job.length()}",
+        *([] if loaded is None else [loaded]),
+        f"data: {data}",
+        *target_coverage_lines(job),
+        f"step {first_step} of {job.total_steps}, {job.config.batch.rows_per_step} rows of "
+        f"{job.config.data.row_length} concepts per step" + (", resumed" if first_step else ""),
+        f"total: {job.length()}",
     ]
-    for line in lines if begun is None else [lines[0], begun, *lines[1:]]:
+    for line in lines:
         console.line(line)
-    if wrong := job.warmup_warning():
-        console.warning(wrong)
+    if warning := job.warmup_warning():
+        console.warning(warning)

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step, so that a resumed run needs no scheduler state."""
+"""Learning rate as a pure function of the step: a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lcm_ds.config import ScheduleConfig
 
 
 def learning_rate_factor(step: int, total_steps: int | None, schedule: ScheduleConfig) -> float:
-    """The share of `optim.lr` that step `step` (from 0) is taken with.
+    """The factor of `optim.lr` at a step.
 
     Linear warm-up over `warmup_steps`, then
 
@@ -16,8 +16,15 @@ def learning_rate_factor(step: int, total_steps: int | None, schedule: ScheduleC
     - wsd: 1 until `decay_steps` before the end, then linear to `final` (Hu et al. 2024, MiniCPM);
     - constant: 1.
 
-    Raises ValueError where cosine or wsd is asked for and the length of the run is unknown.
+    Args:
+        step: From 0.
+        total_steps: Of the run; None if unknown, which only constant allows.
+        schedule: The config.
+
+    Raises:
+        ValueError: `total_steps` is needed and None.
     """
+
     if step < schedule.warmup_steps:
         return (step + 1) / (schedule.warmup_steps + 1)
     if schedule.name == "constant":

@@ -1,4 +1,4 @@
-"""One optimizer step: its loss, and its gradient, do not depend on how the global batch's rows fall on devices."""
+"""One optimizer step: its loss and gradient do not depend on how the global batch's rows are split over devices."""
 
 from __future__ import annotations
 
@@ -21,75 +21,79 @@ from lcm_ds.train.schedule import learning_rate_factor
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one optimizer step did, over all ranks: the same on each of them."""
+    """What one optimizer step did, summed over all ranks: the same on each of them."""
 
-    loss: float | None  # None: without targets there is none
+    loss: float | None  # mean over targets; None without targets
     targets: int
-    applied: bool  # False: not finite, so that the weights are as they were
+    applied: bool  # False: gradients were not finite, the weights are unchanged
     concepts: int
     missing: int  # concepts of shards that could not be read
-    pairs: int  # of a concept and one that it sees
-    asked: tuple[int, ...]  # how many ranks asked for each of the things they can ask for
+    attended_pairs: int  # (concept, concept that it attends to)
+    rank_flags: tuple[int, ...]  # for each flag, the number of ranks that raised it
     waited: float  # seconds this rank waited for data
 
 
 class Stepper:
-    """Takes steps with an engine; all ranks together."""
+    """Takes optimizer steps; all ranks call its methods together."""
 
-    def __init__(self, job: TrainJob, place: DistEnv, engine: deepspeed.DeepSpeedEngine, device: torch.device) -> None:
-        self.job, self.place, self.engine, self.device = job, place, engine, device
+    def __init__(self, job: TrainJob, env: DistEnv, engine: deepspeed.DeepSpeedEngine, device: torch.device) -> None:
+        self.job, self.env, self.engine, self.device = job, env, engine, device
 
     def step(
         self,
         batches: Iterator[Batch],
         step: int,
-        asks: Sequence[bool] = (),
-        look: Callable[[], None] | None = None,
+        rank_flags: Sequence[bool] = (),
+        on_gradients_ready: Callable[[], None] | None = None,
     ) -> StepOutcome:
-        """One optimizer step over the micro-batches of this rank. asks: what this rank wants the others to know.
+        """One optimizer step over this rank's micro-batches.
 
-        look: is called when all gradients are there and the weights are still those of before.
+        Args:
+            batches: This rank's micro-batches; gradient_accumulation_steps of them are taken.
+            step: Its number, from 0, which sets learning rate, noise and dropout.
+            rank_flags: Flags of this rank, to be summed over ranks.
+            on_gradients_ready: Called after the last backward, before the weights change.
         """
         config, engine = self.job.config, self.engine
         started = time.perf_counter()
         taken = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
         waited = time.perf_counter() - started
         micro_batches = [(batch, self.layout(batch)) for batch in taken]
-        counts = self._counts(micro_batches, asks)
-        # DeepSpeed averages gradients over ranks: multiplied by their number it is the sum that the loss asks for.
-        share = self.place.world_size / counts[0].clamp(min=1)
+        counts = self._global_counts(micro_batches, rank_flags)
+        # DeepSpeed averages gradients over ranks: times their number, divided by all targets, gives the global mean.
+        share = self.env.world_size / counts[0].clamp(min=1)
         factor = learning_rate_factor(step, self.job.total_steps, config.optim.schedule)
         set_learning_rate(engine, self.job.ds["optimizer"]["params"], factor)
         engine.train()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch, layout in micro_batches:
-            error = self.error(batch, layout, step)
-            # DeepSpeed skips a step, on all ranks, whose gradients are not finite; a loss that is not may have some
-            # that are.
+            predictions, targets, mask = self.predict(batch, layout, step)
+            error = squared_error(predictions, targets, mask)
+            # DeepSpeed skips a step, on all ranks, if a gradient is not finite; gradients of a loss that is not finite
+            # may be.
             finite = error.detach().isfinite()
             engine.backward(error * torch.where(finite, share, torch.nan), scale_wrt_gas=False)
-            if look is not None and engine.is_gradient_accumulation_boundary():
-                look()
+            if on_gradients_ready is not None and engine.is_gradient_accumulation_boundary():
+                on_gradients_ready()
             engine.step()
             loss += error.detach()
         dist.all_reduce(loss)
-        targets, concepts, missing, pairs, *asked = counts.tolist()
-        mean = (loss / targets).item() if targets else None
-        return StepOutcome(mean, targets, engine.was_step_applied(), concepts, missing, pairs, tuple(asked), waited)
+        target_count, concepts, missing, attended_pairs, *flags = counts.tolist()
+        mean = (loss / target_count).item() if target_count else None
+        applied = engine.was_step_applied()
+        return StepOutcome(mean, target_count, applied, concepts, missing, attended_pairs, tuple(flags), waited)
 
-    def _counts(self, micro_batches: list[tuple[Batch, SegmentLayout]], asks: Sequence[bool]) -> torch.Tensor:
-        """The step's global counts: the one all-reduce before it.
-
-        Returns int64: targets, concepts, missing concepts, pairs of a concept and one that it sees, and how many ranks
-        ask for each of the things they can ask for.
-        """
+    def _global_counts(
+        self, micro_batches: list[tuple[Batch, SegmentLayout]], rank_flags: Sequence[bool]
+    ) -> torch.Tensor:
+        """The one all-reduce before a step: targets, concepts, missing concepts, attended pairs, flags; int64."""
         counts = torch.tensor(
             [
                 sum(batch.targets for batch, _ in micro_batches),
                 sum(batch.real_concepts for batch, _ in micro_batches),
                 sum(batch.missing for batch, _ in micro_batches),
                 sum(int((layout.positions + 1)[batch.segment_ids >= 0].sum()) for batch, layout in micro_batches),
-                *asks,
+                *rank_flags,
             ],
             dtype=torch.int64,
             device=self.device,
@@ -98,19 +102,22 @@ class Stepper:
         return counts
 
     def layout(self, batch: Batch) -> SegmentLayout:
-        """Where the segments of a micro-batch lie."""
+        """The segments of a micro-batch, as attention needs them."""
         return SegmentLayout.from_ids(batch.segment_ids, self.job.config.data.max_segment, self.job.model.attention)
-
-    def error(self, batch: Batch, layout: SegmentLayout, step: int) -> torch.Tensor:
-        """Summed squared error of one micro-batch (see loss.py)."""
-        predictions, targets, mask = self.predict(batch, layout, step)
-        return squared_error(predictions, targets, mask)
 
     def predict(
         self, batch: Batch, layout: SegmentLayout, step: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Predictions [rows, row_length, embed_dim], clean concepts but the first of each row, in fp32, and which of
-        them are targets; in normalised space. Without noise where `step` is None.
+        """The model's predictions for a micro-batch, with the targets.
+
+        Args:
+            batch: Concepts in raw space.
+            layout: Of `layout(batch)`.
+            step: Seeds noise and dropout; None adds no noise.
+
+        Returns:
+            Predictions [rows, row_length, embed_dim]; clean concepts [rows, row_length - 1, embed_dim] from the second
+            of each row on, fp32; which of them are targets, bool [rows, row_length - 1]. All in normalised space.
         """
         config = self.job.config
         raw = batch.concepts.to(self.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""`lcm-ds trace`: the documents that a step sees, found by arithmetic without training to it."""
+"""`lcm-ds trace`: the documents of a training step, by arithmetic, without training up to it."""
 
 from __future__ import annotations
 
@@ -23,14 +23,19 @@ FIRST_WORDS = 8
 def trace(
     run: str | Path, overrides: Sequence[str], first: int, last: int | None = None, text: bool = False
 ) -> list[list[TraceLine]]:
-    """Print a line a segment of the steps `first` to `last` (from 0; by default `first` alone); and return them.
+    """Print and return the segments of some steps, a line each, without verifying checksums.
 
-    A line has lane, dataset where there are several, shard, key, concepts, id and first words; over those of a step are
-    its number and, where the run has logged it, its loss. run: a run folder, or a train config. text: the sentences of
-    each segment as well. What is read is compared with no checksum.
-    Raises InputError where there is neither, the run has no such step, or it was trained in another order.
+    Args:
+        run: A run folder or a train config.
+        overrides: `key=value` with dotted keys.
+        first: The first step, from 0.
+        last: The last step; default: `first`.
+        text: Print the sentences of each segment as well.
+
+    Raises:
+        InputError: There is no such run, config or step, or the run was trained in another order.
     """
-    is_run = Path(run).is_dir()  # wherever it is now: a run may have been moved
+    is_run = Path(run).is_dir()
     if is_run and not (Path(run) / "config.yaml").is_file():
         raise InputError(f"{run}: no run here (config.yaml is missing)")
     config = load(TrainConfig, Path(run) / "config.yaml" if is_run else Path(run), overrides)
@@ -40,40 +45,41 @@ def trace(
         with errors:
             datasets.append(replace(open_for_run(entry.path, config.data), checksums=False))
     errors.raise_if_any()
-    plan, mark = plan_of(config, datasets)
+    plan, order = plan_of(config, datasets)
     saved = list_checkpoints(Path(run)) if is_run else []
-    if saved and saved[-1].state()["fingerprint"] != mark:
+    if saved and saved[-1].state()["fingerprint"] != order:
         raise InputError(
-            f"{run}: its checkpoint of step {saved[-1].step} was trained in another order than these datasets, the "
-            "config and this version of lcm-ds give: what its steps have read is not known here"
+            f"{run}: its checkpoint of step {saved[-1].step} was trained with another data order than datasets, config "
+            "and this version of lcm-ds give now: its steps cannot be traced"
         )
     end = min(end for end in (config.steps, plan.steps) if end is not None)
     last = first if last is None else last
-    if wrong := [step for step in dict.fromkeys((first, last)) if not 0 <= step < end]:
-        raise InputError([f"step {step}: this run has steps 0 to {end - 1}" for step in wrong])
+    if beyond := [step for step in dict.fromkeys((first, last)) if not 0 <= step < end]:
+        raise InputError([f"step {step}: this run has steps 0 to {end - 1}" for step in beyond])
     if last < first:
         raise InputError(f"--range {first} {last}: the last step comes before the first")
     losses = read_losses((Path(run) if is_run else Path(config.run_dir)) / "metrics.jsonl")
     traced = []
     for step, lines in trace_steps(datasets, plan, config.data.max_segment, range(first, last + 1)):
-        print(f"step {step}  loss {_told(losses.get(step))}")
+        print(f"step {step}  loss {_format_loss(losses.get(step))}")
         for line in lines:
-            _print(line, text, named=len(datasets) > 1)
+            _print(line, text, with_dataset=len(datasets) > 1)
         traced.append(lines)
     return traced
 
 
-def _told(loss: float | None) -> str:
+def _format_loss(loss: float | None) -> str:
     if loss is None:
         return "not logged"
     return f"{loss:.6g}" if math.isfinite(loss) else "not finite, or without targets"
 
 
-def _print(line: TraceLine, text: bool, named: bool) -> None:
-    dataset = f"{line.dataset}  " if named else ""
-    where = f"lane {line.lane:>3}  {dataset}{line.shard} {line.key}  concepts {line.start}-{line.stop}  {line.id}"
-    words = [] if text else " ".join(line.sentences).split()[:FIRST_WORDS]
-    print(strip_control_chars("  ".join([where, *([" ".join(words)] if words else [])])))
+def _print(line: TraceLine, text: bool, with_dataset: bool) -> None:
+    dataset = f"{line.dataset}  " if with_dataset else ""
+    columns = [f"lane {line.lane:>3}  {dataset}{line.shard} {line.key}  concepts {line.start}-{line.stop}  {line.id}"]
+    if not text and line.sentences:
+        columns.append(" ".join(" ".join(line.sentences).split()[:FIRST_WORDS]))
+    print(strip_control_chars("  ".join(columns)))
     if text:
-        for number, sentence in enumerate(line.sentences, start=line.start):
-            print(strip_control_chars(f"    {number:>5}  {sentence}"))
+        for index, sentence in enumerate(line.sentences, start=line.start):
+            print(strip_control_chars(f"    {index:>5}  {sentence}"))

@@ -1,6 +1,6 @@
-"""Validation during training: the figures of lcm_ds.metrics, the same for any number of ranks.
+"""Validation during training: the metrics of lcm_ds.metrics, the same for any number of ranks.
 
-Sums go over all that is validated on; what compares targets with one another takes those of the first rows.
+Sums cover all rows that are validated on; metrics that compare targets with each other use those of the first rows.
 """
 
 from __future__ import annotations
@@ -26,64 +26,67 @@ from lcm_ds.train.step import Stepper
 
 CPU = torch.device("cpu")
 
-FIT_ON = 100_000  # concepts of the training data that the ridge is fitted on, at most
-COMPARED = 2048  # concepts, in whole rows, whose targets are compared with one another
+RIDGE_CONCEPTS = 100_000  # the ridge is fitted on at most this many concepts of the training data
+COMPARED_CONCEPTS = 2048  # targets of the first rows with about this many concepts are compared with each other
 
 
 @torch.no_grad()
-def fit_ridge(stepper: Stepper, moved: Callable[[], None]) -> Linear:
-    """The ridge regression that is best on held-out training documents, the same on all ranks, which all call this.
+def fit_ridge(stepper: Stepper, on_progress: Callable[[], None]) -> Linear:
+    """The ridge regression that is best on held-out training documents, as `lcm-ds evaluate` fits and chooses it.
 
-    moved: is called after each batch. As `lcm-ds evaluate` fits and chooses it, on FIT_ON concepts at most.
+    All ranks call this and get the same. on_progress: called after each batch.
     """
-    job, place, device = stepper.job, stepper.place, stepper.device
-    # No more at a time than a step has: the device has room for that.
+    job, env, device = stepper.job, stepper.env, stepper.device
     rows = min(ROWS, job.config.batch.micro_batch_rows)
-    reader = Reader(job.config.data, place.rank, place.world_size, rows)
+    reader = Reader(job.config.data, env.rank, env.world_size, rows)
     normalizer: Normalizer = stepper.engine.module.normalizer
 
     def targets() -> Iterator[Targets]:
-        for some in training_targets(reader, job.datasets, job.config.data.train, normalizer, FIT_ON):
-            moved()
-            yield some
+        for batch in training_targets(reader, job.datasets, job.config.data.train, normalizer, RIDGE_CONCEPTS):
+            on_progress()
+            yield batch
 
     def add_up(tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             dist.all_reduce(tensor)
 
     sums = Training.of(targets(), job.model.embed_dim, device, add_up)
-    told: list[Any] = [None]
-    if place.rank == 0:
-        # Not on the GPU, whose memory is the model's.
+    best: list[Any] = [None]
+    if env.rank == 0:
+        # On the CPU, to leave the GPU's memory to the model.
         ridges = Training(sums.fit.to(CPU), sums.held_out.to(CPU)).predictors(tuple(RIDGES))
-        told = [ridges[best_of(ridges)]]
-    dist.broadcast_object_list(told, device=device)
-    best: Linear = told[0]
-    return replace(best, weights=best.weights.to(device))
+        best = [ridges[best_of(ridges)]]
+    dist.broadcast_object_list(best, device=device)
+    return replace(best[0], weights=best[0].weights.to(device))
 
 
 @torch.no_grad()
-def validate(stepper: Stepper, dataset: Dataset, ridge: Linear, moved: Callable[[], None]) -> dict[str, Any]:
+def validate(stepper: Stepper, dataset: Dataset, ridge: Linear, on_progress: Callable[[], None]) -> dict[str, Any]:
     """The val_* metrics over a dataset, or over its first `evaluate.rows` rows; all ranks call this.
 
-    ridge: see `fit_ridge`. moved: is called after each batch. Losses are in normalised space, val_l2, CA, PAR and
-    retrieval in raw space. Of the first rows, about COMPARED concepts, come: val_ca, val_par, val_batch_recall_at_1,
-    val_batch_recall_at_10 and val_batch_mrr (among the targets of these rows, while `lcm-ds evaluate` looks among all
-    concepts of the dataset), val_effective_rank and val_effective_rank_of_targets. val_loss_of_copy, val_loss_of_mean
-    and val_loss_of_ridge are the losses of who predicts the last concept, the mean of these very targets, and as
-    `ridge`. val_error_by_position: entry i is the loss of targets with i + 1 concepts before them in their segment,
-    None where there are none. Without targets there are no figures: None.
+    Losses are in normalised space; val_l2, CA, PAR and retrieval in raw space. val_loss_of_copy, val_loss_of_mean and
+    val_loss_of_ridge are the losses of predicting the last concept, the mean of these very targets, and by `ridge`.
+    val_error_by_position: entry i is the loss of targets with i + 1 concepts before them in their segment, None without
+    such targets. val_ca, val_par, val_batch_* and val_effective_rank* are those of the first rows; val_batch_* retrieve
+    among the targets of these rows, while `lcm-ds evaluate` does among all concepts of the dataset. Without targets
+    metrics are None.
+
+    Args:
+        stepper: Makes the predictions.
+        dataset: To validate on.
+        ridge: Of `fit_ridge`.
+        on_progress: Called after each batch.
     """
-    config, place = stepper.job.config, stepper.place
+    config, env = stepper.job.config, stepper.env
     stepper.engine.eval()
-    sums, first_rows = _Sums(stepper), _FirstRows(stepper)
+    sums, first_rows = _ValidationSums(stepper), _FirstRows(stepper)
     for batch in validation_batches(
         dataset,
         config.data.row_length,
         config.data.max_segment,
         config.batch.micro_batch_rows,
-        place.rank,
-        place.world_size,
+        env.rank,
+        env.world_size,
         config.evaluate.rows,
         origins=True,
     ):
@@ -94,12 +97,12 @@ def validate(stepper: Stepper, dataset: Dataset, ridge: Linear, moved: Callable[
             predictions[:, :-1][mask].float(), rows.targets, ridge(rows.targets), positions.to(stepper.device)[mask]
         )
         first_rows.add(batch, predictions, mask)
-        moved()
+        on_progress()
     return {**sums.read(), **first_rows.read()}
 
 
-class _Sums:
-    """Sums over all targets of this rank, and what they say of those of all ranks."""
+class _ValidationSums:
+    """Sums over all targets of this rank, and the metrics of all ranks."""
 
     def __init__(self, stepper: Stepper) -> None:
         config, self.dims = stepper.job.config, stepper.job.model.embed_dim
@@ -111,7 +114,14 @@ class _Sums:
         self.by_position = zeros(2, longest)  # squared error, targets
 
     def add(self, predicted: Tensor, targets: Targets, of_ridge: Tensor, positions: Tensor) -> None:
-        """predicted, of_ridge: [n, embed_dim], normalised space; positions: int64 [n], in the segment."""
+        """Add targets.
+
+        Args:
+            predicted: [n, embed_dim], normalised space.
+            targets: n of them.
+            of_ridge: Predictions of the ridge, as `predicted`.
+            positions: int64 [n], in the segment.
+        """
         truth = targets.truth
         errors = metrics.squared_error(predicted, truth).double()
         self.totals[0] += errors.sum()
@@ -127,7 +137,7 @@ class _Sums:
             self.moments[2 * index + 1] += values.double().square().sum(0)
 
     def read(self) -> dict[str, Any]:
-        """The figures over all ranks; all of them call this."""
+        """The metrics over all ranks, which all call this."""
         for sums in (self.totals, self.moments, self.by_position):
             dist.all_reduce(sums)
         count = self.totals[5]
@@ -153,21 +163,21 @@ class _Sums:
 
 
 class _FirstRows:
-    """The first rows of what is validated on, in its order, put together from all ranks."""
+    """The first validation rows, in order, gathered from all ranks."""
 
     def __init__(self, stepper: Stepper) -> None:
         config, dims = stepper.job.config.data, stepper.job.model.embed_dim
         self.max_segment = config.max_segment
         self.normalizer: Normalizer = stepper.engine.module.normalizer
-        rows = -(-COMPARED // config.row_length)
-        # Each row is one rank's, and zeros on all others: their sum is the row.
+        rows = -(-COMPARED_CONCEPTS // config.row_length)
+        # A row is filled by one rank and zero on all others: an all-reduce gathers it.
         self.concepts = torch.zeros(rows, config.row_length, dims, device=stepper.device)  # raw space
         self.predictions = torch.zeros_like(self.concepts)  # normalised space
         self.segment_ids = torch.zeros(rows, config.row_length, dtype=torch.int32, device=stepper.device)
         self.targets = torch.zeros_like(self.segment_ids)[:, 1:].contiguous()
 
     def add(self, batch: Batch, predictions: Tensor, mask: Tensor) -> None:
-        """Keep those of a batch: predictions [rows, row_length, embed_dim], mask bool [rows, row_length - 1]."""
+        """Keep those in a batch: predictions [rows, row_length, embed_dim], mask bool [rows, row_length - 1]."""
         count = min(len(mask), len(self.concepts) - batch.first_lane)
         if count > 0:
             part = slice(batch.first_lane, batch.first_lane + count)
@@ -176,7 +186,7 @@ class _FirstRows:
             self.predictions[part], self.targets[part] = predictions[:count].float(), mask[:count].int()
 
     def read(self) -> dict[str, float | None]:
-        """The figures, none where there are no targets; all ranks call this."""
+        """The metrics, none without targets; all ranks call this."""
         for rows in (self.concepts, self.predictions, self.segment_ids, self.targets):
             dist.all_reduce(rows)
         mask, ids = self.targets.bool(), self.segment_ids
@@ -189,9 +199,9 @@ class _FirstRows:
         }
         predictions = self.normalizer.denormalize(self.predictions[:, :-1])
         predicted = predictions[mask]
-        numbers = torch.arange(len(ids), device=ids.device).unsqueeze(1) * ids.shape[1] + ids
+        segments = torch.arange(len(ids), device=ids.device).unsqueeze(1) * ids.shape[1] + ids  # unique over rows
         positions = SegmentLayout.from_ids(ids.cpu(), self.max_segment).positions.to(ids.device)
-        shares = metrics.contrastive_accuracy(predicted, truth, numbers[:, 1:][mask], positions[:, 1:][mask])
+        shares = metrics.contrastive_accuracy(predicted, truth, segments[:, 1:][mask], positions[:, 1:][mask])
         of_prediction, of_truth = (
             metrics.context_cosine(vectors, self.concepts, ids)[mask] for vectors in (predictions, self.concepts[:, 1:])
         )

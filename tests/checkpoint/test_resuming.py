@@ -1,4 +1,4 @@
-"""Runs go on from what is whole, on as many ranks and under whichever ZeRO stage there is now."""
+"""Runs resume from valid checkpoints, on any number of ranks and under another ZeRO stage."""
 
 import fcntl
 import json
@@ -77,25 +77,25 @@ def cut_short(path):
     os.truncate(path, path.stat().st_size - 1)
 
 
-def test_the_newest_checkpoint_that_is_whole_is_used_and_the_others_are_named_and_set_aside(saved, tmp_path):
+def test_the_newest_valid_checkpoint_is_used_and_the_others_are_named_and_moved_aside(saved, tmp_path):
     integrity_error = {12: (flip_a_byte, OF_A_RANK), 10: (remove, OF_A_RANK), 8: (cut_short, OF_A_RANK)}
     integrity_error |= {6: (flip_a_byte, "state.json"), 4: (lambda path: path.write_text('{"files": []}'), "COMPLETE")}
     config = damaged_copy(saved, tmp_path, integrity_error)
     (tmp_path / "run/checkpoints/step_00000015.partial").mkdir()
-    said = launched(config)
-    assert f"step_00000012 is not whole: {OF_A_RANK} is not what was written" in said
-    assert f"step_00000010 is not whole: {OF_A_RANK} is missing" in said
-    assert f"step_00000008 is not whole: {OF_A_RANK} has " in said
-    assert "step_00000006 is not whole: state.json is not what was written" in said
-    assert "step_00000004 is not whole: COMPLETE cannot be read" in said
-    assert f"going on from {run_dir(config)}/checkpoints/step_00000002" in said
+    output = launched(config)
+    assert f"step_00000012 is incomplete or corrupt ({OF_A_RANK} is not what was written" in output
+    assert f"step_00000010 is incomplete or corrupt ({OF_A_RANK} is missing" in output
+    assert f"step_00000008 is incomplete or corrupt ({OF_A_RANK} has " in output
+    assert "step_00000006 is incomplete or corrupt (state.json is not what was written" in output
+    assert "step_00000004 is incomplete or corrupt (COMPLETE cannot be read" in output
+    assert f"resuming from {run_dir(config)}/checkpoints/step_00000002" in output
     assert folders(config) == sorted(
         [f"step_{step:08d}" for step in STEPS] + [f"step_{step:08d}.bad" for step in STEPS[1:]]
     )
     assert metrics(config, "loss") == metrics(saved, "loss")
 
 
-def test_where_no_checkpoint_is_whole_the_run_ends_with_1_and_nothing_is_overwritten(saved, tmp_path):
+def test_without_a_valid_checkpoint_the_run_ends_with_1_and_nothing_is_overwritten(saved, tmp_path):
     config = damaged_copy(
         saved, tmp_path, dict.fromkeys(STEPS[:-1], (remove, OF_A_RANK)) | {12: (flip_a_byte, OF_A_RANK)}
     )
@@ -106,7 +106,7 @@ def test_where_no_checkpoint_is_whole_the_run_ends_with_1_and_nothing_is_overwri
     }
     code, _, err = launch(config)
     assert code == 1
-    assert "no checkpoint is whole" in err
+    assert "no checkpoint is valid" in err
     assert all(f"step_{step:08d}" in err for step in STEPS)
     assert "Traceback" not in err
     assert all(path.read_bytes() == data for path, data in before.items())
@@ -118,11 +118,11 @@ def test_where_no_checkpoint_is_whole_the_run_ends_with_1_and_nothing_is_overwri
 
 
 @pytest.mark.slow
-def test_without_comparing_checksums_sizes_alone_tell_what_is_whole(saved, tmp_path):
+def test_verify_size_compares_only_sizes(saved, tmp_path):
     config = damaged_copy(saved, tmp_path, {12: (cut_short, OF_A_RANK)})
     (run_dir(config) / "metrics.jsonl").unlink()
-    said = launched(config, "checkpoint.verify=size")
-    assert "step_00000012 is not whole" in said
+    output = launched(config, "checkpoint.verify=size")
+    assert "step_00000012 is incomplete or corrupt" in output
     assert list(metrics(config, "loss")) == [11, 12]
 
 
@@ -130,26 +130,26 @@ def test_without_comparing_checksums_sizes_alone_tell_what_is_whole(saved, tmp_p
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_ranks_zero_stages_and_micro_batches(make_config):
-    whole = make_config(steps=24, optim=CONSTANT, deepspeed="ds_configs/zero1_fp32.json")
-    launched(whole, ranks=1)
+def test_a_run_resumes_with_other_ranks_zero_stages_and_micro_batches(make_config):
+    undisturbed = make_config(steps=24, optim=CONSTANT, deepspeed="ds_configs/zero1_fp32.json")
+    launched(undisturbed, ranks=1)
     config = make_config(steps=24, optim=CONSTANT)
     for ranks, stage, rows, steps in ((4, 3, 2, 8), (2, 2, 4, 16), (1, 1, 8, 24)):
         deepspeed = f"deepspeed=ds_configs/zero{stage}_fp32.json"
-        said = launched(config, deepspeed, f"batch.micro_batch_rows={rows}", f"steps={steps}", ranks=ranks)
-        assert ("converting" in said) == (steps > 8)
-    assert metrics(config, "loss") == pytest.approx(metrics(whole, "loss"), rel=1e-4)
-    assert metrics(config, "concepts") == metrics(whole, "concepts")
+        output = launched(config, deepspeed, f"batch.micro_batch_rows={rows}", f"steps={steps}", ranks=ranks)
+        assert ("converting" in output) == (steps > 8)
+    assert metrics(config, "loss") == pytest.approx(metrics(undisturbed, "loss"), rel=1e-4)
+    assert metrics(config, "concepts") == metrics(undisturbed, "concepts")
     assert folders(config) == [
         "step_00000008", "step_00000008.universal", "step_00000016", "step_00000016.universal", "step_00000024",
     ]  # fmt: skip
-    # Converted once, and again where that has rotted.
+    # Converted once, and again if the conversion is corrupt.
     checkpoints = run_dir(config) / "checkpoints"
     shutil.rmtree(checkpoints / "step_00000024")
     flip_a_byte(checkpoints / "step_00000016.universal/zero/norm.weight/exp_avg.pt")
-    said = launched(config, "deepspeed=ds_configs/zero1_fp32.json", "batch.micro_batch_rows=8", ranks=1)
-    assert "step_00000016.universal is not whole: zero/norm.weight/exp_avg.pt is not what was written" in said
-    assert metrics(config, "loss") == pytest.approx(metrics(whole, "loss"), rel=1e-4)
+    output = launched(config, "deepspeed=ds_configs/zero1_fp32.json", "batch.micro_batch_rows=8", ranks=1)
+    assert "step_00000016.universal is incomplete or corrupt (zero/norm.weight/exp_avg.pt is not what" in output
+    assert metrics(config, "loss") == pytest.approx(metrics(undisturbed, "loss"), rel=1e-4)
 
 
 def test_another_precision_model_or_optimizer_is_refused_with_both_named(saved):
@@ -158,46 +158,46 @@ def test_another_precision_model_or_optimizer_is_refused_with_both_named(saved):
     code, _, err = launch(saved, "steps=20", *changes)
     assert code == 2
     lines = [line for line in err.splitlines() if "step_00000012" in line]
-    for told in ("'float32' and is now 'bfloat16'", "'num_hidden_layers': 3", "the data plan's fingerprint"):
-        assert any(told in line for line in lines), err
-    assert len(lines) == 3  # said once, by one rank
+    for expected in ("'float32' and is now 'bfloat16'", "'num_hidden_layers': 3", "the data plan's fingerprint"):
+        assert any(expected in line for line in lines), err
+    assert len(lines) == 3  # printed once, by one rank
     assert folders(saved) == before
 
 
 @pytest.mark.parametrize(
-    ("now", "told"),
+    ("now", "expected"),
     [
         ({"world_size": 4}, None),
         ({"zero_stage": 3}, None),
-        ({"zero_stage": 0}, "ZeRO 0 keeps the optimizer whole"),
-        ({"world_size": 4, "optimizer": "Muon"}, "the states of Adam alone"),
+        ({"zero_stage": 0}, "the unpartitioned optimizer of ZeRO 0"),
+        ({"world_size": 4, "optimizer": "Muon"}, "converts only Adam's states"),
         ({"world_size": 4, "nvme": True}, "offloaded to NVMe"),
         ({"optimizer": "Muon"}, None),
     ],
 )
-def test_what_cannot_be_converted_is_refused_with_the_reason(tmp_path, now, told):
+def test_what_cannot_be_converted_is_refused_with_the_reason(tmp_path, now, expected):
     then = {"fingerprint": "a", "model": {}, "precision": "float32", "world_size": 2, "zero_stage": 2, "nvme": False}
     then["optimizer"] = now.get("optimizer", "AdamW")
     (tmp_path / "state.json").write_text(json.dumps(then))
     lines = resume.errors(Checkpoint(tmp_path, 5), {**then, **now})
-    if told is None:
+    if expected is None:
         assert lines == []
     else:
         (line,) = lines
-        assert "was saved by 2 rank(s) under ZeRO 2 and would go on with" in line
-        assert told in line
+        assert "was saved by 2 rank(s) under ZeRO 2 and would resume with" in line
+        assert expected in line
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "told"),
+    ("then", "now", "expected"),
     [
         ({"zero_optimization": {"stage": 3}}, {"zero_optimization": {"stage": 3, "sub_group_size": 10}}, None),
-        (ROUND, {"zero_optimization": {"stage": 2}}, "mixes parameters up under round_robin_gradients"),
+        (ROUND, {"zero_optimization": {"stage": 2}}, "mixes up parameters under round_robin_gradients"),
         (ROUND, ROUND, None),
-        (MUON, {**MUON, "data_types": {"grad_accum_dtype": "fp32"}}, "the states of Adam alone"),
+        (MUON, {**MUON, "data_types": {"grad_accum_dtype": "fp32"}}, "converts only Adam's states"),
     ],
 )
-def test_another_layout_of_the_files_is_converted_or_refused(tmp_path, then, now, told):
+def test_another_layout_of_the_files_is_converted_or_refused(tmp_path, then, now, expected):
     state = {"fingerprint": "a", "model": {}, "precision": "bfloat16", "world_size": 2, "nvme": False}
     states = [
         {
@@ -211,12 +211,12 @@ def test_another_layout_of_the_files_is_converted_or_refused(tmp_path, then, now
     (tmp_path / "state.json").write_text(json.dumps(states[0]))
     assert resume.needs_conversion(*states) == (then != now)
     lines = resume.errors(Checkpoint(tmp_path, 5), states[1])
-    assert lines == [] if told is None else told in lines[0]
+    assert lines == [] if expected is None else expected in lines[0]
     older = {key: value for key, value in states[0].items() if key != "deepspeed"}
     assert not resume.needs_conversion(older, states[1])
 
 
-def test_what_the_config_says_otherwise_than_the_checkpoint_is_one_line(tmp_path):
+def test_config_changes_since_the_checkpoint_are_one_line(tmp_path):
     zero = {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 2}
     now = {
         "config": {
@@ -249,7 +249,7 @@ def test_what_the_config_says_otherwise_than_the_checkpoint_is_one_line(tmp_path
     assert resume.changes(checkpoint, tmp_path, now) == line
     state.write_text(json.dumps(now))
     assert resume.changes(checkpoint, tmp_path, now) is None
-    # One of an older version: the run's files tell, or nobody does.
+    # A checkpoint of an older version has no config: the run's files replace it, if there are any.
     state.write_text(json.dumps({"world_size": 2}))
     assert resume.changes(checkpoint, tmp_path, now) is None
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(then["config"]))
@@ -257,7 +257,7 @@ def test_what_the_config_says_otherwise_than_the_checkpoint_is_one_line(tmp_path
     assert resume.changes(checkpoint, tmp_path, now) == line
 
 
-def test_a_dynamic_scale_of_the_loss_stays_where_it_was_within_the_limits_of_the_config():
+def test_a_dynamic_loss_scale_is_kept_within_the_limits_of_the_config():
     settings = {"delayed_shift": 2, "consecutive_hysteresis": False}
     loaded = DynamicLossScaler(2.0**16, scale_window=1000, min_scale=1, **settings)
     loaded.cur_scale, loaded.cur_iter, loaded.last_overflow_iter, loaded.cur_hysteresis = 64.0, 70, 66, 1
@@ -271,11 +271,11 @@ def test_a_dynamic_scale_of_the_loss_stays_where_it_was_within_the_limits_of_the
     assert resume.scaler_as_configured(LossScaler(256.0), LossScaler(8.0)).cur_scale == 256.0
 
 
-# --- retention, disks, owners -----------------------------------------------------------------------------------------
+# --- retention, disks, locks --------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_after_200_steps_the_folders_are_those_that_the_rules_name(make_config):
+def test_after_200_steps_the_rules_decide_which_checkpoints_are_left(make_config):
     config = make_config(
         steps=200,
         checkpoint={"every": 5, "keep": 3, "keep_every": 60},
@@ -285,7 +285,7 @@ def test_after_200_steps_the_folders_are_those_that_the_rules_name(make_config):
     launched(config)
     assert folders(config) == [f"step_{step:08d}" for step in (60, 120, 180, 190, 195, 200)]
     stalls = metrics(config, "checkpoint_time")
-    assert len(stalls) >= 39  # two may be made at one step: the one that was being written, and the last
+    assert len(stalls) >= 39  # two may be committed at one step: the pending one and the last
     assert all(seconds > 0 for seconds in stalls.values())
     assert 0 < list(metrics(config, "checkpoint_share").values())[-1] < 1
 
@@ -304,7 +304,7 @@ exit $code
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_the_disk_is_full_and_saves_when_it_is_not(make_config, trained, tmp_path):
+def test_a_run_continues_on_a_full_disk_and_saves_when_there_is_room_again(make_config, trained, tmp_path):
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs user namespaces")
     disk, kept, stderr = tmp_path / "disk", tmp_path / "kept", tmp_path / "stderr"
@@ -319,10 +319,10 @@ def test_a_run_goes_on_where_the_disk_is_full_and_saves_when_it_is_not(make_conf
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     with stderr.open("w") as file:
         done = subprocess.run(["unshare", "-rm", "sh", "-c", script], cwd=ROOT, env=env, stderr=file, check=False)
-    said = stderr.read_text()
-    assert done.returncode == 0, said
-    assert "was not written: rank " in said
-    assert "No space left on device" in said
+    output = stderr.read_text()
+    assert done.returncode == 0, output
+    assert "was not written: rank " in output
+    assert "No space left on device" in output
     mapping = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump({**mapping, "run_dir": str(kept)}))
     assert folders(config) == ["step_00000039", "step_00000040"]
@@ -330,7 +330,7 @@ def test_a_run_goes_on_where_the_disk_is_full_and_saves_when_it_is_not(make_conf
 
 
 @pytest.mark.slow
-def test_a_run_folder_has_one_owner_and_who_died_owns_nothing(make_config):
+def test_a_run_folder_is_locked_until_its_process_ends(make_config):
     every = {"every": None, "every_minutes": 0.01}
     config = make_config(steps=100_000, checkpoint=every, evaluate={"every": None})
     first = start("launch", "--local", 2, config)
@@ -340,28 +340,28 @@ def test_a_run_folder_has_one_owner_and_who_died_owns_nothing(make_config):
     owner = json.loads((run_dir(config) / "LOCK").read_text())
     code, _, err = launch(config)
     assert code == 2
-    assert f"process {owner['pid']} of host {owner['host']} trains here" in err
+    assert f"run directory is locked by PID {owner['pid']} on {owner['host']}" in err
     assert first.poll() is None
     first.kill()
     first.communicate()
-    # Its workers die with the launcher; nobody has to take the lock away.
+    # Its workers die with the launcher; the lock need not be removed.
     third = start("launch", "--local", 2, config, "steps=1", "optim.schedule.warmup_steps=0")
     code, out, err = finish(third)
     assert code == 0, out + err
 
 
-def test_a_lock_that_a_file_server_holds_for_a_dead_machine_is_taken_over(tmp_path):
-    """As of one that is cut off: its lock is there, and nobody writes the file any more."""
+def test_a_lock_of_a_dead_machine_is_taken_over(tmp_path):
+    """As of a machine that is cut off: its lock exists, and the file is not updated any more."""
     (tmp_path / "LOCK").write_text(json.dumps({"host": "far", "pid": 7, "machine": "other", "beat": 3}))
     with (tmp_path / "LOCK").open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with RunLock(tmp_path, beat=0.1, watch=1.0):
             assert json.loads((tmp_path / "LOCK").read_text())["pid"] == os.getpid()
-            with pytest.raises(InputError, match=f"process {os.getpid()} of host"):
+            with pytest.raises(InputError, match=f"PID {os.getpid()} on"):
                 RunLock(tmp_path).__enter__()
 
 
-def test_an_owner_on_another_machine_is_believed_to_live_as_long_as_it_writes(tmp_path):
+def test_a_lock_of_another_machine_is_respected_while_it_is_updated(tmp_path):
     (tmp_path / "LOCK").write_text(json.dumps({"host": "far", "pid": 7, "machine": "other", "beat": 0}))
     started = time.monotonic()
     with RunLock(tmp_path, beat=0.1, watch=1.0):
@@ -379,7 +379,7 @@ for beat in itertools.count():
     try:
         while not (tmp_path / "LOCK").read_text():
             time.sleep(0.01)
-        with pytest.raises(InputError, match="process 7 of host far"):
+        with pytest.raises(InputError, match="PID 7 on far"):
             RunLock(tmp_path, beat=0.1, watch=5.0).__enter__()
     finally:
         far.send_signal(signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What is saved while the run goes on is the step it was saved at, and steps that are not finite change nothing.
+"""A background save holds the step at which it was started, and non-finite steps change nothing.
 
 All ZeRO stages and precisions share one launch of two ranks (saving_worker.py).
 """
@@ -23,18 +23,18 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_what_was_written_while_the_run_went_on_is_the_step_it_was_saved_at(results, name):
+def test_a_background_save_holds_the_step_at_which_it_was_started(results, name):
     found = results[name]
     assert found["busy"]
     assert found["saved"]
     assert found["again"] == found["went on"]
     assert found["weights again"] == found["weights"]
-    assert len(set(found["again"])) > 1  # the model moves
+    assert len(set(found["again"])) > 1  # the weights change
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "in turn" not in name])
-def test_the_weights_of_a_checkpoint_are_the_live_masters_to_the_last_bit(results, name):
-    assert results[name]["read"] == []  # names of those that are not
+def test_the_weights_of_a_checkpoint_are_bit_identical_to_the_live_masters(results, name):
+    assert results[name]["read"] == []  # names of weights that differ
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -49,7 +49,7 @@ def test_a_resumed_run_has_the_settings_of_its_config_and_not_those_of_the_check
 
 
 @pytest.mark.parametrize(("name", "other"), [(name, other) for name, some in CONVERTED.items() for other in some])
-def test_what_was_saved_under_one_zero_stage_goes_on_under_another(results, name, other):
+def test_a_checkpoint_of_one_zero_stage_resumes_under_another(results, name, other):
     found = results[name]["converted"][other]
     close = 0.01 if "bf16" in name else 1e-5
     assert found["losses"] == pytest.approx(results[name]["went on"], rel=close)
@@ -57,13 +57,13 @@ def test_what_was_saved_under_one_zero_stage_goes_on_under_another(results, name
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_a_number_that_is_not_finite_on_one_rank_changes_no_weight_on_any(results, name):
+def test_a_non_finite_value_on_one_rank_changes_no_weight_on_any_rank(results, name):
     assert results[name]["poisoned"] == ["nan", False, True]
     assert results[name]["skipped"] == 1
 
 
 @pytest.mark.parametrize(
-    ("said", "zero", "background"),
+    ("configured", "zero", "background"),
     [
         (None, {"stage": 3}, True),
         (None, {"stage": 2, "offload_optimizer": {"device": "cpu"}}, False),
@@ -71,11 +71,11 @@ def test_a_number_that_is_not_finite_on_one_rank_changes_no_weight_on_any(result
         (False, {"stage": 1}, False),
     ],
 )
-def test_a_save_waits_by_default_where_the_optimizer_is_offloaded(said, zero, background):
-    assert saves_in_background(CheckpointConfig(background=said), {"zero_optimization": zero}) is background
+def test_a_save_waits_by_default_if_the_optimizer_is_offloaded(configured, zero, background):
+    assert saves_in_background(CheckpointConfig(background=configured), {"zero_optimization": zero}) is background
 
 
-def test_a_copy_on_the_host_holds_no_more_than_the_tensor_and_follows_nothing():
+def test_a_host_copy_has_its_own_storage_of_the_tensors_size():
     buffer = torch.arange(1000.0)
     state = OrderedDict(part=buffer[10:20], again=[buffer[10:20]], same=(buffer, buffer), plain={"a": 1})
     copied = on_host(state, {})

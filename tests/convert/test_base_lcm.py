@@ -16,7 +16,7 @@ from lcm_ds.model.modeling import BaseLCM
 
 
 def weights_of(golden, prefix=""):
-    """Meta's state dict, each name with `prefix` in front."""
+    """Meta's state dict, each name with a prefix."""
     names = [name for name in golden if name.startswith("model.")]
     return {prefix + name.removeprefix("model."): golden[name] for name in names}
 
@@ -36,7 +36,7 @@ def test_golden_inputs_give_golden_outputs_through_the_command_line(golden_path,
     done = import_on_command_line(golden_path, tmp_path / "model")
     assert done.returncode == 0, done.stderr
     model = BaseLCM.from_pretrained(tmp_path / "model").eval()
-    # fp32 on both sides: 1e-4 is what has to hold, and it is far nearer
+    # fp32 on both sides: 1e-4 is required, the difference is much smaller
     assert agrees(model, golden)
     assert (model(golden["input"]) - golden["output"]).abs().max() < 2e-5
 
@@ -50,33 +50,33 @@ def test_import_returns_the_model_that_it_wrote(golden_path, golden, tmp_path):
         assert torch.equal(value, model.state_dict()[name]), name
 
 
-def test_golden_prompts_go_on_as_in_metas_code(golden_path, golden, tmp_path):
+def test_golden_prompts_are_continued_as_in_metas_code(golden_path, golden, tmp_path):
     model = import_meta(golden_path, tmp_path / "model")
     prompts, generated = golden["prompt"], golden["generated"]
     length = generated.shape[1] - prompts.shape[1]
     free = {"stop_end": None, "stop_repeat": None}
     together = generate(model, list(prompts), length, **free)
-    for number, (prompt, whole) in enumerate(zip(prompts, generated, strict=True)):
-        assert torch.equal(whole[: len(prompt)], prompt)
-        expected = whole[len(prompt) :]
-        (alone,) = generate(model, [prompt], length, **free)
+    for number, (prompt, full) in enumerate(zip(prompts, generated, strict=True)):
+        assert torch.equal(full[: len(prompt)], prompt)
+        expected = full[len(prompt) :]
+        (single,) = generate(model, [prompt], length, **free)
         seen = prompt
         with torch.inference_mode():
             for _ in range(length):
                 seen = torch.cat([seen, model(seen.unsqueeze(0))[0, -1:]])
-        for found in (together[number].concepts, alone.concepts, seen[len(prompt) :]):
-            assert torch.allclose(found, expected, atol=length * rounding_of(model.config, len(whole)), rtol=0)
+        for found in (together[number].concepts, single.concepts, seen[len(prompt) :]):
+            assert torch.allclose(found, expected, atol=length * rounding_of(model.config, len(full)), rtol=0)
 
 
-def test_golden_prompts_of_unequal_length_go_on_together_as_in_metas_code(golden_path, golden, tmp_path):
+def test_golden_prompts_of_unequal_length_are_continued_together_as_in_metas_code(golden_path, golden, tmp_path):
     model = import_meta(golden_path, tmp_path / "model")
     generated = golden["generated"]
     cuts = (6, 9)  # what Meta's code generated is part of the longer prompt
-    prompts = [whole[:cut] for whole, cut in zip(generated, cuts, strict=True)]
+    prompts = [full[:cut] for full, cut in zip(generated, cuts, strict=True)]
     made = generate(model, prompts, 5, stop_end=None, stop_repeat=None)
-    for whole, cut, generation in zip(generated, cuts, made, strict=True):
+    for full, cut, generation in zip(generated, cuts, made, strict=True):
         close = 5 * rounding_of(model.config, cut + 5)
-        assert torch.allclose(generation.concepts, whole[cut : cut + 5], atol=close, rtol=0)
+        assert torch.allclose(generation.concepts, full[cut : cut + 5], atol=close, rtol=0)
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
@@ -99,7 +99,7 @@ def with_normaliser(golden, prefix="", **vectors):
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_the_normaliser_of_metas_frontend_comes_along(golden, tmp_path, prefix):
+def test_the_normaliser_of_metas_frontend_is_imported(golden, tmp_path, prefix):
     center, scale = torch.randn(48), torch.rand(48) + 0.5
     torch.save({"model": with_normaliser(golden, prefix, center=center, scale=scale)}, tmp_path / "meta.pt")
     import_meta(tmp_path / "meta.pt", tmp_path / "model", heads=4)
@@ -131,7 +131,7 @@ def reshaped(golden):
 
 BAD = {
     "layers.1.mlp.up_proj.bias is missing": lacking,
-    "post_net.weight has shape [48, 63], [48, 64] fits the others": reshaped,
+    "post_net.weight has shape [48, 63] instead of [48, 64]": reshaped,
     "decoder.extra: unknown to Base-LCM": lambda g: {"model": {**weights_of(g), "decoder.extra": torch.zeros(2)}},
     # half a normaliser, or one that clips, is not the model's
     "normalizer.scale is missing": lambda g: {"model": with_normaliser(g, center=torch.zeros(48))},
@@ -142,15 +142,15 @@ BAD = {
     'has to be {"model": state_dict}': weights_of,
     "has to be {": lambda g: {"model": "weights.bin"},
     "cannot be read as a checkpoint": lambda g: b"not a checkpoint",
-    "as a checkpoint: 105": lambda g: b"hi",  # what the unpickler makes of text differs with its letters
+    "as a checkpoint: 105": lambda g: b"hi",  # the unpickler's error for a text depends on its characters
     "as a checkpoint: E": lambda g: b"",
 }
 
 
-@pytest.mark.parametrize("told", BAD)
-def test_what_is_no_checkpoint_is_refused_in_one_line(golden, tmp_path, told):
+@pytest.mark.parametrize("expected", BAD)
+def test_other_files_are_refused_in_one_line(golden, tmp_path, expected):
     path = tmp_path / "meta.pt"
-    content = BAD[told](golden)
+    content = BAD[expected](golden)
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
@@ -159,7 +159,7 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(golden, tmp_path, told):
         import_meta(path, tmp_path / "model", heads=4)
     (line,) = refused.value.errors
     assert line.startswith(f"{path}: ")
-    assert told in line
+    assert expected in line
     assert "\n" not in line
     assert not (tmp_path / "model").exists()
 
@@ -173,13 +173,13 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 @pytest.mark.parametrize("heads", [3, 0, 64])
 def test_heads_that_do_not_divide_the_width_are_refused(golden, tmp_path, heads):
     torch.save({"model": weights_of(golden)}, tmp_path / "meta.pt")
-    with pytest.raises(InputError, match=f"--heads {heads}: has to divide the width 64"):
+    with pytest.raises(InputError, match=f"--heads {heads}: has to divide the hidden size 64"):
         import_meta(tmp_path / "meta.pt", tmp_path / "model", heads=heads)
 
 
-def test_heads_that_nothing_tells_are_asked_for(golden, tmp_path):
+def test_unknown_heads_are_asked_for(golden, tmp_path):
     torch.save({"model": weights_of(golden)}, tmp_path / "meta.pt")
-    with pytest.raises(InputError, match="--heads: the weights do not tell how many attention heads share 64"):
+    with pytest.raises(InputError, match="--heads: is needed: the number of heads of hidden size 64"):
         import_meta(tmp_path / "meta.pt", tmp_path / "model")
 
 
@@ -197,7 +197,7 @@ def test_a_header_that_holds_no_number_is_refused(golden, tmp_path, key):
         import_meta(tmp_path / "meta.safetensors", tmp_path / "model")
 
 
-def test_the_command_line_says_what_is_wrong_without_a_traceback(golden, tmp_path):
+def test_the_command_line_prints_errors_without_a_traceback(golden, tmp_path):
     save_file({"input": torch.zeros(2)}, tmp_path / "other.safetensors")
     done = import_on_command_line(tmp_path / "other.safetensors", tmp_path / "model")
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""An exported model is the trained one to the last bit, in a folder that needs no DeepSpeed."""
+"""An exported model is bit-identical to the trained one, in a folder that loads without DeepSpeed."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from lcm_ds.model.modeling import BaseLCM
 
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
-    """(config of a run, what `lcm-ds export` made of it)."""
+    """(config of a run, the folder of `lcm-ds export`)."""
     config = trained(2)
     output = tmp_path_factory.mktemp("export") / "new" / "model"
     code, out, err = finish(start("export", run_dir(config), output))
@@ -44,19 +44,23 @@ def test_every_weight_is_the_trained_one(exported):
     assert not torch.equal(loaded.normalizer.scale, torch.ones_like(loaded.normalizer.scale))
 
 
-def test_what_the_card_says_runs_where_deepspeed_and_all_of_preparation_cannot_be_imported(exported):
+def test_the_cards_example_runs_without_deepspeed_and_the_packages_of_prepare(exported):
     _, output = exported
     (snippet,) = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), re.DOTALL)
     assert len(snippet.splitlines()) <= 10
     missing = ("deepspeed", "spacy", "datasets", "sentence_transformers")
     block = f"import sys; sys.modules.update(dict.fromkeys({missing}))\n"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-    command = [sys.executable, "-c", f"{block}{snippet}\nprint(following.shape, following.isfinite().all().item())"]
+    command = [
+        sys.executable,
+        "-c",
+        f"{block}{snippet}\nprint(next_concept.shape, bool(next_concept.isfinite().all()))",
+    ]
     done = subprocess.run(command, cwd=output.parent, capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "torch.Size([1, 16]) True", done.stderr
 
 
-def test_the_card_says_how_the_model_was_made(exported, concepts):
+def test_the_card_describes_how_the_model_was_made(exported, concepts):
     config, output = exported
     files = ["README.md", "concepts.json", "config.json", "model.safetensors"]
     assert sorted(path.name for path in output.iterdir()) == files
@@ -88,12 +92,12 @@ def test_an_evaluation_of_this_checkpoint_is_in_the_card_and_no_other(trained, t
     card = (tmp_path / "its" / "README.md").read_text()
     assert "on texts, 3 documents, 1,234 targets:" in card
     assert "| Base-LCM | 0.1235 | 1.5 | – | – | 0.5 |" in card
-    assert "Base-LCM less ridge from the last, the best baseline: mse +0.0141 (95 %: +0.0119 to +0.0164)." in card
+    assert "Base-LCM minus ridge from the last, the best baseline: mse +0.0141 (95 %: +0.0119 to +0.0164)." in card
     for name in ("another", "older"):
         assert "1,234" not in (tmp_path / name / "README.md").read_text()
 
 
-def test_sonars_licence_is_named_where_the_concepts_are_sonars(trained, concepts, tmp_path):
+def test_sonars_licence_is_named_if_the_concepts_are_sonars(trained, concepts, tmp_path):
     info = (concepts["train"] / "dataset.json").read_text()
     as_sonar = info.replace('"name": "synthetic"', '"name": "sonar"')
     assert as_sonar != info
@@ -114,7 +118,7 @@ def test_sonars_licence_is_named_where_the_concepts_are_sonars(trained, concepts
     assert "CC-BY-NC-4.0" in (tmp_path / "model" / "README.md").read_text()
 
 
-def test_a_folder_with_something_in_it_is_left_alone(exported, trained, tmp_path):
+def test_a_folder_that_is_not_empty_is_not_changed(exported, trained, tmp_path):
     (tmp_path / "precious").write_text("mine")
     with pytest.raises(InputError, match="is there already"):
         export(run_dir(trained(2)), tmp_path)
@@ -132,7 +136,7 @@ def test_an_empty_folder_is_taken_and_nothing_else_is_left_behind(trained, tmp_p
     assert not (tmp_path / "model" / "of-a-killed-export").exists()
 
 
-def test_what_is_not_there_cannot_be_exported(trained, tmp_path):
+def test_missing_runs_and_checkpoints_cannot_be_exported(trained, tmp_path):
     with pytest.raises(InputError, match="no run here"):
         export(tmp_path / "none", tmp_path / "model")
     with pytest.raises(InputError, match="no checkpoint of step 7"):

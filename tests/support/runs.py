@@ -1,4 +1,4 @@
-"""Starting runs as a user does, and reading what they leave."""
+"""Starting runs as a user does, and reading their files."""
 
 import json
 import os
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def start(*arguments, **environment):
-    """`lcm-ds …` as a process of its own, on the CPU, one thread a process."""
+    """`lcm-ds …` in a new process, on the CPU, with one thread per process."""
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", "lcm_ds.cli", *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -36,11 +36,11 @@ def metrics(config, key):
     return {line["step"]: line[key] for line in lines if key in line}
 
 
-SUPPORT = Path(__file__).parent  # on sys.path of the tests (pyproject.toml), not of what they start
+SUPPORT = Path(__file__).parent  # on sys.path of the tests (pyproject.toml), not of processes that they start
 
 
 def launch_workers(script, *arguments, ranks=2):
-    """Workers of tests/support, started as `launch --local` starts a run's; they have to end well."""
+    """Workers of tests/support, started as `launch --local` starts a run's; they have to succeed."""
     command = [sys.executable, str(SUPPORT / script), *map(str, arguments)]
     launcher = (
         f"import sys; from lcm_ds.distributed.workers import run_local; sys.exit(run_local({command!r}, {ranks}))"

@@ -1,4 +1,4 @@
-"""One rank that saves while it trains, loads what it saved, and is given numbers that are not finite.
+"""One rank that saves while it trains, loads the checkpoint, and gets values that are not finite.
 
 python saving_worker.py FOLDER: for each ZeRO stage and precision it takes steps of a tiny Base-LCM, one of them with a
 NaN in the rows of rank 1, saves in the background, goes on, and does the same from the checkpoint; FOLDER/results.json
@@ -65,7 +65,7 @@ VARIANTS = {
         "bf16": {"enabled": True},
     },
 }
-# What each is loaded as, too, converted: every stage into every other one.
+# Conversions: every stage into every other one.
 CONVERTED = {f"zero {stage}, fp32": [f"zero {other}, fp32" for other in {1, 2, 3} - {stage}] for stage in (1, 2, 3)}
 CONVERTED["zero 1, bf16, gradients in fp32"] = ["zero 3, bf16, gradients in fp32"]
 NORMALIZER = (torch.zeros(EMBED_DIM).numpy(), torch.ones(EMBED_DIM).numpy())
@@ -74,14 +74,14 @@ NORMALIZER = (torch.zeros(EMBED_DIM).numpy(), torch.ones(EMBED_DIM).numpy())
 CHANGED = {"weight_decay": 0.7, "betas": [0.5, 0.6], "eps": 0.1}
 
 
-def build(deepspeed, place, device, **optim):
+def build(deepspeed, env, device, **optim):
     config = TrainConfig.model_validate({**CONFIG, "deepspeed": deepspeed, "optim": {**CONFIG["optim"], **optim}})
     model_config = resolve_model(config.model)
-    ds = deepspeed_config.resolve(deepspeed_config.read(deepspeed), config, place.world_size, "json", hidden_size=32)
+    ds = deepspeed_config.resolve(deepspeed_config.read(deepspeed), config, env.world_size, "json", hidden_size=32)
     with contextlib.redirect_stdout(io.StringIO()):
         engine = build_engine(build_model(model_config, NORMALIZER, config.seed, ds), config, ds)
     plan = Plan([Source([1_000_000])], config.seed, ROWS, CONFIG["data"]["row_length"])
-    return Stepper(TrainJob(config, ds, model_config, [], None, plan, ""), place, engine, device)
+    return Stepper(TrainJob(config, ds, model_config, [], None, plan, ""), env, engine, device)
 
 
 def weights(stepper):
@@ -93,24 +93,24 @@ def weights(stepper):
 
 
 def steps(stepper, first, last):
-    coming = [batch for batch in batches(stepper.place, CONFIG["batch"]["micro_batch_rows"]) if first <= batch.step]
-    coming = iter(coming)
-    return [stepper.step(coming, step).loss for step in range(first, last)]
+    upcoming = [batch for batch in batches(stepper.env, CONFIG["batch"]["micro_batch_rows"]) if first <= batch.step]
+    upcoming = iter(upcoming)
+    return [stepper.step(upcoming, step).loss for step in range(first, last)]
 
 
 def poisoned(stepper, step):
-    """A step with one NaN, in a target of rank 1: (loss, whether it was applied, whether weights are as they were)."""
-    coming = [batch for batch in batches(stepper.place, CONFIG["batch"]["micro_batch_rows"]) if batch.step == step]
-    if stepper.place.rank == 1:
-        coming[0].concepts[0, 3, 0] = torch.nan
+    """A step with one NaN, in a target of rank 1: (loss, whether it was applied, whether the weights are unchanged)."""
+    upcoming = [batch for batch in batches(stepper.env, CONFIG["batch"]["micro_batch_rows"]) if batch.step == step]
+    if stepper.env.rank == 1:
+        upcoming[0].concepts[0, 3, 0] = torch.nan
     before = weights(stepper)
-    outcome = stepper.step(iter(coming), step)
+    outcome = stepper.step(iter(upcoming), step)
     return str(outcome.loss), outcome.applied, weights(stepper) == before
 
 
-def variant(name, folder, place, device):
+def variant(name, folder, env, device):
     deepspeed = VARIANTS[name]
-    stepper = build(deepspeed, place, device)
+    stepper = build(deepspeed, env, device)
     steps(stepper, 0, POISONED)
     result = {"poisoned": poisoned(stepper, POISONED), "skipped": stepper.engine.skipped_steps}
     steps(stepper, POISONED, SAVED_AT)
@@ -119,19 +119,19 @@ def variant(name, folder, place, device):
     saver = Saver(stepper.engine, folder, CheckpointConfig(), background=True)
     goes_on = Event()
     saver._writer.submit(goes_on.wait)  # nothing is written before the weights have changed
-    saver.begin(SAVED_AT, {"step": SAVED_AT, **identity(stepper.job, place)})
+    saver.save_async(SAVED_AT, {"step": SAVED_AT, **identity(stepper.job, env)})
     result["went on"] = steps(stepper, SAVED_AT, LAST)
     result["busy"] = saver.busy()
     goes_on.set()
-    result["saved"] = saver.finish()
+    result["saved"] = saver.commit()
     saver.close()
     result["weights"] = weights(stepper)
     stepper.engine.destroy()
-    stepper = build(deepspeed, place, device)
+    stepper = build(deepspeed, env, device)
     checkpoint = Checkpoint(folder / "checkpoints" / folder_name(SAVED_AT), SAVED_AT)
     assert resume.newest_complete(folder, CheckpointConfig()) == checkpoint
     read = fp32_weights(checkpoint)
-    if "in turn" in name:  # DeepSpeed itself takes one for the other: what it multiplies with is right
+    if "in turn" in name:  # DeepSpeed itself confuses the masters; the half-precision weights are right
         assert all(torch.equal(read[key].bfloat16(), value) for key, value in rounded.items())
     else:
         assert set(masters) | {"normalizer.center", "normalizer.scale"} == set(read)
@@ -140,14 +140,14 @@ def variant(name, folder, place, device):
     result["again"] = steps(stepper, SAVED_AT, LAST)
     result["weights again"] = weights(stepper)
     stepper.engine.destroy()
-    result["changed"] = changed(checkpoint, deepspeed, place, device)
-    result["converted"] = {other: converted(checkpoint, other, place, device) for other in CONVERTED.get(name, [])}
+    result["changed"] = changed(checkpoint, deepspeed, env, device)
+    result["converted"] = {other: converted(checkpoint, other, env, device) for other in CONVERTED.get(name, [])}
     return result
 
 
-def changed(checkpoint, deepspeed, place, device):
-    """What a resumed engine's optimizer is set to, and a new one's, where the config has other settings by now."""
-    stepper = build(deepspeed, place, device, **CHANGED, max_grad_norm=0.0 if "optimizer" in deepspeed else 0.3)
+def changed(checkpoint, deepspeed, env, device):
+    """Optimizer settings of a resumed engine and of a new one, if the config has changed."""
+    stepper = build(deepspeed, env, device, **CHANGED, max_grad_norm=0.0 if "optimizer" in deepspeed else 0.3)
     new = settings(stepper.engine)
     resume.restore(stepper.engine, checkpoint, universal=False)
     resumed = settings(stepper.engine)
@@ -158,7 +158,7 @@ def changed(checkpoint, deepspeed, place, device):
 
 
 def settings(engine):
-    """Settings of each group of parameters, and the norm that gradients are clipped to."""
+    """Settings of each parameter group, and the clipping norm."""
     groups = [
         {key: value for key, value in group.items() if key not in ("params", "step", "lr")}
         for group in engine.basic_optimizer.param_groups
@@ -166,11 +166,11 @@ def settings(engine):
     return [groups, getattr(engine.optimizer, "clip_grad", None)]
 
 
-def converted(checkpoint, name, place, device):
+def converted(checkpoint, name, env, device):
     """The losses after the checkpoint, under another ZeRO stage."""
     with contextlib.redirect_stdout(io.StringIO()):
         resume.convert(checkpoint, 10_000, CheckpointConfig(), lambda doing: None, print)
-    stepper = build({**VARIANTS[name], "checkpoint": {"load_universal": True}}, place, device)
+    stepper = build({**VARIANTS[name], "checkpoint": {"load_universal": True}}, env, device)
     resume.restore(stepper.engine, checkpoint, universal=True)
     losses = steps(stepper, SAVED_AT, LAST)
     groups = stepper.engine.basic_optimizer.param_groups
@@ -180,10 +180,10 @@ def converted(checkpoint, name, place, device):
 
 def main():
     folder = Path(sys.argv[1])
-    place = detect_environment(os.environ)
-    device = init_distributed(place)
-    results = {name: variant(name, folder / name.replace(" ", "_"), place, device) for name in VARIANTS}
-    if place.rank == 0:
+    env = detect_environment(os.environ)
+    device = init_distributed(env)
+    results = {name: variant(name, folder / name.replace(" ", "_"), env, device) for name in VARIANTS}
+    if env.rank == 0:
         (folder / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 

@@ -1,8 +1,8 @@
-"""One rank that takes ten steps of a tiny Base-LCM, by the real loop, under each of the variants it is given.
+"""One rank that takes ten steps of a tiny Base-LCM, by the real loop, under each of some variants.
 
 python steps_worker.py VARIANTS.json RESULTS.json GRADIENTS.safetensors: the variants are name → changes of a train
 config; the results name → the losses of its steps and the histograms at the first, or why it was refused. The
-gradients of the first step, "NAME/PARAMETER" each, are those of the whole batch.
+gradients of the first step, "NAME/PARAMETER" each, are those of the global batch.
 """
 
 import contextlib
@@ -65,55 +65,55 @@ def rows():
     return concepts, ids
 
 
-def batches(place, micro_batch_rows):
-    """This rank's micro-batches of every step, as the loader gives them."""
+def batches(env, micro_batch_rows):
+    """This rank's micro-batches of every step, as from the loader."""
     concepts, ids = rows()
-    mine = ROWS // place.world_size
+    own_rows = ROWS // env.world_size
     for step in range(STEPS):
-        for index in range(mine // micro_batch_rows):
-            first = place.rank * mine + index * micro_batch_rows
+        for index in range(own_rows // micro_batch_rows):
+            first = env.rank * own_rows + index * micro_batch_rows
             part = slice(first, first + micro_batch_rows)
             yield Batch(concepts[part], ids[part], step, index, first)
 
 
-def take_steps(changes, place, device, normalizer):
+def take_steps(changes, env, device, normalizer):
     """(losses of the steps over all ranks, name → gradient and group → histogram at the first step)."""
     blocks = {key: CONFIG.get(key, {}) | value for key, value in changes.items() if key != "deepspeed"}
     config = TrainConfig.model_validate(CONFIG | changes | blocks)
     model_config = resolve_model(config.model)
     read = deepspeed_config.read(config.deepspeed)
-    ds = deepspeed_config.resolve(read, config, place.world_size, "json", hidden_size=model_config.hidden_size)
+    ds = deepspeed_config.resolve(read, config, env.world_size, "json", hidden_size=model_config.hidden_size)
     deepspeed_config.check_device(ds, "json")
     model = build_model(model_config, normalizer, config.seed, ds)
     engine = build_engine(model, config, ds)
     plan = Plan([Source([1_000_000])], config.seed, ROWS, LENGTH)
     job = TrainJob(config, ds, model_config, [], None, plan, "")
-    stepper = Stepper(job, place, engine, device)
-    gradients, found, step = {}, {}, engine.step
+    stepper = Stepper(job, env, engine, device)
+    gradients, first_histograms, step = {}, {}, engine.step
 
-    def look():
-        found.update(histograms(engine, counts=place.rank == 0))
+    def on_gradients_ready():
+        first_histograms.update(histograms(engine, counts=env.rank == 0))
 
     def keep_gradients_and_step():
         if engine.is_gradient_accumulation_boundary() and not gradients:
             for name, parameter in engine.module.named_parameters():
-                scale = float(getattr(engine.optimizer, "cur_scale", 1.0))  # fp16 multiplies the loss by it
+                scale = float(getattr(engine.optimizer, "cur_scale", 1.0))  # the loss scale of fp16
                 gradients[name] = safe_get_full_grad(parameter).float() / scale
         step()
 
     engine.step = keep_gradients_and_step
-    coming, losses = batches(place, config.batch.micro_batch_rows), []
-    for number in range(STEPS):
-        losses.append(stepper.step(coming, number, look=look if number == 0 else None).loss)
+    upcoming, losses = batches(env, config.batch.micro_batch_rows), []
+    for index in range(STEPS):
+        losses.append(stepper.step(upcoming, index, on_gradients_ready=on_gradients_ready if index == 0 else None).loss)
     engine.destroy()
     torch._dynamo.reset()
-    return losses, gradients, {group: asdict(histogram) for group, histogram in found.items()}
+    return losses, gradients, {group: asdict(histogram) for group, histogram in first_histograms.items()}
 
 
 def main():
     variants, results_path, gradients_path = sys.argv[1:]
-    place = detect_environment(os.environ)
-    device = init_distributed(place)
+    env = detect_environment(os.environ)
+    device = init_distributed(env)
     generator = torch.Generator().manual_seed(2)
     normalizer = (
         torch.randn(EMBED_DIM, generator=generator).numpy() / 10,
@@ -123,13 +123,13 @@ def main():
     for name, changes in json.loads(Path(variants).read_text()).items():
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                losses, gradients, found = take_steps(changes, place, device, normalizer)
+                losses, gradients, first_histograms = take_steps(changes, env, device, normalizer)
         except InputError as error:
             results[name] = {"refused": error.errors}
             continue
-        results[name] = {"losses": losses, "histograms": found}
+        results[name] = {"losses": losses, "histograms": first_histograms}
         all_gradients |= {f"{name}/{parameter}": gradient.cpu() for parameter, gradient in gradients.items()}
-    if place.rank == 0:
+    if env.rank == 0:
         save_file(all_gradients, gradients_path)
         Path(results_path).write_text(json.dumps(results))
     dist.destroy_process_group()

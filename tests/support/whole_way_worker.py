@@ -1,9 +1,10 @@
-"""One rank that makes one run after another, each by the real loop, and keeps the fp32 weights that each ends with.
+"""One rank that runs several trainings in turn, each by the real loop, and keeps the fp32 weights at the end of each.
 
 python whole_way_worker.py PLAN.json FOLDER: the plan is name → config; FOLDER/results.json has name → the exit code or
-why the run was refused, FOLDER/NAME.safetensors the master weights as the live engine has held them.
+why the run was refused, FOLDER/NAME.safetensors the live engine's master weights.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -27,50 +28,52 @@ from lcm_ds.train.reliability.watchdog import Watchdog
 def live_masters(engine):
     """name → fp32 master weight, gathered from all ranks of a live engine; all of them call this."""
     optimizer = engine.optimizer
-    whole = {}  # of ZeRO 0 in half precision, where every rank holds them
+    unsharded = {}  # ZeRO 0 in half precision: every rank holds them
     if hasattr(optimizer, "fp32_groups"):
         for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            whole.update(zip(weights, masters, strict=True))
-    found = {}
+            unsharded.update(zip(weights, masters, strict=True))
+    all_masters = {}
     for name, parameter in engine.module.named_parameters():
-        full = whole[parameter] if parameter in whole else safe_get_full_fp32_param(parameter)
-        found[name] = (parameter if full is None else full).detach().clone().cpu()
-        assert str(found[name].dtype) == "torch.float32", name
-    return found
+        full = unsharded[parameter] if parameter in unsharded else safe_get_full_fp32_param(parameter)
+        all_masters[name] = (parameter if full is None else full).detach().clone().cpu()
+        assert str(all_masters[name].dtype) == "torch.float32", name
+    return all_masters
 
 
-class Run(loop.Run):
-    """Keeps what it ends with in `masters`, and lets its engine go."""
+class Trainer(loop.Trainer):
+    """Keeps the final weights in `masters`, and releases its engine."""
 
-    def end(self, done, total):
-        Run.masters = live_masters(self.engine)
-        code = super().end(done, total)
+    def finish(self, done, total):
+        Trainer.masters = live_masters(self.engine)
+        code = super().finish(done, total)
         self.engine.destroy()
         return code
 
 
-def train(config, place, device):
+def train(config, env):
     """The exit code of a run and its masters, or why it was refused."""
-    job = build_job(config, [], place.world_size)
+    job = build_job(config, [], env.world_size)
     job.run_dir.mkdir(parents=True, exist_ok=True)
-    set_up_logging(job.run_dir, place.rank)
+    set_up_logging(job.run_dir, env.rank)
     try:
-        return loop._train(job, place, device, StopRequest(), Watchdog(None)), Run.masters
+        return loop.train(job, env, StopRequest()), Trainer.masters
     except InputError as error:
         return error.errors, {}
 
 
 def main():
     plan, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    loop.Run = Run
-    place = detect_environment(os.environ)
-    device = init_distributed(place)
+    env = detect_environment(os.environ)
+    device = init_distributed(env)
+    loop.Trainer = Trainer
+    loop.session = lambda job, env, stop: contextlib.nullcontext((device, Watchdog(None)))  # one for all runs
     results = {}
     for name, config in plan.items():
-        results[name], masters = train(config, place, device)
-        if place.rank == 0:
+        results[name], masters = train(config, env)
+
+        if env.rank == 0:
             save_file({key: tensor.contiguous() for key, tensor in masters.items()}, folder / f"{name}.safetensors")
-    if place.rank == 0:
+    if env.rank == 0:
         (folder / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 

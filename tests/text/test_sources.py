@@ -123,7 +123,7 @@ def test_missing_columns_are_named_with_those_that_are_there(folder: Path) -> No
 
 
 def test_a_limit_in_sentences_is_only_for_the_sample(folder: Path) -> None:
-    with pytest.raises(ValueError, match="take_sentences is for the source sample"):
+    with pytest.raises(ValueError, match="take_sentences is only for source sample"):
         source("files", paths=[str(folder / "*.txt")], take_sentences=5)
 
 

@@ -1,7 +1,7 @@
-"""A worker of a real run in which something goes wrong.
+"""A worker of a real run with a fault.
 
 python faulty_worker.py CONFIG FAULT: `nan:RANK:STEP` puts a NaN into a target of that rank at that step, each time it
-is read; `hang:RANK:STEP` has that rank wait there for ever.
+is read; `hang:RANK:STEP` makes that rank hang there.
 """
 
 import os

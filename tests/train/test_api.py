@@ -1,4 +1,4 @@
-"""The functions for notebooks do what the verbs do, with configs that are objects."""
+"""The functions for notebooks do the same as the commands, with configs as objects."""
 
 import os
 import subprocess
@@ -13,23 +13,23 @@ from lcm_ds.config import TrainConfig, load
 REPOSITORY = Path(__file__).parents[2]
 
 
-def test_a_run_is_an_object_and_what_its_workers_say_is_printed_here(make_config, capsys):
+def test_a_run_is_an_object_and_the_output_of_its_workers_is_printed(make_config, capsys):
     config = load(TrainConfig, make_config(steps=4, evaluate={"every": 2, "rows": 4}))
     run = api.train(config, processes=1)
-    said = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("step 4/4") for line in said)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("step 4/4") for line in lines)
     assert (run.step, run.stopped) == (4, False)
     assert [line["step"] for line in run.metrics() if "val_loss" in line] == [2, 4]
     assert api.train(config, processes=1) == run
     assert f"{run.path}: already trained for 4 steps, nothing to do" in capsys.readouterr().out
 
 
-def test_a_run_that_was_asked_to_stop_says_so(make_config, monkeypatch):
+def test_a_run_that_was_asked_to_stop_is_marked(make_config, monkeypatch):
     monkeypatch.setattr("lcm_ds.launcher.launch.launch", lambda *_, **__: 75)
     assert api.train(load(TrainConfig, make_config())).stopped
 
 
-def test_mistakes_in_an_object_are_raised_and_name_no_file_of_ours(make_config):
+def test_errors_in_an_object_are_raised_without_the_name_of_a_file(make_config):
     config = load(TrainConfig, make_config())
     wrong = config.model_copy(update={"data": config.data.model_copy(update={"validation": "gone"})})
     with pytest.raises(api.InputError) as refused:

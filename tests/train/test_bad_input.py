@@ -1,4 +1,4 @@
-"""What a user can put right: exit 2, every mistake in one go, one line each, no traceback, nothing half-written."""
+"""Input errors: exit code 2, all errors at once, a line each, no traceback, no partial output."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def errors(code, out, err):
     assert code == 2, out + err
     assert "Traceback" not in err
     lines = err.splitlines()
-    assert len(lines) == len(set(lines)), "a mistake is told once"
+    assert len(lines) == len(set(lines)), "an error is reported once"
     return lines
 
 
@@ -31,7 +31,7 @@ def refused(call):
 
 
 @pytest.mark.parametrize("verb", [["train"], ["launch", "--local", "2"]], ids=["train", "launch"])
-def test_mistakes_of_all_files_come_together(make_config, tmp_path, verb):
+def test_errors_of_all_files_are_reported_together(make_config, tmp_path, verb):
     bad_json = tmp_path / "ds.json"
     bad_json.write_text(json.dumps({"zero_optimization": {"stgae": 2}, "gradient_cliping": 1.0}))
     config = make_config(
@@ -41,7 +41,7 @@ def test_mistakes_of_all_files_come_together(make_config, tmp_path, verb):
     )
     lines = errors(*finish(start(*verb, config, "noise_std=-1")))
     text = "\n".join(lines)
-    for told in (
+    for expected in (
         "no/such/dataset",
         "nor/this",
         "row_length",
@@ -50,7 +50,7 @@ def test_mistakes_of_all_files_come_together(make_config, tmp_path, verb):
         "stgae: unknown key; did you mean 'stage'?",
         "gradient_cliping: unknown key; did you mean 'gradient_clipping'?",
     ):
-        assert told in text
+        assert expected in text
     assert len(lines) == 7
     assert not run_dir(config).exists()
 
@@ -65,7 +65,7 @@ def test_a_dataset_of_other_dimensions_is_refused_with_both_named(refused, make_
     assert str(other) in lines[0]
 
 
-def test_rows_that_the_ranks_do_not_divide_are_refused_with_what_would(refused, make_config):
+def test_rows_that_the_ranks_do_not_divide_are_refused_with_alternatives(refused, make_config):
     config = make_config(batch={"rows_per_step": 8, "micro_batch_rows": 4})
     lines = refused("launch", "--local", 3, config)
     assert len(lines) == 1
@@ -75,7 +75,7 @@ def test_rows_that_the_ranks_do_not_divide_are_refused_with_what_would(refused, 
 
 
 def dataset_of(lengths, folder):
-    """A dataset of documents of so many concepts, ten a shard; the last shard takes what remains."""
+    """A dataset of documents with these lengths, ten per shard; the last shard has the rest."""
     documents = [
         Document(f"{i:02d}", str(i), "tests", ["s"] * n, np.full((n, 16), i, np.float32)) for i, n in enumerate(lengths)
     ]
@@ -107,8 +107,8 @@ def test_datasets_without_targets_are_refused_by_whatever_checks_a_run(
     ]
 
 
-def test_a_run_whose_steps_have_no_targets_ends_with_a_mistake_and_nothing_is_a_loss(make_config, tmp_path):
-    """Found out as it goes: one document of 41 has a target, and neither the steps nor the validation come to it."""
+def test_a_run_whose_steps_have_no_targets_ends_with_an_error(make_config, tmp_path):
+    """Known only at the end: one document of 41 has a target, and neither steps nor validation reach it."""
     dataset_of([1] * 40 + [2], tmp_path)
     first = [(step, lane) for step in range(2) for lane in range(2)]
     plans = {seed: Plan([Source([10, 10, 10, 12])], seed, 2, 4) for seed in range(9)}
@@ -174,16 +174,16 @@ def test_a_step_that_the_run_does_not_have_cannot_be_traced(refused, make_config
 @pytest.mark.parametrize("name", ["cosine", "wsd", "constant"])
 def test_a_warm_up_as_long_as_the_run_is_refused(refused, make_config, name):
     config = make_config(optim={"lr": 1e-3, "schedule": {"name": name, "warmup_steps": 40}})
-    told = "the run has 40 steps and would never reach optim.lr; the LCM paper's 4 % would be 1"
+    expected = "the run has 40 steps and would never reach optim.lr; the LCM paper's 4 % would be 1"
     for command in (("train", config), ("train", config, "--dry-run"), ("launch", "--local", 2, config)):
-        assert refused(*command) == [f"{config}: optim.schedule.warmup_steps: 40: {told}"]
+        assert refused(*command) == [f"{config}: optim.schedule.warmup_steps: 40: {expected}"]
 
 
-def test_settings_of_steps_that_would_do_nothing_are_refused(refused, make_config):
+def test_step_settings_without_effect_are_refused(refused, make_config):
     config = make_config(train={"recompute_every": 2, "profile_steps": [50, 60]})
     lines = refused("train", config)
     assert len(lines) == 2
-    assert "train.recompute_every: 2: nothing is recomputed without a block activation_checkpointing" in lines[0]
+    assert "train.recompute_every: 2: has no effect without a block" in lines[0]
     assert "train.profile_steps: [50, 60]: the run has steps 0 to 39" in lines[1]
     lines = refused(
         "train", config, "train.profile_steps=[9,3]", "optim.max_grad_norm=1", "deepspeed=ds_configs/zero1_muon.json"
@@ -193,4 +193,4 @@ def test_settings_of_steps_that_would_do_nothing_are_refused(refused, make_confi
     config = make_config(optim={"lr": 1e-3, "max_grad_norm": 1.0}, deepspeed="ds_configs/zero1_muon.json")
     lines = refused("train", config)
     assert len(lines) == 1
-    assert "optim.max_grad_norm: 1.0: Muon's updates have a size of their own" in lines[0]
+    assert "optim.max_grad_norm: 1.0: has to be 0 with Muon" in lines[0]

@@ -1,4 +1,4 @@
-"""The console shows lines of ours, in columns, and nothing of what libraries, compilers and C++ have to say."""
+"""The console shows our lines, in columns, and no output of libraries, compilers and C++."""
 
 import os
 import pty
@@ -13,14 +13,14 @@ import pytest
 from machine import patience
 from runs import ROOT, finish, run_dir, start
 
-from lcm_ds.train.monitoring.console_format import bar_line, step_line, summary, validation_line
+from lcm_ds.train.monitoring.console_format import progress_bar, step_line, summary, validation_line
 
 STEP = r"step +\d+/\d+  loss +\S+  lr \S+  grad norm +\S+ +\S+ concepts/s  eta +\S+"
 LINES = [
     r"\S+: [\d,]+ parameters, 2 rank\(s\), ZeRO \d, \w+",
-    r"reads \S+ \([\d,]+ concepts, \d+ of \d+ lanes\)",
-    r"step 0 of \d+, \d+ rows of \d+ concepts a step",
-    r"in all [\d,]+ concepts, \d+\.\d\d epochs; warm-up \d+ steps, \S+% of the run",
+    r"data: \S+ \([\d,]+ concepts, \d+ of \d+ lanes\)",
+    r"step 0 of \d+, \d+ rows of \d+ concepts per step",
+    r"total: [\d,]+ concepts, \d+\.\d\d epochs; warm-up \d+ steps, \S+% of the run",
     STEP,
     r"step +\d+/\d+  validation loss +\S+(  mean \S+)?(  copy \S+)?(  ridge \S+)?  cosine \S+",
     r"done: \d+ steps, [\d,]+ concepts; \S+",
@@ -50,7 +50,7 @@ def test_lines_of_steps_have_the_same_columns():
     assert len(set(map(len, lines))) == 1
 
 
-def test_a_validation_stands_beside_what_needs_no_training():
+def test_a_validation_is_shown_with_its_baselines():
     values = {"val_loss": 0.8, "val_cosine": 0.35}
     assert validation_line(50, 200, values) == "step  50/200  validation loss  0.8000  cosine 0.3500"
     nothing = {"val_loss": None, "val_cosine": None}
@@ -65,18 +65,18 @@ def test_a_validation_stands_beside_what_needs_no_training():
 def test_the_summary_names_the_best_validation_and_what_comes_next(tmp_path):
     speed = {"concepts_per_second": 1234.5, "mfu": None}
     text = "\n".join(summary(tmp_path, speed, 3661, {50: 0.9, 100: 0.7, 150: 0.8}))
-    for told in (
+    for expected in (
         "1:01:01",
         "1,234 concepts/s",
         "0.8000 at step 150",
         "best 0.7000 at step 100",
         f"evaluate {tmp_path}",
     ):
-        assert told in text
+        assert expected in text
 
 
-def test_the_bar_is_as_full_as_the_run():
-    assert bar_line(50, 200, 75).startswith("━" * 8 + "╌" * 22 + " 50 of 200 steps (25%)  0:01:15 left")
+def test_the_bar_shows_the_share_of_steps_done():
+    assert progress_bar(50, 200, 75).startswith("━" * 8 + "╌" * 22 + " 50 of 200 steps (25%)  0:01:15 left")
 
 
 SPEAKER = """
@@ -105,7 +105,7 @@ def speak(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_what_others_write_to_the_descriptors_goes_to_the_log_and_how_a_process_died_does_not(tmp_path):
+def test_output_of_libraries_goes_to_the_log_and_stacks_of_a_crash_to_the_console(tmp_path):
     (tmp_path / "log.txt").write_text("an earlier line\n")
     done = speak(tmp_path / "log.txt")
     assert done.returncode == -signal.SIGABRT
@@ -118,14 +118,14 @@ def test_what_others_write_to_the_descriptors_goes_to_the_log_and_how_a_process_
     ]  # fmt: skip
 
 
-def test_before_there_is_a_log_it_is_shown_with_the_error_that_it_may_explain():
+def test_without_a_log_output_is_shown_with_the_error():
     done = speak()
     assert done.stdout == "before\nours\nafter\n"
     assert done.stderr == "from C\nfrom a compiler\nfrom Python\n"
 
 
 def screen(data):
-    """The lines that a terminal shows, and all that its last line ever was, of what was written to it."""
+    """The lines that a terminal shows for this output, and all contents that its last line had."""
     lines, last, column, was = [], "", 0, set()
     for part in re.split(r"(\n|\r|\x1b\[K)", data):
         if part == "\n":
@@ -143,7 +143,7 @@ def screen(data):
 
 
 def in_a_terminal(*arguments):
-    """(exit code, what was written) of `lcm-ds …` whose stdout and stderr are one terminal of 100 columns."""
+    """(exit code, output) of `lcm-ds …` with one terminal of 100 columns as stdout and stderr."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TERM": "xterm"}
     command = [sys.executable, "-m", "lcm_ds.cli", *map(str, arguments)]
@@ -155,13 +155,13 @@ def in_a_terminal(*arguments):
         if select.select([ours], [], [], 0.1)[0]:
             try:
                 data += os.read(ours, 1 << 16)
-            except OSError:  # all have closed it
+            except OSError:  # all processes have closed it
                 break
     os.close(ours)
     return process.wait(timeout=patience(30)), data.decode().replace("\r\n", "\n")
 
 
-def test_a_terminal_has_a_bar_below_the_lines_and_at_the_end_the_lines_alone(make_config):
+def test_a_terminal_has_a_bar_below_the_lines_that_is_removed_at_the_end(make_config):
     code, data = in_a_terminal("launch", "--local", 2, make_config(steps=25, log={"every": 5}))
     lines, was = screen(data)
     assert code == 0, data
@@ -186,7 +186,7 @@ def test_not_a_line_of_a_library_reaches_the_console_of_a_preparation(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("deepspeed", ["zero2_bf16", "zero3_fp32", "zero2_offload"])
 def test_not_a_line_of_a_library_reaches_the_console_of_a_first_run(make_config, tmp_path, deepspeed):
-    """With nothing compiled yet: ninja and g++ speak, too."""
+    """With nothing compiled yet: ninja and g++ print as well."""
     config = make_config(steps=4, deepspeed=f"ds_configs/{deepspeed}.json")
     cold = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "NCCL_DEBUG": "INFO", "TORCH_CPP_LOG_LEVEL": "INFO"}
     code, out, err = finish(start("launch", "--local", 2, config, **cold), timeout=280)

@@ -1,4 +1,4 @@
-"""The evaluation of a real run: the model and its baselines on the same targets, told so that anyone can read it."""
+"""The evaluation of a real run: the model and its baselines on the same targets, in a readable report."""
 
 import json
 
@@ -17,10 +17,10 @@ def test_the_table_has_the_model_and_its_baselines(trained, concepts, call, tmp_
     assert len(scores) == 8
     documents = [json.loads(line) for line in (concepts["validation"] / "shards.jsonl").read_text().splitlines()]
     held = sum(shard["concepts"] for shard in documents)
-    # Each segment has a first concept that is no target, and a document one segment or more.
+    # The first concept of each segment is not a target, and a document has one segment or more.
     assert figures["documents"] == sum(shard["documents"] for shard in documents)
     assert 0.5 * held < figures["targets"] < held - figures["documents"] + 1
-    # The documents' language is a rotation: copying the last concept is hopeless in it, a linear map is right.
+    # The documents' language is a rotation: copying the last concept is useless, a linear map is exact.
     mse = {name: by["normalised"]["mse"] for name, by in scores.items()}
     assert mse["ridge from the last"] < mse["mean concept"] < mse["copy of the last"]
     assert mse["Base-LCM"] < mse["mean concept"]
@@ -30,7 +30,7 @@ def test_the_table_has_the_model_and_its_baselines(trained, concepts, call, tmp_
             assert {"mse", "l2", "cosine", "ca", "variance_ratio"} <= set(by[space])
             assert 0 <= by[space]["ca"] <= 1
 
-    # Asked again, it says so and does not do it again.
+    # A second call reports the first and does not evaluate again.
     before = (run / "evaluation.json").stat().st_mtime_ns
     code, out, err = call("evaluate", run)
     assert code == 0, err
@@ -39,9 +39,9 @@ def test_the_table_has_the_model_and_its_baselines(trained, concepts, call, tmp_
     assert (run / "evaluation.json").stat().st_mtime_ns == before
 
 
-def test_mistakes_end_with_2(trained, synthetic_dataset, call, tmp_path):
+def test_input_errors_end_with_2(trained, synthetic_dataset, call, tmp_path):
     run = run_dir(trained(2))
-    for arguments, told in (
+    for arguments, expected in (
         ((tmp_path / "no_run",), ["no run here"]),
         ((run, "--dataset", synthetic_dataset(documents=10, embed_dim=24)), ["embed_dim 24", "rotation-24"]),
         ((run, "--dataset", tmp_path), ["not a finished dataset"]),
@@ -49,5 +49,5 @@ def test_mistakes_end_with_2(trained, synthetic_dataset, call, tmp_path):
         code, _, err = call("evaluate", *arguments)
         assert code == 2
         lines = err.splitlines()
-        assert len(lines) == len(told)
-        assert all(words in line for words, line in zip(told, lines, strict=True))
+        assert len(lines) == len(expected)
+        assert all(words in line for words, line in zip(expected, lines, strict=True))

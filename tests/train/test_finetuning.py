@@ -1,4 +1,4 @@
-"""The whole way of fine-tuning: JSONL of prompts and answers, a pretrained model, loss on the answers alone."""
+"""Fine-tuning from start to end: JSONL of prompts and answers, a pretrained model, loss only on the answers."""
 
 import json
 
@@ -24,7 +24,7 @@ REFUSED = [
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """What `lcm-ds prepare` made of QUESTIONS and REFUSED, and what it said."""
+    """The dataset of `lcm-ds prepare` from QUESTIONS and REFUSED, and its output."""
     folder = tmp_path_factory.mktemp("answers")
     (folder / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in QUESTIONS + REFUSED))
     overrides = [f"source.paths=[{folder}/answers.jsonl]", f"output={folder}/dataset", "validation=0.2",
@@ -35,9 +35,9 @@ def prepared(tmp_path_factory):
     return folder / "dataset", out
 
 
-def test_documents_have_both_parts_the_suffix_between_and_the_end_behind_them(prepared):
-    folder, said = prepared
-    assert "2 refused (empty)" in said
+def test_documents_have_both_parts_with_the_suffix_between_and_the_end_after_them(prepared):
+    folder, output = prepared
+    assert "2 refused (empty)" in output
     dataset = open_dataset(folder / "train")
     assert dataset.info.supervised is not None
     assert dataset.info.supervised.source_suffix == "[MODEL]:"
@@ -55,16 +55,16 @@ def test_documents_have_both_parts_the_suffix_between_and_the_end_behind_them(pr
     assert shard.lengths[0] == 6
 
 
-def test_inspect_says_how_much_is_given_and_how_much_learned(prepared):
+def test_inspect_shows_the_lengths_of_sources_and_targets(prepared):
     folder, _ = prepared
     documents = open_dataset(folder / "train").info.totals.documents
     code, out, _ = finish(start("inspect", folder / "train"))
     assert code == 0
-    said = " ".join(out.replace("│", " ").split())
-    assert f"{3 * documents} concepts are given, {3 * documents} are learned; sources end with '[MODEL]:'" in said
+    output = " ".join(out.replace("│", " ").split())
+    assert f"{3 * documents} concepts are given, {3 * documents} are learned; sources end with '[MODEL]:'" in output
 
 
-def test_a_pretrained_model_is_trained_and_validated_on_the_targets_alone(prepared, tmp_path):
+def test_a_pretrained_model_is_trained_and_validated_only_on_the_targets(prepared, tmp_path):
     folder, _ = prepared
     validation = open_dataset(folder / "validation").info.totals.documents
     sizes = {
@@ -94,6 +94,6 @@ def test_a_pretrained_model_is_trained_and_validated_on_the_targets_alone(prepar
     assert [line["val_targets"] for line in validated] == [3 * validation] * 2
     train = open_dataset(folder / "train").info.totals.documents
     assert f"{folder}/train: an epoch reaches {3 * train} of {3 * train} targets\n" in out
-    assert sum(line.get("targets", 0) for line in lines) > 3 * train  # each step's, over several epochs
+    assert sum(line.get("targets", 0) for line in lines) > 3 * train  # of each step, over several epochs
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < losses[0]

@@ -1,4 +1,4 @@
-"""A run may start from another model's weights: exactly those, with a fresh optimizer and that model's normaliser."""
+"""A run may start from another model's weights: exactly those, with a new optimizer and that model's normaliser."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from lcm_ds.model.pretrained import write_folder
 from lcm_ds.train.job_builder import build_job
 
 GOLDEN = Path(__file__).parents[1] / "fixtures" / "base_lcm_fairseq2.safetensors"
-# A step that changes nothing: what is exported after it is what was taken over.
+# A step that changes nothing: the export after it has the initial weights.
 STILL = {"steps": 1, "optim": {"lr": 1e-12, "weight_decay": 0.0}, "evaluate": {"every": None}, "noise_std": 0.0}
 
 
@@ -31,7 +31,7 @@ def exported(trained, tmp_path_factory):
 
 @pytest.fixture
 def moved_away(synthetic_dataset, tmp_path):
-    """Makes datasets of a dimension, each with a normaliser of its own."""
+    """Makes datasets of a dimension, each with its own normaliser."""
 
     def make(embed_dim, seed):
         folder = tmp_path / f"data-{seed}"
@@ -54,7 +54,7 @@ def same(model, other):
 def test_an_exported_folder_and_a_run_give_their_weights_and_their_normaliser(
     source, exported, trained, make_config, moved_away
 ):
-    # Other data, whose normalisers are others, and do not matter; two ranks, of which one reads.
+    # Other data, whose normalisers differ and do not matter; two ranks, of which one reads.
     other = [{"path": moved_away(16, seed)} for seed in (5, 6)]
     path = exported if source == "folder" else run_dir(trained(2))
     zero = "ds_configs/zero3_fp32.json" if source == "folder" else "ds_configs/zero1_fp32.json"
@@ -63,7 +63,7 @@ def test_an_exported_folder_and_a_run_give_their_weights_and_their_normaliser(
     code, out, err = finish(start("launch", "--local", 2, config))
     assert code == 0, out + err
     assert f"weights from {path}" in out
-    assert "its normaliser; the optimizer is fresh" in out
+    assert "its normaliser; new optimizer" in out
     model, _, step = load_model(run_dir(config))
     assert step == 1
     assert same(model, BaseLCM.from_pretrained(exported))
@@ -77,7 +77,7 @@ def test_a_checkpoint_of_metas_takes_the_normaliser_of_the_data(make_config, syn
     config = make_config(**STILL, model={"init_from": str(GOLDEN)}, data=data)
     code, out, err = finish(start("train", config))
     assert code == 0, out + err
-    assert f"weights from {GOLDEN} (Meta's), the normaliser of the training data, for it has none" in out
+    assert f"weights from {GOLDEN} (Meta's), the normaliser of the training data, as it has none" in out
     code, out, err = finish(start("import-meta", GOLDEN, tmp_path / "imported"))
     assert code == 0, out + err
     imported = BaseLCM.from_pretrained(tmp_path / "imported")
@@ -87,7 +87,7 @@ def test_a_checkpoint_of_metas_takes_the_normaliser_of_the_data(make_config, syn
     assert not torch.equal(model.normalizer.center, imported.normalizer.center)
 
 
-def test_a_mixture_has_to_have_one_normaliser_where_the_model_brings_none(make_config, moved_away, tmp_path):
+def test_a_mixture_needs_one_normaliser_if_the_model_has_none(make_config, moved_away, tmp_path):
     train = [{"path": moved_away(48, seed)} for seed in (5, 6)]
     write_folder(BaseLCM(read_meta(GOLDEN, None)[0]).initialize(0), tmp_path / "imported")
     for source in (GOLDEN, tmp_path / "imported"):
@@ -99,8 +99,8 @@ def test_a_mixture_has_to_have_one_normaliser_where_the_model_brings_none(make_c
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_what_it_started_from_is_gone(exported, make_config, moved_away, tmp_path):
-    """Also on more ranks, for which its checkpoint is converted: with the normaliser that it began with."""
+def test_a_run_resumes_after_its_init_from_was_deleted(exported, make_config, moved_away, tmp_path):
+    """Also on more ranks, for which its checkpoint is converted: with its initial normaliser."""
     gone = shutil.copytree(exported, tmp_path / "gone")
     other = [{"path": moved_away(16, seed)} for seed in (5, 6)]
     changes = {"model": {"init_from": str(gone)}, "data": {"train": other, "row_length": 32, "max_segment": 16}}
@@ -118,7 +118,7 @@ def test_a_run_goes_on_where_what_it_started_from_is_gone(exported, make_config,
         assert same(model, BaseLCM.from_pretrained(exported))
 
 
-def test_a_run_does_not_go_on_under_the_name_of_another_origin(trained, make_config):
+def test_a_run_does_not_resume_with_another_init_from(trained, make_config):
     began = run_dir(trained(2))
     config = make_config(run_dir=str(began), model={"init_from": str(began), "dropout": 0.1})
     code, out, err = finish(start("train", config))
@@ -126,7 +126,7 @@ def test_a_run_does_not_go_on_under_the_name_of_another_origin(trained, make_con
     assert f"model.init_from was None and is now '{began}'" in err
 
 
-def test_sizes_that_are_not_those_of_the_weights_are_told_all_at_once(exported, make_config):
+def test_sizes_other_than_those_of_the_weights_are_reported_at_once(exported, make_config):
     model = {"init_from": str(exported), "hidden_size": 48, "num_hidden_layers": 3, "dropout": 0.3}
     with pytest.raises(InputError) as refused:
         build_job(make_config(model=model), [], 1)
@@ -135,17 +135,17 @@ def test_sizes_that_are_not_those_of_the_weights_are_told_all_at_once(exported, 
     assert "model.num_hidden_layers: is 3, and 2 in" in second
 
 
-def test_what_is_none_of_the_three_is_named(make_config, tmp_path):
+def test_other_paths_are_refused_by_name(make_config, tmp_path):
     (tmp_path / "config.json").write_text("{")
-    for path, told in ((tmp_path / "nowhere", "no run here"), (tmp_path, "config.json cannot be read")):
+    for path, expected in ((tmp_path / "nowhere", "no run here"), (tmp_path, "config.json cannot be read")):
         with pytest.raises(InputError) as refused:
             build_job(make_config(model={"init_from": str(path)}), [], 1)
         (line,) = refused.value.errors
         assert "model.init_from: " in line
-        assert told in line
+        assert expected in line
 
 
-def test_a_large_model_is_cut_into_files_that_load_as_one(trained, tmp_path):
+def test_a_large_model_is_split_into_files_that_load_as_one(trained, tmp_path):
     config = trained(2)
     code, out, err = finish(start("export", run_dir(config), tmp_path / "cut", "--max-shard-size", "10KB"))
     assert code == 0, out + err
@@ -154,25 +154,25 @@ def test_a_large_model_is_cut_into_files_that_load_as_one(trained, tmp_path):
     assert same(BaseLCM.from_pretrained(tmp_path / "cut"), load_model(run_dir(config))[0])
 
 
-def test_what_made_the_concepts_goes_with_the_model(exported, concepts):
-    told = json.loads((exported / "concepts.json").read_text())
+def test_the_description_of_the_concepts_is_exported(exported, concepts):
+    info = json.loads((exported / "concepts.json").read_text())
     dataset = json.loads((Path(concepts["train"]) / "dataset.json").read_text())
-    assert told["encoder"] == dataset["encoder"]
-    assert told["end_of_text"] == dataset["end_of_text"]
-    assert told["max_segment"] == 16
-    assert told["source_suffix"] is None
+    assert info["encoder"] == dataset["encoder"]
+    assert info["end_of_text"] == dataset["end_of_text"]
+    assert info["max_segment"] == 16
+    assert info["source_suffix"] is None
 
 
 def test_half_precision_halves_the_weights_and_leaves_the_normaliser(trained, tmp_path):
     config = trained(2)
     export(run_dir(config), tmp_path / "half", dtype="bfloat16")
-    half, whole = BaseLCM.from_pretrained(tmp_path / "half"), load_model(run_dir(config))[0]
+    half, full = BaseLCM.from_pretrained(tmp_path / "half"), load_model(run_dir(config))[0]
     assert half.post_net.weight.dtype == torch.bfloat16
-    assert torch.equal(half.post_net.weight, whole.post_net.weight.bfloat16())
-    assert torch.equal(half.normalizer.center, whole.normalizer.center)
+    assert torch.equal(half.post_net.weight, full.post_net.weight.bfloat16())
+    assert torch.equal(half.normalizer.center, full.normalizer.center)
 
 
-def test_mistakes_of_an_export_come_together(tmp_path):
+def test_errors_of_an_export_are_reported_together(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").touch()
     with pytest.raises(InputError) as refused:

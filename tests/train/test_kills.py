@@ -1,4 +1,4 @@
-"""Whatever is killed, whenever: the run goes on, and its losses are those of one that nobody disturbed."""
+"""Whatever is killed, whenever: the run resumes, and its losses are those of an undisturbed one."""
 
 import random
 import signal
@@ -26,13 +26,13 @@ def kill(launcher, victim, chance):
 
 
 def disturbed(config, kills, chance):
-    """A run that is killed so often, once from each launch, and then left alone to its end; how often while saving."""
+    """A run that is killed `times` times, once per launch, and then ends undisturbed; how often while saving."""
     while_saving = 0
     for number in range(kills):
         before = max(metrics(config, "loss"), default=0)
         launcher = start("launch", "--local", 2, config)
         if number % 4 == 3:
-            time.sleep(chance.uniform(0, 8))  # while it starts
+            time.sleep(chance.uniform(0, 8))  # during the start
         else:
             while max(metrics(config, "loss"), default=0) <= before and launcher.poll() is None:
                 time.sleep(0.01)
@@ -48,12 +48,12 @@ def disturbed(config, kills, chance):
 
 def check(make_config, kills, steps, seed):
     settings = {"steps": steps, "checkpoint": {"every": 2, "keep": 2}, "evaluate": {"every": None}}
-    whole, config = make_config(**settings), make_config(**settings)
-    code, out, err = finish(start("launch", "--local", 2, whole))
+    undisturbed, config = make_config(**settings), make_config(**settings)
+    code, out, err = finish(start("launch", "--local", 2, undisturbed))
     assert code == 0, out + err
     while_saving = disturbed(config, kills, random.Random(seed))
     for key in ("loss", "grad_norm", "concepts", "val_loss"):
-        assert metrics(config, key) == metrics(whole, key)
+        assert metrics(config, key) == metrics(undisturbed, key)
     assert len(metrics(config, "loss")) == steps
     assert [path.name for path in sorted((run_dir(config) / "checkpoints").glob("step_*"))] == [
         f"step_{step:08d}" for step in (steps - 2, steps)
@@ -63,5 +63,5 @@ def check(make_config, kills, steps, seed):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_run_that_is_killed_twenty_times_goes_on_to_the_same_losses_to_the_last_bit(make_config):
+def test_a_run_that_is_killed_twenty_times_has_bit_identical_losses(make_config):
     assert check(make_config, kills=20, steps=600, seed=2) > 0

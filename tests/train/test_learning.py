@@ -1,4 +1,4 @@
-"""Runs learn what there is to learn, as far as it can be known."""
+"""Runs learn data whose optimal loss is known."""
 
 import shutil
 
@@ -75,7 +75,7 @@ def rotations_pair(rotations):
     return train, validation
 
 
-def test_two_layers_learn_eight_rows_by_heart(trained, rotations):
+def test_two_layers_memorise_eight_rows(trained, rotations):
     rows = rotations(8, 3)
     config = trained(
         1,

@@ -11,7 +11,7 @@ from lcm_ds.model.normalizer import Normalizer
 from lcm_ds.train.loss import input_noise, squared_error
 
 
-def test_the_first_concept_of_a_segment_and_padding_are_no_targets():
+def test_the_first_concept_of_a_segment_and_padding_are_not_targets():
     ids = torch.tensor([[0, 0, 0, 1, 2, 2, -1, -1]])
     assert target_mask(ids).tolist() == [[True, True, False, False, True, False, False]]
 
@@ -64,7 +64,7 @@ def test_a_step_holds_one_fp32_tensor_of_the_size_of_the_targets():
     assert len(large.made) == 1
 
 
-def test_what_is_not_a_target_has_no_gradient():
+def test_concepts_that_are_not_targets_have_no_gradient():
     predictions = torch.randn(1, 4, 3, requires_grad=True)
     ids = torch.tensor([[0, 0, -1, -1]])
     squared_error(predictions, torch.randn(1, 3, 3), target_mask(ids)).backward()
@@ -74,13 +74,13 @@ def test_what_is_not_a_target_has_no_gradient():
 
 
 def test_noise_of_a_lane_is_the_same_in_any_micro_batch():
-    whole = input_noise(torch.empty(4, 8, 16), 0.05, seed=3, step=7, first_lane=0)
+    noise = input_noise(torch.empty(4, 8, 16), 0.05, seed=3, step=7, first_lane=0)
     part = input_noise(torch.empty(2, 8, 16), 0.05, seed=3, step=7, first_lane=2)
-    assert whole is not None
+    assert noise is not None
     assert part is not None
-    assert torch.equal(whole[2:], part)
-    assert not torch.equal(whole[0], whole[1])
-    assert abs(whole.std().item() - 0.05) < 0.01
+    assert torch.equal(noise[2:], part)
+    assert not torch.equal(noise[0], noise[1])
+    assert abs(noise.std().item() - 0.05) < 0.01
 
 
 def test_noise_changes_with_step_and_seed():

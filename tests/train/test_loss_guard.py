@@ -1,4 +1,4 @@
-"""Steps that go wrong: skipped on all ranks, named with their documents, gone back for; and a run that stands still."""
+"""Steps that go wrong: skipped on all ranks, logged with their documents, rolled back; and a run that hangs."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from lcm_ds.data.format import commit, open_dataset
 from lcm_ds.data.format import finish as finish_dataset
 from lcm_ds.data.shard import open_shard
 from lcm_ds.data.writer import Document, write_shard
-from lcm_ds.train.engine import skip_what_is_not_finite
+from lcm_ds.train.engine import skip_nonfinite_steps
 from lcm_ds.train.reliability.loss_guard import StepMonitor
 from lcm_ds.train.trace import trace
 
@@ -42,13 +42,13 @@ def incidents(config):
 
 
 def with_a_mark(concepts):
-    """`damaged` makes NaNs of it, which cannot be written as such."""
+    """`damaged` replaces it by NaNs, which cannot be written."""
     concepts[-1, :4] = MARK
     return concepts
 
 
 def document_of(config, step):
-    """The id of a document that the run sees in that step alone."""
+    """The id of a document that the run reads only in that step."""
     seen = {}
     for at, lines in enumerate(trace(config, [], 0, 17)):
         for line in lines:
@@ -57,7 +57,7 @@ def document_of(config, step):
 
 
 def damaged(dataset, folder, harm, ids):
-    """A copy of a dataset in which the documents of these ids hold harm(concepts)."""
+    """A copy of a dataset in which harm() was applied to the documents of these ids."""
     folder.mkdir()
     old = open_dataset(dataset)
     for index, info in enumerate(old.shards):
@@ -91,17 +91,15 @@ def test_a_nan_in_the_batch_of_one_rank_skips_the_step_on_all_and_names_the_docu
     assert broken[0]["lane"] >= 4  # rank 1's
     assert {document["lane"] for document in incident["documents"]} == set(range(8))
     log = (run_dir(config) / "log.txt").read_text()
-    assert f"documents with numbers that are not finite: {broken[0]['id']}" in log
-    losses, whole = metrics(config, "loss"), metrics(trained(2), "loss")
+    assert f"documents with values that are not finite: {broken[0]['id']}" in log
+    losses, complete = metrics(config, "loss"), metrics(trained(2), "loss")
     assert losses[7] is None
     assert metrics(config, "skipped_steps")[12] == 1
     assert len({losses[step] for step in range(8, 13)}) == 5
-    assert max(losses[step] for step in range(8, 13)) < losses[1] < 1.1 * whole[1]
+    assert max(losses[step] for step in range(8, 13)) < losses[1] < 1.1 * complete[1]
 
 
-def test_a_nan_that_is_stored_is_named_and_too_many_in_a_row_are_gone_back_for_and_left_out(
-    make_config, concepts, tmp_path
-):
+def test_stored_nans_are_named_and_too_many_in_a_row_are_rolled_back_and_skipped(make_config, concepts, tmp_path):
     settings = {"checkpoint": CHECKPOINT, "evaluate": {"every": None}, "epochs": 1, "steps": None}
     bad = {step: document_of(make_config(**settings), step) for step in (3, 11, 12, 13)}
 
@@ -117,8 +115,8 @@ def test_a_nan_that_is_stored_is_named_and_too_many_in_a_row_are_gone_back_for_a
         broken = {document["id"] for document in incident["documents"] if not document["finite"]}
         assert broken == {bad[incident["step"]]}
     log = (run_dir(config) / "log.txt").read_text()
-    assert "back to the last checkpoint, and on without the steps 11 to 13" in log
-    assert "step 10 of 21" in out  # where it went on
+    assert "rolling back, skipping steps 11 to 13" in log
+    assert "step 10 of 21" in out  # after the rollback
     losses = metrics(config, "loss")
     assert [step for step in range(1, 22) if step not in losses] == [12, 13, 14]
     assert [step for step in losses if losses[step] is None] == [4]
@@ -128,19 +126,19 @@ def test_a_nan_that_is_stored_is_named_and_too_many_in_a_row_are_gone_back_for_a
 
 
 @pytest.mark.slow
-def test_what_never_gets_finite_is_gone_back_for_once_and_then_ends_with_1(make_config):
+def test_a_run_that_stays_non_finite_rolls_back_once_and_then_ends_with_1(make_config):
     config = make_config(steps=20, optim={"lr": 1.0e30, "max_grad_norm": 0}, guard={"max_skipped": 3})
     code, _, err = finish(start("launch", "--local", 2, config))
     assert code == 1
     assert "not finite" in err
-    assert "has gone back to step 0 before, for the steps 1 to 3, and that did not help" in err
+    assert "has already rolled back to step 0 and skipped the steps 1 to 3" in err
     assert "Traceback" not in err
     assert [incident["left_out"] for incident in incidents(config) if incident["left_out"]] == [[1, 3], [4, 6]]
     assert not list((run_dir(config) / "checkpoints").glob("step_*"))
 
 
 @pytest.mark.slow
-def test_a_spike_is_gone_back_for_and_its_steps_are_left_out(make_config, concepts, tmp_path):
+def test_a_spike_is_rolled_back_and_its_steps_are_skipped(make_config, concepts, tmp_path):
     settings = {"checkpoint": CHECKPOINT, "evaluate": {"every": None}, "epochs": 1, "steps": None}
     spike = document_of(make_config(**settings), 12)
     train = damaged(concepts["train"], tmp_path / "damaged", lambda values: values * 50, [spike])
@@ -149,7 +147,7 @@ def test_a_spike_is_gone_back_for_and_its_steps_are_left_out(make_config, concep
     code, out, err = finish(start("launch", "--local", 2, config))
     assert code == 0, out + err
     (incident,) = incidents(config)
-    assert "the loss leaps to" in incident["what"]
+    assert "loss spike: " in incident["what"]
     assert (incident["step"], incident["left_out"]) == (12, [11, 12])
     assert spike in {document["id"] for document in incident["documents"]}
     losses = metrics(config, "loss")
@@ -157,18 +155,18 @@ def test_a_spike_is_gone_back_for_and_its_steps_are_left_out(make_config, concep
     assert max(losses.values()) < 2
 
 
-def test_a_run_that_stands_still_leaves_the_stacks_of_every_rank_and_ends_with_1(make_config):
+def test_a_run_that_hangs_logs_the_stacks_of_every_rank_and_ends_with_1(make_config):
     config = make_config(guard={"stall_minutes": 0.05}, evaluate={"every": None})
     code, out, err = finish(start_faulty(config, "hang:1:4"))
     assert code == 1, out + err
     log = (run_dir(config) / "log.txt").read_text()
     for rank in ("", " rank 1"):
-        assert f"ERROR{rank} lcm_ds.train: step 4: nothing has moved for 0.05 minutes (guard.stall_minutes)" in log
+        assert f"ERROR{rank} lcm_ds.train: step 4: no progress for 0.05 minutes (guard.stall_minutes)" in log
     assert "in faulty" in log  # the thread of rank 1 that reads
     assert log.count("Thread 0x") > 4
 
 
-# --- what counts ------------------------------------------------------------------------------------------------------
+# --- the monitor ------------------------------------------------------------------------------------------------------
 
 
 def judged(guard, losses, first=0):
@@ -176,27 +174,27 @@ def judged(guard, losses, first=0):
     return [guard.check(step, loss, loss is None or math.isfinite(loss)) for step, loss in steps]
 
 
-def test_a_loss_is_a_spike_where_it_is_sigma_above_a_full_window():
+def test_a_loss_is_a_spike_if_it_is_sigma_above_a_full_window():
     guard = StepMonitor(GuardConfig(spike_sigma=3, spike_window=4), [])
     assert judged(guard, [1.0, 1.1, 9.0]) == [None] * 3  # the window is not full
     guard = StepMonitor(GuardConfig(spike_sigma=3, spike_window=4), [1.0, 1.1, 0.9, 1.0])
     assert judged(guard, [1.2, 0.1]) == [None, None]
     (spike,) = judged(guard, [5.0], first=6)
-    assert (spike.step, spike.leave_out) == (6, None)
-    assert "leaps to 5" in spike.what
+    assert (spike.step, spike.skip) == (6, None)
+    assert spike.what == "loss spike: 5 (previous 4 steps: 0.8 ± 0.48)"
 
 
-def test_a_guard_that_is_resumed_judges_as_one_that_was_not():
+def test_a_resumed_monitor_decides_as_one_that_was_not_interrupted():
     config = GuardConfig(spike_sigma=2, spike_window=6)
     losses = [1 + 0.1 * math.sin(step) for step in range(20)] + [1.5]
-    whole = judged(StepMonitor(config, []), losses)
+    complete = judged(StepMonitor(config, []), losses)
     first = StepMonitor(config, [])
     judged(first, losses[:11])
-    assert judged(StepMonitor(config, json.loads(json.dumps(first.state()))), losses[11:], first=11) == whole[11:]
-    assert whole[-1] is not None
+    assert judged(StepMonitor(config, json.loads(json.dumps(first.state()))), losses[11:], first=11) == complete[11:]
+    assert complete[-1] is not None
 
 
-def test_a_step_without_targets_is_neither_a_spike_nor_one_that_later_ones_are_compared_with():
+def test_a_step_without_targets_is_not_a_spike_and_not_in_the_window():
     guard = StepMonitor(GuardConfig(spike_sigma=3, spike_window=4), [1.0, 1.1, 0.9, 1.0])
     assert judged(guard, [None] * 9) == [None] * 9
     assert guard.state() == [1.0, 1.1, 0.9, 1.0]
@@ -205,16 +203,16 @@ def test_a_step_without_targets_is_neither_a_spike_nor_one_that_later_ones_are_c
     assert incident.what == "the gradient is not finite, the step is skipped"
 
 
-def test_steps_are_counted_in_a_row():
+def test_skipped_steps_are_counted_in_a_row():
     guard = StepMonitor(GuardConfig(max_skipped=3), [])
     found = judged(guard, [math.nan, math.nan, 1.0, math.nan, math.nan, math.inf])
-    assert [incident and incident.leave_out for incident in found] == [None] * 5 + [range(3, 6)]
+    assert [incident and incident.skip for incident in found] == [None] * 5 + [range(3, 6)]
 
 
-def test_torchs_own_optimizer_is_made_to_skip_what_is_not_finite():
+def test_torchs_optimizer_skips_non_finite_gradients():
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1)
-    skip_what_is_not_finite(optimizer)
+    skip_nonfinite_steps(optimizer)
     for gradient, overflow in ((1.0, False), (math.inf, True), (1.0, False)):
         before = parameter.detach().clone()
         parameter.grad = torch.tensor([1.0, gradient, 1.0])

@@ -1,4 +1,4 @@
-"""What a run is said to need is what the paper says, and what PyTorch keeps."""
+"""The predicted memory of a run is that of the ZeRO paper, and that which PyTorch allocates."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_states_are_those_of_the_zero_paper():
 
 
 class FusedNorm(torch.autograd.Function):
-    """RMSNorm that keeps what the kernel for GPUs keeps: its input, and the statistics in fp32."""
+    """RMSNorm that keeps the same as the kernel for GPUs: its input, and the statistics in fp32."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
@@ -28,13 +28,13 @@ class FusedNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        raise AssertionError("for the forward pass alone")
+        raise AssertionError("only for the forward pass")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("every", [None, 1, 3])
-def test_activations_are_what_the_forward_pass_keeps(half, every, dropout, monkeypatch):
+def test_activations_are_those_that_the_forward_pass_keeps(half, every, dropout, monkeypatch):
     sizes = {"embed_dim": 64, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 352}
     config = BaseLCMConfig(**sizes, num_hidden_layers=4, dropout=dropout)
     model = BaseLCM(config).initialize(0).train()
@@ -61,7 +61,7 @@ def test_activations_are_what_the_forward_pass_keeps(half, every, dropout, monke
         truth = model.normalizer.normalize(concepts[:, 1:])
         squared_error(predictions, truth, torch.ones(rows, length - 1, dtype=torch.bool))
     expected = activations(config, rows * length, half, every)
-    if every is not None:  # the layer that is computed again is kept in the backward pass
+    if every is not None:  # a recomputed layer is kept in the backward pass
         fewer = BaseLCMConfig(**sizes, num_hidden_layers=3, dropout=dropout)
         expected -= activations(config, rows * length, half) - activations(fewer, rows * length, half)
     assert sum(kept.values()) == pytest.approx(expected, rel=0.02)

@@ -20,7 +20,7 @@ from lcm_ds.train.trace import trace
 
 @pytest.fixture(scope="module")
 def mixture(concepts, synthetic_dataset, make_config, tmp_path_factory):
-    """A finished run of 12 steps, its two datasets, and what it printed; the second has a bad shard."""
+    """A finished run of 12 steps, its two datasets, and its output; the second has a bad shard."""
     ours = concepts["train"]
     damaged = tmp_path_factory.mktemp("mixture") / "damaged"
     shutil.copytree(synthetic_dataset(documents=40, embed_dim=16, seed=3), damaged)
@@ -51,15 +51,15 @@ def test_the_shares_of_a_mixture_are_those_of_its_weights_and_are_printed(mixtur
     _, ours, damaged, out = mixture
     totals = [sum(shard.concepts for shard in open_dataset(path, skip_bad=True).shards) for path in (ours, damaged)]
     assert (
-        f"reads {ours} ({totals[0]:,} concepts, 6 of 8 lanes), {damaged} ({totals[1]:,} concepts, 2 of 8 lanes)" in out
+        f"data: {ours} ({totals[0]:,} concepts, 6 of 8 lanes), {damaged} ({totals[1]:,} concepts, 2 of 8 lanes)" in out
     )
 
 
-def test_the_start_says_how_long_the_run_is_and_names_a_warm_up_that_takes_much_of_it(mixture):
+def test_the_first_lines_have_the_length_of_the_run_and_a_warning_for_a_long_warm_up(mixture):
     config, *datasets, out = mixture
     total = sum(shard.concepts for path in datasets for shard in open_dataset(path, skip_bad=True).shards)
     read = 12 * 8 * 32
-    assert f"\nin all {read:,} concepts, {read / total:.2f} epochs; warm-up 5 steps, 41.7% of the run\n" in out
+    assert f"\ntotal: {read:,} concepts, {read / total:.2f} epochs; warm-up 5 steps, 41.7% of the run\n" in out
     line = "optim.schedule.warmup_steps: 5 is 42% of the run's 12 steps; the LCM paper's 4 % would be 1"
     assert f"\nwarning: {line}\n" in out
     assert f"WARNING lcm_ds: {line}" in (run_dir(config) / "log.txt").read_text()
@@ -68,7 +68,7 @@ def test_the_start_says_how_long_the_run_is_and_names_a_warm_up_that_takes_much_
 def test_an_eps_above_the_gradients_is_named_once_and_logged_with_the_share_of_clipped_steps(mixture):
     config, *_, out = mixture
     assert out.count("warning: optim.eps: 0.01 is ") == 1
-    assert "the LCM paper's eps would be 6.25e-07 here: 1e-05 / 16 dimensions" in out
+    assert "the LCM paper's eps corresponds to 6.25e-07 here: 1e-05 / 16" in out
     norms, shares, clipped = (metrics(config, key) for key in ("grad_norm", "adam_eps_share", "clipped"))
     weights = load_model(run_dir(config))[0].num_parameters()
     for step, norm in norms.items():
@@ -77,13 +77,13 @@ def test_an_eps_above_the_gradients_is_named_once_and_logged_with_the_share_of_c
     assert all(0 <= share <= 1 for share in clipped.values())
 
 
-def test_what_is_saved_has_been_reported(mixture):
-    """Or a run that goes on from a checkpoint would never have logged the losses just before it."""
+def test_a_report_precedes_each_save(mixture):
+    """Else a resumed run would never log the losses just before its checkpoint."""
     losses = metrics(mixture[0], "losses")
     assert {step: len(some) for step, some in losses.items()} == {5: 5, 7: 2, 10: 3, 12: 2}
 
 
-def test_a_run_that_went_past_a_bad_shard_can_be_evaluated(mixture):
+def test_a_run_that_skipped_a_bad_shard_can_be_evaluated(mixture):
     config, _, damaged, _ = mixture
     code, _, err = finish(start("evaluate", run_dir(config)))
     assert code == 0, err
@@ -96,7 +96,7 @@ def test_a_run_that_went_past_a_bad_shard_can_be_evaluated(mixture):
     assert 0 < figures["targets"] == metrics(config, "val_targets")[12]
 
 
-def test_a_trace_says_which_dataset_a_document_is_of(mixture, capsys):
+def test_a_trace_shows_the_dataset_of_a_document(mixture, capsys):
     config, ours, damaged, _ = mixture
     assert main(["trace", str(config), "--step", "0"]) == 0
     printed = capsys.readouterr().out.splitlines()[1:]
@@ -107,7 +107,7 @@ def test_a_trace_says_which_dataset_a_document_is_of(mixture, capsys):
         assert all(line.startswith(f"lane {lane:>3}  {path}  shard-") for line in lines)
 
 
-def test_a_trace_of_a_moved_run_has_its_losses_and_says_which_are_not_finite(mixture, tmp_path, capsys):
+def test_a_trace_of_a_moved_run_has_its_losses_and_marks_non_finite_ones(mixture, tmp_path, capsys):
     config, *_ = mixture
     moved = tmp_path / "moved"
     moved.mkdir()
@@ -124,28 +124,26 @@ def test_a_trace_reads_no_shard_in_full(mixture, monkeypatch):
     assert trace(mixture[0], [], 3)[0]
 
 
-def test_datasets_that_do_not_belong_together_are_refused_with_both_named(
-    concepts, synthetic_dataset, make_config, tmp_path
-):
+def test_datasets_that_do_not_match_are_refused_with_both_named(concepts, synthetic_dataset, make_config, tmp_path):
     ours, wide = concepts["train"], synthetic_dataset(documents=10, embed_dim=24)
     other = tmp_path / "other"
     shutil.copytree(synthetic_dataset(documents=20, embed_dim=16, seed=4), other)
     described = json.loads((other / "dataset.json").read_text())
     described["encoder"]["revision"] = "b"
     (other / "dataset.json").write_text(json.dumps(described))
-    for path, said in ((wide, ["24 dimensions", "of 16;"]), (other, ["'revision': 'b'", "'revision': None"])):
+    for path, expected in ((wide, ["24 dimensions", "of 16;"]), (other, ["'revision': 'b'", "'revision': None"])):
         config = make_config(data={"train": [{"path": str(ours)}, {"path": str(path)}]})
         with pytest.raises(InputError) as caught:
             build_job(config, [], 1)
         assert any(
-            all(words in line for words in (f"{config}: data: {path}", str(ours), *said))
+            all(words in line for words in (f"{config}: data: {path}", str(ours), *expected))
             for line in caught.value.errors
         )
 
 
 @pytest.fixture
 def two(concepts, synthetic_dataset, make_config, tmp_path):
-    """Two datasets that a run may mix, a way to change dataset.json of the second, and what check says of them."""
+    """Two datasets of a mixture, and functions to change dataset.json of the second and to get all errors."""
     one, other = tmp_path / "one", tmp_path / "other"
     shutil.copytree(concepts["train"], one)
     shutil.copytree(synthetic_dataset(documents=40, embed_dim=16, seed=4), other)
@@ -165,7 +163,7 @@ def two(concepts, synthetic_dataset, make_config, tmp_path):
     return one, other, describe, errors
 
 
-def test_a_mixture_with_another_normaliser_is_refused_to_the_bit_with_the_way_out(two):
+def test_a_mixture_with_normalisers_that_differ_in_a_bit_is_refused_with_the_solution(two):
     one, other, _, errors = two
     assert errors() == []
     center, scale = read_normalizer(other)
@@ -173,7 +171,8 @@ def test_a_mixture_with_another_normaliser_is_refused_to_the_bit_with_the_way_ou
     write_normalizer(other, center, scale, {})
     (line,) = errors()
     assert line == (
-        f"data.train: {other} has another normaliser than {one}; a run needs one: lcm-ds fit-normalizer {one} {other}"
+        f"data.train: {other} and {one} have different normalisers; fit a common one: "
+        f"lcm-ds fit-normalizer {one} {other}"
     )
     weighted = [{"path": str(one), "weight": 3}, {"path": str(other), "weight": 0.5}]
     assert errors(train=weighted)[0].endswith(f": lcm-ds fit-normalizer {one}=3 {other}=0.5")
@@ -181,11 +180,11 @@ def test_a_mixture_with_another_normaliser_is_refused_to_the_bit_with_the_way_ou
     assert errors(train=weighted) == []
 
 
-def test_what_is_validated_on_has_the_training_datas_normaliser(two):
+def test_validation_data_need_the_training_datas_normaliser(two):
     one, other, _, errors = two
     write_normalizer(other, *(numbers * 2 for numbers in read_normalizer(other)), {})
     (line,) = errors(train=str(one), validation=str(other))
-    assert line.startswith(f"data.validation: {other} has another normaliser than {one}; a run needs one: copy ")
+    assert line.startswith(f"data.validation: {other} and {one} have different normalisers; copy ")
     shutil.copy(one / "normalizer.safetensors", other)
     assert errors(train=str(one), validation=str(other)) == []
 
@@ -193,7 +192,7 @@ def test_what_is_validated_on_has_the_training_datas_normaliser(two):
 def test_a_mixture_with_another_end_of_text_is_refused(two):
     one, other, describe, errors = two
     end = json.loads((one / "dataset.json").read_text())["end_of_text"]
-    rounded = {**end, "vector": [number * 1.01 for number in end["vector"]]}  # as another device may have it
+    rounded = {**end, "vector": [number * 1.01 for number in end["vector"]]}  # as from another device
     describe(other, end_of_text=rounded)
     assert errors() == []
     for its in (
@@ -204,12 +203,12 @@ def test_a_mixture_with_another_end_of_text_is_refused(two):
         describe(other, end_of_text=its)
         (line,) = errors()
         assert line.startswith(f"data: documents of {other} end with ")
-        assert f", of {one} with 'End of text.' (" in line
+        assert f", those of {one} with 'End of text.' (" in line
         (line,) = errors(train=str(one), validation=str(other))
-        assert "a run needs one end of text" in line
+        assert "data: documents of" in line
 
 
-def test_supervised_datasets_of_a_mixture_have_one_suffix_and_plain_ones_go_with_them(two, synthetic_dataset):
+def test_supervised_datasets_of_a_mixture_need_one_suffix_and_mix_with_plain_ones(two, synthetic_dataset):
     one, other, describe, errors = two
 
     def supervise(folder, seed):
@@ -223,4 +222,7 @@ def test_supervised_datasets_of_a_mixture_have_one_suffix_and_plain_ones_go_with
     assert ConceptInfo.of(infos[0], mixed=infos).source_suffix == "[MODEL]:"
     supervise(one, 0)
     (line,) = errors()
-    assert line == (f"data: sources of {other} end with '[MODEL]:', of {one} with None; a run needs one source_suffix")
+    assert line == (
+        f"data: sources of {other} end with '[MODEL]:', those of {one} with None; "
+        "all datasets of a run need the same source_suffix"
+    )

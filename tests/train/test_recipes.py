@@ -11,10 +11,10 @@ from lcm_ds.train.loss import squared_error
 from lcm_ds.train.monitoring.gradient_scale import GradientMeter
 
 CONFIGS = Path(__file__).parents[2] / "configs/train"
-# The quickstart's is a recipe of its own, for 24 thousand sentences.
+# The quickstart has its own recipe, for 24 thousand sentences.
 PAPERS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "quickstart")
-PAPERS_EPS, PAPERS_CLIP = 1e-5, 25.0  # arXiv 2412.08821, section 2.4.1; the loss is summed over dimensions
-# Concepts to train on: FineWeb-Edu and its sample of 10 billion tokens without the hundredth that validates, and the
+PAPER_EPS, PAPERS_CLIP = 1e-5, 25.0  # arXiv 2412.08821, section 2.4.1; the loss is summed over dimensions
+# Concepts to train on: FineWeb-Edu and its sample of 10 billion tokens without the hundredth for validation, and the
 # 1000 documents of the mini one, with as many sentences each.
 CONCEPTS = {"fineweb_edu_full": 0.99 * 60e9, "fineweb_edu_10bt": 0.99 * 0.5e9, "fineweb_edu_mini": 0.99 * 52e3}
 
@@ -32,11 +32,11 @@ def steps_of(config):
 
 @pytest.mark.parametrize("name", PAPERS)
 @pytest.mark.parametrize("size", [1e-5, 1.0], ids=["gradients near eps", "clipped gradients"])
-def test_a_step_on_our_mean_is_the_papers_on_its_sum(name, size):
+def test_a_step_on_our_mean_equals_the_papers_on_its_sum(name, size):
     optim, dims = config_of(name).optim, PRESETS.get(name, {"embed_dim": 1024})["embed_dim"]
     generator = torch.Generator().manual_seed(1)
     start, truth = torch.randn(2, 4, dims, generator=generator) * size
-    leaps = (3.0, 0.1, 10.0)  # of the targets from step to step, or all steps would be clipped alike
+    leaps = (3.0, 0.1, 10.0)  # factors of the targets, or all steps would be clipped alike
     mask = torch.ones(1, 3, dtype=torch.bool)
 
     def moved(loss, eps, clip):
@@ -56,15 +56,15 @@ def test_a_step_on_our_mean_is_the_papers_on_its_sum(name, size):
     def papers(weights, truth):
         return (weights[:-1] - truth[1:]).square().sum(-1).mean()
 
-    expected = moved(papers, PAPERS_EPS, PAPERS_CLIP)
+    expected = moved(papers, PAPER_EPS, PAPERS_CLIP)
     assert torch.allclose(moved(ours, optim.eps, optim.max_grad_norm), expected, rtol=1e-3, atol=1e-6 * size)
-    # Both numbers matter here: without either the weights move otherwise.
-    assert not torch.allclose(moved(ours, PAPERS_EPS, optim.max_grad_norm), expected, rtol=1e-2)
+    # Both values matter: without either the update differs.
+    assert not torch.allclose(moved(ours, PAPER_EPS, optim.max_grad_norm), expected, rtol=1e-2)
     assert torch.allclose(moved(ours, optim.eps, 1.0), expected, rtol=1e-2) == (size < 1)
 
 
 @pytest.mark.parametrize("name", [name for name in PAPERS if name != "finetune"])
-def test_a_shipped_run_is_an_epoch_or_what_it_says_and_warms_up_for_a_small_part_of_it(name):
+def test_a_shipped_run_is_as_long_as_its_comments_say_with_a_short_warm_up(name):
     config = config_of(name)
     steps, epochs = steps_of(config)
     assert epochs == (config.epochs or pytest.approx(0.97, abs=0.01))
@@ -78,7 +78,7 @@ def test_1_6b_is_as_long_as_the_papers_run():
     assert config.optim.schedule.warmup_steps == 10_000
 
 
-# --- what a run says of it --------------------------------------------------------------------------------------------
+# --- metrics and warning -----------------------------------------------------------------------------------------
 
 
 def test_the_share_of_eps_is_that_of_adams_denominator():
@@ -110,13 +110,13 @@ def test_clipped_is_the_share_of_the_steps_since_the_last_line():
     assert off.read()["clipped"] == 0.0
 
 
-def test_what_is_not_known_is_none():
+def test_unknown_values_are_none():
     none = {"grad_norm": None, "clipped": None, "adam_eps_share": None}
     meter = GradientMeter(4, 1e-8, clip=1.0)
     assert meter.read() == none
     meter.add(None)
     assert meter.read() == none
-    without = GradientMeter(4, None, clip=1.0)  # an optimizer that has no eps
+    without = GradientMeter(4, None, clip=1.0)  # an optimizer without eps
     without.add(2.0)
     assert without.read() == {"grad_norm": 2.0, "clipped": 1.0, "adam_eps_share": None}
     assert without.eps_warning(1024) is None
@@ -126,9 +126,9 @@ def test_an_eps_above_the_gradients_is_named_once_with_the_papers():
     meter = GradientMeter(1_649_185_792, 1e-5, clip=25 / 1024)
     meter.add(0.2)
     line = meter.eps_warning(1024)
-    assert line.startswith("optim.eps: 1e-05 is 94% of Adam's denominator (the gradient is 6e-07 a weight), so ")
-    assert "weights move 0.057 times as far as optim.lr says" in line
-    assert "the LCM paper's eps would be 9.77e-09 here: 1e-05 / 1024 dimensions" in line
+    assert line.startswith("optim.eps: 1e-05 is 94% of Adam's denominator (gradient per weight: 6e-07), ")
+    assert "scales all updates by 0.057" in line
+    assert "the LCM paper's eps corresponds to 9.77e-09 here: 1e-05 / 1024" in line
     assert meter.eps_warning(1024) is None
     scaled = GradientMeter(1_649_185_792, 1e-5 / 1024, clip=25 / 1024)
     scaled.add(0.2)

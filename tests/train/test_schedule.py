@@ -26,7 +26,7 @@ def test_cosine_falls_to_its_final_share_at_the_last_step():
     assert all(a >= b for a, b in pairwise(values))
 
 
-def test_wsd_holds_and_then_falls_linearly():
+def test_wsd_is_constant_and_then_decays_linearly():
     values = factors(100, name="wsd", decay_steps=10, final=0.0)
     assert values[:91] == [1.0] * 91
     assert values[-1] == 0.0

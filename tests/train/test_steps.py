@@ -70,14 +70,14 @@ def results(tmp_path_factory):
 
 
 def distance(found, expected):
-    """Of two sets of gradients, as a share of the norm of the second."""
+    """The distance of two sets of gradients, relative to the norm of the second."""
     assert found.keys() == expected.keys()
     return max(float((found[name] - gradient).norm() / gradient.norm()) for name, gradient in expected.items())
 
 
 @pytest.fixture(scope="module")
 def one_at_a_time():
-    """Loss and gradients of the first step without anything of the loop: segments one by one, plain attention."""
+    """Loss and gradients of the first step without the loop: segments one by one, plain attention."""
     config = TrainConfig.model_validate(CONFIG)
     model = BaseLCM(resolve_model(config.model)).initialize(config.seed).train()
     generator = torch.Generator().manual_seed(2)
@@ -88,14 +88,14 @@ def one_at_a_time():
     keys = dropout_keys(ROWS, config.seed, 0, 0)
     targets = int(target_mask(ids).sum())
     truth = (concepts.float() - model.normalizer.center) / model.normalizer.scale
-    # Dropout goes by position in the row: a segment is put where it lies, and all around it is left empty.
+    # Dropout depends on the position in the row: a segment keeps its position, in an otherwise empty row.
     loss = torch.zeros(())
     for row in range(ROWS):
         for segment in set(ids[row].tolist()) - {-1}:
-            alone = torch.where(ids[row : row + 1] == segment, 0, -1).int()
-            layout = SegmentLayout.from_ids(alone, max_seqlen=16)
+            segment_ids = torch.where(ids[row : row + 1] == segment, 0, -1).int()
+            layout = SegmentLayout.from_ids(segment_ids, max_seqlen=16)
             predictions = model(concepts[row : row + 1], layout, noise[row : row + 1], keys[row : row + 1])
-            mask = target_mask(alone)[0]
+            mask = target_mask(segment_ids)[0]
             loss = loss + (predictions[0, :-1][mask] - truth[row, 1:][mask]).square().mean(-1).sum() / targets
     loss.backward()
     return loss.item(), {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -113,7 +113,7 @@ def test_losses_and_gradients_agree(results, one_at_a_time, name):
 @pytest.mark.parametrize(
     "name", [*VARIANTS, "zero1_bf16", "zero2_bf16", "zero3_bf16", "zero2_offload", "zero3_offload"]
 )
-def test_histograms_count_each_weight_and_each_gradient_of_the_whole_batch_once(results, name):
+def test_histograms_count_each_weight_and_each_gradient_of_the_global_batch_once(results, name):
     found, gradients = results
     rounded = found[name]["losses"] != pytest.approx(found["zero 1"]["losses"], rel=1e-5)
     of_gradients = {group_of(parameter, 3): [] for parameter in gradients[name]}
@@ -129,14 +129,14 @@ def test_histograms_count_each_weight_and_each_gradient_of_the_whole_batch_once(
         assert histogram["sum_of_squares"] == pytest.approx(float(values.square().sum()), rel=1e-4)
         assert histogram["max"] == pytest.approx(float(values.max()), rel=1e-4)
         below = [0, *(int((values <= limit).sum()) for limit in histogram["limits"][:-1]), len(values)]
-        told = [b - a for a, b in itertools.pairwise(below)]
-        assert sum(abs(a - b) for a, b in zip(told, histogram["counts"], strict=True)) <= 0.01 * len(values)
+        counts = [b - a for a, b in itertools.pairwise(below)]
+        assert sum(abs(a - b) for a, b in zip(counts, histogram["counts"], strict=True)) <= 0.01 * len(values)
         exact = found["zero 1"]["histograms"][f"weights/{group}"]
         assert weights["sum_of_squares"] == pytest.approx(exact["sum_of_squares"], rel=1e-2 if rounded else 1e-6)
 
 
 def lacks(name):
-    """What this device says that it has not got of what a shipped config needs, in the words of the refusal."""
+    """The message with which this device refuses a shipped config."""
     device, text = get_accelerator(), (ROOT / "ds_configs" / f"{name}.json").read_text()
     quantizer = type(device.create_op_builder("QuantizerBuilder")).__name__
     has = {
@@ -164,13 +164,13 @@ def test_every_shipped_config_takes_ten_steps_or_is_refused_with_a_reason(result
     exact, rough = found["zero 1"]["losses"], "fp32" not in name
     tolerance = 3e-2 if rough else 1e-5
     assert losses[0] == pytest.approx(exact[0], rel=tolerance)
-    if name != "zero1_muon":  # another optimizer, whose updates are where the gradients were
+    if name != "zero1_muon":  # another optimizer, with other updates
         assert losses == pytest.approx(exact, rel=tolerance)
         assert distance(gradients[name], gradients["zero 1"]) < (5e-2 if rough else 1e-4)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_shipped_config_is_right_and_is_what_its_name_says(name):
+def test_every_shipped_config_is_valid_and_matches_its_name(name):
     mapping = deepspeed_config.read(str(ROOT / "ds_configs" / f"{name}.json"))
     clips = 0.0 if name == "zero1_muon" else 25.0
     config = TrainConfig.model_validate({**CONFIG, "optim": {"lr": 3e-4, "max_grad_norm": clips}})

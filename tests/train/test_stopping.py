@@ -24,7 +24,7 @@ LAUNCHERS = {
         "lcm_ds.train",
     ],
     "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "{port}", "-m", "lcm_ds.train"],
-    "alone": ["lcm_ds.train"],
+    "plain": ["lcm_ds.train"],
 }
 
 
@@ -37,10 +37,11 @@ def worker(launcher, rank):
 
 
 @pytest.mark.parametrize(
-    "launcher", ["alone", *(pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS if name != "alone")]
+    "launcher",
+    ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in LAUNCHERS if name != "plain")],
 )
 def test_sigterm_ends_a_run_with_75_and_a_checkpoint_at_that_step(make_config, launcher):
-    rows = {"rows_per_step": 8, "micro_batch_rows": 8 if launcher == "alone" else 4}
+    rows = {"rows_per_step": 8, "micro_batch_rows": 8 if launcher == "plain" else 4}
     config = make_config(steps=100_000, batch=rows, evaluate={"every": None}, optim={"lr": 1e-4})
     words = [word.format(port=free_port()) for word in LAUNCHERS[launcher]]
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -55,15 +56,15 @@ def test_sigterm_ends_a_run_with_75_and_a_checkpoint_at_that_step(make_config, l
     while not metrics(config, "loss"):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    # Not to rank 0, where there is another.
-    victim = process.pid if launcher == "alone" else worker(process.pid, 1)
+    # Not to rank 0, if there is another.
+    victim = process.pid if launcher == "plain" else worker(process.pid, 1)
     os.kill(victim, signal.SIGTERM)
     out, _ = process.communicate(timeout=patience(60))
     (saved,) = (run_dir(config) / "checkpoints").glob("step_*")
     assert (saved / "COMPLETE").exists(), out
     assert int(saved.name.removeprefix("step_")) == max(metrics(config, "loss")), out
     assert "stopped at step" in out
-    if launcher == "torchrun":  # it ends with 1 whatever its workers end with, and says what that was
+    if launcher == "torchrun":  # it always exits with 1 and reports its workers' exit code
         assert process.returncode == 1
         assert "exitcode  : 75" in out
     else:
@@ -71,8 +72,8 @@ def test_sigterm_ends_a_run_with_75_and_a_checkpoint_at_that_step(make_config, l
 
 
 @pytest.fixture
-def alone(make_config):
-    """Starts a run of one rank that would go on for long: (process, config)."""
+def start_alone(make_config):
+    """Starts a run of one rank that would take long: (process, config)."""
     started = []
 
     def start(**environment):
@@ -88,9 +89,9 @@ def alone(make_config):
         process.wait()
 
 
-def test_a_rank_that_still_waits_for_another_ends_at_once(alone):
-    place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    process, config = alone(**place)
+def test_a_rank_that_waits_for_another_at_the_start_ends_at_once(start_alone):
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    process, config = start_alone(**variables)
     while not (run_dir(config) / "log.txt").exists():
         time.sleep(0.05)
     time.sleep(1)
@@ -98,8 +99,8 @@ def test_a_rank_that_still_waits_for_another_ends_at_once(alone):
     assert process.wait(timeout=patience(2)) == 75
 
 
-def test_a_second_sigint_ends_a_process_without_saving(alone):
-    process, config = alone()
+def test_a_second_sigint_ends_a_process_without_saving(start_alone):
+    process, config = start_alone()
     while not metrics(config, "loss"):
         time.sleep(0.05)
     for _ in range(2):

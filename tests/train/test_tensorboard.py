@@ -1,4 +1,4 @@
-"""What a run shows elsewhere: TensorBoard holds each step once; what it tells in words is what the model predicts."""
+"""TensorBoard and trackers: each step is there once; text samples are the model's predictions."""
 
 import io
 import json
@@ -26,7 +26,7 @@ from lcm_ds.generate.retrieval import nearest
 from lcm_ds.train.job_builder import build_job
 from lcm_ds.train.monitoring import trackers
 from lcm_ds.train.monitoring.metrics_log import tag_of
-from lcm_ds.train.monitoring.tensorboard import TensorBoardWriter, told
+from lcm_ds.train.monitoring.tensorboard import TensorBoardWriter, sample_markdown
 from lcm_ds.train.monitoring.text_samples import Sample
 from lcm_ds.train.monitoring.trackers import Trackers
 
@@ -34,7 +34,7 @@ GROUPS = {"loss", "optim", "data", "speed", "memory", "val", "checkpoint"}
 
 
 def read(folder):
-    """Everything in the event files of a folder, as TensorBoard's fast loader reads them, which purges nothing."""
+    """Everything in the event files of a folder, as read by TensorBoard's fast loader, which purges nothing."""
     return EventAccumulator(str(folder), size_guidance={"tensors": 0}, purge_orphaned_data=False).Reload()
 
 
@@ -53,7 +53,7 @@ def values(board, tag):
 
 @pytest.fixture(scope="module")
 def resumed(make_config):
-    """A run of 12 steps that lost its last two checkpoints, and went on from step 4 to the end again."""
+    """A run of 12 steps that lost its last two checkpoints, and was resumed from step 4."""
     config = make_config(
         steps=12,
         checkpoint={"every": 4, "keep": 3},
@@ -93,7 +93,7 @@ def test_a_resume_with_another_grid_leaves_no_point_of_a_later_step(tmp_path):
             if (first, step) == (0, 7):
                 board.scalars(step, {"checkpoint/stall_seconds": 1.0})
         board.close(done=False)
-        if first == 0:  # what a crash cuts short
+        if first == 0:  # truncated by a crash
             (written,) = (path for path in tmp_path.iterdir() if not path.name.endswith(".about"))
             written.write_bytes(written.read_bytes()[:-3])
     found = read(tmp_path)
@@ -160,14 +160,14 @@ def test_error_by_position_is_a_figure_with_gaps_where_there_is_no_target(tmp_pa
     assert "_hparams_/session_end_info" not in found.Tags()["tensors"]
 
 
-def test_a_sentence_is_no_markup():
+def test_sentences_are_escaped():
     sample = Sample("a_b", ["# one", "*two*"], "<b>three</b>", "[four](x)", 0.5, 0.4, 3)
-    text = told(sample)
-    for letters in ("\\# one", "\\*two\\*", "\\<b\\>three\\</b\\>", "\\[four\\]\\(x\\)", "place 3", "*a\\_b*"):
+    text = sample_markdown(sample)
+    for letters in ("\\# one", "\\*two\\*", "\\<b\\>three\\</b\\>", "\\[four\\]\\(x\\)", "rank 3", "*a\\_b*"):
         assert letters in text
 
 
-def test_numbers_of_a_validation_go_to_the_board_and_other_keys_do_not():
+def test_validation_metrics_go_to_tensorboard_and_other_keys_do_not():
     assert tag_of("val_loss_of_mean") == "loss/validation_of_mean"
     assert tag_of("val_loss_of_ridge") == "loss/validation_of_ridge"
     assert tag_of("val_batch_mrr") == "val/batch_mrr"
@@ -198,7 +198,7 @@ def test_a_browser_shows_the_curves(resumed, tmp_path):
 # --- trackers ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_tracker_that_is_not_installed_is_a_mistake_before_the_run(make_config, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_an_error_before_the_run(make_config, monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     config = make_config(log={"wandb": {"project": "p"}, "mlflow": {"tracking_uri": "x"}})
     with pytest.raises(InputError) as refused:
@@ -238,21 +238,21 @@ def test_mlflow_has_the_scalars_of_a_resumed_run_under_one_id(make_config, tmp_p
     assert {metric.step: metric.value for metric in history} == {1: 9.0, 2: 8.0, 3: 7.0}
 
 
-def test_a_server_that_does_not_answer_is_named_and_holds_up_the_end_for_seconds(make_config, tmp_path, caplog):
+def test_a_server_that_does_not_answer_is_named_and_delays_the_end_by_seconds(make_config, tmp_path, caplog):
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
-        silent.listen()  # takes connections, and never says a word
+        silent.listen()  # accepts connections and never answers
         log = log_of(make_config, mlflow={"tracking_uri": f"http://127.0.0.1:{silent.getsockname()[1]}"})
         found = Trackers(log, tmp_path, {})
         found.scalars(1, {"loss/train": 1.0})
         started = time.monotonic()
         found.close(done=True)
-        assert time.monotonic() - started < trackers.SHORT_PATIENCE_SECONDS + 1
+        assert time.monotonic() - started < trackers.SHORT_CLOSE_SECONDS + 1
     assert "log.mlflow: no answer" in caplog.text
 
 
 def wandb_records(data):
-    """The records of a .wandb file: LevelDB's log format, blocks of 32 KiB, behind a header of 7 bytes."""
+    """The records of a .wandb file: LevelDB's log format, blocks of 32 KiB, after a header of 7 bytes."""
     at, record = 7, b""
     while at + 7 <= len(data):
         if (left := 32768 - at % 32768) < 7:
@@ -261,7 +261,7 @@ def wandb_records(data):
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
         record += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # complete, or the last part
             yield record
             record = b""
 
@@ -283,11 +283,11 @@ def test_wandb_has_the_scalars_of_a_resumed_run_under_one_id(make_config, tmp_pa
     assert logged == {1: 9.0, 2: 8.0, 3: 7.0}
 
 
-def test_a_tracker_that_fails_is_said_and_left_out(make_config, tmp_path, caplog, monkeypatch):
+def test_a_tracker_that_fails_is_logged_and_disabled(make_config, tmp_path, caplog, monkeypatch):
     def refuse(*_):
         raise RuntimeError("no\nanswer")
 
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setitem(trackers.KINDS, "mlflow", refuse)
     assert track(log_of(make_config, mlflow={"tracking_uri": "x"}), tmp_path, [1, 2]) == {}
-    assert caplog.messages == ["log.mlflow: left out from here on: no answer"]
+    assert caplog.messages == ["log.mlflow: disabled for this run: no answer"]

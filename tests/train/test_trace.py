@@ -1,4 +1,4 @@
-"""The documents of a step are known without training to it."""
+"""The documents of a step are known without training up to it."""
 
 import json
 
@@ -29,7 +29,7 @@ def test_a_range_has_the_loss_of_every_step_beside_its_documents(call, trained):
     folder = run_dir(config)
     code, out, err = call("trace", folder, "--range", 11, 14, "--text")
     assert code == 0, err
-    # Every step's, though every seventh alone has a line in metrics.jsonl; the same run that logs them all knows them.
+    # The losses of every step, although metrics.jsonl has a line only for every seventh.
     each = metrics(trained(2), "loss")
     steps = trace(folder, [], 11, 14)
     heads = [line for line in out.splitlines() if line.startswith("step ")]
@@ -55,4 +55,4 @@ def test_a_run_that_was_trained_in_another_order_is_not_traced(call, make_config
         (checkpoint / "state.json").write_text(json.dumps({"fingerprint": mark}))
         found, _, err = call("trace", run_dir(config), "--step", 3)
         assert found == code, err
-    assert err.startswith(f"{run_dir(config)}: its checkpoint of step 20 was trained in another order")
+    assert err.startswith(f"{run_dir(config)}: its checkpoint of step 20 was trained with another data order")

@@ -1,4 +1,4 @@
-"""Runs under DeepSpeed with real ranks: what the loss depends on, and that a resumed run goes on bit for bit."""
+"""Runs under DeepSpeed with real ranks: the loss does not depend on ranks, and a resumed run is bit-identical."""
 
 import http.server
 import json
@@ -24,12 +24,12 @@ def test_losses_do_not_depend_on_the_ranks(trained):
     one, two = losses(trained(1)), losses(trained(2))
     assert list(one) == list(two) == list(range(1, 41))
     assert two == pytest.approx(one, rel=1e-4)
-    # The curve is that of a model that learns, so the agreement means something.
+    # The model learns, so the agreement is meaningful.
     assert min(one.values()) < 0.9 * one[1]
 
 
-def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(trained, make_config):
-    whole = trained(2)
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(trained, make_config):
+    undisturbed = trained(2)
     config = make_config()
     process = start("launch", "--local", 2, config)
     deadline = time.monotonic() + patience(120)
@@ -44,20 +44,20 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_to_the_last_bit(t
     assert not (run_dir(config) / "STOP").exists()
     code, out, err = finish(start("launch", "--local", 2, config))
     assert code == 0, out + err
-    assert losses(config) == losses(whole)
-    assert metrics(config, "grad_norm") == metrics(whole, "grad_norm")
-    assert metrics(config, "concepts") == metrics(whole, "concepts")
-    # A third start has nothing left to do.
+    assert losses(config) == losses(undisturbed)
+    assert metrics(config, "grad_norm") == metrics(undisturbed, "grad_norm")
+    assert metrics(config, "concepts") == metrics(undisturbed, "concepts")
+    # A third start has nothing to do.
     code, out, err = finish(start("launch", "--local", 2, config))
     assert code == 0, out + err
     assert "nothing to do" in out
 
 
-def test_the_run_folder_holds_what_the_contract_names(trained):
+def test_the_run_folder_has_all_files(trained):
     folder = run_dir(trained(2))
     for name in ("config.yaml", "ds_config.json", "metrics.jsonl", "log.txt"):
         assert (folder / name).is_file(), name
-    assert "Warning" not in (folder / "log.txt").read_text()  # what libraries will rename is nothing to a user
+    assert "Warning" not in (folder / "log.txt").read_text()  # deprecations of libraries do not concern a user
     assert "# world_size: 2" in (folder / "config.yaml").read_text()
     assert "auto" not in json.dumps(json.loads((folder / "ds_config.json").read_text()))
     assert list((folder / "tensorboard").iterdir())
@@ -67,7 +67,7 @@ def test_the_run_folder_holds_what_the_contract_names(trained):
         "step", "concepts", "epoch", "loss", "grad_norm", "lr", "concepts_per_second", "mfu", "data_wait", "step_time",
         "skipped_steps", "memory",
     }  # fmt: skip
-    assert step["mfu"] is None  # the peak of a CPU is not known
+    assert step["mfu"] is None  # the peak of a CPU is unknown
     assert [line["step"] for line in lines if "val_loss" in line] == [20, 40]
     complete = json.loads((folder / "checkpoints/step_00000040/COMPLETE").read_text())["files"]
     assert set(complete) == {path.name for path in (folder / "checkpoints/step_00000040").iterdir()} - {"COMPLETE"}
@@ -91,7 +91,7 @@ def test_bf16_follows_fp32(trained, json_name):
         assert rough[step] == pytest.approx(exact[step], rel=0.03)
 
 
-def test_a_run_goes_on_without_a_bad_shard_where_the_config_says_so(make_config, concepts, tmp_path):
+def test_a_run_continues_without_a_bad_shard_if_the_config_allows_it(make_config, concepts, tmp_path):
     train = Path(shutil.copytree(concepts["train"], tmp_path / "train"))
     shard = sorted(train.glob("*.tar"))[3]
     shard.write_bytes(shard.read_bytes()[:-20000])

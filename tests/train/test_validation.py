@@ -1,4 +1,4 @@
-"""Validation during training: the same figures for any number of ranks, and those that the weights give by hand."""
+"""Validation during training: the same metrics for any number of ranks, as computed by hand from the weights."""
 
 import json
 
@@ -19,12 +19,12 @@ ROWS = 16  # evaluate.rows of these runs
 
 
 def validated(config):
-    """The figures of the last validation."""
+    """The metrics of the last validation."""
     lines = [json.loads(line) for line in (run_dir(config) / "metrics.jsonl").read_text().splitlines()]
     return {key: value for line in lines if "val_loss" in line for key, value in line.items()}
 
 
-def test_figures_do_not_depend_on_the_number_of_ranks(trained):
+def test_metrics_do_not_depend_on_the_number_of_ranks(trained):
     one, two = validated(trained(1)), validated(trained(2))
     assert one.keys() == two.keys()
     for key, value in one.items():
@@ -33,7 +33,7 @@ def test_figures_do_not_depend_on_the_number_of_ranks(trained):
 
 @pytest.fixture(scope="module")
 def targets(trained, concepts):
-    """Of every target that was validated on: prediction and truth, both spaces, and its context; from the weights."""
+    """For every validation target: prediction and truth, in both spaces, and its context; from the weights."""
     model, *_ = load_model(run_dir(trained(2)))
     found = []
     for batch in validation_batches(open_dataset(concepts["validation"]), 32, 16, 4, 0, 1, ROWS):
@@ -47,7 +47,7 @@ def targets(trained, concepts):
     return model.normalizer, found
 
 
-def test_figures_are_those_of_the_weights(trained, targets):
+def test_metrics_are_those_computed_from_the_weights(trained, targets):
     normalizer, found = targets
     figures = validated(trained(2))
     assert figures["val_targets"] == len(found)
@@ -96,7 +96,7 @@ def test_the_ridge_is_fitted_to_the_training_data_and_chosen_there(trained, conc
     assert validated(trained(2))["val_loss_of_ridge"] == pytest.approx(torch.cat(errors).mean().item(), rel=1e-3)
 
 
-def test_the_error_by_position_is_that_of_targets_with_so_many_concepts_before_them(trained, targets):
+def test_the_error_by_position_counts_the_concepts_before_a_target(trained, targets):
     _, found = targets
     by_position = validated(trained(2))["val_error_by_position"]
     assert len(by_position) == 15  # segments have 16 concepts at most

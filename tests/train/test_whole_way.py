@@ -25,7 +25,7 @@ JSONS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "ds_
 JSONS["zero0_fp32"] = {"zero_optimization": {"stage": 0}}
 JSONS["zero0_bf16"] = {"zero_optimization": {"stage": 0}, "bf16": {"enabled": True}}
 JSONS["zero0_muon"] = {**JSONS["zero0_bf16"], "optimizer": {**JSONS["zero1_muon"]["optimizer"]}}
-QUICK = ("zero1_bf16", "zero1_muon")  # from two ranks to one; what takes longer is slow
+QUICK = ("zero1_bf16", "zero1_muon")  # from two ranks to one; the others are marked slow
 
 
 def is_quick(name, ranks):
@@ -44,7 +44,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def way(make_config, tmp_path_factory):
     """way(name, ranks) -> the configs of a run on ranks[0], of what it becomes on ranks[1], and of one that starts
-    from it, and what their workers have said; all names of `ranks` share two launches.
+    from it, and their workers' output; all names of `ranks` share two launches.
     """
     nvme = tmp_path_factory.mktemp("nvme")
     launched = {}
@@ -74,7 +74,7 @@ def way(make_config, tmp_path_factory):
             shutil.copytree(run_dir(first), run_dir(resumed))
             shutil.rmtree(run_dir(resumed) / f"checkpoints/step_{LAST:08d}")
             others[name] = resumed
-            others[f"{name} anew"] = configured(name, model={"init_from": str(run_dir(first))}, steps=2)
+            others[f"{name} from it"] = configured(name, model={"init_from": str(run_dir(first))}, steps=2)
         outcomes |= launch(others, folder / "other", ranks[1])
         return firsts, others, outcomes, folder
 
@@ -98,7 +98,7 @@ def way(make_config, tmp_path_factory):
 
 
 def missing(name):
-    """What this machine's device has not got of what a JSON asks for; None: it runs."""
+    """Why this machine's device cannot run a JSON; None: it can."""
     try:
         deepspeed_config.check_device(JSONS[name], name)
     except InputError as error:
@@ -107,10 +107,10 @@ def missing(name):
 
 
 def refusal(name):
-    """Why a checkpoint under a JSON is not converted for other ranks; None: it is, or need not be."""
+    """Why a checkpoint of a JSON cannot be converted for other ranks; None: it can, or need not be."""
     if deepspeed_config.offloads_to_nvme(JSONS[name]):
         return "what is offloaded to NVMe cannot be converted"
-    return "DeepSpeed converts the states of Adam alone" if name == "zero1_muon" else None
+    return "DeepSpeed converts only Adam's states" if name == "zero1_muon" else None
 
 
 def same(model, masters):
@@ -118,7 +118,7 @@ def same(model, masters):
 
 
 @pytest.mark.parametrize(("name", "ranks"), CASES)
-def test_the_exported_weights_are_the_live_masters_to_the_last_bit(way, tmp_path, name, ranks):
+def test_the_exported_weights_are_bit_identical_to_the_live_masters(way, tmp_path, name, ranks):
     firsts, _, outcomes, folder = way(name, ranks)
     assert outcomes["first", name] == 0
     masters = load_file(folder / "first" / f"{name}.safetensors")
@@ -131,7 +131,7 @@ def test_the_exported_weights_are_the_live_masters_to_the_last_bit(way, tmp_path
 
 
 @pytest.mark.parametrize(("name", "ranks"), CASES)
-def test_it_resumes_on_other_ranks_or_is_refused_with_the_reason_and_left_as_it_is(way, name, ranks):
+def test_it_resumes_on_other_ranks_or_is_refused_with_the_reason_and_unchanged(way, name, ranks):
     firsts, others, outcomes, folder = way(name, ranks)
     run = run_dir(others[name])
     if refusal(name) is not None:
@@ -151,7 +151,7 @@ def test_it_resumes_on_other_ranks_or_is_refused_with_the_reason_and_left_as_it_
     model, _, step = load_model(run)
     assert step == LAST
     assert same(model, load_file(folder / "other" / f"{name}.safetensors"))
-    # The sums of gradients are rounded in another order: to 24 bits of a number, or to 8.
+    # Gradients are summed in another order, with a rounding to 24 or to 8 bits.
     losses = [[metrics(config, "loss")[step] for step in (5, 6)] for config in (firsts[name], others[name])]
     assert losses[1] == pytest.approx(
         losses[0], rel=1e-5 if deepspeed_config.precision(JSONS[name]) == "float32" else 0.01
@@ -175,8 +175,8 @@ def test_it_is_evaluated_and_generated_from(way, call, name, ranks):
 @pytest.mark.parametrize(("name", "ranks"), CASES)
 def test_another_run_starts_from_it(way, name, ranks):
     firsts, others, outcomes, _ = way(name, ranks)
-    anew = others[f"{name} anew"]
-    assert outcomes["other", f"{name} anew"] == 0
-    assert f"weights from {run_dir(firsts[name])} (step {LAST})" in (run_dir(anew) / "log.txt").read_text()
-    # Of the same rows: what the first run has learned is there.
-    assert metrics(anew, "loss")[1] < metrics(firsts[name], "loss")[1]
+    second = others[f"{name} from it"]
+    assert outcomes["other", f"{name} from it"] == 0
+    assert f"weights from {run_dir(firsts[name])} (step {LAST})" in (run_dir(second) / "log.txt").read_text()
+    # On the same rows: the first run's learning is kept.
+    assert metrics(second, "loss")[1] < metrics(firsts[name], "loss")[1]

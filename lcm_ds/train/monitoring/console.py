@@ -1,7 +1,7 @@
-"""The console of a worker: lines of ours, with a bar below them on a terminal; whatever libraries say goes to the log.
+"""A worker's console: our lines, with a progress bar below them on a terminal; output of libraries goes to the log.
 
-Promises: from `redirect` on nothing but what goes through here reaches the terminal, also where C++ or a compiler
-writes; a terminal that is gone, and a log on a full disk, end no run.
+From `redirect` on only this module writes to the terminal: output of C++ and compilers is caught as well. Neither a
+closed terminal nor a full disk ends a run.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ MEGABYTE = 1 << 20
 
 
 class Console:
-    """What a process shows. A process has one, `console`.
+    """The console of this process, of which `console` is the only instance.
 
-    Rank 0 draws the bar. The cursor waits at its beginning, so that lines of other ranks take its place.
+    Rank 0 draws the bar and leaves the cursor at its start, so that lines of other ranks replace it.
     """
 
     def __init__(self) -> None:
-        self._out: TextIO | None = None  # the real ones, once 1 and 2 lead elsewhere
+        self._out: TextIO | None = None  # the real streams, once file descriptors 1 and 2 are redirected
         self._err: TextIO | None = None
-        self._kept: int | None = None  # what was said before there was a log
+        self._buffer: int | None = None  # memory file with the output before there is a log
         self._before = (sys.stdout, sys.stderr)
         self._bar, self._drawn = "", 0.0
 
@@ -50,41 +50,41 @@ class Console:
         return self._err or sys.stderr
 
     def redirect(self) -> None:
-        """Keep what is written to the file descriptors 1 and 2 until there is a log (see `log_to`)."""
+        """Buffer what is written to file descriptors 1 and 2 until there is a log (see `log_to`)."""
         if self._out is not None:
             return
         self._before = (sys.stdout, sys.stderr)
         for stream in self._before:
             stream.flush()
         self._out, self._err = _writer(os.dup(STDOUT)), _writer(os.dup(STDERR))
-        self._kept = os.memfd_create("lcm-ds-said")
-        self._point_at(self._kept)
+        self._buffer = os.memfd_create("lcm-ds-output")
+        self._redirect_to(self._buffer)
         sys.stdout, sys.stderr = _writer(STDOUT), _writer(STDERR)
-        faulthandler.enable(self._err)  # what the kernel kills has its stacks on the terminal
+        faulthandler.enable(self._err)  # stacks of a crash go to the terminal
 
     def log_to(self, path: Path) -> None:
-        """From now on it goes to the end of this file, and first what was kept."""
-        if self._kept is None:
+        """Append the buffered output to this file, and all later output."""
+        if self._buffer is None:
             return
         log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        _write(log, self._said())
-        self._point_at(log)
-        for descriptor in (log, self._kept):
+        _write(log, self._buffered())
+        self._redirect_to(log)
+        for descriptor in (log, self._buffer):
             os.close(descriptor)
-        self._kept = None
+        self._buffer = None
 
     def restore(self, show: bool = False) -> None:
-        """Undo `redirect`, unless there is a log by now; show: what was kept, with an error that it may explain."""
-        if self._kept is None or self._out is None or self._err is None:
+        """Undo `redirect`, unless output goes to a log by now; `show` prints the buffered output, e.g. after errors."""
+        if self._buffer is None or self._out is None or self._err is None:
             return
-        said = self._said() if show else b""
+        output = self._buffered() if show else b""
         sys.stdout, sys.stderr = self._before
-        for real, number in ((self._out, STDOUT), (self._err, STDERR)):
-            os.dup2(real.fileno(), number)
-        _write(STDERR, said)
+        for real, descriptor in ((self._out, STDOUT), (self._err, STDERR)):
+            os.dup2(real.fileno(), descriptor)
+        _write(STDERR, output)
         faulthandler.disable()
-        os.close(self._kept)
-        self._out = self._err = self._kept = None
+        os.close(self._buffer)
+        self._out = self._err = self._buffer = None
 
     def line(self, text: str) -> None:
         """A line on stdout, above the bar, and in the log."""
@@ -92,32 +92,32 @@ class Console:
         logger.info(text)
 
     def warning(self, text: str) -> None:
-        """As `line`, for what the user should look at; nothing stops for it."""
+        """Like `line`, for warnings."""
         self._show(self.out, f"warning: {text}")
         logger.warning(text)
 
     def error(self, text: str) -> None:
-        """A line on stderr alone."""
+        """A line on stderr, not in the log."""
         self._show(self.err, text)
 
     def bar(self, text: str, now: bool = False) -> None:
-        """Show `text` below the lines, on a terminal; no more often than eyes can follow, unless it has to be `now`."""
+        """Show `text` below the lines, on a terminal; at most every SECONDS_A_BAR unless `now`."""
         if not _is_terminal(self.out) or not (now or time.monotonic() - self._drawn >= SECONDS_A_BAR):
             return
-        with contextlib.suppress(OSError):  # it was closed just now
+        with contextlib.suppress(OSError):  # the terminal was closed just now
             width = os.get_terminal_size(self.out.fileno()).columns
             self._bar, self._drawn = text[: max(0, width - 1)], time.monotonic()
             self._draw()
 
     def end_bar(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar:
             self._bar = ""
             self.out.write(CLEAR)
             self.out.flush()
 
     def _show(self, stream: TextIO, text: str) -> None:
-        # Another rank's bar may be where this line goes.
+        # This line may overwrite another rank's bar.
         clear = CLEAR if _is_terminal(stream) else ""
         stream.write("".join(f"{clear}{line}\n" for line in text.splitlines()))
         stream.flush()
@@ -128,20 +128,20 @@ class Console:
             self.out.write(self._bar + CLEAR + "\r")
             self.out.flush()
 
-    def _point_at(self, descriptor: int) -> None:
-        for number in (STDOUT, STDERR):
-            os.dup2(descriptor, number)
+    def _redirect_to(self, descriptor: int) -> None:
+        for standard in (STDOUT, STDERR):
+            os.dup2(descriptor, standard)
 
-    def _said(self) -> bytes:
-        """What was kept; a megabyte at most."""
-        assert self._kept is not None
+    def _buffered(self) -> bytes:
+        """The first megabyte of the buffered output."""
+        assert self._buffer is not None
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        return os.pread(self._kept, MEGABYTE, 0)
+        return os.pread(self._buffer, MEGABYTE, 0)
 
 
-class ToConsole(logging.Handler):
-    """Shows errors of the log on the console, too."""
+class ConsoleHandler(logging.Handler):
+    """Prints log records as errors on the console."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """One record."""
@@ -149,22 +149,22 @@ class ToConsole(logging.Handler):
 
 
 class _Forgiving(io.FileIO):
-    """A file that takes what it cannot write: neither a full disk nor a closed terminal is the speaker's trouble."""
+    """A file that ignores errors of writing, e.g. a full disk or a closed terminal."""
 
     def write(self, data: Any) -> int:
         with contextlib.suppress(OSError):
-            if (written := super().write(data)) is not None:  # None: it would have to wait
+            if (written := super().write(data)) is not None:  # None: it would block
                 return written
         return len(data)
 
 
 def _is_terminal(stream: TextIO) -> bool:
-    """Whether it is a terminal that can move its cursor."""
+    """Whether it is a terminal with a movable cursor."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def _writer(descriptor: int) -> TextIO:
-    """Text, line by line, to a file descriptor, which stays open."""
+    """A line-buffered text stream on a file descriptor, which it does not close."""
     raw = _Forgiving(descriptor, "w", closefd=False)
     return io.TextIOWrapper(io.BufferedWriter(raw), "utf-8", "backslashreplace", line_buffering=True)
 
@@ -178,20 +178,20 @@ console = Console()
 
 
 def set_up_logging(run_dir: Path, rank: int) -> None:
-    """Send the project's log, and what DeepSpeed and its friends say, to RUN/log.txt; the console shows errors alone.
+    """Log to RUN/log.txt, libraries included; the console shows only errors.
 
-    Rank 0 logs everything from INFO up; the others warnings and errors, each line with its rank.
+    Rank 0 logs from INFO up; the others log warnings and errors, with their rank.
     """
     handler = logging.FileHandler(run_dir / "log.txt", mode="a", encoding="utf-8")
-    who = "" if rank == 0 else f" rank {rank}"
-    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{who} %(name)s: %(message)s"))
+    of_rank = "" if rank == 0 else f" rank {rank}"
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s{of_rank} %(name)s: %(message)s"))
     handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    errors = ToConsole(logging.ERROR)
-    errors.setFormatter(logging.Formatter(f"%(levelname)s{who}: %(message)s"))
+    errors = ConsoleHandler(logging.ERROR)
+    errors.setFormatter(logging.Formatter(f"%(levelname)s{of_rank}: %(message)s"))
     root = logging.getLogger()
     root.handlers = [handler, errors]
     root.setLevel(logging.WARNING)
-    logging.raiseExceptions = False  # a disk that is full is told where it matters
+    logging.raiseExceptions = False  # a full disk is reported by whatever needs it
     logging.captureWarnings(True)
     hide_deprecations()
     logger.setLevel(logging.INFO)

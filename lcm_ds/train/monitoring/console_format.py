@@ -1,4 +1,4 @@
-"""The words of a run's console lines: columns that stay where they are, a bar, and what is left to say at the end."""
+"""The text of a run's console lines, in aligned columns: steps, validations, the progress bar, the summary."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-BAR = 30  # letters
-# Of simple baselines.
-NAMES = {"val_loss_of_mean": "mean", "val_loss_of_copy": "copy", "val_loss_of_ridge": "ridge"}
+BAR_WIDTH = 30  # characters
+BASELINES = {"val_loss_of_mean": "mean", "val_loss_of_copy": "copy", "val_loss_of_ridge": "ridge"}
 
 
 def step_line(done: int, total: int, values: Mapping[str, Any]) -> str:
-    """The line of a logged step; values: its metrics."""
+    """The line of a logged step, with its metrics."""
     norm, mfu = values["grad_norm"], values["mfu"]
     return (
-        f"{_step(done, total)}  loss {_figure(values['loss'])}  lr {values['lr']:.2e}"
+        f"{_step(done, total)}  loss {_format(values['loss'])}  lr {values['lr']:.2e}"
         f"  grad norm {math.nan if norm is None else norm:8.3f}  {values['concepts_per_second']:9,.0f} concepts/s"
         f"{'' if mfu is None else f'  mfu {mfu:5.1%}'}  eta {clock((total - done) * values['step_time']):>8}"
     )
@@ -24,25 +23,39 @@ def step_line(done: int, total: int, values: Mapping[str, Any]) -> str:
 
 def validation_line(done: int, total: int, values: Mapping[str, Any]) -> str:
     """The line of a validation after `done` steps."""
-    compared = "".join(f"  {name} {values[key]:.4f}" for key, name in NAMES.items() if values.get(key) is not None)
+    baselines = "".join(f"  {name} {values[key]:.4f}" for key, name in BASELINES.items() if values.get(key) is not None)
     return (
-        f"{_step(done, total)}  validation loss {_figure(values['val_loss'])}{compared}"
-        f"  cosine {_figure(values['val_cosine'], 6)}"
+        f"{_step(done, total)}  validation loss {_format(values['val_loss'])}{baselines}"
+        f"  cosine {_format(values['val_cosine'], 6)}"
     )
 
 
-def bar_line(done: int, total: int, seconds: float | None, doing: str = "") -> str:
-    """The bar of a run that has done so many of its steps and needs so many seconds more (None: not known yet)."""
-    filled = round(BAR * done / total)
+def progress_bar(done: int, total: int, seconds: float | None, doing: str = "") -> str:
+    """The progress bar of a run.
+
+    Args:
+        done: Steps done.
+        total: Steps of the run.
+        seconds: Until its end; None if not known yet.
+        doing: What the run does now, if it is not a step.
+    """
+    filled = round(BAR_WIDTH * done / total)
     left = "" if seconds is None else f"  {clock(seconds)} left"
-    return f"{'━' * filled}{'╌' * (BAR - filled)} {done:,} of {total:,} steps ({done / total:.0%}){left}  {doing}"
+    return f"{'━' * filled}{'╌' * (BAR_WIDTH - filled)} {done:,} of {total:,} steps ({done / total:.0%}){left}  {doing}"
 
 
 def summary(run_dir: Path, speed: Mapping[str, Any], seconds: float, losses: Mapping[int, float]) -> list[str]:
-    """What a finished run has come to. seconds: since its last start; losses: of all validations, by steps."""
+    """The last lines of a finished run.
+
+    Args:
+        run_dir: Of the run.
+        speed: Of `ThroughputMeter.read`.
+        seconds: Since its last start.
+        losses: Of all validations, by step.
+    """
     mfu = "" if speed["mfu"] is None else f", mfu {speed['mfu']:.1%}"
     lines = [
-        f"time        {clock(seconds)} since this start",
+        f"time        {clock(seconds)} since the last start",
         f"speed       {speed['concepts_per_second']:,.0f} concepts/s{mfu}, without validating and saving",
     ]
     if losses:
@@ -66,8 +79,8 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}"
 
 
-def _figure(value: float | None, width: int = 7) -> str:
-    """A figure, or a dash where there is none, for want of targets."""
+def _format(value: float | None, width: int = 7) -> str:
+    """The value, or a dash if there were no targets."""
     return f"{'–':>{width}}" if value is None else f"{value:{width}.4f}"
 
 

@@ -1,6 +1,6 @@
-"""The gradient beside the two numbers of a recipe that depend on the loss's scale: Adam's eps, and where it is clipped.
+"""Gradient norms, and whether Adam's eps and the clipping norm, which depend on the scale of the loss, fit them.
 
-An eps far above the gradients makes weights move less than the learning rate says, and nothing else shows it.
+An eps far above the gradients reduces every update, which no other metric shows.
 """
 
 from __future__ import annotations
@@ -8,14 +8,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-PAPERS_EPS = 1e-5  # arXiv 2412.08821, section 2.4.1; of a loss that is the sum over dimensions (see loss.py)
-MOST = 0.5  # of Adam's denominator that eps may be without a word
+PAPER_EPS = 1e-5  # arXiv 2412.08821, section 2.4.1; for a loss summed over dimensions (see loss.py)
+MAX_EPS_SHARE = 0.5  # share of eps in Adam's denominator above which a warning is printed
 
 
 class GradientMeter:
-    """Norms of the gradient, before clipping, over the steps since the last line.
+    """Gradient norms, before clipping, of the steps since the last report.
 
-    parameters: that are trained; eps: of the optimizer, None for one without; clip: the largest norm, 0 does not clip.
+    Args:
+        parameters: Number of trained parameters.
+        eps: Of the optimizer; None if it has none.
+        clip: The maximum norm; 0 does not clip.
     """
 
     def __init__(self, parameters: int, eps: float | None, clip: float) -> None:
@@ -24,15 +27,15 @@ class GradientMeter:
         self._warned = False
 
     def add(self, norm: Any) -> None:
-        """One step's norm: a number or a scalar tensor; None where DeepSpeed does not tell it."""
+        """One step's norm: a number or a scalar tensor; None if DeepSpeed does not compute it."""
         self._norms.append(None if norm is None else float(norm))
 
     def reset(self) -> None:
-        """Begin a new line."""
+        """Start over after a report."""
         self._norms.clear()
 
     def read(self) -> dict[str, float | None]:
-        """grad_norm and adam_eps_share of the last step, and clipped, the share of steps that were; None: not known."""
+        """grad_norm and adam_eps_share of the last step, and the share of clipped steps; None: unknown."""
         norm, known = (self._norms or [None])[-1], [norm for norm in self._norms if norm is not None]
         clipped = sum(math.isfinite(norm) and norm > self._clip for norm in known) if self._clip else 0
         return {
@@ -42,24 +45,24 @@ class GradientMeter:
         }
 
     def eps_warning(self, embed_dim: int) -> str | None:
-        """What is wrong with eps, at the first line that shows it; embed_dim: dimensions that the loss is a mean of."""
+        """A warning about eps, once; embed_dim: number of dimensions that the loss is a mean of."""
         norm = (self._norms or [None])[-1]
         share = self._eps_share(norm)
-        if self._warned or norm is None or share is None or share <= MOST:
+        if self._warned or norm is None or share is None or share <= MAX_EPS_SHARE:
             return None
         self._warned = True
         return (
-            f"optim.eps: {self._eps:g} is {share:.0%} of Adam's denominator (the gradient is {self._scale(norm):.2g} a "
-            f"weight), so weights move {1 - share:.2g} times as far as optim.lr says; the LCM paper's eps would be "
-            f"{PAPERS_EPS / embed_dim:.3g} here: {PAPERS_EPS:g} / {embed_dim} dimensions, of which the loss is the mean"
+            f"optim.eps: {self._eps:g} is {share:.0%} of Adam's denominator (gradient per weight: "
+            f"{self._scale(norm):.2g}), which scales all updates by {1 - share:.2g}; the LCM paper's eps corresponds "
+            f"to {PAPER_EPS / embed_dim:.3g} here: {PAPER_EPS:g} / {embed_dim}, as this loss is a mean over dimensions"
         )
 
     def _scale(self, norm: float) -> float:
-        """Root mean square over the parameters, of what the optimizer gets."""
+        """Root mean square over the parameters of the gradient after clipping."""
         return (min(norm, self._clip) if self._clip else norm) / math.sqrt(self._parameters)
 
     def _eps_share(self, norm: float | None) -> float | None:
-        """An estimate: sqrt(v) of Adam is taken for the root mean square of the gradient, of all parameters alike."""
+        """An estimate, with the root mean square of the gradient as Adam's sqrt(v) for all parameters."""
         if self._eps is None or norm is None or not math.isfinite(norm) or norm <= 0:
             return None
         return self._eps / (self._eps + self._scale(norm))

@@ -1,7 +1,6 @@
-"""Histograms of weights and gradients, in few groups: what fits a chart, whatever the size of the model.
+"""Histograms of weights and gradients in a few groups, whose number does not grow with the model.
 
-Promises: the same numbers under every ZeRO stage; one parameter at a time is whole on a device, and nothing but counts
-leaves it.
+The same numbers under every ZeRO stage. One parameter at a time is gathered on a device, which only counts leave.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from torch import Tensor, nn
 
-# Edges of bins: powers of RATIO from SMALLEST to LARGEST, of both signs; what is beyond has a bin of its own.
+# Bin edges: ± powers of RATIO from SMALLEST to LARGEST; one more bin for larger values.
 SMALLEST, LARGEST, RATIO = 1e-10, 1e4, 1.2
-LAYER_GROUPS = 4  # of a model's layers, at most
-KINDS = {"self_attn": "attention", "mlp": "mlp"}  # a decoder layer's matrices, by the module that has them
+LAYER_GROUPS = 4  # at most
+KINDS = {"self_attn": "attention", "mlp": "mlp"}  # module of a decoder layer → group
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of finite values: counts[i] of them lie above limits[i − 1] and at or below limits[i]."""
+    """Counts of finite values: counts[i] is the number in (limits[i − 1], limits[i]]."""
 
     limits: list[float]
     counts: list[int]
@@ -34,29 +33,29 @@ class Histogram:
 
     @property
     def count(self) -> int:
-        """How many values there are."""
+        """Number of values."""
         return sum(self.counts)
 
 
 def histograms(engine: deepspeed.DeepSpeedEngine, counts: bool) -> dict[str, Histogram]:
-    """Those of weights and of gradients, by `weights/GROUP` and `gradients/GROUP`; all ranks call this together.
+    """Histograms named `weights/GROUP` and `gradients/GROUP`; all ranks call this together.
 
-    To be called between the last backward of a step and engine.step: then gradients are there, averaged over ranks and
-    not yet clipped. counts: whether this rank wants them; the others only help to put the parameters together.
+    To be called between the last backward of a step and engine.step, when gradients are averaged over ranks and not yet
+    clipped. counts: whether this rank returns histograms; the others only take part in gathering parameters.
     """
-    found: dict[str, _Counts] = {}
-    scale = float(getattr(engine.optimizer, "cur_scale", 1.0))  # fp16 multiplies the loss by it
+    groups: dict[str, _Counts] = {}
+    scale = float(getattr(engine.optimizer, "cur_scale", 1.0))  # the loss scale of fp16
     for name, parameter in engine.module.named_parameters():
         group = group_of(name, engine.module.config.num_hidden_layers)
-        for what, values in _whole(parameter):
+        for kind, values in _gathered(parameter):
             if counts and values is not None:
-                exact = values.detach().float() / (scale if what == "gradients" else 1.0)
-                found.setdefault(f"{what}/{group}", _Counts(exact.device)).add(exact)
-    return {name: some.read() for name, some in found.items() if some.any()}
+                unscaled = values.detach().float() / (scale if kind == "gradients" else 1.0)
+                groups.setdefault(f"{kind}/{group}", _Counts(unscaled.device)).add(unscaled)
+    return {name: group_counts.read() for name, group_counts in groups.items() if group_counts.any()}
 
 
 def group_of(name: str, layers: int) -> str:
-    """The group that a parameter of a Base-LCM of so many layers belongs to."""
+    """The group of a parameter of a Base-LCM with `layers` layers."""
     parts = name.split(".")
     if parts[0] != "layers":
         return "norms" if parts[0] == "norm" else parts[0]
@@ -67,8 +66,8 @@ def group_of(name: str, layers: int) -> str:
     return f"{kind}/layer_{first:02d}" + (f"-{last:02d}" if last > first else "")
 
 
-def _whole(parameter: nn.Parameter) -> Iterator[tuple[str, Tensor | None]]:
-    """A parameter and its gradient, put together from all ranks, the weights in fp32 where there are such."""
+def _gathered(parameter: nn.Parameter) -> Iterator[tuple[str, Tensor | None]]:
+    """A parameter (its fp32 master if there is one) and its gradient, gathered from all ranks."""
     weights = safe_get_full_fp32_param(parameter)
     yield "weights", parameter if weights is None else weights
     yield "gradients", safe_get_full_grad(parameter)
@@ -83,7 +82,7 @@ def _edges() -> Tensor:
 
 
 class _Counts:
-    """A histogram in the making, on a device."""
+    """Accumulates a histogram on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._edges = _edges().to(device)
@@ -93,7 +92,7 @@ class _Counts:
         self._max = -self._min
 
     def add(self, values: Tensor) -> None:
-        """Count the finite ones of some values."""
+        """Count the finite values."""
         finite = values.flatten()
         finite = finite[finite.isfinite()]
         if not len(finite):
@@ -108,10 +107,9 @@ class _Counts:
         return bool(self._counts.any())
 
     def read(self) -> Histogram:
-        """What was counted, without the empty bins at both ends."""
+        """The histogram without empty bins at its ends, but one on the left, whose limit the first full bin needs."""
         counts = self._counts.tolist()
         limits = [*self._edges.tolist(), max(LARGEST, self._max.item())]
-        filled = [number for number, count in enumerate(counts) if count]
-        part = slice(max(0, filled[0] - 1), filled[-1] + 1)  # an empty one, whose limit is the left end of the first
-        least, most = self._min.item(), self._max.item()
-        return Histogram(limits[part], counts[part], least, most, *self._sums.tolist())
+        filled = [index for index, count in enumerate(counts) if count]
+        part = slice(max(0, filled[0] - 1), filled[-1] + 1)
+        return Histogram(limits[part], counts[part], self._min.item(), self._max.item(), *self._sums.tolist())

@@ -12,10 +12,7 @@ logger = logging.getLogger("lcm_ds.train")
 
 
 class StepProfiler:
-    """Records the steps `first` to `last` (from 0) and writes RUN/profile/steps_FIRST-LAST.pt.trace.json.
-
-    steps: (first, last), or None, where nothing is recorded.
-    """
+    """Records the steps (first, last), from 0, into RUN/profile/steps_FIRST-LAST.pt.trace.json; None: nothing."""
 
     def __init__(self, run_dir: Path, steps: tuple[int, int] | None) -> None:
         self._folder, self._steps = run_dir / "profile", steps
@@ -36,7 +33,7 @@ class StepProfiler:
             self.close()
 
     def close(self) -> None:
-        """Write what was recorded, also where the run ends before the last of the steps."""
+        """Write the trace, even if the run ends before its last step."""
         if self._profile is None:
             return
         self._profile.stop()

@@ -1,6 +1,6 @@
-"""A run in TensorBoard: scalars, a layout that opens with what matters, hparams, histograms, a figure, samples.
+"""A run in TensorBoard: scalars with a custom layout, hparams, histograms, the error by position, text samples.
 
-Promises: the x axis is the step; after a resume nothing is there twice; one folder is one run of TensorBoard's.
+The x axis is the step; after a resume every step is there once; the folder is a single run of TensorBoard.
 """
 
 from __future__ import annotations
@@ -24,72 +24,71 @@ logger = logging.getLogger("lcm_ds")
 
 Setting = str | bool | int | float
 
-# What is said of the run as a whole is in a file of its own, so that a resume replaces it.
-ABOUT = ".about"
+# Layout and hparams are in a separate event file, which a resume replaces.
+RUN_SUFFIX = ".about"
 ERROR_BY_POSITION = "val_error_by_position"
 FLUSH_SECONDS = 30
-# Each chart's tags are regular expressions from the beginning of a tag on.
+# A chart's tags are regular expressions, matched from the start of a tag.
 LAYOUT = {
-    "the run": {
-        "loss, and that of mean, copy and ridge": ["Multiline", ["loss/train$", "loss/validation.*"]],
+    "overview": {
+        "loss: model, mean, copy, best ridge": ["Multiline", ["loss/train$", "loss/validation.*"]],
         "model FLOPs utilisation": ["Multiline", ["speed/mfu$"]],
-        "validation": ["Multiline", ["val/cosine$", "val/variance_ratio$"]],
-        "concepts a second": ["Multiline", ["speed/concepts_per_second$"]],
-        "targets a step": ["Multiline", ["data/targets$"]],
+        "validation: cosine, variance ratio": ["Multiline", ["val/cosine$", "val/variance_ratio$"]],
+        "throughput (concepts/s)": ["Multiline", ["speed/concepts_per_second$"]],
+        "targets per step": ["Multiline", ["data/targets$"]],
     }
 }
 
 
 class TensorBoardWriter:
-    """RUN/tensorboard, from the step `start` on. settings: what the table of hparams compares runs by.
+    """Writes RUN/tensorboard from step `start` on. Errors are logged, and the next write tries again.
 
-    Where the disk is full it goes without, and tries again later.
+    settings: hyperparameters for the hparams table.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Setting], start: int) -> None:
         self._folder, self._settings, self._purge_step = folder, settings, start + 1
         self._writer: SummaryWriter | None = None
-        self._about: SummaryWriter | None = None
+        self._run_writer: SummaryWriter | None = None  # of layout and hparams
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers by their tags."""
+        """Scalars by tag."""
         with self._writing(step) as writer:
             for tag, value in values.items():
                 writer.add_scalar(tag, value, step)
 
     def errors(self, step: int, by_position: Sequence[float | None]) -> None:
-        """The figure of the validation's error by position in the segment."""
+        """A figure of the validation error by position in the segment."""
         with self._writing(step) as writer:
             writer.add_image("val/error_by_position", error_figure(by_position, step), step, dataformats="HWC")
 
     def histograms(self, step: int, values: Mapping[str, Histogram]) -> None:
-        """Histograms by their tags."""
+        """Histograms by tag."""
         with self._writing(step) as writer:
-            for tag, found in values.items():
+            for tag, h in values.items():
                 writer.add_histogram_raw(
-                    tag, found.min, found.max, found.count, found.sum, found.sum_of_squares, found.limits, found.counts,
-                    step,
+                    tag, h.min, h.max, h.count, h.sum, h.sum_of_squares, h.limits, h.counts, step
                 )  # fmt: skip
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """What the model predicts for fixed prompts, in words."""
+        """Predictions for fixed prompts, as text."""
         with self._writing(step) as writer:
-            for number, sample in enumerate(samples):
-                writer.add_text(f"samples/{number}", told(sample), step)
+            for index, sample in enumerate(samples):
+                writer.add_text(f"samples/{index}", sample_markdown(sample), step)
 
     def flush(self) -> None:
-        """To the disk with it."""
+        """Write to disk."""
         if self._writer is not None:
             with self._writing(self._purge_step) as writer:
                 writer.flush()
 
     def close(self, done: bool) -> None:
-        """Write out what waits; done: whether the run came to its end."""
+        """Flush and close; done: whether the run is complete."""
         with contextlib.suppress(OSError):
-            if self._about is not None:
+            if self._run_writer is not None:
                 if done:
-                    _add(self._about, _hparams(self._settings)[2])
-                self._about.close()
+                    _add(self._run_writer, _hparams(self._settings)[2])
+                self._run_writer.close()
             if self._writer is not None:
                 self._writer.close()
 
@@ -104,33 +103,33 @@ class TensorBoardWriter:
     def _open(self) -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
-        if self._about is None:
+        if self._run_writer is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             for old in self._folder.glob("*tfevents*"):
-                if old.name.endswith(ABOUT):
+                if old.name.endswith(RUN_SUFFIX):
                     old.unlink()
                 else:
                     drop_later(old, self._purge_step - 1)
-            about = SummaryWriter(self._folder, filename_suffix=ABOUT)
-            about.add_custom_scalars(LAYOUT)
+            writer = SummaryWriter(self._folder, filename_suffix=RUN_SUFFIX)
+            writer.add_custom_scalars(LAYOUT)
             for summary in _hparams(self._settings)[:2]:
-                _add(about, summary)
-            about.flush()
-            self._about = about
+                _add(writer, summary)
+            writer.flush()
+            self._run_writer = writer
         if self._writer is None:
             self._writer = SummaryWriter(self._folder, purge_step=self._purge_step, flush_secs=FLUSH_SECONDS)
         return self._writer
 
 
 def drop_later(path: Path, last_step: int) -> None:
-    """Take what is of steps after `last_step` out of an event file.
+    """Remove entries of steps after `last_step` from an event file.
 
-    TensorBoard's loader, the fast one, keeps such points even where a later file says that they are to be purged.
+    TensorBoard's fast loader shows them even if a later file purges them.
     """
     with path.open("rb") as file:
         if all(step <= last_step for _, step in _records(file)):
             return
-    partial = path.with_name("purged.partial")  # a name that TensorBoard does not read
+    partial = path.with_name("purged.partial")  # TensorBoard ignores this name
     with path.open("rb") as file, partial.open("wb") as kept:
         kept.writelines(record for record, step in _records(file) if step <= last_step)
         kept.flush()
@@ -139,9 +138,9 @@ def drop_later(path: Path, last_step: int) -> None:
 
 
 def _records(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
-    """The records of an event file, whole, and the step of each; one that a crash cut short ends them.
+    """The raw records of an event file with their steps, up to one truncated by a crash.
 
-    A record is TFRecord's: its length (uint64), a checksum of that (4 bytes), an Event, a checksum (4 bytes).
+    The format is TFRecord's: length (uint64), its checksum (4 bytes), an Event, its checksum (4 bytes).
     """
     from tensorboard.compat.proto.event_pb2 import Event
 
@@ -154,14 +153,14 @@ def _records(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
 
 
 def _add(writer: SummaryWriter, summary: Any) -> None:
-    assert writer.file_writer is not None  # it is open
+    assert writer.file_writer is not None
     writer.file_writer.add_summary(summary)
 
 
 def _hparams(settings: Mapping[str, Setting]) -> Any:
-    """The summaries of the HPARAMS tab: of the experiment, of the session's start and of its end.
+    """The summaries of the HPARAMS tab: experiment, session start, session end.
 
-    The metrics' values are those of the scalars of the same run, the last ones.
+    TensorBoard shows the last scalars of the run as its metrics.
     """
     from torch.utils.tensorboard.summary import hparams
 
@@ -169,7 +168,7 @@ def _hparams(settings: Mapping[str, Setting]) -> Any:
 
 
 def error_figure(by_position: Sequence[float | None], step: int) -> np.ndarray:
-    """Error over position, as a picture: uint8 [height, width, 3]; gaps where a position has no targets (None)."""
+    """A plot of error over position, uint8 [height, width, 3], with gaps at positions without targets (None)."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -189,19 +188,19 @@ def error_figure(by_position: Sequence[float | None], step: int) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def told(sample: Sample) -> str:
-    """A sample as Markdown; a sentence is no markup, whatever it holds."""
-    before = [f"… {_plain(sentence)}" for sentence in sample.context]
+def sample_markdown(sample: Sample) -> str:
+    """A sample as Markdown, its sentences escaped."""
+    context = [f"… {_escape(sentence)}" for sentence in sample.context]
     return "\n\n".join(
         [
-            f"*{_plain(sample.document)}*",
-            *before,
-            f"**truth** (cosine {sample.cosine_of_truth:.3f}, place {sample.rank_of_truth}): {_plain(sample.truth)}",
-            f"**nearest to the prediction** (cosine {sample.cosine:.3f}): {_plain(sample.nearest)}",
+            f"*{_escape(sample.document)}*",
+            *context,
+            f"**truth** (cosine {sample.cosine_of_truth:.3f}, rank {sample.rank_of_truth}): {_escape(sample.truth)}",
+            f"**nearest to the prediction** (cosine {sample.cosine:.3f}): {_escape(sample.nearest)}",
         ]
     )
 
 
-def _plain(text: str) -> str:
-    """Text without what Markdown would take for markup."""
+def _escape(text: str) -> str:
+    """Text on one line with Markdown's special characters escaped."""
     return "".join("\\" + letter if letter in "\\`*_{}[]<>()#+-.!|~" else letter for letter in " ".join(text.split()))

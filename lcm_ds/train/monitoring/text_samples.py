@@ -1,6 +1,6 @@
-"""What a model predicts, in words: sentences of the validation dataset that are nearest to its predictions.
+"""Predictions as text: the sentences of the validation dataset that are nearest to them.
 
-Promises: the same prompts at every validation of a run; nothing but the dataset's own sentences is needed, no decoder.
+The same prompts at every validation of a run; no decoder is needed.
 """
 
 from __future__ import annotations
@@ -10,34 +10,34 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from lcm_ds.data.batch import Batch
 from lcm_ds.data.format import Dataset
 from lcm_ds.data.shard import open_shard
+from lcm_ds.distributed.collectives import from_first
 from lcm_ds.errors import InputError
 from lcm_ds.train.step import Stepper
 
 logger = logging.getLogger("lcm_ds.train")
 
-CANDIDATES = 4096  # concepts that predictions are compared with: the first ones of the dataset
-PROMPT = 8  # concepts of a document that a prompt has, at most
-SHOWN = 3  # of its sentences
+CANDIDATES = 4096  # predictions are compared with this many concepts at the start of the dataset
+MAX_PROMPT = 8  # concepts
+SHOWN = 3  # sentences of a prompt
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, what comes after it, and what was predicted."""
+    """A prompt, its true continuation, and the prediction."""
 
     document: str
     context: list[str]  # the last sentences of the prompt
     truth: str
-    nearest: str  # of all candidates, the sentence whose concept has the highest cosine with the prediction; raw space
-    cosine: float  # of that one
+    nearest: str  # the candidate with the highest cosine to the prediction, raw space
+    cosine: float
     cosine_of_truth: float
-    rank_of_truth: int  # among the candidates, 1 where no other is nearer
+    rank_of_truth: int  # among the candidates, from 1
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,21 @@ class _Prompt:
     """The first concepts of a document among the candidates."""
 
     document: str
-    first: int  # its first concept, counted over the candidates
-    length: int  # of the prompt; the concept after it is the truth
+    first: int  # index of its first concept among the candidates
+    length: int  # the concept after the prompt is the truth
 
 
 class Samples:
     """Fixed prompts from a run's validation dataset; rank 0 reads them, all ranks predict."""
 
     def __init__(self, stepper: Stepper, dataset: Dataset, count: int) -> None:
-        """Take `count` prompts of the dataset's first documents, fewer where few have sentences or are long enough."""
+        """Take up to `count` prompts from the first documents that have sentences and are long enough."""
         self.stepper = stepper
-        longest = min(PROMPT, stepper.job.config.data.row_length - 1, stepper.job.config.data.max_segment - 1)
+        longest = min(MAX_PROMPT, stepper.job.config.data.row_length - 1, stepper.job.config.data.max_segment - 1)
         self._sentences: list[str] = []
         self._prompts: list[_Prompt] = []
         read = [np.zeros((0, dataset.embed_dim), np.float32)]
-        if stepper.place.rank == 0:
+        if stepper.env.rank == 0:
             try:
                 read += self._read(dataset, longest, count)
             except InputError as error:
@@ -68,13 +68,11 @@ class Samples:
         candidates = torch.from_numpy(np.concatenate(read))
         prompts = [candidates[prompt.first : prompt.first + prompt.length] for prompt in self._prompts]
         self._candidates = normalize(candidates, dim=-1) if prompts else candidates[:0]
-        shared = [prompts]
-        dist.broadcast_object_list(shared, 0)  # so that all ranks predict as often
-        self._inputs = shared[0]
+        self._inputs = from_first(prompts)  # all ranks take part in each prediction
 
     @torch.no_grad()
     def predict(self) -> list[Sample]:
-        """What the model predicts now, on rank 0; nothing on the others. All ranks call this."""
+        """The model's current predictions, on rank 0; empty on the others. All ranks call this."""
         self.stepper.engine.eval()
         rows = self.stepper.job.config.batch.micro_batch_rows
         predicted = []
@@ -84,11 +82,11 @@ class Samples:
             predicted.append(self.stepper.engine.module.normalizer.denormalize(predictions.float()).cpu())
         if not self._prompts:
             return []
-        every = torch.cat(predicted)
-        return [self._sample(prompt, every[row, prompt.length - 1]) for row, prompt in enumerate(self._prompts)]
+        predictions = torch.cat(predicted)
+        return [self._sample(prompt, predictions[row, prompt.length - 1]) for row, prompt in enumerate(self._prompts)]
 
     def _read(self, dataset: Dataset, longest: int, count: int) -> list[np.ndarray]:
-        """Concepts of the first documents that have sentences, in fp32, CANDIDATES at most."""
+        """Concepts of the first documents that have sentences, in fp32; CANDIDATES at most."""
         read: list[np.ndarray] = []
         for index in range(len(dataset.shards)):
             shard = open_shard(dataset, index)
@@ -99,7 +97,7 @@ class Samples:
                 sentences = [str(sentence) for sentence in meta["sentences"]][:CANDIDATES]
                 if not sentences:
                     continue
-                length = min(longest, len(sentences) - 2)  # the truth is not the end of the text
+                length = min(longest, len(sentences) - 2)  # the truth must not be the end of the text
                 if length > 0 and len(self._prompts) < count:
                     self._prompts.append(_Prompt(str(meta["id"]), len(self._sentences), length))
                 self._sentences += sentences
@@ -107,7 +105,7 @@ class Samples:
         return read
 
     def _batch(self, inputs: list[Tensor]) -> Batch:
-        """Prompts as rows of a batch of the size that the model is used to."""
+        """Prompts as rows of a batch with the shape of training batches."""
         config = self.stepper.job.config
         concepts = torch.zeros(config.batch.micro_batch_rows, config.data.row_length, inputs[0].shape[-1])
         segments = torch.full(concepts.shape[:2], -1, dtype=torch.int32)

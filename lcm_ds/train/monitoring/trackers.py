@@ -1,6 +1,6 @@
-"""Weights & Biases and MLflow, for those who ask for them: the scalars of TensorBoard under the same tags and steps.
+"""Optional Weights & Biases and MLflow: the scalars of TensorBoard under the same tags and steps.
 
-Promises: a resumed run goes on in the same run over there; no trouble with a tracker ends a run or makes it wait.
+A resumed run continues the tracker's run. No error of a tracker ends a run or delays it.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from lcm_ds.train.monitoring.tensorboard import Setting
 
 logger = logging.getLogger("lcm_ds")
 
-IDS = "trackers.json"  # in the run's folder: under which names the run is known elsewhere
-MOST_WAITING = 10_000  # lines of metrics
-# That the end of a run waits for what is still to be sent, and where nobody has answered yet or the run was stopped.
-PATIENCE_SECONDS, SHORT_PATIENCE_SECONDS = 30.0, 5.0
-PARAMS_AT_A_TIME, LONGEST_PARAM = 100, 500  # MLflow's limits
+IDS = "trackers.json"  # in the run's folder: its ids in the trackers
+MAX_QUEUED = 10_000  # calls
+# How long the end of a run waits for queued calls; the shorter if no tracker has answered yet or the run was stopped.
+CLOSE_SECONDS, SHORT_CLOSE_SECONDS = 30.0, 5.0
+PARAMS_PER_CALL, MAX_PARAM_LENGTH = 100, 500  # MLflow's limits
 
 
 class Tracker(Protocol):
-    """Somewhere that scalars go."""
+    """A service that receives scalars."""
 
-    id: str  # of the run over there
+    id: str  # of the run in the tracker
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers by their tags."""
+        """Scalars by tag."""
 
     def close(self, done: bool) -> None:
-        """done: whether the run came to its end."""
+        """done: whether the run is complete."""
 
 
 class Wandb:
-    """A run of Weights & Biases. The step is a value of its own, for theirs never goes back, as a resumed run may."""
+    """A run of Weights & Biases. `step` is a metric of its own, because wandb's step cannot decrease on a resume."""
 
     def __init__(self, config: WandbConfig, run_dir: Path, settings: Mapping[str, Setting], known: str | None) -> None:
         import wandb
@@ -70,22 +70,22 @@ class Wandb:
 
 
 class Mlflow:
-    """A run of MLflow; its state is kept here, none of the library's."""
+    """A run of MLflow, without the library's global state."""
 
     def __init__(self, config: MlflowConfig, run_dir: Path, settings: Mapping[str, Setting], known: str | None) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it would tell its makers of each call
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
 
         self._metric = Metric
         self._client = MlflowClient(config.tracking_uri)
         if known is None:
-            found = self._client.get_experiment_by_name(config.experiment)
-            experiment = found.experiment_id if found else self._client.create_experiment(config.experiment)
+            existing = self._client.get_experiment_by_name(config.experiment)
+            experiment = existing.experiment_id if existing else self._client.create_experiment(config.experiment)
             self.id = self._client.create_run(experiment, run_name=run_dir.name).info.run_id
-            params = [Param(key, str(value)[:LONGEST_PARAM]) for key, value in settings.items()]
-            for first in range(0, len(params), PARAMS_AT_A_TIME):
-                self._client.log_batch(self.id, params=params[first : first + PARAMS_AT_A_TIME])
+            params = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in settings.items()]
+            for first in range(0, len(params), PARAMS_PER_CALL):
+                self._client.log_batch(self.id, params=params[first : first + PARAMS_PER_CALL])
         else:
             self.id = known
             self._client.update_run(known, status="RUNNING")
@@ -102,62 +102,63 @@ KINDS: dict[str, Callable[..., Tracker]] = {"wandb": Wandb, "mlflow": Mlflow}
 
 
 class Trackers:
-    """Those that the config names, in a thread of their own. One that fails is left out from then on."""
+    """The configured trackers, called from a thread; one that fails is disabled."""
 
     def __init__(self, config: LogConfig, run_dir: Path, settings: Mapping[str, Setting]) -> None:
         self._names = [name for name in KINDS if getattr(config, name) is not None]
-        self._there: dict[str, Tracker] = {}
-        self._ready = threading.Event()  # all have answered, or are left out
-        self._waiting: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(MOST_WAITING)
+        self._active: dict[str, Tracker] = {}
+        self._ready = threading.Event()  # all have answered or are disabled
+        self._calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(MAX_QUEUED)
         self._thread: threading.Thread | None = None
         if self._names:
-            work = (config, run_dir, dict(settings))
-            self._thread = threading.Thread(target=self._work, args=work, name="lcm-ds-trackers", daemon=True)
+            arguments = (config, run_dir, dict(settings))
+            self._thread = threading.Thread(target=self._work, args=arguments, name="lcm-ds-trackers", daemon=True)
             self._thread.start()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers by their tags; dropped where too many wait for a tracker that does not answer."""
+        """Scalars by tag; dropped if the queue is full, because a tracker does not answer."""
         if self._thread is not None:
             with contextlib.suppress(queue.Full):
-                self._waiting.put_nowait(lambda tracker: tracker.scalars(step, values))
+                self._calls.put_nowait(lambda tracker: tracker.scalars(step, values))
 
     def close(self, done: bool) -> None:
-        """Send what waits, for PATIENCE_SECONDS at most; done: whether the run came to its end."""
+        """Send queued calls, for CLOSE_SECONDS at most; done: whether the run is complete."""
         if self._thread is None:
             return
-        until = time.monotonic() + (PATIENCE_SECONDS if done and self._ready.is_set() else SHORT_PATIENCE_SECONDS)
+        until = time.monotonic() + (CLOSE_SECONDS if done and self._ready.is_set() else SHORT_CLOSE_SECONDS)
         with contextlib.suppress(queue.Full):
-            self._waiting.put(lambda tracker: tracker.close(done), timeout=until - time.monotonic())
-            self._waiting.put(None, timeout=max(0.0, until - time.monotonic()))
+            self._calls.put(lambda tracker: tracker.close(done), timeout=until - time.monotonic())
+            self._calls.put(None, timeout=max(0.0, until - time.monotonic()))
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            logger.error("log.%s: no answer: some of the last values are not there", ", log.".join(self._names))
+            logger.error("log.%s: no answer: the last values may be missing", ", log.".join(self._names))
 
     def _work(self, config: LogConfig, run_dir: Path, settings: Mapping[str, Setting]) -> None:
-        known = read_object(run_dir / IDS, default={})
+        ids = read_object(run_dir / IDS, default={})
         for name, kind in KINDS.items():
             if (block := getattr(config, name)) is not None:
-                with self._left_out_if_it_fails(name):
-                    self._there[name] = kind(block, run_dir, settings, known.get(name))
+                with self._disable_on_error(name):
+                    self._active[name] = kind(block, run_dir, settings, ids.get(name))
         self._ready.set()
         with contextlib.suppress(OSError):  # a full disk
-            write_whole(run_dir / IDS, json.dumps(known | {name: each.id for name, each in self._there.items()}) + "\n")
-        while (call := self._waiting.get()) is not None:
-            for name, tracker in list(self._there.items()):
-                with self._left_out_if_it_fails(name):
+            ids |= {name: tracker.id for name, tracker in self._active.items()}
+            write_whole(run_dir / IDS, json.dumps(ids) + "\n")
+        while (call := self._calls.get()) is not None:
+            for name, tracker in list(self._active.items()):
+                with self._disable_on_error(name):
                     call(tracker)
 
     @contextlib.contextmanager
-    def _left_out_if_it_fails(self, name: str) -> Iterator[None]:
+    def _disable_on_error(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever a library of somebody else's raises
-            logger.error("log.%s: left out from here on: %s", name, " ".join(str(error).split()) or repr(error))
-            self._there.pop(name, None)
+        except Exception as error:  # of any kind: libraries raise their own
+            logger.error("log.%s: disabled for this run: %s", name, " ".join(str(error).split()) or repr(error))
+            self._active.pop(name, None)
 
 
 def missing_packages(config: LogConfig) -> list[str]:
-    """A line for each tracker that the config names and that is not installed."""
+    """A line for each tracker in the config that is not installed."""
     return [
         f"log.{name}: the package {name} is not installed: pip install 'lcm-ds[{name}]'"
         for name in KINDS

@@ -1,6 +1,6 @@
-"""What a run does about steps that go wrong: those that are not finite, and losses that leap.
+"""Reactions to steps that go wrong: losses or gradients that are not finite, and loss spikes.
 
-All ranks see the same losses and come to the same.
+All ranks see the same losses and decide alike.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from lcm_ds.train.job import TrainJob
 
 logger = logging.getLogger("lcm_ds.train")
 
-MOST_TIMES = 10
-NAMED = 5  # documents in a line of the log; RUN/incidents.jsonl has them all
+MAX_ROLLBACKS = 10  # to one checkpoint
+MAX_NAMED_DOCUMENTS = 5  # in a line of the log; RUN/incidents.jsonl has them all
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Incident:
 
     step: int
     what: str
-    leave_out: range | None = None  # the steps to go back for, and to leave out then
+    skip: range | None = None  # the steps to skip after a rollback; None: no rollback
 
 
 class Rollback(Exception):
-    """The run has to go back to its last checkpoint; raised by all ranks at the same step."""
+    """The run returns to its last checkpoint; raised by all ranks at the same step."""
 
     def __init__(self, incident: Incident) -> None:
         super().__init__(incident.what)
@@ -48,9 +48,9 @@ class Rollback(Exception):
 
 
 class StepMonitor:
-    """Judges each step by its loss and by whether it was applied.
+    """Checks the loss of each step, and whether the step was applied.
 
-    losses: of the steps before the first one, as `state` gives them.
+    losses: of the steps before the first one, from `state`.
     """
 
     def __init__(self, config: GuardConfig, losses: list[float]) -> None:
@@ -59,13 +59,16 @@ class StepMonitor:
         self.skipped_in_a_row = 0
 
     def state(self) -> list[float]:
-        """What a run that is resumed has to know to judge as this one does."""
+        """What a resumed run needs to decide alike."""
         return list(self._losses)
 
     def check(self, step: int, loss: float | None, applied: bool) -> Incident | None:
-        """What is wrong with a step: with its loss over all ranks, or with its gradients (`applied` is False then).
+        """What is wrong with a step, if anything.
 
-        A step without targets has no loss (None), and is none of those that later ones are compared with.
+        Args:
+            step: Its number, from 0.
+            loss: Over all ranks; None without targets: such a step is not compared with others.
+            applied: False if the gradients were not finite.
         """
         if not applied:
             self.skipped_in_a_row += 1
@@ -73,92 +76,95 @@ class StepMonitor:
             what = f"{what} is not finite, the step is skipped"
             if self.skipped_in_a_row < self._config.max_skipped:
                 return Incident(step, what)
-            what += f", as {self.skipped_in_a_row} in a row were (guard.max_skipped)"
+            what += f", the last of {self.skipped_in_a_row} in a row (guard.max_skipped)"
             return Incident(step, what, range(step + 1 - self.skipped_in_a_row, step + 1))
         self.skipped_in_a_row = 0
         if loss is None:
             return None
-        leap = self._leap(loss)
+        spike = self._spike(loss)
         self._losses.append(loss)
-        if leap is None:
+        if spike is None:
             return None
-        leave_out = range(max(0, step + 1 - self._config.spike_steps), step + 1)
-        return Incident(step, leap, leave_out if self._config.on_spike == "rollback" else None)
+        skip = range(max(0, step + 1 - self._config.spike_steps), step + 1)
+        return Incident(step, spike, skip if self._config.on_spike == "rollback" else None)
 
-    def _leap(self, loss: float) -> str | None:
-        """How far a loss is above those before it, where that is further than guard.spike_sigma."""
+    def _spike(self, loss: float) -> str | None:
+        """A message if the loss is more than guard.spike_sigma standard deviations above the mean of those before."""
         sigma = self._config.spike_sigma
         if sigma is None or len(self._losses) < self._config.spike_window:
             return None
-        mean, spread = statistics.fmean(self._losses), statistics.stdev(self._losses)
-        if loss <= mean + sigma * spread:
+        mean, deviation = statistics.fmean(self._losses), statistics.stdev(self._losses)
+        if loss <= mean + sigma * deviation:
             return None
-        return f"the loss leaps to {loss:.4g}, from {mean:.4g} ± {spread:.2g} over {len(self._losses)} steps"
+        return f"loss spike: {loss:.4g} (previous {len(self._losses)} steps: {mean:.4g} ± {deviation:.2g})"
 
 
 class SkippedSteps:
-    """The steps that a run passes over, in RUN/left_out.json from the moment at which it goes back for them.
-
-    Rank 0 reads and writes it, and all ranks make the same of it.
-    """
+    """The steps that a run passes over since a rollback, kept in RUN/left_out.json; the same on all ranks."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "left_out.json"
-        there = dist.get_rank() == 0 and self._path.exists()
-        self._found: list[dict[str, int]] = from_first(json.loads(self._path.read_text("utf-8")) if there else [])
+        exists = dist.get_rank() == 0 and self._path.exists()
+        self._entries: list[dict[str, int]] = from_first(json.loads(self._path.read_text("utf-8")) if exists else [])
 
     @property
     def ranges(self) -> list[range]:
-        """The steps, in the order in which they were found bad."""
-        return [range(entry["first"], entry["last"] + 1) for entry in self._found]
+        """The steps, in the order in which they went wrong."""
+        return [range(entry["first"], entry["last"] + 1) for entry in self._entries]
 
     def add(self, incident: Incident, back_to: int) -> None:
-        """Pass over an incident's steps from now on; `back_to`: steps done where the run starts again.
+        """Skip the incident's steps from now on.
 
-        Raises RunFailedError where they follow on steps that were left out before: that did not help. So, too, where it
-        has gone back there MOST_TIMES times.
+        Args:
+            incident: The reason for the rollback.
+            back_to: Steps done at the checkpoint that the run resumes from.
+
+        Raises:
+            RunFailedError: These steps follow on others that were skipped from the same checkpoint, so that skipping
+                does not help, or the run has returned there MAX_ROLLBACKS times.
         """
-        assert incident.leave_out is not None
-        first, last = max(back_to, incident.leave_out.start), incident.leave_out.stop - 1
-        before = [entry for entry in self._found if entry["back_to"] == back_to]
-        if any(entry["first"] <= first <= entry["last"] + 1 for entry in before) or len(before) >= MOST_TIMES:
+        assert incident.skip is not None
+        first, last = max(back_to, incident.skip.start), incident.skip.stop - 1
+        before = [entry for entry in self._entries if entry["back_to"] == back_to]
+        if any(entry["first"] <= first <= entry["last"] + 1 for entry in before) or len(before) >= MAX_ROLLBACKS:
             tried = ", ".join(f"{entry['first']} to {entry['last']}" for entry in before)
             raise RunFailedError(
-                f"step {incident.step}: {incident.what}; the run has gone back to step {back_to} before, for the steps "
-                f"{tried}, and that did not help; {self._path.with_name('incidents.jsonl')} has the documents"
+                f"step {incident.step}: {incident.what}; the run has already rolled back to step {back_to} and skipped "
+                f"the steps {tried}; their documents are in {self._path.with_name('incidents.jsonl')}"
             )
-        self._found.append({"first": first, "last": last, "back_to": back_to})
+        self._entries.append({"first": first, "last": last, "back_to": back_to})
         if dist.get_rank() == 0:
             try:
-                write_whole(self._path, json.dumps(self._found))
-            except OSError as error:  # a full disk; this process knows it all the same
+                write_whole(self._path, json.dumps(self._entries))
+            except OSError as error:  # a full disk; this process knows the steps anyway
                 logger.error("left_out.json: %s", error)
 
 
-def tell(incident: Incident, job: TrainJob, loader: Loader, where: str) -> None:
-    """Write an incident into the log and, with all documents of its step, into RUN/incidents.jsonl.
+def record_incident(incident: Incident, job: TrainJob, loader: Loader) -> None:
+    """Log an incident and append it, with all documents of its step, to RUN/incidents.jsonl; all ranks call this.
 
-    Every rank looks at the documents of its own rows, and says which of them hold numbers that are not finite. where:
-    the end of the line in the log.
+    Each rank reads its own rows again and reports which of their documents hold values that are not finite.
     """
-    mine: list[dict[str, Any]] = []
+    own_documents: list[dict[str, Any]] = []
     try:
-        mine = _documents(job, loader, incident.step)
-    except (InputError, OSError) as error:  # what is only to be told must not end the run
+        own_documents = _documents(job, loader, incident.step)
+    except (InputError, OSError) as error:  # a report must not end the run
         logger.error("step %d: its documents cannot be read: %s", incident.step, error)
-    every: list[list[dict[str, Any]]] = [[]] * dist.get_world_size()
-    dist.all_gather_object(every, mine)
+    by_rank: list[list[dict[str, Any]]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(by_rank, own_documents)
     if dist.get_rank() != 0:
         return
-    documents = [document for some in every for document in some]
-    broken = [document["id"] for document in documents if not document["finite"]]
-    if broken:
-        named = f"documents with numbers that are not finite: {_some(broken)}"
-    else:
-        named = f"documents: {_some(list(dict.fromkeys(document['id'] for document in documents)))}"
-    logger.warning("step %d: %s%s; %s", incident.step, incident.what, where, named)
-    left_out = None if incident.leave_out is None else [incident.leave_out.start, incident.leave_out.stop - 1]
-    line = {"step": incident.step, "what": incident.what, "left_out": left_out, "documents": documents}
+    documents = [document for of_rank in by_rank for document in of_rank]
+    not_finite = [document["id"] for document in documents if not document["finite"]]
+    kind = "documents with values that are not finite" if not_finite else "documents"
+    names = list(dict.fromkeys(not_finite or [document["id"] for document in documents]))
+    named = ", ".join(names[:MAX_NAMED_DOCUMENTS])
+    if len(names) > MAX_NAMED_DOCUMENTS:
+        named += f" and {len(names) - MAX_NAMED_DOCUMENTS} more"
+    skipped = None if incident.skip is None else [incident.skip.start, incident.skip.stop - 1]
+    reaction = f": rolling back, skipping steps {skipped[0]} to {skipped[1]}" if skipped else ""
+    logger.warning("step %d: %s%s; %s: %s", incident.step, incident.what, reaction, kind, named)
+    line = {"step": incident.step, "what": incident.what, "left_out": skipped, "documents": documents}
     try:
         with (job.run_dir / "incidents.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -169,7 +175,7 @@ def tell(incident: Incident, job: TrainJob, loader: Loader, where: str) -> None:
 def _documents(job: TrainJob, loader: Loader, step: int) -> list[dict[str, Any]]:
     """The documents of this rank's rows of a step, each with whether all its concepts in them are finite."""
     batches = [loader.read(step, index) for index in range(loader.micro_batches)]
-    segments = {
+    finite = {
         (batch.first_lane + row, int(segment)): bool(
             batch.concepts[row][batch.segment_ids[row] == segment].isfinite().all()
         )
@@ -186,11 +192,7 @@ def _documents(job: TrainJob, loader: Loader, step: int) -> list[dict[str, Any]]
             "key": line.key,
             "id": line.id,
             "concepts": [line.start, line.stop],
-            "finite": segments.get((line.lane, line.segment), True),
+            "finite": finite.get((line.lane, line.segment), True),
         }
         for line in lines
     ]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -1,4 +1,4 @@
-"""A run that stands still is ended, with the stacks of all threads of every rank in the log."""
+"""Ends a run that hangs, with the stacks of all threads of every rank in the log."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from lcm_ds.train.monitoring.console import console
 
 logger = logging.getLogger("lcm_ds.train")
 
-# Beyond the limit, after which the kernel's timer ends a process in which no Python runs any more.
+# After the limit and this long, a timer ends a process that no longer runs Python.
 LAST_RESORT_SECONDS = 30.0
 
 
 class Watchdog:
-    """Ends this process with exit code 1 where `beat` is not called for `minutes`; None: never.
+    """Ends this process with exit code 1 if `beat` is not called for `minutes`; None: never.
 
-    Each rank has one of its own: they stand still together, and each says where. The stacks go to the log; where that
-    cannot be written, or the interpreter itself hangs, they go to stderr, half a minute later.
+    Each rank has one, and logs its stacks. If the log cannot be written, or the interpreter itself hangs, they go to
+    stderr half a minute later.
     """
 
     def __init__(self, minutes: float | None) -> None:
@@ -35,13 +35,13 @@ class Watchdog:
             self._thread.start()
 
     def beat(self, doing: str) -> None:
-        """The run has moved on, to `doing`."""
+        """Report progress: the process now does `doing`."""
         self._doing, self._beaten = doing, time.monotonic()
         if self._limit is not None:
             faulthandler.dump_traceback_later(self._limit + LAST_RESORT_SECONDS, exit=True, file=console.err)
 
     def close(self) -> None:
-        """End watching."""
+        """Stop watching."""
         self._ended.set()
         if self._limit is not None:
             faulthandler.cancel_dump_traceback_later()
@@ -50,14 +50,14 @@ class Watchdog:
     def _watch(self, limit: float) -> None:
         while not self._ended.wait(max(0.1, self._beaten + limit - time.monotonic())):
             if time.monotonic() - self._beaten >= limit:
-                text = f"{self._doing}: nothing has moved for {limit / 60:g} minutes (guard.stall_minutes), this ends"
+                text = f"{self._doing}: no progress for {limit / 60:g} minutes (guard.stall_minutes), exiting"
                 logger.error("%s; all threads, most recent call first:\n%s", text, stacks())
                 logging.shutdown()
                 os._exit(1)
 
 
 def stacks() -> str:
-    """Where every thread of this process is."""
+    """The stacks of all threads of this process."""
     with tempfile.TemporaryFile("w+") as file:
         faulthandler.dump_traceback(file, all_threads=True)
         file.seek(0)
