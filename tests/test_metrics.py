@@ -1,6 +1,7 @@
 """Each metric on a case worked by hand."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,3 +165,27 @@ def test_covariance_of_sums_is_that_of_the_vectors():
     vectors = torch.randn(50, 3, dtype=torch.float64) + 2
     found = metrics.covariance(50.0, vectors.sum(0), vectors.T @ vectors)
     assert torch.allclose(found, torch.cov(vectors.T, correction=0))
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def row(*cells):
+    return " ".join(["|", *(f"{cell} |".lstrip() for cell in cells)])
+
+
+def test_the_docs_define_every_metric_as_the_table_does():
+    evaluation, monitoring = ((DOCS / page).read_text(encoding="utf-8") for page in ("evaluation.md", "monitoring.md"))
+    for metric in metrics.EVALUATION:
+        assert row(metric.label, metric.about, metric.source) in evaluation
+    for metric in metrics.LOGGED.values():
+        assert row(f"`{metric.key}`", metric.unit, metric.about) in monitoring
+
+
+def test_each_metric_is_in_the_table_once():
+    keys = [(metric.space, metric.key) for metric in metrics.EVALUATION]
+    assert len(set(keys)) == len(keys)
+    tags = [metric.tag for metric in metrics.LOGGED.values() if metric.tag]
+    assert len(set(tags)) == len(tags)

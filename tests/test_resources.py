@@ -50,10 +50,10 @@ def test_files_of_ones_own_win(elsewhere):
 
 def test_a_config_that_is_nowhere_is_told_with_the_nearest(elsewhere):
     assert mistakes_of(load, TrainConfig, "configs/train/150.yaml") == [
-        "configs/train/150.yaml: there is no such file; did you mean 'configs/train/150m.yaml'?"
+        "configs/train/150.yaml: no such file; did you mean 'configs/train/150m.yaml'?"
     ]
     (line,) = mistakes_of(load, TrainConfig, "/xyz")
-    assert line == "/xyz: there is no such file; `lcm-ds configs` lists those that come with lcm-ds"
+    assert line == "/xyz: no such file; `lcm-ds configs` lists the shipped ones"
     (line,) = mistakes_of(load, TrainConfig, elsewhere)
     assert "Is a directory" in line
 
@@ -100,16 +100,14 @@ def test_nothing_is_overwritten_and_nothing_copied_where_something_would_be(else
         path.write_text("mine")
     assert main(["configs", "--all", "new"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        f"new/{name}: is there already, and is not overwritten" for name in (QUICKSTART, "launch/local.sh")
-    ]
+    assert lines == [f"new/{name}: already exists and is not overwritten" for name in (QUICKSTART, "launch/local.sh")]
     assert sorted(path for path in elsewhere.rglob("*") if path.is_file()) == own
     assert all(path.read_text() == "mine" for path in own)
 
 
 def test_a_name_that_does_not_come_along_is_told_with_the_nearest(elsewhere):
     assert mistakes_of(resources.copy, ["launch/slrum.sbatch"]) == [
-        "launch/slrum.sbatch: there is no such file; did you mean 'launch/slurm.sbatch'?"
+        "launch/slrum.sbatch: no such file; did you mean 'launch/slurm.sbatch'?"
     ]
     assert main(["configs", QUICKSTART, "--all", "new"]) == 2
     assert list(elsewhere.iterdir()) == []

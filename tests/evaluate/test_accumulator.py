@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lcm_ds.evaluate.accumulator import BUCKETS, GROUPS, Accumulator, bucket_of, draw, interval
+from lcm_ds.evaluate.accumulator import BUCKETS, GROUPS, Accumulator, bootstrap_weights, bucket_of, interval
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error():
     values = drawn(1, GROUPS)
     tally = Accumulator(CPU)
     tally.add("x", values, torch.arange(GROUPS))
-    low, high = interval(tally.means(draw(tally.groups))["x"])
+    low, high = interval(tally.means(bootstrap_weights(tally.groups))["x"])
     error = 1.96 * values.std().item() / GROUPS**0.5
     assert low == pytest.approx(values.mean().item() - error, abs=0.15 * error)
     assert high == pytest.approx(values.mean().item() + error, abs=0.15 * error)
@@ -56,19 +56,21 @@ def test_targets_of_one_document_are_drawn_together():
     one, fifty = Accumulator(CPU), Accumulator(CPU)
     one.add("x", by_document, torch.arange(64))
     fifty.add("x", by_document.repeat(50), torch.arange(64).repeat(50))
-    assert interval(fifty.means(draw(fifty.groups))["x"]) == pytest.approx(interval(one.means(draw(one.groups))["x"]))
+    assert interval(fifty.means(bootstrap_weights(fifty.groups))["x"]) == pytest.approx(
+        interval(one.means(bootstrap_weights(one.groups))["x"])
+    )
 
 
 def test_what_is_drawn_is_always_the_same_and_as_many_as_there_are():
     groups = torch.zeros(GROUPS, dtype=torch.bool)
     groups[[3, 70, 200]] = True
-    weights = draw(groups)
-    assert torch.equal(weights, draw(groups))
+    weights = bootstrap_weights(groups)
+    assert torch.equal(weights, bootstrap_weights(groups))
     assert (weights.sum(1) == 3).all()
     assert weights[:, ~groups].sum() == 0
     assert len(weights.unique(dim=0)) == 10  # ways to draw three of three
     groups[[3, 70]] = False
-    assert draw(groups) is None
+    assert bootstrap_weights(groups) is None
 
 
 def test_a_difference_of_the_same_documents_is_known_better_than_either():
@@ -76,7 +78,7 @@ def test_a_difference_of_the_same_documents_is_known_better_than_either():
     ours, theirs = Accumulator(CPU), Accumulator(CPU)
     ours.add("mse", hard, documents)
     theirs.add("mse", hard + 0.2 + 0.1 * drawn(4, 200), documents)
-    weights = draw(ours.groups)
+    weights = bootstrap_weights(ours.groups)
     low, high = interval(ours.means(weights)["mse"] - theirs.means(weights)["mse"])
     assert -0.3 < low < high < -0.1
     alone = interval(ours.means(weights)["mse"])

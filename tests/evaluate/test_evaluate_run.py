@@ -5,13 +5,13 @@ every mistake.
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
+from lcm_ds.checkpoint import model_source
 from lcm_ds.config import DataConfig
 from lcm_ds.convert.export import export
 from lcm_ds.data.format import DatasetInfo, commit, finish, open_dataset, write_normalizer
@@ -19,11 +19,11 @@ from lcm_ds.data.shard import open_shard
 from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.errors import InputError
-from lcm_ds.evaluate import baselines, subject
+from lcm_ds.evaluate import baselines
 from lcm_ds.evaluate import run as evaluation
 from lcm_ds.evaluate.compute import measure
 from lcm_ds.evaluate.run import evaluate
-from lcm_ds.evaluate.subject import Subject
+from lcm_ds.evaluate.task import EvaluationTask
 from lcm_ds.evaluate.text_metrics import TextMetrics
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
@@ -79,8 +79,9 @@ def measured(train, validation, row_length=16):
     config = BaseLCMConfig(embed_dim=EMBED_DIM, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                            num_attention_heads=2)  # fmt: skip
     model = BaseLCM(config).eval()
-    what = Subject(Path("unused"), 1, "", EMBED_DIM, None, data, data.train, str(validation), lambda: model)
-    return measure(model, what, *what.open(), Ranks(), TextMetrics(None, None, None, ()), 8)
+    training = [open_dataset(source.path) for source in data.train]
+    task = EvaluationTask(data, data.train, training, open_dataset(validation), str(validation))
+    return measure(model, task, Ranks(), TextMetrics(None, None, None, ()), 8)
 
 
 def squared_distance_of_the_mean_concept(figures):
@@ -99,8 +100,8 @@ def test_baselines_are_fitted_on_all_datasets_of_a_mixture(make_dataset):
 
 def test_each_dataset_of_a_mixture_gets_the_share_of_its_weight(make_dataset, monkeypatch):
     low, high, validation = make_dataset(-3.0), make_dataset(3.0), make_dataset(3.0, documents=30)
-    monkeypatch.setattr(baselines, "FIT_ON", 8 * 12)  # 8 rows: 2 of one dataset, 6 of the other
-    monkeypatch.setattr(baselines, "REMEMBERED", 4 * 12)
+    monkeypatch.setattr(baselines, "LINEAR_CONCEPTS", 8 * 12)  # 8 rows: 2 of one dataset, 6 of the other
+    monkeypatch.setattr(baselines, "NEIGHBOUR_CONCEPTS", 4 * 12)
     figures = measured([{"path": str(low), "weight": 1}, {"path": str(high), "weight": 3}], validation, row_length=12)
     # Rows of 12 hold two whole documents of 6: 10 targets each.
     assert (figures["baselines"]["fitted_on"], figures["baselines"]["neighbours_among"]) == (8 * 10, 4 * 10)
@@ -131,7 +132,7 @@ def test_a_dataset_without_targets_is_refused(run, make_dataset):
 
 
 def test_all_mistakes_are_told_before_the_model_is_loaded(run, make_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(subject, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(model_source, "load_model", lambda *_: pytest.fail("the model was loaded"))
     other = make_dataset(0.5, encoder={**ENCODER, "revision": "b"}, embed_dim=4)
     with pytest.raises(InputError) as caught:
         evaluate(run, str(other), str(tmp_path / "nowhere/figures.json"), figure=str(tmp_path), samples=0)
@@ -146,8 +147,8 @@ def test_all_mistakes_are_told_before_the_model_is_loaded(run, make_dataset, tmp
 def test_what_is_evaluated_already_is_told_from_the_file(run, capsys, monkeypatch):
     first = evaluate(run)
     assert json.loads((run / "evaluation.json").read_text()) == first
-    assert f"All figures: {run / 'evaluation.json'}" in capsys.readouterr().out
-    monkeypatch.setattr(subject, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert f"All metrics: {run / 'evaluation.json'}" in capsys.readouterr().out
+    monkeypatch.setattr(model_source, "load_model", lambda *_: pytest.fail("the model was loaded"))
     assert evaluate(run) == first
     # The same dataset by its name is the same question.
     assert evaluate(run, first["dataset"]) == first
@@ -167,7 +168,7 @@ def test_what_was_missing_is_looked_for_again_and_measured_once_it_is_there(run,
         looked.append("away")
         return TextMetrics(None, None, None, ("ℓ2-r, MI: no decoder: the hub is away",))
 
-    monkeypatch.setattr(evaluation, "load_words", away)
+    monkeypatch.setattr(evaluation, "load_text_metrics", away)
     first = evaluate(run, samples=5)
     looked.clear()
     assert evaluate(run, samples=5) == first
@@ -182,7 +183,7 @@ def test_what_was_missing_is_looked_for_again_and_measured_once_it_is_there(run,
         def encode(self, sentences):
             return np.array([[float(sentence)] * EMBED_DIM for sentence in sentences], np.float32)
 
-    monkeypatch.setattr(evaluation, "load_words", lambda *_: TextMetrics(Encoder(), Decoder(), None, ()))
+    monkeypatch.setattr(evaluation, "load_text_metrics", lambda *_: TextMetrics(Encoder(), Decoder(), None, ()))
     second = evaluate(run, samples=5)
     assert (first["decoded"], second["decoded"]) == (0, 5)
     assert second["scores"]["Base-LCM"]["raw"]["l2_round_trip"] > 0
@@ -221,7 +222,7 @@ def test_another_dataset_leaves_the_run_s_own_figures_alone(run, make_dataset, t
     assert figures != own
     assert json.loads(file.read_text()) == figures
     assert json.loads((run / "evaluation.json").read_text()) == own
-    assert f"All figures: {file}" in told
+    assert f"All metrics: {file}" in told
     assert "evaluation.json" not in told
 
 

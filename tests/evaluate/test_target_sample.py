@@ -21,7 +21,7 @@ def held_of(parts, size):
     holder = BottomKSampler(size)
     for part in parts:
         holder.add(part, part.truth, {"model": part.truth + 0.5})
-    return holder.gathered(Ranks())
+    return holder.gather(Ranks())
 
 
 def part_of(whole, which):

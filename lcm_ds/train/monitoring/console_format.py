@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcm_ds.metrics import LOGGED
+
 BAR = 30  # letters
-# Of simple baselines.
-NAMES = {"val_loss_of_mean": "mean", "val_loss_of_copy": "copy", "val_loss_of_ridge": "ridge"}
+BASELINES = ("val_loss_of_mean", "val_loss_of_copy", "val_loss_of_ridge")
 
 
 def step_line(done: int, total: int, values: Mapping[str, Any]) -> str:
@@ -24,7 +25,7 @@ def step_line(done: int, total: int, values: Mapping[str, Any]) -> str:
 
 def validation_line(done: int, total: int, values: Mapping[str, Any]) -> str:
     """The line of a validation after `done` steps."""
-    compared = "".join(f"  {name} {values[key]:.4f}" for key, name in NAMES.items() if values.get(key) is not None)
+    compared = "".join(f"  {LOGGED[key].label} {values[key]:.4f}" for key in BASELINES if values.get(key) is not None)
     return (
         f"{_step(done, total)}  validation loss {_figure(values['val_loss'])}{compared}"
         f"  cosine {_figure(values['val_cosine'], 6)}"

@@ -1,6 +1,7 @@
-"""A run in TensorBoard: scalars, a layout that opens with what matters, hparams, histograms, a figure, samples.
+"""A run in TensorBoard: scalars, a custom layout, hparams, histograms, a figure of the error by position, samples.
 
-Promises: the x axis is the step; after a resume nothing is there twice; one folder is one run of TensorBoard's.
+Promises: the x axis is the step; after a resume no step appears twice. RUN/tensorboard is one run of TensorBoard, and
+each curve of the MSE chart is a run below it, because TensorBoard always shows the names of runs, but not of tags.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from lcm_ds.metrics import LOGGED
+
 if TYPE_CHECKING:
     import numpy as np
     from torch.utils.tensorboard import SummaryWriter
@@ -24,74 +27,81 @@ logger = logging.getLogger("lcm_ds")
 
 Setting = str | bool | int | float
 
-# What is said of the run as a whole is in a file of its own, so that a resume replaces it.
-ABOUT = ".about"
+# Suffix of the event file with layout and hparams, which a resume replaces.
+RUN_SUFFIX = ".about"
 ERROR_BY_POSITION = "val_error_by_position"
 FLUSH_SECONDS = 30
-# Each chart's tags are regular expressions from the beginning of a tag on.
+# Tag → name of its curve in the MSE chart; in the curve's own run the tag is MSE.
+CURVES = {metric.tag: metric.curve for metric in LOGGED.values() if metric.curve}
+MSE = "mse"
+CHARTS = ("val_cosine", "val_variance_ratio", "mfu", "concepts_per_second", "targets")
+# Title → tags, as regular expressions that match from the beginning of a tag.
 LAYOUT = {
-    "the run": {
-        "loss, and that of mean, copy and ridge": ["Multiline", ["loss/train$", "loss/validation.*"]],
-        "model FLOPs utilisation": ["Multiline", ["speed/mfu$"]],
-        "validation": ["Multiline", ["val/cosine$", "val/variance_ratio$"]],
-        "concepts a second": ["Multiline", ["speed/concepts_per_second$"]],
-        "targets a step": ["Multiline", ["data/targets$"]],
+    "Overview": {
+        "Mean squared error (normalised space)": ["Multiline", [f"{MSE}$"]],
+        **{LOGGED[key].label: ["Multiline", [f"{LOGGED[key].tag}$"]] for key in CHARTS},
     }
 }
 
 
 class TensorBoardWriter:
-    """RUN/tensorboard, from the step `start` on. settings: what the table of hparams compares runs by.
+    """Writes RUN/tensorboard. On a full disk it skips points and tries again later.
 
-    Where the disk is full it goes without, and tries again later.
+    Args:
+        folder: RUN/tensorboard.
+        settings: hparams, by which the HPARAMS tab compares runs.
+        start: the step that the run starts or resumes from; points of later steps are removed.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Setting], start: int) -> None:
         self._folder, self._settings, self._purge_step = folder, settings, start + 1
-        self._writer: SummaryWriter | None = None
+        self._writers: dict[str, SummaryWriter] = {}  # curve → writer; "": the run itself
         self._about: SummaryWriter | None = None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers by their tags."""
+        """Write numbers by their tags."""
         with self._writing(step) as writer:
             for tag, value in values.items():
                 writer.add_scalar(tag, value, step)
+                if tag in CURVES:
+                    self._open(CURVES[tag]).add_scalar(MSE, value, step)
 
     def errors(self, step: int, by_position: Sequence[float | None]) -> None:
-        """The figure of the validation's error by position in the segment."""
+        """Write a figure of the validation's error by position in the segment."""
         with self._writing(step) as writer:
             writer.add_image("val/error_by_position", error_figure(by_position, step), step, dataformats="HWC")
 
     def histograms(self, step: int, values: Mapping[str, Histogram]) -> None:
-        """Histograms by their tags."""
+        """Write histograms by their tags."""
         with self._writing(step) as writer:
-            for tag, found in values.items():
+            for tag, histogram in values.items():
                 writer.add_histogram_raw(
-                    tag, found.min, found.max, found.count, found.sum, found.sum_of_squares, found.limits, found.counts,
-                    step,
+                    tag, histogram.min, histogram.max, histogram.count, histogram.sum, histogram.sum_of_squares,
+                    histogram.limits, histogram.counts, step,
                 )  # fmt: skip
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """What the model predicts for fixed prompts, in words."""
+        """Write the model's predictions for fixed prompts, as text."""
         with self._writing(step) as writer:
-            for number, sample in enumerate(samples):
-                writer.add_text(f"samples/{number}", told(sample), step)
+            for i, sample in enumerate(samples):
+                writer.add_text(f"samples/{i}", sample_markdown(sample), step)
 
     def flush(self) -> None:
-        """To the disk with it."""
-        if self._writer is not None:
-            with self._writing(self._purge_step) as writer:
-                writer.flush()
+        """Write everything to disk."""
+        if self._writers:
+            with self._writing(self._purge_step):
+                for writer in self._writers.values():
+                    writer.flush()
 
     def close(self, done: bool) -> None:
-        """Write out what waits; done: whether the run came to its end."""
+        """Write everything and close the files; done: whether the run has finished."""
         with contextlib.suppress(OSError):
             if self._about is not None:
                 if done:
                     _add(self._about, _hparams(self._settings)[2])
                 self._about.close()
-            if self._writer is not None:
-                self._writer.close()
+            for writer in self._writers.values():
+                writer.close()
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[SummaryWriter]:
@@ -99,38 +109,40 @@ class TensorBoardWriter:
             yield self._open()
         except OSError as error:
             logger.error("tensorboard: %s", error)
-            self._writer, self._purge_step = None, step + 1
+            self._writers, self._purge_step = {}, step + 1
 
-    def _open(self) -> SummaryWriter:
+    def _open(self, curve: str = "") -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         if self._about is None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for old in self._folder.glob("*tfevents*"):
-                if old.name.endswith(ABOUT):
+            for old in self._folder.rglob("*tfevents*"):
+                if old.name.endswith(RUN_SUFFIX):
                     old.unlink()
                 else:
                     drop_later(old, self._purge_step - 1)
-            about = SummaryWriter(self._folder, filename_suffix=ABOUT)
+            about = SummaryWriter(self._folder, filename_suffix=RUN_SUFFIX)
             about.add_custom_scalars(LAYOUT)
             for summary in _hparams(self._settings)[:2]:
                 _add(about, summary)
             about.flush()
             self._about = about
-        if self._writer is None:
-            self._writer = SummaryWriter(self._folder, purge_step=self._purge_step, flush_secs=FLUSH_SECONDS)
-        return self._writer
+        if curve not in self._writers:
+            self._writers[curve] = SummaryWriter(
+                self._folder / curve, purge_step=self._purge_step, flush_secs=FLUSH_SECONDS
+            )
+        return self._writers[curve]
 
 
 def drop_later(path: Path, last_step: int) -> None:
-    """Take what is of steps after `last_step` out of an event file.
+    """Remove the points of steps after `last_step` from an event file.
 
-    TensorBoard's loader, the fast one, keeps such points even where a later file says that they are to be purged.
+    TensorBoard's fast loader shows them even if a later file has a purge step.
     """
     with path.open("rb") as file:
         if all(step <= last_step for _, step in _records(file)):
             return
-    partial = path.with_name("purged.partial")  # a name that TensorBoard does not read
+    partial = path.with_name("purged.partial")  # TensorBoard ignores this name
     with path.open("rb") as file, partial.open("wb") as kept:
         kept.writelines(record for record, step in _records(file) if step <= last_step)
         kept.flush()
@@ -139,9 +151,9 @@ def drop_later(path: Path, last_step: int) -> None:
 
 
 def _records(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
-    """The records of an event file, whole, and the step of each; one that a crash cut short ends them.
+    """The complete records of an event file, each with its step; a truncated record ends the file.
 
-    A record is TFRecord's: its length (uint64), a checksum of that (4 bytes), an Event, a checksum (4 bytes).
+    A record is a TFRecord: length (uint64), checksum of the length (4 bytes), an Event, its checksum (4 bytes).
     """
     from tensorboard.compat.proto.event_pb2 import Event
 
@@ -159,9 +171,9 @@ def _add(writer: SummaryWriter, summary: Any) -> None:
 
 
 def _hparams(settings: Mapping[str, Setting]) -> Any:
-    """The summaries of the HPARAMS tab: of the experiment, of the session's start and of its end.
+    """The summaries of the HPARAMS tab: experiment, start of the session, end of the session.
 
-    The metrics' values are those of the scalars of the same run, the last ones.
+    TensorBoard takes the metrics' values from the run's last scalars.
     """
     from torch.utils.tensorboard.summary import hparams
 
@@ -169,7 +181,7 @@ def _hparams(settings: Mapping[str, Setting]) -> Any:
 
 
 def error_figure(by_position: Sequence[float | None], step: int) -> np.ndarray:
-    """Error over position, as a picture: uint8 [height, width, 3]; gaps where a position has no targets (None)."""
+    """Plot the error by position: uint8 [height, width, 3]; None is a gap."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -189,19 +201,19 @@ def error_figure(by_position: Sequence[float | None], step: int) -> np.ndarray:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def told(sample: Sample) -> str:
-    """A sample as Markdown; a sentence is no markup, whatever it holds."""
+def sample_markdown(sample: Sample) -> str:
+    """A sample as Markdown, with the sentences escaped."""
     before = [f"… {_plain(sentence)}" for sentence in sample.context]
     return "\n\n".join(
         [
             f"*{_plain(sample.document)}*",
             *before,
-            f"**truth** (cosine {sample.cosine_of_truth:.3f}, place {sample.rank_of_truth}): {_plain(sample.truth)}",
+            f"**truth** (cosine {sample.cosine_of_truth:.3f}, rank {sample.rank_of_truth}): {_plain(sample.truth)}",
             f"**nearest to the prediction** (cosine {sample.cosine:.3f}): {_plain(sample.nearest)}",
         ]
     )
 
 
 def _plain(text: str) -> str:
-    """Text without what Markdown would take for markup."""
-    return "".join("\\" + letter if letter in "\\`*_{}[]<>()#+-.!|~" else letter for letter in " ".join(text.split()))
+    """Text with Markdown's special characters escaped."""
+    return "".join("\\" + char if char in "\\`*_{}[]<>()#+-.!|~" else char for char in " ".join(text.split()))
