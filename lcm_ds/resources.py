@@ -65,7 +65,7 @@ def _settings(mapping: dict[str, Any]) -> str:
 def missing_file(path: str | Path) -> str:
     """The error for a file that neither exists nor ships with lcm-ds."""
     others = nearest(Path(path).as_posix(), names(), "; `lcm-ds configs` lists the shipped ones")
-    return f"{path}: no such file{others}"
+    return f"{path}: no such file here or in lcm-ds{others}"
 
 
 def copy(chosen: Sequence[str], destination: str | Path | None = None) -> list[Path]:

@@ -6,7 +6,7 @@ are in the sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,20 +38,16 @@ class TargetSample:
 
     def select(self, index: Tensor | slice) -> TargetSample:
         """A part of the sample."""
-        return TargetSample(
-            self.hashes[index],
-            self.document[index],
-            self.position[index],
-            self.truth[index],
-            {name: values[index] for name, values in self.predicted.items()},
-        )
+        return self._map(lambda values: values[index])
 
     def to(self, device: torch.device) -> TargetSample:
         """A copy on another device."""
-        predicted = {name: values.to(device) for name, values in self.predicted.items()}
-        return TargetSample(
-            self.hashes.to(device), self.document.to(device), self.position.to(device), self.truth.to(device), predicted
-        )
+        return self._map(lambda values: values.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> TargetSample:
+        predicted = {name: function(values) for name, values in self.predicted.items()}
+        hashes, document = function(self.hashes), function(self.document)
+        return TargetSample(hashes, document, function(self.position), function(self.truth), predicted)
 
     @classmethod
     def cat(cls, parts: list[TargetSample]) -> TargetSample:

@@ -1,4 +1,4 @@
-"""Figures from sums over groups of documents, and their bootstrap intervals."""
+"""Metrics from sums over groups of documents, and their bootstrap intervals."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def drawn(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def whole():
+def full():
     return torch.ones(1, GROUPS, dtype=torch.float64)
 
 
@@ -23,8 +23,8 @@ def test_means_do_not_depend_on_the_batches_and_leave_out_what_is_not_known():
     together.add("x", values, documents)
     for part in torch.arange(900).split(130):
         apart.add("x", values[part], documents[part])
-    assert together.means(whole())["x"].item() == pytest.approx(values.nanmean().item())
-    assert torch.allclose(apart.means(whole())["x"], together.means(whole())["x"])
+    assert together.means(full())["x"].item() == pytest.approx(values.nanmean().item())
+    assert torch.allclose(apart.means(full())["x"], together.means(full())["x"])
     assert int(together.counts("x")) == 900 - 129
 
 
@@ -34,7 +34,7 @@ def test_buckets_of_positions_double():
     assert [BUCKETS[number] for number in (0, 1, 2, 3, 10)] == [(1, 1), (2, 2), (3, 4), (5, 8), (513, None)]
     tally = Accumulator(CPU)
     tally.add("x", torch.tensor([1.0, 3.0, 10.0]), torch.tensor([0, 1, 0]), bucket_of(torch.tensor([3, 4, 1])))
-    means = tally.means(whole())["x"][0]
+    means = tally.means(full())["x"][0]
     assert means[2] == 2.0
     assert means[0] == 10.0
     assert means[1].isnan()
@@ -81,8 +81,8 @@ def test_a_difference_of_the_same_documents_is_known_better_than_either():
     weights = bootstrap_weights(ours.groups)
     low, high = interval(ours.means(weights)["mse"] - theirs.means(weights)["mse"])
     assert -0.3 < low < high < -0.1
-    alone = interval(ours.means(weights)["mse"])
-    assert alone[1] - alone[0] > 10 * (high - low)
+    separate = interval(ours.means(weights)["mse"])
+    assert separate[1] - separate[0] > 10 * (high - low)
 
 
 def test_variances_are_those_of_the_vectors():
@@ -90,7 +90,7 @@ def test_variances_are_those_of_the_vectors():
     tally = Accumulator(CPU)
     for part in torch.arange(500).split(120):
         tally.add_vectors("raw", vectors[part], documents[part])
-    assert tally.variances(whole())["raw"].item() == pytest.approx(vectors.var(dim=0, correction=0).sum().item())
+    assert tally.variances(full())["raw"].item() == pytest.approx(vectors.var(dim=0, correction=0).sum().item())
 
 
 def test_the_effective_rank_has_an_interval_around_it():

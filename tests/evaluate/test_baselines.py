@@ -1,4 +1,4 @@
-"""Baselines are fitted on training data, are as good as linear algebra makes them, and the best is chosen there."""
+"""Baselines are fitted on training data, which also chooses the best one; they are exact solutions."""
 
 import math
 
@@ -83,17 +83,17 @@ def test_every_error_is_that_on_the_held_out_documents_of_what_is_fitted_to_the_
     assert fitted["mean concept"].held_out_mse == pytest.approx(mse(others.mean(0), truth), rel=1e-5)
     assert fitted["copy of the last"].held_out_mse == pytest.approx(mse(targets.last[chooses], truth), rel=1e-5)
     both = torch.cat([targets.last, targets.context], 1)
-    alone = Sums(12, 6)
-    alone.add(both[~chooses], others)
+    separate = Sums(12, 6)
+    separate.add(both[~chooses], others)
     errors = []
     for penalty in PENALTIES:
-        weights = alone.solve(penalty)
+        weights = separate.solve(penalty)
         errors.append(mse(both[chooses].double() @ weights[:-1] + weights[-1], truth))
     assert fitted["ridge from last and mean"].held_out_mse == pytest.approx(min(errors), rel=1e-5)
     # What is used is fitted to all of them.
-    alone.add(both[chooses], truth)
-    whole = alone.solve(PENALTIES[errors.index(min(errors))])
-    assert torch.allclose(fitted["ridge from last and mean"].weights, whole, atol=1e-9)
+    separate.add(both[chooses], truth)
+    full = separate.solve(PENALTIES[errors.index(min(errors))])
+    assert torch.allclose(fitted["ridge from last and mean"].weights, full, atol=1e-9)
 
 
 def test_without_documents_to_hold_out_the_data_that_is_fitted_chooses():
@@ -143,7 +143,7 @@ def test_a_small_penalty_recovers_the_map():
 
 
 def batch(rows, document=0):
-    """Rows of (segment, concept): a batch as the loader gives it, all of one document."""
+    """A batch of the loader from rows of (segment, concept), all of one document."""
     ids = torch.tensor([[segment for segment, _ in row] for row in rows], dtype=torch.int32)
     origins = torch.full((*ids.shape, 2), document)
     concepts = torch.tensor([[concept for _, concept in row] for row in rows]).half()
@@ -175,13 +175,13 @@ def test_the_nearest_s_error_is_that_on_held_out_documents_looked_for_among_the_
     assert is_held_out(torch.tensor([0, 1])).tolist() == [True, False]
     row = [(0, east), (0, north), (0, west)]
     nearest = NearestNeighbour([batch([row], document=1), batch([[(0, east), (0, west)]], document=0)], Normalizer(2))
-    # Held out: west follows east. North followed it elsewhere: (9 + 4) / 2.
+    # Held out: west follows east. In the other documents north followed it: (9 + 4) / 2.
     assert nearest.held_out_mse(Ranks()) == pytest.approx(13 / 2)
     assert NearestNeighbour([batch([row], document=0)], Normalizer(2)).held_out_mse(Ranks()) is None
 
 
 def test_sums_of_no_samples_or_of_one_are_no_error():
-    """A run's first training data may hold next to nothing to predict."""
+    """A small dataset may have hardly any targets."""
     sums = Sums(3, 2)
     assert not sums.solve(1e-3).any()
     assert math.isnan(sums.error(sums.solve(1e-3)))

@@ -1,4 +1,4 @@
-"""Figures that need text: the round trip through a real decoder and encoder, and a real language model's judgement."""
+"""Metrics that need text: round trip through a real decoder and encoder and a real language model."""
 
 import math
 from dataclasses import replace
@@ -65,7 +65,7 @@ def sample(dataset, encoder, predicted):
     return TargetSample(torch.arange(2), torch.tensor([0, 1]), torch.tensor([2, 3]), truth, predicted(truth))
 
 
-def test_the_round_trip_is_the_distance_of_what_is_decoded_and_encoded_again(sonar):
+def test_the_round_trip_is_the_distance_after_decoding_and_encoding(sonar):
     (_, decoder), dataset, encoder = sonar
     text_metrics = load_text_metrics(dataset, str(decoder), None, CPU)
     text_metrics.decoder.decode = partial(text_metrics.decoder.decode, max_new_tokens=12)  # a few words take less time
@@ -76,11 +76,11 @@ def test_the_round_trip_is_the_distance_of_what_is_decoded_and_encoded_again(son
     for name, concepts in zip(("truth", "model", "constant"), np.split(again, 3), strict=True):
         expected = np.linalg.norm(concepts - some.truth.numpy(), axis=1)
         assert found[name][ROUND_TRIP].tolist() == pytest.approx(expected, rel=1e-4)
-    assert found["truth"][ROUND_TRIP].min() > 0  # a random decoder says something else
+    assert found["truth"][ROUND_TRIP].min() > 0  # a random decoder writes something else
     assert MI not in found["model"]
 
 
-def test_mutual_information_is_what_the_language_model_says_with_and_without_the_context(gpt2):
+def test_mutual_information_compares_log_probabilities_with_and_without_context(gpt2):
     model = CausalLM(str(gpt2), CPU)
     weights = GPT2LMHeadModel.from_pretrained(gpt2).eval()
 
@@ -90,13 +90,13 @@ def test_mutual_information_is_what_the_language_model_says_with_and_without_the
         return sum(logs[len(head) + i - 1, WORDS.index(word)].item() for i, word in enumerate(text))
 
     before = [["rain falls"], ["bread bakes", "bread bakes"], ["rain"]]
-    said = ["river rises", "rain", "bread bakes bread"]
-    found = model.mutual_information(before, said)
-    for number, (context, sentence) in enumerate(zip(before, said, strict=True)):
+    sentences = ["river rises", "rain", "bread bakes bread"]
+    found = model.mutual_information(before, sentences)
+    for number, (context, sentence) in enumerate(zip(before, sentences, strict=True)):
         text = sentence.split()
         given = log_probability([*" ".join(context).split(), "\n"], text)
-        alone = log_probability(["\n"], text)
-        assert found[number].item() == pytest.approx((given - alone) / len(text), abs=1e-4)
+        separate = log_probability(["\n"], text)
+        assert found[number].item() == pytest.approx((given - separate) / len(text), abs=1e-4)
 
 
 def test_a_context_beyond_the_positions_of_the_language_model_loses_its_beginning(gpt2):
@@ -118,17 +118,17 @@ def test_the_sentences_before_a_target_are_at_most_ten_of_its_own_document(sonar
     assert own == ["End of text.", "It rains in the mountains.", "Nothing at all."]
 
 
-def test_without_a_decoder_the_reason_is_told_and_the_true_sentences_are_still_judged(sonar, gpt2):
+def test_without_a_decoder_there_is_a_note_and_true_sentences_still_have_mutual_information(sonar, gpt2):
     _, dataset, encoder = sonar
     text_metrics = load_text_metrics(dataset, None, str(gpt2), CPU)
     assert any("no decoder is known" in note and "--decoder" in note for note in text_metrics.notes)
     found = text_metrics.compute(sample(dataset, encoder, lambda truth: {"model": truth}), dataset, Ranks())
     assert ROUND_TRIP not in found["model"]
-    assert MI not in found["model"]  # for it says nothing
+    assert MI not in found["model"]  # it has no text
     assert found["truth"][MI].isfinite().all()
 
 
-def test_what_is_named_and_cannot_be_loaded_is_a_mistake(sonar, tmp_path):
+def test_a_named_model_that_cannot_be_loaded_is_an_error(sonar, tmp_path):
     (_, decoder), dataset, _ = sonar
     with pytest.raises(InputError) as caught:
         load_text_metrics(dataset, str(tmp_path), str(tmp_path / "nowhere"), CPU)

@@ -1,4 +1,4 @@
-"""`lcm-ds generate`: what it prints is what was generated; every mistake of a call comes before any work."""
+"""`lcm-ds generate`: prints what was generated; reports all errors of a call before any work."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def lcm_ds_generate(*arguments, said=""):
 
 @pytest.fixture(scope="module")
 def interactive(run_folder, tmp_path_factory):
-    """What the command made of a prompt, and then of lines on its standard input: (the process, the file's path)."""
+    """The command, run on a prompt file and then on lines of its standard input: (the process, the file's path)."""
     file = tmp_path_factory.mktemp("prompt") / "prompt.txt"
     file.write_text("Bread needs flour.\nKnead the dough.\n")
     lines = f"{PROMPT}\n\n\u200b\nA tuple\x00\x1b[2Jcannot be changed.\n"
@@ -53,7 +53,7 @@ def test_it_prints_the_whole_way_and_nothing_that_a_terminal_obeys(interactive, 
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", interactive.stdout)
 
 
-def test_prompts_are_told_apart_and_written_as_json(exported, tmp_path, capsys):
+def test_prompts_are_numbered_and_written_as_json(exported, tmp_path, capsys):
     out = tmp_path / "out.json"
     folder = exported("sonar", source_suffix="[MODEL]:", max_segment=4)
     run(str(folder), prompts=["One. Two. Three.", "Four."], max_concepts=3, stop_repeat="off", stop_end="0.95",
@@ -86,13 +86,13 @@ def test_the_reason_names_the_threshold_that_was_used(exported, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == said
 
 
-def test_that_no_end_of_text_is_known_is_told(exported, capsys):
+def test_a_missing_end_of_text_concept_is_reported(exported, capsys):
     folder = exported("sonar", end_of_text=None)
     run(str(folder), prompts=[PROMPT], max_concepts=1, device="cpu")
     assert f"{folder}/concepts.json has no end-of-text concept: --stop-end has no effect" in capsys.readouterr().out
 
 
-def test_mistakes_of_the_call_come_together_without_a_traceback(tmp_path):
+def test_errors_of_the_call_come_together_without_a_traceback(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     done = lcm_ds_generate(
         tmp_path / "none", "--prompt", " \n", "--prompt", "fine.",

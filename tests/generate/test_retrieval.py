@@ -1,4 +1,4 @@
-"""The search for the nearest sentence: exact, over all shards, in blocks that do not show."""
+"""The search for the nearest sentence: exact, over all shards, whatever the block size."""
 
 import shutil
 
@@ -75,7 +75,7 @@ def test_a_shard_that_cannot_be_read_is_left_out_where_its_dataset_says_so(datas
     (copy / datasets[0].shards[0].name).write_bytes(b"no tar")
     query = open_shard(datasets[0], 0).concepts(0, 0, 1).astype(np.float32)
     (found,) = nearest_sentences(query, [open_dataset(copy, skip_bad=True)])
-    (whole,) = nearest_sentences(query, datasets[:1])
-    assert found.cosine < whole.cosine == pytest.approx(1)
+    (full,) = nearest_sentences(query, datasets[:1])
+    assert found.cosine < full.cosine == pytest.approx(1)
     with pytest.raises(InputError, match=datasets[0].shards[0].name):
         nearest_sentences(query, [open_dataset(copy, sizes=False)])

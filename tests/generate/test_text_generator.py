@@ -1,4 +1,4 @@
-"""From a text to a text, in Python: cut and encoded as the model's dataset was; what is retrieved is not passed off."""
+"""Text to text in Python: split and encoded as the model's dataset was; retrieved sentences are marked as such."""
 
 import json
 import re
@@ -78,8 +78,8 @@ def test_prompts_go_on_together_as_the_model_goes_on_from_their_concepts(generat
         assert one.sentences == [f.text for f in found]
         assert one.cosines == pytest.approx([f.cosine for f in found], abs=1e-5)
         assert one.text == " ".join(one.sentences)
-    (alone,) = generator.generate(prompts[1], max_concepts=4, **FREE)  # a string is one prompt
-    np.testing.assert_allclose(alone.concepts, made[1].concepts, atol=1e-4)
+    (separate,) = generator.generate(prompts[1], max_concepts=4, **FREE)  # a string is one prompt
+    np.testing.assert_allclose(separate.concepts, made[1].concepts, atol=1e-4)
     assert generator.generate([]) == []
 
 
@@ -126,7 +126,7 @@ def test_prompts_of_a_word_of_other_scripts_and_with_control_characters_are_take
     assert len(made.sentences) == 1
 
 
-def test_prompts_without_a_sentence_are_told_all_at_once(generator):
+def test_prompts_without_a_sentence_are_reported_all_at_once(generator):
     with pytest.raises(InputError) as refused:
         generator.generate(["", PROMPT, "\u200b"])
     assert refused.value.errors == [
@@ -168,7 +168,7 @@ def test_languages_are_refused_before_any_work_where_nothing_speaks_them(generat
         TextGenerator.from_pretrained(run_folder, prompt_language="fra_Latn")
 
 
-def test_without_its_decoder_sonar_is_shown_by_sentences_and_the_reason_is_told(exported):
+def test_without_its_decoder_sonar_retrieves_sentences_and_notes_why(exported):
     folder, dataset = exported("sonar", decoder="no/such-decoder"), exported.datasets["sonar"]
     generator = TextGenerator.from_pretrained(folder, device="cpu", dataset=dataset.path)
     (note,) = generator.notes
@@ -195,7 +195,7 @@ def test_the_decoder_of_metas_encoder_is_known():
     assert DECODERS["cointegrated/SONAR_200_text_encoder"] == "raxtemur/SONAR_200_text_decoder"
 
 
-# --- where a model is loaded from ---------------------------------------------------------------------------------
+# --- model sources -------------------------------------------------------------------------------------------------
 
 
 def test_an_exported_folder_generates_as_its_run_does(exported, generator):
@@ -216,7 +216,7 @@ def test_a_fine_tuned_model_gets_its_suffix_behind_every_prompt(exported):
     np.testing.assert_allclose(made.concepts, generate(generator.model, [concepts], 1)[0].concepts, atol=1e-5)
 
 
-def test_an_export_that_says_nothing_of_its_concepts_needs_a_dataset_that_does(exported):
+def test_an_export_without_concepts_json_needs_a_dataset(exported):
     folder = exported("minilm")
     (folder / "concepts.json").unlink()
     with pytest.raises(InputError, match=r"concepts.json is missing, .*: name a dataset"):
@@ -235,7 +235,7 @@ def test_a_dataset_of_another_encoder_is_not_retrieved_from(exported, synthetic_
     assert re.search(r"made by encoder sonar .*, the model's is sonar another", refused.value.errors[0])
 
 
-def test_a_training_dataset_that_is_gone_is_named_and_another_may_stand_for_it(run_folder, tmp_path, dataset):
+def test_another_dataset_can_replace_a_training_dataset_that_is_gone(run_folder, tmp_path, dataset):
     run = shutil.copytree(run_folder, tmp_path / "run")
     config = run / "config.yaml"
     config.write_text(re.sub(r"path: .*", "path: gone/dataset", config.read_text()))

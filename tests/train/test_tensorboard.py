@@ -54,7 +54,7 @@ def values(board, tag):
 
 @pytest.fixture(scope="module")
 def resumed(make_config):
-    """A run of 12 steps that lost its last two checkpoints, and went on from step 4 to the end again."""
+    """A run of 12 steps that lost its last two checkpoints and was resumed from step 4."""
     config = make_config(
         steps=12,
         checkpoint={"every": 4, "keep": 3},
@@ -90,12 +90,12 @@ def test_each_curve_of_the_mse_chart_is_a_run_with_its_name(resumed):
     folder = run_dir(resumed) / "tensorboard"
     assert {path.name for path in folder.iterdir() if path.is_dir()} == set(CURVES.values())
     assert set(CURVES.values()) == {"training", "model", "mean", "copy", "best ridge"}
-    whole = read(folder)
+    full = read(folder)
     for tag, curve in CURVES.items():
-        assert values(read(folder / curve), "mse") == values(whole, tag)
+        assert values(read(folder / curve), "mse") == values(full, tag)
     (charts,) = LAYOUT.values()
     patterns = [pattern for _, (pattern,) in charts.values()]  # one tag in each chart: its title names it
-    tags_of_all = {"mse", *tags(whole, "scalars")}
+    tags_of_all = {"mse", *tags(full, "scalars")}
     for pattern in patterns:
         matching = [tag for tag in tags_of_all if re.match(pattern, tag)]
         assert len(matching) <= 1, pattern
@@ -177,14 +177,14 @@ def test_error_by_position_is_a_figure_with_gaps_where_there_is_no_target(tmp_pa
     assert "_hparams_/session_end_info" not in found.Tags()["tensors"]
 
 
-def test_a_sentence_is_no_markup():
+def test_sentences_are_escaped():
     sample = Sample("a_b", ["# one", "*two*"], "<b>three</b>", "[four](x)", 0.5, 0.4, 3)
     text = sample_markdown(sample)
     for letters in ("\\# one", "\\*two\\*", "\\<b\\>three\\</b\\>", "\\[four\\]\\(x\\)", "rank 3", "*a\\_b*"):
         assert letters in text
 
 
-def test_numbers_of_a_validation_go_to_the_board_and_other_keys_do_not():
+def test_numbers_of_a_validation_have_tags_and_other_keys_do_not():
     assert tag_of("val_loss_of_mean") == "loss/validation_of_mean"
     assert tag_of("val_loss_of_ridge") == "loss/validation_of_ridge"
     assert tag_of("val_batch_mrr") == "val/batch_mrr"
@@ -211,7 +211,7 @@ def test_a_browser_shows_the_curves(resumed, tmp_path):
 # --- trackers ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_tracker_that_is_not_installed_is_a_mistake_before_the_run(make_config, monkeypatch):
+def test_a_tracker_that_is_not_installed_is_an_error_before_the_run(make_config, monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
     config = make_config(log={"wandb": {"project": "p"}, "mlflow": {"tracking_uri": "x"}})
     with pytest.raises(InputError) as refused:
@@ -274,7 +274,7 @@ def wandb_records(data):
         length, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
         record += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # complete, or the last part
             yield record
             record = b""
 
@@ -296,7 +296,7 @@ def test_wandb_has_the_scalars_of_a_resumed_run_under_one_id(make_config, tmp_pa
     assert logged == {1: 9.0, 2: 8.0, 3: 7.0}
 
 
-def test_a_tracker_that_fails_is_said_and_left_out(make_config, tmp_path, caplog, monkeypatch):
+def test_a_tracker_that_fails_is_reported_and_not_used_any_further(make_config, tmp_path, caplog, monkeypatch):
     def refuse(*_):
         raise RuntimeError("no\nanswer")
 

@@ -1,4 +1,4 @@
-"""Validation during training: the same figures for any number of ranks, and those that the weights give by hand."""
+"""Validation during training: the same metrics for any number of ranks, equal to those computed from weights."""
 
 import json
 
@@ -19,7 +19,7 @@ ROWS = 16  # evaluate.rows of these runs
 
 
 def validated(config):
-    """The figures of the last validation."""
+    """The metrics of the last validation."""
     lines = [json.loads(line) for line in (run_dir(config) / "metrics.jsonl").read_text().splitlines()]
     return {key: value for line in lines if "val_loss" in line for key, value in line.items()}
 
@@ -33,7 +33,7 @@ def test_figures_do_not_depend_on_the_number_of_ranks(trained):
 
 @pytest.fixture(scope="module")
 def targets(trained, concepts):
-    """Of every target that was validated on: prediction and truth, both spaces, and its context; from the weights."""
+    """For every validation target: prediction and truth in both spaces, and its context; from the weights."""
     model, *_ = load_model(run_dir(trained(2)))
     found = []
     for batch in validation_batches(open_dataset(concepts["validation"]), 32, 16, 4, 0, 1, ROWS):
