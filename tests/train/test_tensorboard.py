@@ -111,12 +111,13 @@ def test_a_resume_with_another_grid_leaves_no_point_of_a_later_step(tmp_path):
                 board.scalars(step, {"checkpoint/stall_seconds": 1.0})
         board.close(done=False)
         if first == 0:  # what a crash cuts short
-            (written,) = (path for path in tmp_path.iterdir() if not path.name.endswith(".about"))
+            (written,) = (path for path in tmp_path.glob("*tfevents*") if not path.name.endswith(".about"))
             written.write_bytes(written.read_bytes()[:-3])
     found = read(tmp_path)
     assert steps(found, "loss/train") == [1, 2, 3, 4, 6, 12]
     assert "checkpoint/stall_seconds" not in tags(found, "scalars")
-    assert not list(tmp_path.glob("*.partial"))
+    assert steps(read(tmp_path / "training"), "mse") == [1, 2, 3, 4, 6, 12]
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_hparams_are_the_numbers_of_the_config(resumed):
