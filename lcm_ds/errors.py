@@ -1,4 +1,4 @@
-"""The exception for what a user can put right; the command line turns it into exit code 2."""
+"""Exceptions for problems that a user can fix; the command line turns them into exit codes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 
 class InputError(Exception):
-    """One or more mistakes in a call, a config or the input.
+    """One or more errors in a call, a config or the input: exit code 2.
 
-    Each mistake is one line that names the file, the key, the value and what would be right.
+    Each error is one line with the file, the key, the value and what would be right.
     """
 
     exit_code = 2
@@ -20,31 +20,31 @@ class InputError(Exception):
 
 
 class TransientError(InputError):
-    """What is elsewhere gives no answer: nobody's mistake, and another try may find it."""
+    """A remote service does not answer; a retry may succeed: exit code 1."""
 
     exit_code = 1
 
 
 class RunFailedError(InputError):
-    """A run that was right to start and cannot go on; no other call would help, and another try may not."""
+    """A correctly started run that cannot continue; a retry may not help: exit code 1."""
 
     exit_code = 1
 
 
 class Collector:
-    """Gathers the mistakes of several independent checks, so that a user sees all of them in one go.
+    """Collects the errors of independent checks, so that a user sees all of them at once.
 
-    >>> mistakes = Collector()
-    >>> with mistakes:
+    >>> errors = Collector()
+    >>> with errors:
     ...     check_one()
-    >>> with mistakes:
+    >>> with errors:
     ...     check_two()
-    >>> mistakes.raise_if_any()
+    >>> errors.raise_if_any()
     """
 
     def __init__(self) -> None:
         self.errors: list[str] = []
-        self._outages: set[str] = set()  # those of them that are nobody's mistake
+        self._outages: set[str] = set()  # those of TransientErrors
 
     def __enter__(self) -> Collector:
         return self
@@ -58,19 +58,19 @@ class Collector:
         return False
 
     def add(self, other: Collector) -> None:
-        """Take over what another has gathered."""
+        """Take over the errors of another collector."""
         self.errors.extend(other.errors)
         self._outages.update(other._outages)
 
     def raise_if_any(self) -> None:
-        """Raise one `InputError` with all gathered errors, each once; `TransientError` if all of them are that."""
+        """Raise one `InputError` with all errors, each once; a `TransientError` if all of them are transient."""
         if self.errors:
             kind = TransientError if self._outages.issuperset(self.errors) else InputError
             raise kind(dict.fromkeys(self.errors))
 
 
 def nearest(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
-    """'; did you mean X?' where a known name is near; else `otherwise`, or the known names in brackets."""
+    """'; did you mean X?' if a known name is similar; else `otherwise`, or the known names in brackets."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
@@ -79,6 +79,6 @@ def nearest(word: str, known: Iterable[str], otherwise: str | None = None) -> st
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
+    """The first line of an error's message, or its type."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,6 +1,6 @@
-"""The files that come with lcm-ds, configs/, ds_configs/ and launch/, found in a checkout and in an installed wheel.
+"""The files that ship with lcm-ds (configs/, ds_configs/, launch/), in a checkout or an installed wheel.
 
-A file of one's own at the same relative path wins; where there is none, the one that came with lcm-ds serves.
+A user's file at the same relative path takes precedence.
 """
 
 from __future__ import annotations
@@ -17,22 +17,21 @@ from lcm_ds.errors import InputError, nearest
 from lcm_ds.files import write_whole
 
 FOLDERS = ("configs", "ds_configs", "launch")
-LONGEST = 80  # characters of a description that stays as it is
+LONGEST = 80  # characters of a description that is not shortened
 _PACKAGE = Path(__file__).parent
-# A wheel has the folders inside the package (setup.py); in a checkout, and what is installed from it as editable, they
-# lie beside it.
+# Inside the package in a wheel (see setup.py), beside it in a checkout or an editable install.
 ROOT = _PACKAGE / "shipped" if (_PACKAGE / "shipped").is_dir() else _PACKAGE.parent
 
 
 @cache
 def names() -> tuple[str, ...]:
-    """Relative paths of all files that come with lcm-ds, such as `configs/train/quickstart.yaml`, sorted."""
+    """Sorted relative paths of all shipped files, such as `configs/train/quickstart.yaml`."""
     files = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file())
     return tuple(sorted(path.relative_to(ROOT).as_posix() for path in files if not path.name.startswith(".")))
 
 
 def find(path: str | Path) -> Path | None:
-    """The file at `path`, seen from the current folder; else the one that came with lcm-ds; None where neither is."""
+    """The file at `path`, relative to the current folder, or else the shipped file; None if there is neither."""
     path = Path(path)
     if path.is_file():
         return path
@@ -40,42 +39,42 @@ def find(path: str | Path) -> Path | None:
 
 
 def description(name: str) -> str:
-    """What a file that came with lcm-ds is for: how its first comment begins, or what a DeepSpeed JSON sets."""
+    """What a shipped file is for: the first sentence of its comment, or the settings of a DeepSpeed JSON."""
     text = (ROOT / name).read_text(encoding="utf-8")
     if name.endswith(".json"):
         return _settings(json.loads(text))
     lines = [line for line in text.splitlines() if not line.startswith("#!")]
     comment = "".join(line.removeprefix("#") for line in takewhile(lambda line: line.startswith("# "), lines))
     sentence = re.split(r"[.;](?: |$)", comment.strip(), maxsplit=1)[0]
-    # A long one up to the list or the remark that it leads into.
+    # A long sentence ends before its list or remark.
     return sentence if len(sentence) <= LONGEST else re.split(r": | \(", sentence, maxsplit=1)[0]
 
 
 def _settings(mapping: dict[str, Any]) -> str:
-    """A DeepSpeed JSON in a few words."""
+    """Summarise a DeepSpeed JSON."""
     zero = mapping.get("zero_optimization", {})
-    said = [f"ZeRO {zero.get('stage', 0)}", next((dtype for dtype in ("bf16", "fp16") if dtype in mapping), "fp32")]
+    words = [f"ZeRO {zero.get('stage', 0)}", next((dtype for dtype in ("bf16", "fp16") if dtype in mapping), "fp32")]
     optimizer = mapping.get("optimizer", {}).get("type", "AdamW")
-    said += [optimizer] if optimizer != "AdamW" else []
-    for key, what in (("offload_optimizer", "optimizer"), ("offload_param", "parameters")):
-        said += [f"{what} on {zero[key]['device']}"] if key in zero else []
-    said += ["quantized communication"] if zero.get("zero_quantized_weights") else []
-    return ", ".join(said)
+    words += [optimizer] if optimizer != "AdamW" else []
+    for key, name in (("offload_optimizer", "optimizer"), ("offload_param", "parameters")):
+        words += [f"{name} on {zero[key]['device']}"] if key in zero else []
+    words += ["quantized communication"] if zero.get("zero_quantized_weights") else []
+    return ", ".join(words)
 
 
 def missing_file(path: str | Path) -> str:
-    """The line about a file that is neither here nor among those that come with lcm-ds."""
-    others = nearest(Path(path).as_posix(), names(), "; `lcm-ds configs` lists those that come with lcm-ds")
-    return f"{path}: there is no such file{others}"
+    """The error for a file that neither exists nor ships with lcm-ds."""
+    others = nearest(Path(path).as_posix(), names(), "; `lcm-ds configs` lists the shipped ones")
+    return f"{path}: no such file here or in lcm-ds{others}"
 
 
 def copy(chosen: Sequence[str], destination: str | Path | None = None) -> list[Path]:
-    """Copy files that came with lcm-ds; returns where to.
+    """Copy shipped files, and return the paths of the copies.
 
-    Several, and one without a destination, go to their relative path below the destination (default: the current
-    folder), where they win over what they are copies of. One alone goes into a destination that is a folder, or
-    becomes the file of that name. Raises InputError, before anything is copied, for a name that is not among `names()`
-    and for every file that is there already.
+    A single file is copied into a destination folder or to a destination file. Several files, or one without a
+    destination, keep their relative paths below the destination (default: the current folder), so that the copies
+    take precedence. Raises InputError, before anything is copied, for names that are not shipped and for files that
+    already exist.
     """
     if len(chosen) == 1 and destination is not None:
         into = str(destination).endswith("/") or Path(destination).is_dir()
@@ -83,7 +82,7 @@ def copy(chosen: Sequence[str], destination: str | Path | None = None) -> list[P
     else:
         pairs = {name: Path(destination or ".", name) for name in chosen}
     errors = [missing_file(name) for name in chosen if name not in names()]
-    errors += [f"{path}: is there already, and is not overwritten" for path in pairs.values() if path.exists()]
+    errors += [f"{path}: already exists and is not overwritten" for path in pairs.values() if path.exists()]
     if errors:
         raise InputError(errors)
     for name, path in pairs.items():

@@ -1,4 +1,4 @@
-"""What reaches the terminal: no words of libraries to programmers, and nothing in a text that it would obey."""
+"""Keeps library warnings and terminal control characters away from the user."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from contextlib import contextmanager
 
 
 def hide_warnings() -> None:
-    """What libraries warn programmers of stays away from users, unless Python was asked for it (-W, PYTHONWARNINGS)."""
+    """Hide library warnings, unless Python was started with -W or PYTHONWARNINGS."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 
 
 def hide_deprecations() -> None:
-    """What libraries will rename stays out of a run's log, unless Python was asked for it (-W, PYTHONWARNINGS).
-
-    A user can change nothing about what DeepSpeed calls of torch.
-    """
+    """Hide deprecation warnings, such as those of DeepSpeed's calls of torch, unless Python was started with -W."""
     if not sys.warnoptions:
         for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
             warnings.simplefilter("ignore", category)
@@ -26,7 +23,7 @@ def hide_deprecations() -> None:
 
 @contextmanager
 def silence_transformers(reports: bool = False) -> Iterator[None]:
-    """Loading without transformers' bars, and unless they are asked for, without its reports of missing weights."""
+    """Load models without transformers' progress bars and, unless `reports`, its reports of missing weights."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -41,10 +38,10 @@ def silence_transformers(reports: bool = False) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-# They join letters or keep them apart, in Persian, Hindi and emoji: a terminal only draws them.
+# Zero-width (non-)joiners of Persian, Hindi and emoji are safe.
 _JOINERS = "\u200c\u200d"
 
 
 def strip_control_chars(text: str) -> str:
-    """The text without what a terminal would obey: texts of the web hold escape sequences, too."""
-    return "".join(letter if letter.isprintable() or letter in _JOINERS else "�" for letter in text)
+    """Replace control characters: text from the web can contain terminal escape sequences."""
+    return "".join(char if char.isprintable() or char in _JOINERS else "�" for char in text)

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "data": (),
     "model": (),
     "baselines": ("data", "model"),
-    "checkpoint": ("deepspeed_config", "distributed", "model"),
+    "checkpoint": ("data", "deepspeed_config", "distributed", "model"),
     "convert": ("checkpoint", "data", "encoders", "model"),
     "prepare": ("data", "distributed", "encoders", "text"),
     "train": ("baselines", "checkpoint", "convert", "data", "deepspeed_config", "distributed", "model"),

@@ -1,6 +1,7 @@
 """Each metric on a case worked by hand."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,10 +51,10 @@ def test_contrastive_accuracy_compares_inside_equal_parts():
 
 def test_a_perfect_prediction_wins_every_comparison_and_a_constant_one_half():
     truth = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
-    alone = in_documents_of_their_own(200)
-    assert metrics.contrastive_accuracy(truth, truth, *alone).mean().item() == 1.0
+    separate = in_documents_of_their_own(200)
+    assert metrics.contrastive_accuracy(truth, truth, *separate).mean().item() == 1.0
     constant = torch.zeros_like(truth)
-    assert metrics.contrastive_accuracy(constant, truth, *alone).mean().item() == pytest.approx(0.5, abs=0.01)
+    assert metrics.contrastive_accuracy(constant, truth, *separate).mean().item() == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("sentences", [2, 3, 8, 30])
@@ -95,7 +96,7 @@ def test_paraphrasing_is_the_best_cosine_to_the_context_over_that_of_the_truth()
     of_truth = metrics.context_cosine(concepts[:, 1:], concepts, ids)
     of_prediction = metrics.context_cosine(predicted, concepts, ids)
     targets = torch.tensor([0, 1, 3])  # concept 3 begins a segment
-    # contexts: concept 0; concepts 0 and 1; concept 3 alone, for what is before is of another segment
+    # contexts: concept 0; concepts 0 and 1; concept 3 only, because a segment begins with it
     assert of_truth[0, targets].tolist() == pytest.approx([0.6, 0.8, -1.0])
     assert of_prediction[0, targets].tolist() == pytest.approx([1.0, 1.4 / math.sqrt(2), 0.0], abs=1e-6)
     ratio = metrics.paraphrasing(of_prediction, of_truth)[0, targets]
@@ -113,9 +114,9 @@ def test_copying_the_context_shows_in_paraphrasing():
 
 
 def test_mutual_information_is_what_the_context_adds_a_token():
-    conditional, alone = torch.log(torch.tensor([0.5, 0.1])), torch.log(torch.tensor([0.125, 0.2]))
+    conditional, separate = torch.log(torch.tensor([0.5, 0.1])), torch.log(torch.tensor([0.125, 0.2]))
     # 0.5 is 4 times 0.125: log 4 over 2 tokens; 0.1 is half of 0.2: the context misleads.
-    found = metrics.mutual_information(conditional, alone, torch.tensor([2, 1]))
+    found = metrics.mutual_information(conditional, separate, torch.tensor([2, 1]))
     assert found.tolist() == pytest.approx([math.log(4) / 2, -math.log(2)])
 
 
@@ -164,3 +165,27 @@ def test_covariance_of_sums_is_that_of_the_vectors():
     vectors = torch.randn(50, 3, dtype=torch.float64) + 2
     found = metrics.covariance(50.0, vectors.sum(0), vectors.T @ vectors)
     assert torch.allclose(found, torch.cov(vectors.T, correction=0))
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def row(*cells):
+    return " ".join(["|", *(f"{cell} |".lstrip() for cell in cells)])
+
+
+def test_the_docs_define_every_metric_as_the_table_does():
+    evaluation, monitoring = ((DOCS / page).read_text(encoding="utf-8") for page in ("evaluation.md", "monitoring.md"))
+    for metric in metrics.EVALUATION:
+        assert row(metric.label, metric.about, metric.source) in evaluation
+    for metric in metrics.LOGGED.values():
+        assert row(f"`{metric.key}`", metric.unit, metric.about) in monitoring
+
+
+def test_each_metric_is_in_the_table_once():
+    keys = [(metric.space, metric.key) for metric in metrics.EVALUATION]
+    assert len(set(keys)) == len(keys)
+    tags = [metric.tag for metric in metrics.LOGGED.values() if metric.tag]
+    assert len(set(tags)) == len(tags)

@@ -1,4 +1,4 @@
-"""The files that come with lcm-ds are found from any folder, and those of one's own win."""
+"""Shipped files are found from any folder, and the user's files take precedence."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,7 @@ QUICKSTART = "configs/train/quickstart.yaml"
 
 
 @pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
+def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -27,38 +27,38 @@ def mistakes_of(function, *arguments):
     return caught.value.errors
 
 
-def test_a_config_that_is_not_here_is_the_one_that_came_along_and_its_json_too(elsewhere):
+def test_a_config_that_does_not_exist_here_is_the_shipped_one_and_so_is_its_json(empty_folder):
     config = load(TrainConfig, QUICKSTART, ["steps=3"])
     assert config.steps == 3
     assert config.deepspeed == "ds_configs/zero2_bf16.json"
     assert deepspeed_config.zero_stage(deepspeed_config.read(config.deepspeed, Path(QUICKSTART))) == 2
-    copy = resolve_config(config, Path(QUICKSTART), elsewhere / "run")
+    copy = resolve_config(config, Path(QUICKSTART), empty_folder / "run")
     assert deepspeed_config.read(load(TrainConfig, copy).deepspeed, copy)["zero_optimization"]["stage"] == 2
 
 
-def test_files_of_ones_own_win(elsewhere):
+def test_the_users_files_take_precedence(empty_folder):
     main(["configs", QUICKSTART])
     main(["configs", "ds_configs/zero2_bf16.json"])
-    own = elsewhere / QUICKSTART
+    own = empty_folder / QUICKSTART
     own.write_text(own.read_text().replace("seed: 1", "seed: 77"))
-    json = elsewhere / "ds_configs/zero2_bf16.json"
+    json = empty_folder / "ds_configs/zero2_bf16.json"
     json.write_text(json.read_text().replace('"stage": 2', '"stage": 1'))
     config = load(TrainConfig, QUICKSTART)
     assert config.seed == 77
     assert deepspeed_config.zero_stage(deepspeed_config.read(config.deepspeed, own)) == 1
 
 
-def test_a_config_that_is_nowhere_is_told_with_the_nearest(elsewhere):
+def test_an_unknown_config_suggests_the_closest_match(empty_folder):
     assert mistakes_of(load, TrainConfig, "configs/train/150.yaml") == [
-        "configs/train/150.yaml: there is no such file; did you mean 'configs/train/150m.yaml'?"
+        "configs/train/150.yaml: no such file here or in lcm-ds; did you mean 'configs/train/150m.yaml'?"
     ]
     (line,) = mistakes_of(load, TrainConfig, "/xyz")
-    assert line == "/xyz: there is no such file; `lcm-ds configs` lists those that come with lcm-ds"
-    (line,) = mistakes_of(load, TrainConfig, elsewhere)
+    assert line == "/xyz: no such file here or in lcm-ds; `lcm-ds configs` lists the shipped ones"
+    (line,) = mistakes_of(load, TrainConfig, empty_folder)
     assert "Is a directory" in line
 
 
-def test_a_path_that_leaves_the_shipped_folders_finds_nothing(elsewhere):
+def test_a_path_that_leaves_the_shipped_folders_finds_nothing(empty_folder):
     assert resources.find("configs/../setup.py") is None
     assert resources.find("setup.py") is None
 
@@ -84,32 +84,30 @@ def test_the_list_has_every_file_with_what_it_is_for(capsys):
         (["--all", "new"], "new/launch/slurm.sbatch"),
     ],
 )
-def test_a_copy_goes_where_it_is_asked_for_and_can_be_run(elsewhere, call, becomes, capsys):
-    (elsewhere / "there").mkdir()
+def test_a_copy_goes_to_its_destination_and_is_executable(empty_folder, call, becomes, capsys):
+    (empty_folder / "there").mkdir()
     assert main(["configs", *call]) == 0
     assert f"copied to {becomes}\n" in capsys.readouterr().out
-    assert (elsewhere / becomes).read_bytes() == (ROOT / "launch/slurm.sbatch").read_bytes()
+    assert (empty_folder / becomes).read_bytes() == (ROOT / "launch/slurm.sbatch").read_bytes()
     assert os.access(becomes, os.X_OK)
 
 
-def test_nothing_is_overwritten_and_nothing_copied_where_something_would_be(elsewhere, capsys):
+def test_nothing_is_copied_if_a_file_would_be_overwritten(empty_folder, capsys):
     names = (QUICKSTART, "launch/local.sh")
-    own = [elsewhere / "new" / name for name in names]
+    own = [empty_folder / "new" / name for name in names]
     for path in own:
         path.parent.mkdir(parents=True)
         path.write_text("mine")
     assert main(["configs", "--all", "new"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        f"new/{name}: is there already, and is not overwritten" for name in (QUICKSTART, "launch/local.sh")
-    ]
-    assert sorted(path for path in elsewhere.rglob("*") if path.is_file()) == own
+    assert lines == [f"new/{name}: already exists and is not overwritten" for name in (QUICKSTART, "launch/local.sh")]
+    assert sorted(path for path in empty_folder.rglob("*") if path.is_file()) == own
     assert all(path.read_text() == "mine" for path in own)
 
 
-def test_a_name_that_does_not_come_along_is_told_with_the_nearest(elsewhere):
+def test_an_unknown_name_suggests_the_closest_match(empty_folder):
     assert mistakes_of(resources.copy, ["launch/slrum.sbatch"]) == [
-        "launch/slrum.sbatch: there is no such file; did you mean 'launch/slurm.sbatch'?"
+        "launch/slrum.sbatch: no such file here or in lcm-ds; did you mean 'launch/slurm.sbatch'?"
     ]
     assert main(["configs", QUICKSTART, "--all", "new"]) == 2
-    assert list(elsewhere.iterdir()) == []
+    assert list(empty_folder.iterdir()) == []

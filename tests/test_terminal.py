@@ -1,4 +1,4 @@
-"""What is printed of texts from elsewhere, and of what libraries warn of."""
+"""Control characters and library warnings do not reach the terminal."""
 
 import subprocess
 import sys

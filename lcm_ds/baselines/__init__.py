@@ -1,1 +1,1 @@
-"""Predictors that a model has to beat, and the targets that they share with it."""
+"""Baselines of next-concept prediction, and the targets that they and the model predict."""

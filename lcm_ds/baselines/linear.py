@@ -1,7 +1,7 @@
-"""Predictors that are linear in what stands before a target: the mean, the copy and ridge regressions.
+"""Predictors that are linear in a target's context: the mean, the copy and ridge regressions.
 
-All come from one set of sums, which training targets are added to as they come: memory does not grow with the data.
-Which of them is the best is decided by documents of the training data that are held out, never by validation.
+All are solved from one set of sums over training targets, so memory does not grow with the data. Held-out documents of
+the training data, never the validation data, choose penalties and the best predictor.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lcm_ds.baselines.targets import Reader, Targets
+from lcm_ds.baselines.targets import TargetReader, Targets
 from lcm_ds.config import DataConfig, WeightedPath
 from lcm_ds.data.format import Dataset
 from lcm_ds.model.normalizer import Normalizer
 
 MEAN, COPY = "mean concept", "copy of the last"
-LAST, BEFORE, CONTEXT = range(3)  # the inputs of all sums, [embed_dim] each, and then a 1
+LAST, BEFORE, CONTEXT = range(3)  # the inputs of all sums, [embed_dim] each, followed by a 1
 RIDGES = {
     "ridge from the last": (LAST,),
     "ridge from the context's mean": (CONTEXT,),
     "ridge from last and mean": (LAST, CONTEXT),
     "ridge from last two and mean": (LAST, BEFORE, CONTEXT),
 }
-# Ridge penalties that are tried, as shares of the mean variance of the inputs.
+# Ridge penalties to choose from, relative to the mean variance of the inputs.
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-HELD_OUT = 10  # one in so many documents of the training data chooses: a penalty, and the best predictor
-AT_A_TIME = 4096  # targets that are added at a time: a matter of memory alone
+HELD_OUT = 10  # one in HELD_OUT training documents is held out
+BLOCK = 4096  # targets that are added at a time; only memory depends on it
 
 
 class Sums:
@@ -42,9 +42,9 @@ class Sums:
         self.counts = torch.zeros(2, dtype=torch.float64, device=device)  # outputs squared and summed; samples
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """[n, inputs] and [n, outputs]."""
-        for some, others in zip(inputs.split(AT_A_TIME), outputs.split(AT_A_TIME), strict=True):
-            x, y = F.pad(some.double(), (0, 1), value=1.0), others.double()
+        """Add samples: [n, inputs] and [n, outputs]."""
+        for some_inputs, some_outputs in zip(inputs.split(BLOCK), outputs.split(BLOCK), strict=True):
+            x, y = F.pad(some_inputs.double(), (0, 1), value=1.0), some_outputs.double()
             self.xx.addmm_(x.T, x)
             self.xy.addmm_(x.T, y)
             self.counts[0] += y.square().sum()
@@ -52,24 +52,23 @@ class Sums:
 
     @property
     def count(self) -> int:
-        """Samples."""
+        """Number of samples."""
         return int(self.counts[1])
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All sums: what ranks add up."""
+        """All sums, for an all-reduce."""
         return self.xx, self.xy, self.counts
 
-    def plus(self, other: Sums) -> Sums:
-        """Both together."""
+    def __add__(self, other: Sums) -> Sums:
         return self._of(self.xx + other.xx, self.xy + other.xy, self.counts + other.counts)
 
-    def part(self, inputs: Tensor) -> Sums:
-        """The problem that has only some of the inputs, int64 [k]: its sums are among these."""
+    def select(self, inputs: Tensor) -> Sums:
+        """The problem with a subset of the inputs; inputs: int64 [k], their indices."""
         kept = F.pad(inputs, (0, 1), value=len(self.xx) - 1)
         return self._of(self.xx[kept][:, kept], self.xy[kept], self.counts)
 
     def mean(self) -> Tensor:
-        """Weights [inputs + 1, outputs] that predict the mean of the outputs, whatever the inputs."""
+        """Weights [inputs + 1, outputs] that always predict the mean of the outputs."""
         weights = torch.zeros_like(self.xy)
         weights[-1] = self.xy[-1] / self.counts[1]
         return weights
@@ -77,7 +76,7 @@ class Sums:
     def solve(self, penalty: float) -> Tensor:
         """Weights [inputs + 1, outputs] of the ridge regression; the constant (last row) is not penalised.
 
-        Of a handful of samples, or of none, the smallest weights that fit.
+        If there are too few samples for a unique solution, the smallest weights that fit.
         """
         inputs = len(self.xx) - 1
         ridge = torch.zeros_like(self.xx)
@@ -95,14 +94,14 @@ class Sums:
         return self.squared_error(weights) / (self.count * self.xy.shape[1]) if self.count else math.nan
 
     def to(self, device: torch.device) -> Sums:
-        """The same on another device."""
+        """A copy on another device."""
         return self._of(*(tensor.to(device) for tensor in self.tensors()))
 
     @staticmethod
     def _of(xx: Tensor, xy: Tensor, counts: Tensor) -> Sums:
-        found = Sums(0, 0)
-        found.xx, found.xy, found.counts = xx, xy, counts
-        return found
+        sums = Sums(0, 0)
+        sums.xx, sums.xy, sums.counts = xx, xy, counts
+        return sums
 
 
 @dataclass(frozen=True)
@@ -111,110 +110,122 @@ class Linear:
 
     inputs: tuple[int, ...]  # of LAST, BEFORE, CONTEXT
     weights: Tensor  # fp64 [len(inputs) · embed_dim + 1, embed_dim]
-    held_out_mse: float  # on the held-out documents, of what is fitted to the others
+    held_out_mse: float  # on the held-out documents, when fitted to the others
 
     def __call__(self, targets: Targets) -> Tensor:
-        """What it predicts: fp32 [n, embed_dim], normalised space."""
-        every = targets.last, targets.before, targets.context
+        """Predictions: fp32 [n, embed_dim], normalised space."""
+        inputs = targets.last, targets.before, targets.context
         embed_dim = targets.truth.shape[1]
         predicted = self.weights[-1].expand(targets.truth.shape).clone()
-        for first, number in enumerate(self.inputs):
-            predicted.addmm_(every[number].double(), self.weights[first * embed_dim : (first + 1) * embed_dim])
+        for i, index in enumerate(self.inputs):
+            predicted.addmm_(inputs[index].double(), self.weights[i * embed_dim : (i + 1) * embed_dim])
         return predicted.float()
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingSums:
     """The sums of training targets, in two parts."""
 
     fit: Sums
-    held_out: Sums  # of documents that choose
+    held_out: Sums  # of held-out documents
 
     @classmethod
-    def of(
+    def from_targets(
         cls,
         targets: Iterable[Targets],
         embed_dim: int,
         device: torch.device,
-        add_up: Callable[[Iterable[Tensor]], None],
-    ) -> Training:
-        """Add up training targets.
+        all_reduce: Callable[[Iterable[Tensor]], None],
+    ) -> TrainingSums:
+        """Sum over the training targets of all ranks.
 
         Args:
             targets: this rank's, batch by batch; none is kept.
             embed_dim: of their concepts.
-            device: where the sums are, 2 · [3 · embed_dim + 1, 4 · embed_dim + 1] fp64.
-            add_up: makes tensors, in place, the sums of those of all ranks.
+            device: of the sums, 2 · [3 · embed_dim + 1, 4 · embed_dim + 1] fp64.
+            all_reduce: sums tensors over all ranks, in place.
         """
-        found = cls(*(Sums(3 * embed_dim, embed_dim, device) for _ in range(2)))
-        for some in targets:
-            chooses = held_out(some.document)
-            inputs = torch.cat([some.last, some.before, some.context], 1)
-            for sums, part in ((found.fit, ~chooses), (found.held_out, chooses)):
-                sums.add(inputs[part], some.truth[part])
-        add_up([*found.fit.tensors(), *found.held_out.tensors()])
-        return found
+        sums = cls(*(Sums(3 * embed_dim, embed_dim, device) for _ in range(2)))
+        for batch in targets:
+            chooses = is_held_out(batch.document)
+            inputs = torch.cat([batch.last, batch.before, batch.context], 1)
+            for part, mask in ((sums.fit, ~chooses), (sums.held_out, chooses)):
+                part.add(inputs[mask], batch.truth[mask])
+        all_reduce([*sums.fit.tensors(), *sums.held_out.tensors()])
+        return sums
 
     @property
     def all(self) -> Sums:
         """Both parts together."""
-        return self.fit.plus(self.held_out)
+        return self.fit + self.held_out
 
     @property
     def chooses(self) -> bool:
-        """Whether there are both, documents to fit to and documents to choose by."""
+        """Whether there are documents to fit to as well as held-out ones to choose by."""
         return self.fit.count > 0 and self.held_out.count > 0
 
     def predictors(self, names: Sequence[str] = (MEAN, COPY, *RIDGES)) -> dict[str, Linear]:
-        """Linear predictors by name, fitted to everything, each with its error on the held-out documents.
+        """Fit linear predictors to all documents, each with its error on the held-out documents.
 
-        A ridge's penalty is the best on the held-out documents. With too few documents to hold any out, the data that
-        is fitted also chooses.
+        A ridge's penalty is the best one on the held-out documents. If there are too few documents to hold any out, the
+        data that is fitted also chooses.
         """
-        embed_dim = self.fit.xy.shape[1]
+        embed_dim, device = self.fit.xy.shape[1], self.fit.xx.device
         everything = self.all
-        fit, chooses = (self.fit, self.held_out) if self.chooses else (everything, everything)
+        fit, choose = (self.fit, self.held_out) if self.chooses else (everything, everything)
         found: dict[str, Linear] = {}
         for name in names:
             if name == MEAN:
-                found[name] = Linear((), everything.mean()[-1:], chooses.error(fit.mean()))
+                found[name] = Linear((), everything.mean()[-1:], choose.error(fit.mean()))
                 continue
-            numbers = RIDGES.get(name, (LAST,))
-            columns = [number * embed_dim + torch.arange(embed_dim, device=everything.xx.device) for number in numbers]
-            some, others, whole = (sums.part(torch.cat(columns)) for sums in (fit, chooses, everything))
+            inputs = RIDGES.get(name, (LAST,))
+            columns = torch.cat([index * embed_dim + torch.arange(embed_dim, device=device) for index in inputs])
+            part, held_out, full = (sums.select(columns) for sums in (fit, choose, everything))
             if name == COPY:
-                weights = torch.eye(embed_dim + 1, embed_dim, dtype=torch.float64, device=everything.xx.device)
-                found[name] = Linear(numbers, weights, others.error(weights))
+                weights = torch.eye(embed_dim + 1, embed_dim, dtype=torch.float64, device=device)
+                found[name] = Linear(inputs, weights, held_out.error(weights))
             else:
-                errors = {penalty: others.error(some.solve(penalty)) for penalty in PENALTIES}
-                best = min(errors, key=errors.__getitem__)
-                found[name] = Linear(numbers, whole.solve(best), errors[best])
+                errors = {penalty: held_out.error(part.solve(penalty)) for penalty in PENALTIES}
+                penalty = min(errors, key=errors.__getitem__)
+                found[name] = Linear(inputs, full.solve(penalty), errors[penalty])
         return found
 
 
-def held_out(document: Tensor) -> Tensor:
-    """Which documents, int64 [n] counted through their dataset, choose and are not fitted: bool [n].
+def is_held_out(document: Tensor) -> Tensor:
+    """Which documents, int64 [n] counted through their dataset, are held out: bool [n].
 
-    Whole documents, stirred, so that what chooses is not every tenth one.
+    By a multiplicative hash, so that the choice is not periodic.
     """
     return ((document * 0x9E3779B1) >> 16) % HELD_OUT == 0
 
 
 def best_of(predictors: Mapping[str, Linear]) -> str:
-    """The name of the one that is best on the held-out documents; of equals the first."""
+    """The name of the predictor that is best on the held-out documents; the first of equals."""
     return min(predictors, key=lambda name: predictors[name].held_out_mse)
 
 
-def shares(data: DataConfig, training: Sequence[WeightedPath], concepts: int) -> list[int]:
-    """How many rows of each training dataset make about so many concepts, as many of each as its weight says."""
+def rows_per_dataset(data: DataConfig, training: Sequence[WeightedPath], concepts: int) -> list[int]:
+    """The rows to read of each training dataset for about `concepts` concepts in all, in proportion to its weight."""
     total = sum(source.weight for source in training)
     return [max(1, round(concepts * source.weight / total / data.row_length)) for source in training]
 
 
 def training_targets(
-    reader: Reader, training: Sequence[Dataset], weights: Sequence[WeightedPath], normalizer: Normalizer, concepts: int
+    reader: TargetReader,
+    training: Sequence[Dataset],
+    weights: Sequence[WeightedPath],
+    normalizer: Normalizer,
+    concepts: int,
 ) -> Iterable[Targets]:
-    """This rank's share of about `concepts` concepts of the training datasets, whose weights are in their order."""
-    for dataset, share in zip(training, shares(reader.data, weights, concepts), strict=True):
-        for _, rows in reader.rows(dataset, normalizer, share):
+    """This rank's share of the training targets.
+
+    Args:
+        reader: of this rank.
+        training: the datasets.
+        weights: of the datasets, in their order.
+        normalizer: the model's.
+        concepts: about how many to read over all datasets and ranks.
+    """
+    for dataset, count in zip(training, rows_per_dataset(reader.data, weights, concepts), strict=True):
+        for _, rows in reader.rows(dataset, normalizer, count):
             yield rows.targets

@@ -1,4 +1,4 @@
-"""What is to be predicted: the targets of a dataset, batch by batch, with what predictors may look at."""
+"""The targets of a dataset, batch by batch, with the inputs that predictors may use."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ from lcm_ds.metrics import context_cosine
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.normalizer import Normalizer
 
-# Of a batch. What is in one depends on the dataset and the rows' length alone, and so does what contrastive accuracy
-# compares.
+# Rows per batch. A batch depends on the dataset and the row length only, and so does contrastive accuracy.
 ROWS = 16
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The targets of a batch, in order; fp32, normalised space but for what is said to be raw."""
+    """The targets of a batch, in order; fp32, normalised space."""
 
     truth: Tensor  # [n, embed_dim]
-    last: Tensor  # [n, embed_dim]: the concept before each
-    before: Tensor  # [n, embed_dim]: the one before that in its segment; zeros, the centre, if there is none
-    context: Tensor  # [n, embed_dim]: the mean of all concepts before it in its segment
-    document: Tensor  # int64 [n], counted through the dataset
-    position: Tensor  # int64 [n], in the document: so many concepts are before it there
+    last: Tensor  # [n, embed_dim]: the concept before each target
+    before: Tensor  # [n, embed_dim]: the concept before that in the segment; zeros (the centre) if there is none
+    context: Tensor  # [n, embed_dim]: the mean of all concepts before the target in its segment
+    document: Tensor  # int64 [n]: index of the document in the dataset
+    position: Tensor  # int64 [n]: concepts before the target in its document
 
     def __len__(self) -> int:
         return len(self.truth)
@@ -44,12 +43,12 @@ class Rows:
 
     concepts: Tensor  # fp32 [rows, row_length, embed_dim], raw space
     segment_ids: Tensor  # [rows, row_length]
-    mask: Tensor  # bool [rows, row_length - 1]: entry t says whether concept t + 1 is a target
+    mask: Tensor  # bool [rows, row_length - 1]: whether concept t + 1 is a target
     targets: Targets
 
     @classmethod
-    def of(cls, batch: Batch, normalizer: Normalizer, max_segment: int) -> Rows:
-        """Those of a batch that has origins, on the normaliser's device."""
+    def from_batch(cls, batch: Batch, normalizer: Normalizer, max_segment: int) -> Rows:
+        """Take the rows of a batch with origins to the normaliser's device."""
         assert batch.origins is not None
         device = normalizer.center.device
         concepts, ids = batch.concepts.to(device, torch.float32), batch.segment_ids.to(device)
@@ -57,10 +56,10 @@ class Rows:
         inputs = normalizer.normalize(concepts)
         layout = SegmentLayout.from_ids(batch.segment_ids, max_segment)
         starts, positions = layout.starts.to(device), layout.positions.to(device)
-        # Running mean inside segments: the running sum, less what it was where the segment begins.
+        # Running mean inside a segment: the running sum, less its value at the segment's start.
         sums = inputs.double().cumsum(1)
-        until = torch.nn.functional.pad(sums, (0, 0, 1, 0))[:, :-1]
-        at_start = until.gather(1, starts.unsqueeze(-1).expand_as(until))
+        shifted = torch.nn.functional.pad(sums, (0, 0, 1, 0))[:, :-1]
+        at_start = shifted.gather(1, starts.unsqueeze(-1).expand_as(shifted))
         context = ((sums - at_start) / (positions + 1).unsqueeze(-1)).float()
         before = torch.nn.functional.pad(inputs, (0, 0, 1, 0))[:, :-1] * (positions > 0).unsqueeze(-1)
         document, position = origins[:, 1:][mask].unbind(-1)
@@ -69,23 +68,29 @@ class Rows:
         )
         return cls(concepts, ids, mask, Targets(truth, last, before, context, document, position))
 
-    def to_context(self, vectors: Tensor) -> Tensor:
-        """The largest cosine of a vector to its target's context: [n] of [n, embed_dim], raw space."""
-        placed = torch.zeros_like(self.concepts[:, 1:])
-        placed[self.mask] = vectors
-        return context_cosine(placed, self.concepts, self.segment_ids)[self.mask]
+    def max_context_cosine(self, vectors: Tensor) -> Tensor:
+        """The largest cosine of each vector, [n, embed_dim] in raw space, to its target's context: [n]."""
+        full = torch.zeros_like(self.concepts[:, 1:])
+        full[self.mask] = vectors
+        return context_cosine(full, self.concepts, self.segment_ids)[self.mask]
 
 
-class Reader:
-    """Reads datasets for rank `rank` of `size`, `batch_rows` rows at a time, and counts what it waits for them."""
+class TargetReader:
+    """Reads a rank's share of datasets in batches of `batch_rows` rows."""
 
     def __init__(self, data: DataConfig, rank: int = 0, size: int = 1, batch_rows: int = ROWS) -> None:
         self.data, self.rank, self.size, self.batch_rows = data, rank, size, batch_rows
         self.waited = 0.0  # seconds
-        self.missing = 0  # concepts of rows, of shards that could not be read
+        self.missing = 0  # concepts of unreadable shards in `rows`
 
     def batches(self, dataset: Dataset, rows: int | None = None, shared: bool = True) -> Iterator[Batch]:
-        """This rank's share of a dataset, or of its first `rows` rows; all of them where it is not shared."""
+        """The batches of a dataset.
+
+        Args:
+            dataset: to read.
+            rows: only so many of its first rows; default: all.
+            shared: only this rank's share.
+        """
         rank, size = (self.rank, self.size) if shared else (0, 1)
         length, longest = self.data.row_length, self.data.max_segment
         batches = validation_batches(dataset, length, longest, self.batch_rows, rank, size, rows, origins=True)
@@ -98,7 +103,7 @@ class Reader:
             yield batch
 
     def rows(self, dataset: Dataset, normalizer: Normalizer, rows: int | None = None) -> Iterator[tuple[Batch, Rows]]:
-        """The same, ready to be predicted."""
+        """This rank's batches with their targets; see `batches`."""
         for batch in self.batches(dataset, rows):
             self.missing += batch.missing
-            yield batch, Rows.of(batch, normalizer, self.data.max_segment)
+            yield batch, Rows.from_batch(batch, normalizer, self.data.max_segment)

@@ -16,7 +16,7 @@ from lcm_ds.data.format import Dataset, open_dataset
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import check_new, read_object, sha256_of
-from lcm_ds.metrics import VERSION
+from lcm_ds.metrics import EVALUATION, LOGGED, VERSION
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.pretrained import MAX_SHARD_SIZE, write_folder
 
@@ -66,8 +66,6 @@ SONAR_LICENCE = """\
 The concepts are SONAR's. Meta's SONAR weights are licensed CC-BY-NC-4.0 (non-commercial), which applies to any use of
 this model with them."""
 OTHER_LICENCE = "The encoder above and the texts have their own licences."
-# Metrics of an evaluation on the card: space and metric.
-EVALUATED = (("normalised", "mse"), ("raw", "l2"), ("raw", "cosine"), ("raw", "ca"), ("normalised", "variance_ratio"))
 UNKNOWN_LICENCE = """\
 The training dataset was not available when this card was written: see the licence of its encoder. Meta's SONAR weights
 are licensed CC-BY-NC-4.0 (non-commercial)."""
@@ -183,13 +181,14 @@ def _evaluation(path: Path, checkpoint: Checkpoint) -> str | None:
             checkpoint.path / "COMPLETE"
         ):
             return None
+        metrics = [metric for metric in EVALUATION if metric.in_card]
         rows = [
-            [name, *(_format(scores[space].get(metric)) for space, metric in EVALUATED)]
+            [name, *(_format(scores[metric.space].get(metric.key)) for metric in metrics)]
             for name, scores in evaluation["scores"].items()
         ]
     except (KeyError, TypeError, AttributeError):  # no evaluation, or one of another version
         return None
-    head = ["predictor", *(f"{metric} ({space})" for space, metric in EVALUATED)]
+    head = ["predictor", *(f"{metric.key} ({metric.space})" for metric in metrics)]
     table = [head, ["---"] * len(head), *rows]
     return "\n".join(
         [
@@ -230,11 +229,7 @@ def _validation(metrics: Path, step: int, config: TrainConfig) -> str:
             last = values
     if last is None:
         return "This run has no validation."
-    names = {
-        "val_loss": "mean squared error",
-        "val_cosine": "cosine",
-        "val_variance_ratio": "variance of predictions over variance of targets",
-    }
+    shown = [LOGGED[key] for key in ("val_loss", "val_cosine", "val_variance_ratio")]
     return "\n".join(
         [
             f"On {config.data.validation} after {last['step']:,} steps, in normalised space, "
@@ -242,6 +237,6 @@ def _validation(metrics: Path, step: int, config: TrainConfig) -> str:
             "",
             "| | |",
             "| --- | --- |",
-            *(f"| {name} | {last[key]:.4f} |" for key, name in names.items() if last.get(key) is not None),
+            *(f"| {each.label} | {last[each.key]:.4f} |" for each in shown if last.get(each.key) is not None),
         ]
     )

@@ -1,4 +1,4 @@
-"""Evaluation: a model against its baselines."""
+"""Evaluation of a model beside its baselines."""
 
 from __future__ import annotations
 
@@ -10,34 +10,36 @@ from lcm_ds.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `lcm-ds evaluate` and of its workers."""
+    """Add the options of `lcm-ds evaluate`, which its workers take as well."""
     parser.add_argument("run", metavar="RUN|FOLDER", help="a run, or an exported model")
     parser.add_argument("--dataset", metavar="DATASET", help="default: the run's validation dataset")
-    parser.add_argument("--step", type=int, metavar="N", help="of a run's checkpoint; default: the newest")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
-    parser.add_argument("--figure", metavar="FILE.png", help="draw the error by position there, too")
-    parser.add_argument("--decoder", metavar="HUB|FOLDER", help="for ℓ2 round trip and MI; default: the encoder's own")
-    parser.add_argument("--causal-lm", metavar="HUB|FOLDER", help="for MI; the paper's is openai-community/gpt2")
-    parser.add_argument("--samples", type=int, default=256, metavar="N", help="targets that are decoded; default: 256")
+    parser.add_argument("--step", type=int, metavar="N", help="step of the run's checkpoint; default: the newest")
+    parser.add_argument("--json", metavar="FILE", help="also write the metrics to FILE")
+    parser.add_argument("--figure", metavar="FILE.png", help="also plot the error by position to FILE.png")
+    parser.add_argument(
+        "--decoder", metavar="HUB|FOLDER", help="decoder for ℓ2 round trip and MI; default: the encoder's own"
+    )
+    parser.add_argument("--causal-lm", metavar="HUB|FOLDER", help="language model for MI; paper: openai-community/gpt2")
+    parser.add_argument("--samples", type=int, default=256, metavar="N", help="targets to decode; default: 256")
 
 
 def worker(arguments: argparse.Namespace) -> list[str]:
-    """The command of a process that does the same, of which a launcher starts as many as it likes."""
+    """The command line of one worker process of this evaluation."""
     options = ("dataset", "step", "json", "figure", "decoder", "causal_lm", "samples")
-    said = {option: vars(arguments)[option] for option in options}
-    words = [[f"--{option.replace('_', '-')}", str(value)] for option, value in said.items() if value is not None]
+    values = {option: vars(arguments)[option] for option in options}
+    words = [[f"--{option.replace('_', '-')}", str(value)] for option, value in values.items() if value is not None]
     return [sys.executable, "-m", "lcm_ds.evaluate", arguments.run, *(word for pair in words for word in pair)]
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """A rank of an evaluation, from the environment its launcher set, or all of it; returns the exit code."""
+    """Run one rank of an evaluation, as the launcher's environment variables say; returns the exit code."""
     from lcm_ds.distributed.environment import detect_environment, exit_with_launcher
 
     exit_with_launcher(os.environ)
-    speaks = True
+    prints_errors = True
     try:
-        place = detect_environment(os.environ)
-        speaks = place.local_rank == 0  # one process a host says what is wrong
+        env = detect_environment(os.environ)
+        prints_errors = env.local_rank == 0  # one process per host
         from lcm_ds.evaluate.run import evaluate
 
         evaluate(
@@ -49,10 +51,10 @@ def main(arguments: argparse.Namespace) -> int:
             causal_lm=arguments.causal_lm,
             decoder=arguments.decoder,
             samples=arguments.samples,
-            place=place,
+            env=env,
         )
         return 0
     except InputError as error:
-        if speaks and error.errors:
+        if prints_errors and error.errors:
             print(error, file=sys.stderr)
         return error.exit_code

@@ -1,7 +1,7 @@
-"""Sums of figures over groups of whole documents, and from them each figure with a bootstrap confidence interval.
+"""Sums over groups of documents, and from them each metric with a bootstrap confidence interval.
 
-Documents, not targets, are drawn again (Efron & Tibshirani 1993, chapter 8): targets of one document are alike. There
-are GROUPS groups at most, so that memory does not grow with the dataset.
+The bootstrap resamples documents, not targets, because targets of one document are alike (Efron & Tibshirani 1993,
+chapter 8). There are at most GROUPS groups, so that memory does not grow with the dataset.
 """
 
 from __future__ import annotations
@@ -19,26 +19,22 @@ REPLICATES = 1000
 SPECTRA = 8  # groups of the covariances, each [embed_dim, embed_dim]
 SEED = 0
 LEVEL = 0.95
-NORMAL = 1.959964  # its quantile of (1 + LEVEL) / 2
-# The first and the last position of each bucket; the last has no end.
+NORMAL = 1.959964  # the normal distribution's quantile of (1 + LEVEL) / 2
+# First and last position of each bucket; the last bucket is open.
 BUCKETS = ((1, 1), (2, 2), *((2**i + 1, 2 ** (i + 1)) for i in range(1, 9)), (513, None))
 
-Figures = dict[str, Tensor]  # name → one for each row of the weights; NaN where there are no targets for it
+Values = dict[str, Tensor]  # name → one value for each row of the weights; NaN without targets
 Interval = list[float]  # [low, high]
 
 
 def bucket_of(positions: Tensor) -> Tensor:
-    """The number in BUCKETS of positions from 1: int64 [n]."""
+    """Index in BUCKETS of each position (counted from 1): int64 [n]."""
     ends = torch.tensor([last for _, last in BUCKETS if last is not None], device=positions.device)
     return torch.bucketize(positions.contiguous(), ends)
 
 
 class Accumulator:
-    """What is known of one predictor, or of the truth.
-
-    Means are of whatever is added under a name; NaN are not counted. Vectors give variances, and one kind of them
-    effective ranks.
-    """
+    """Sums of one predictor, or of the truth: for means, for variances, and for effective ranks."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -47,17 +43,24 @@ class Accumulator:
         self._spectrum: tuple[Tensor, Tensor, Tensor] | None = None  # counts, sums, sums of outer products
 
     def add(self, name: str, values: Tensor, documents: Tensor, buckets: Tensor | None = None) -> None:
-        """Values [n] of targets of `documents`, int64 [n]; the mean of each bucket where there are such, int64 [n]."""
+        """Add values to the mean `name`.
+
+        Args:
+            name: of the metric.
+            values: [n], one for each target; NaN are not counted.
+            documents: int64 [n], the targets' documents.
+            buckets: int64 [n], if a mean of each bucket is wanted.
+        """
         width = 1 if buckets is None else len(BUCKETS)
         if name not in self._means:
             self._means[name] = torch.zeros(GROUPS, width, 2, dtype=torch.float64, device=self.device)
         known = ~values.isnan()
-        places = documents % GROUPS * width + (0 if buckets is None else buckets)
+        index = documents % GROUPS * width + (0 if buckets is None else buckets)
         sums = torch.stack([values.nan_to_num().double(), known.double()], dim=1)
-        self._means[name].view(-1, 2).index_add_(0, places, sums)
+        self._means[name].view(-1, 2).index_add_(0, index, sums)
 
     def add_vectors(self, name: str, vectors: Tensor, documents: Tensor) -> None:
-        """Vectors [n, embed_dim]: of their variance."""
+        """Add vectors [n, embed_dim] to the variance `name`; documents: int64 [n]."""
         if name not in self._vectors:
             shape = GROUPS, 2 + vectors.shape[1]
             self._vectors[name] = torch.zeros(shape, dtype=torch.float64, device=self.device)
@@ -66,7 +69,7 @@ class Accumulator:
         self._vectors[name].index_add_(0, documents % GROUPS, sums)
 
     def add_spectrum(self, vectors: Tensor, documents: Tensor) -> None:
-        """Vectors [n, embed_dim]: of their effective rank."""
+        """Add vectors [n, embed_dim] to the effective rank; documents: int64 [n]."""
         dims = vectors.shape[1]
         if self._spectrum is None:
             counts, sums, products = (
@@ -76,47 +79,47 @@ class Accumulator:
             self._spectrum = counts, sums, products
         counts, sums, products = self._spectrum
         for group in range(SPECTRA):
-            some = vectors[documents % SPECTRA == group].double()
-            counts[group] += len(some)
-            sums[group] += some.sum(0)
-            products[group].addmm_(some.T, some)
+            members = vectors[documents % SPECTRA == group].double()
+            counts[group] += len(members)
+            sums[group] += members.sum(0)
+            products[group].addmm_(members.T, members)
 
-    def add_up(self, ranks: Ranks) -> None:
-        """Take in what all other ranks have; all call this, with the same names."""
+    def all_reduce(self, ranks: Ranks) -> None:
+        """Add the sums of all other ranks; a collective call, with the same names on each rank."""
         ranks.add_up([*self._means.values(), *self._vectors.values(), *(self._spectrum or ())])
 
     @property
     def groups(self) -> Tensor:
         """Which groups have targets: bool [GROUPS]."""
-        found = torch.zeros(GROUPS, dtype=torch.bool, device=self.device)
+        occupied = torch.zeros(GROUPS, dtype=torch.bool, device=self.device)
         for sums in self._means.values():
-            found |= sums[..., 1].sum(1) > 0
-        return found
+            occupied |= sums[..., 1].sum(1) > 0
+        return occupied
 
-    def means(self, weights: Tensor) -> Figures:
-        """Means by name; weights: fp64 [replicates, GROUPS], how often each group counts. Buckets make it [.., k]."""
-        found = {}
+    def means(self, weights: Tensor) -> Values:
+        """Means by name: [replicates], or [replicates, k] of k buckets; weights: fp64 [replicates, GROUPS]."""
+        means = {}
         for name, sums in self._means.items():
             total = torch.einsum("rg,gks->rks", weights, sums)
             mean = total[..., 0] / total[..., 1]
-            found[name] = mean.squeeze(1) if mean.shape[1] == 1 else mean
-        return found
+            means[name] = mean.squeeze(1) if mean.shape[1] == 1 else mean
+        return means
 
-    def variances(self, weights: Tensor) -> Figures:
-        """Variances, summed over dimensions, by name."""
+    def variances(self, weights: Tensor) -> Values:
+        """Variances, summed over dimensions, by name: [replicates]; weights: fp64 [replicates, GROUPS]."""
         sums = {name: weights @ sums for name, sums in self._vectors.items()}
         return {name: variance(each[:, 0], each[:, 2:], each[:, 1]) for name, each in sums.items()}
 
     def counts(self, name: str) -> Tensor:
-        """How many targets are in a mean, in each of its buckets: [k]."""
+        """Number of targets in a mean, for each of its buckets: [k]."""
         return self._means[name][..., 1].sum(0)
 
     def effective_rank(self) -> tuple[float | None, Interval | None]:
         """The effective rank of the vectors, and its interval.
 
-        A replicate's spectrum is taken along the axes of the whole's, which is right to first order: a decomposition of
-        each would take minutes. Replicates, in which some vectors come twice, have lower ranks by nature: they tell the
-        spread alone, and the interval is that of a normal distribution.
+        A replicate's spectrum is taken along the eigenvectors of the full sample, which is right to first order;
+        decomposing each replicate would take minutes. Replicates contain some vectors twice and therefore have lower
+        ranks: they only give the spread, and the interval is a normal distribution's.
         """
         if self._spectrum is None or not self._spectrum[0].sum() > 0:
             return None, None
@@ -125,33 +128,39 @@ class Accumulator:
         if not matrix.trace() > CONSTANT:
             return None, None
         spectrum, axes = torch.linalg.eigh(matrix)
-        whole, weights = float(rank_of(spectrum)), draw(counts > 0)
+        estimate, weights = float(rank_of(spectrum)), bootstrap_weights(counts > 0)
         if weights is None:
-            return whole, None
+            return estimate, None
         count = (weights @ counts).unsqueeze(1)
         along = ((products @ axes) * axes).sum(1)  # [SPECTRA, embed_dim]: sums of squares along each axis
-        again = rank_of(weights @ along / count - (weights @ (sums @ axes) / count).square())
+        replicates = rank_of(weights @ along / count - (weights @ (sums @ axes) / count).square())
         groups = int((counts > 0).sum())
-        spread = NORMAL * float(again.std()) * (groups / (groups - 1)) ** 0.5  # for a few groups tell too little of it
-        return whole, [max(1.0, whole - spread), whole + spread]
+        spread = NORMAL * float(replicates.std()) * (groups / (groups - 1)) ** 0.5  # a few groups underestimate it
+        return estimate, [max(1.0, estimate - spread), estimate + spread]
 
 
-def draw(groups: Tensor, replicates: int = REPLICATES) -> Tensor | None:
-    """Weights of a bootstrap: fp64 [replicates, len(groups)], how often each group is drawn; None for fewer than two.
+def bootstrap_weights(groups: Tensor, replicates: int = REPLICATES) -> Tensor | None:
+    """How often each group is drawn in each replicate of a bootstrap: fp64 [replicates, len(groups)].
 
-    groups: bool, those there are. As many are drawn as there are, with replacement; always the same for as many.
+    Args:
+        groups: bool, which groups exist. As many are drawn as exist, with replacement; the draw depends on their number
+            only.
+        replicates: how many.
+
+    Returns:
+        The weights; None for fewer than two groups.
     """
-    there = groups.nonzero().flatten()
-    if len(there) < 2:
+    existing = groups.nonzero().flatten()
+    if len(existing) < 2:
         return None
     generator = torch.Generator().manual_seed(SEED)
-    drawn = torch.randint(len(there), (replicates, len(there)), generator=generator).to(there.device)
+    drawn = torch.randint(len(existing), (replicates, len(existing)), generator=generator).to(existing.device)
     weights = torch.zeros(replicates, len(groups), dtype=torch.float64, device=groups.device)
-    return weights.scatter_add_(1, there[drawn], torch.ones_like(weights[:, : len(there)]))
+    return weights.scatter_add_(1, existing[drawn], torch.ones_like(weights[:, : len(existing)]))
 
 
 def interval(replicates: Tensor) -> Interval | None:
-    """The percentile interval [low, high] of a figure's replicates; None where there are none of it."""
+    """The percentile interval [low, high] of replicates [n]; None if none is finite."""
     known = replicates[replicates.isfinite()]
     if not len(known):
         return None
@@ -159,13 +168,13 @@ def interval(replicates: Tensor) -> Interval | None:
     return [float(low), float(high)]
 
 
-def number(value: Tensor | float) -> float | None:
-    """A figure for JSON, which has no NaN."""
-    found = float(value)
-    return found if -float("inf") < found < float("inf") else None
+def json_float(value: Tensor | float) -> float | None:
+    """A float, or None if it is not finite: JSON has no NaN."""
+    number = float(value)
+    return number if -float("inf") < number < float("inf") else None
 
 
 def best(scores: Mapping[str, float | None]) -> str | None:
-    """The name with the lowest score, of equals the first; None where none has one."""
+    """The name with the lowest score, the first of equals; None if there are no scores."""
     known = {name: score for name, score in scores.items() if score is not None}
     return min(known, key=known.__getitem__) if known else None

@@ -1,4 +1,4 @@
-"""What a model has to beat: predictors that need no training beyond linear algebra, and one that only remembers.
+"""The baselines of an evaluation: linear predictors, and the nearest neighbour in the training data.
 
 All are fitted on the training datasets and applied to the same targets as the model, in normalised space.
 """
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lcm_ds import metrics
-from lcm_ds.baselines.linear import COPY, Training, held_out, shares, training_targets
-from lcm_ds.baselines.targets import Reader, Targets
+from lcm_ds.baselines.linear import COPY, TrainingSums, is_held_out, rows_per_dataset, training_targets
+from lcm_ds.baselines.targets import TargetReader, Targets
 from lcm_ds.config import WeightedPath
 from lcm_ds.data.batch import Batch
 from lcm_ds.data.format import Dataset
@@ -26,15 +26,15 @@ from lcm_ds.model.normalizer import Normalizer
 Predictor = Callable[[Targets], Tensor]
 
 NEAREST = "nearest in the training data"
-FIT_ON = 500_000  # concepts of the training data that the linear ones are fitted on, at most
-REMEMBERED = 100_000  # concepts of the training data that neighbours are looked for among, at most
-NEIGHBOURS_AT_A_TIME = 16_384  # of them that are compared at a time: a matter of memory alone
+LINEAR_CONCEPTS = 500_000  # concepts of the training data, at most, that linear predictors are fitted on
+NEIGHBOUR_CONCEPTS = 100_000  # concepts of the training data, at most, to search for neighbours
+BLOCK = 16_384  # concepts that are compared at a time; only memory depends on it
 
 
-class Nearest:
-    """Predicts what followed the training concept that is nearest, by cosine in raw space, to the last one.
+class NearestNeighbour:
+    """Predicts the concept that followed the training concept nearest to the last one, by cosine in raw space.
 
-    Of equals the first. batches: training data, of which all is kept, in the dtype that it is stored in.
+    batches: training data, which is kept in the dtype that it is stored in.
     """
 
     def __init__(self, batches: Iterable[Batch], normalizer: Normalizer) -> None:
@@ -43,46 +43,50 @@ class Nearest:
         for batch in batches:
             assert batch.origins is not None
             flat = batch.concepts.flatten(0, 1)
-            mask = F.pad(batch.target_mask, (0, 1)).flatten()  # of each concept, whether what follows is a target
+            mask = F.pad(batch.target_mask, (0, 1)).flatten()  # whether the next concept is a target
             concepts.append(flat.to(normalizer.center.device, copy=True))
             followed.append(mask.nonzero().flatten() + seen)
-            chooses.append(held_out(batch.origins[..., 0].flatten()[mask]))
+            chooses.append(is_held_out(batch.origins[..., 0].flatten()[mask]))
             seen += len(flat)
         self.concepts = torch.cat(concepts)
         device = self.concepts.device
+        # Indices of concepts that a target follows, and which of these are of held-out documents.
         self.followed, self.chooses = torch.cat(followed).to(device), torch.cat(chooses).to(device)
 
     def __len__(self) -> int:
         return len(self.followed)
 
     def __call__(self, targets: Targets) -> Tensor:
-        """What followed: [n, embed_dim], normalised space."""
-        return self._what_followed(self.normalizer.denormalize(targets.last), self.followed)
+        """Predictions: [n, embed_dim], normalised space."""
+        return self._followers(self.normalizer.denormalize(targets.last), self.followed)
 
     def held_out_mse(self, ranks: Ranks) -> float | None:
-        """The error on the held-out documents among those it remembers, looked for among the others.
+        """The error on the held-out documents, searching the others; a collective call.
 
-        Each rank takes its share of the targets; all call this. None if there are no such documents, or no others.
+        None if there are no such documents, or no others.
         """
-        mine, others = self.followed[self.chooses][ranks.rank :: ranks.size], self.followed[~self.chooses]
+        share, others = self.followed[self.chooses][ranks.rank :: ranks.size], self.followed[~self.chooses]
         sums = torch.zeros(2, dtype=torch.float64, device=self.concepts.device)
-        for some in mine.split(NEIGHBOURS_AT_A_TIME) if len(others) else ():
-            predicted = self._what_followed(self.concepts[some].float(), others)
-            truth = self.normalizer.normalize(self.concepts[some + 1])
-            sums += torch.stack([metrics.squared_error(predicted, truth).double().sum(), sums.new_tensor(len(some))])
+        for block in share.split(BLOCK) if len(others) else ():
+            predicted = self._followers(self.concepts[block].float(), others)
+            truth = self.normalizer.normalize(self.concepts[block + 1])
+            sums += torch.stack([metrics.squared_error(predicted, truth).double().sum(), sums.new_tensor(len(block))])
         ranks.add_up([sums])
         return float(sums[0] / sums[1]) if sums[1] else None
 
-    def _what_followed(self, last: Tensor, among: Tensor) -> Tensor:
-        """[n, embed_dim], normalised space: of last concepts [n, embed_dim], raw space, among places int64 [m]."""
+    def _followers(self, last: Tensor, among: Tensor) -> Tensor:
+        """What followed the nearest concepts: [n, embed_dim], normalised space.
+
+        last: [n, embed_dim], raw space. among: int64 [m], indices of the concepts to search.
+        """
         queries = F.normalize(last, dim=1)
-        best = torch.full_like(queries[:, 0], -torch.inf)
-        at = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
-        for some in among.split(NEIGHBOURS_AT_A_TIME):
-            cosines, places = (queries @ F.normalize(self.concepts[some].float(), dim=1).T).max(dim=1)
-            nearer = cosines > best
-            best, at = torch.where(nearer, cosines, best), torch.where(nearer, some[places], at)
-        return self.normalizer.normalize(self.concepts[at + 1])
+        highest = torch.full_like(queries[:, 0], -torch.inf)
+        nearest = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
+        for block in among.split(BLOCK):
+            cosines, index = (queries @ F.normalize(self.concepts[block].float(), dim=1).T).max(dim=1)
+            nearer = cosines > highest
+            highest, nearest = torch.where(nearer, cosines, highest), torch.where(nearer, block[index], nearest)
+        return self.normalizer.normalize(self.concepts[nearest + 1])
 
 
 @dataclass(frozen=True)
@@ -91,17 +95,17 @@ class Baselines:
 
     predictors: dict[str, Predictor]
     fitted_on: int = 0  # targets of the training data
-    held_out: int = 0  # of them, those of documents that chose
+    held_out: int = 0  # how many of them are of held-out documents
     neighbours_among: int = 0
     held_out_mse: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def best(self) -> str:
-        """The one that is best on held-out documents of the training data; the copy, if no training data is known."""
+        """The best one on held-out training documents; the copy if the training data is unknown."""
         return best(self.held_out_mse) or COPY
 
-    def told(self) -> dict[str, Any]:
-        """For JSON."""
+    def to_json(self) -> dict[str, Any]:
+        """The block `baselines` of evaluation.json."""
         return {
             "fitted_on": self.fitted_on,
             "held_out": self.held_out,
@@ -111,15 +115,14 @@ class Baselines:
         }
 
 
-def copy_last(targets: Targets) -> Tensor:
-    """The last concept itself, which needs no training data."""
-    return targets.last
-
-
 def fit_baselines(
-    reader: Reader, training: Sequence[Dataset], weights: Sequence[WeightedPath], normalizer: Normalizer, ranks: Ranks
+    reader: TargetReader,
+    training: Sequence[Dataset],
+    weights: Sequence[WeightedPath],
+    normalizer: Normalizer,
+    ranks: Ranks,
 ) -> Baselines:
-    """All baselines, fitted to the training datasets; the copy alone where there are none.
+    """Fit all baselines to the training datasets; without any, only the copy is left. A collective call.
 
     Args:
         reader: of this rank's share.
@@ -129,16 +132,16 @@ def fit_baselines(
         ranks: all of which call this.
     """
     if not training:
-        return Baselines({COPY: copy_last})
-    targets = training_targets(reader, training, weights, normalizer, FIT_ON)
-    sums = Training.of(targets, len(normalizer.center), normalizer.center.device, ranks.add_up)
+        return Baselines({COPY: lambda targets: targets.last})
+    targets = training_targets(reader, training, weights, normalizer, LINEAR_CONCEPTS)
+    sums = TrainingSums.from_targets(targets, len(normalizer.center), normalizer.center.device, ranks.add_up)
     linear = sums.predictors()
-    # All ranks remember the same: it is little to read.
-    nearest = Nearest(
+    # Every rank keeps all neighbours: they are quick to read.
+    nearest = NearestNeighbour(
         (
             batch
-            for dataset, share in zip(training, shares(reader.data, weights, REMEMBERED), strict=True)
-            for batch in reader.batches(dataset, share, shared=False)
+            for dataset, rows in zip(training, rows_per_dataset(reader.data, weights, NEIGHBOUR_CONCEPTS), strict=True)
+            for batch in reader.batches(dataset, rows, shared=False)
         ),
         normalizer,
     )

@@ -1,181 +1,132 @@
-"""An evaluation for people: tables on the terminal, and the error by position as a picture."""
+"""An evaluation as tables on the terminal, and the error by position as a plot."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 from lcm_ds.evaluate.accumulator import best
-from lcm_ds.evaluate.compute import MODEL, NORMALISED, RAW, TRUTH
+from lcm_ds.evaluate.compute import MODEL, TRUTH
+from lcm_ds.metrics import EVALUATION, HIGHER, NORMALISED, RAW, Metric
 
-WIDTH = 110  # of a table where there is no terminal
-
-
-class Column(NamedTuple):
-    """A figure in a table."""
-
-    title: str
-    space: str
-    metric: str
-    form: str
-    better: Callable[[float], float] | None = None  # what is lowest where the figure is best; None: nothing is better
-
-    @property
-    def label(self) -> str:
-        """The title without its arrow."""
-        return self.title.rstrip(" ↓↑")
+WIDTH = 110  # of a table that is not printed to a terminal
+COLUMNS = 6  # in the first table; the others are in the second
 
 
-def _high(value: float) -> float:
-    return -value
-
-
-def _low(value: float) -> float:
-    return value
-
-
-def _near_one(value: float) -> float:
-    return abs(value - 1)
-
-
-NEARNESS = (
-    Column("MSE ↓", NORMALISED, "mse", "{:.4f}", _low),
-    Column("MSE raw ↓", RAW, "mse", "{:.3g}", _low),
-    Column("ℓ2 ↓", RAW, "l2", "{:.4f}", _low),
-    Column("ℓ2-r ↓", RAW, "l2_round_trip", "{:.4f}", _low),
-    Column("cosine ↑", RAW, "cosine", "{:.4f}", _high),
-    Column("CA % ↑", RAW, "ca", "{:.2%}", _high),
-)
-RETRIEVAL = (
-    Column("R@1 % ↑", RAW, "recall_at_1", "{:.2%}", _high),
-    Column("R@10 % ↑", RAW, "recall_at_10", "{:.2%}", _high),
-    Column("MRR ↑", RAW, "mrr", "{:.4f}", _high),
-    Column("PAR", RAW, "par", "{:.3f}"),
-    Column("MI ↑", RAW, "mi", "{:.3f}", _high),
-    Column("variance", NORMALISED, "variance_ratio", "{:.3f}"),
-    Column("eff. rank", NORMALISED, "effective_rank", "{:.1f}"),
-)
-
-
-def print_tables(title: str, found: dict[str, Any]) -> None:
-    """The figures as tables that anyone can read, the best of each column marked; intervals, and what is missing."""
+def print_tables(title: str, result: dict[str, Any]) -> None:
+    """Print the metrics as tables with the best value of each column marked; then intervals and notes."""
     from rich.console import Console
     from rich.table import Table
 
     console = Console(width=None if Console().is_terminal else WIDTH, soft_wrap=False)
-    scores = {**found["scores"], TRUTH: found["truth"]["scores"]}
+    scores = {**result["scores"], TRUTH: result["truth"]["scores"]}
     heading = (
-        f"{title}: next-concept prediction on {found['dataset']}\n"
-        f"{found['documents']:,} documents, {found['targets']:,} targets; * best of its column"
+        f"{title}: next-concept prediction on {result['dataset']}\n"
+        f"{result['documents']:,} documents, {result['targets']:,} targets; * best of its column"
     )
-    for columns in (NEARNESS, RETRIEVAL):
-        table = Table(title=heading if columns is NEARNESS else None)
+    for metrics in (EVALUATION[:COLUMNS], EVALUATION[COLUMNS:]):
+        table = Table(title=heading if metrics[0] is EVALUATION[0] else None)
         table.add_column("predictor")
-        for column in columns:
-            table.add_column(column.title, justify="right")
-        for name, cells in _cells(scores, columns):
+        for metric in metrics:
+            table.add_column(f"{metric.label} {metric.better}".strip(), justify="right")
+        for name, cells in _cells(scores, metrics):
             table.add_row(name, *cells, style="bold" if name == MODEL else None)
         console.print(table)
-    for line in _lines(found):
+    for line in _lines(result):
         console.print(line, highlight=False, markup=False)
 
 
-def _cells(scores: dict[str, Any], columns: Iterable[Column]) -> Iterable[tuple[str, list[str]]]:
-    """The rows of a table. The truth has a row where there is something of it, and wins nothing."""
+def _cells(scores: dict[str, Any], metrics: Iterable[Metric]) -> Iterable[tuple[str, list[str]]]:
+    """The rows of a table. The truth cannot win, and has a row only if it has a value."""
     winners = {
-        column: None
-        if column.better is None
-        else best({name: _better(by, column) for name, by in scores.items() if name != TRUTH})
-        for column in columns
+        metric: best({name: _loss(by, metric) for name, by in scores.items() if name != TRUTH}) for metric in metrics
     }
     for name, by in scores.items():
-        values = [by[column.space].get(column.metric) for column in columns]
-        if name == TRUTH and all(value is None for value in values):
+        values = {metric: by[metric.space].get(metric.key) for metric in metrics}
+        if name == TRUTH and all(value is None for value in values.values()):
             continue
         yield (
             name,
             [
-                "–  " if value is None else _told(column, value) + (" *" if winners[column] == name else "  ")
-                for column, value in zip(columns, values, strict=True)
+                "–  " if value is None else format_value(metric, value) + (" *" if winners[metric] == name else "  ")
+                for metric, value in values.items()
             ],
         )
 
 
-def _better(by: dict[str, Any], column: Column) -> float | None:
-    value = by[column.space].get(column.metric)
-    return None if value is None or column.better is None else column.better(value)
+def _loss(by: dict[str, Any], metric: Metric) -> float | None:
+    """A value that is lowest for the best predictor; None if no value is better than another."""
+    value = by[metric.space].get(metric.key)
+    return None if value is None or not metric.better else -value if metric.better == HIGHER else value
 
 
-def _told(column: Column, value: float) -> str:
-    return column.form.format(value).replace("%", "")
+def format_value(metric: Metric, value: float) -> str:
+    """A value as tables show it; its unit is in the label."""
+    return metric.form.format(value).replace("%", "")
 
 
-def _lines(found: dict[str, Any]) -> Iterable[str]:
-    """Intervals of the model, how far it is from the best baseline, and notes."""
+def _lines(result: dict[str, Any]) -> Iterable[str]:
+    """The model's intervals, its distance to the best baseline, and notes."""
     parts = []
-    for column in (*NEARNESS, *RETRIEVAL):
-        ends = found["intervals"][MODEL][column.space].get(column.metric)
+    for metric in EVALUATION:
+        ends = result["intervals"][MODEL][metric.space].get(metric.key)
         if ends is not None:
-            parts.append(f"{column.label} {_told(column, ends[0])}–{_told(column, ends[1])}")
+            parts.append(f"{metric.label} {format_value(metric, ends[0])}–{format_value(metric, ends[1])}")
     if parts:
         yield f"95 % intervals of {MODEL}: " + ", ".join(parts)
-    difference = found["difference"]
+    difference = result["difference"]
     if difference is not None:
         ends = difference["interval"]
-        told = "" if ends is None else f" (95 %: {ends[0]:+.4f} to {ends[1]:+.4f})"
-        yield f"{difference['of']} less {difference['less']}: MSE {difference['value']:+.4f}{told}"
-        yield from _why(found["baselines"])
-    retrieval = found["retrieval"]
+        bounds = "" if ends is None else f" (95 %: {ends[0]:+.4f} to {ends[1]:+.4f})"
+        yield f"{difference['of']} less {difference['less']}: MSE {difference['value']:+.4f}{bounds}"
+        yield from _choice(result["baselines"])
+    retrieval = result["retrieval"]
     yield (
-        "MSE, variance and rank in normalised space, where MSE is the training loss; the others in the encoder's own. "
+        "MSE, variance and effective rank are in normalised space (MSE is the training loss), all others in raw space. "
         f"R@k, MRR: {retrieval['targets']:,} targets among {retrieval['candidates']:,} concepts."
     )
-    yield from (f"– {note}" for note in found["notes"])
+    yield from (f"– {note}" for note in result["notes"])
 
 
-def _why(baselines: dict[str, Any]) -> Iterable[str]:
-    """How the best baseline was found; nothing if there is only one."""
+def _choice(baselines: dict[str, Any]) -> Iterable[str]:
+    """How the best baseline was chosen; nothing if there is only one."""
     error = baselines["held_out_mse"].get(baselines["best"])
     if error is not None:
-        by = f"{baselines['held_out']:,} targets of held-out training documents"
-        where = by if baselines["held_out"] else "the training data itself, too small to hold documents out"
-        yield f"{baselines['best']} is the best baseline on {where}: MSE {error:.4f}"
+        held_out = f"{baselines['held_out']:,} targets of held-out training documents"
+        data = held_out if baselines["held_out"] else "the training data itself, too small to hold documents out"
+        yield f"{baselines['best']} is the best baseline on {data}: MSE {error:.4f}"
 
 
-def draw_figure(title: str, found: dict[str, Any]) -> bytes:
-    """The error by position in the document, of the model and its baselines with their intervals: a PNG."""
+def draw_figure(title: str, result: dict[str, Any]) -> bytes:
+    """Plot the error by position in the document, of all predictors with their intervals: a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    by_position = found["by_position"]
-    shown = [number for number, count in enumerate(by_position["targets"]) if count]
+    by_position = result["by_position"]
+    shown = [bucket for bucket, count in enumerate(by_position["targets"]) if count]
     figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = (("mse", "MSE, normalised space"), ("cosine", "cosine, raw space"))
+    panels = (("mse", f"MSE, {NORMALISED} space"), ("cosine", f"cosine, {RAW} space"))
     for axes, (metric, label) in zip(figure.subplots(1, 2), panels, strict=True):
         for name, by in by_position["predictors"].items():
-            values = [by[metric][number] for number in shown]
-            ends = [
-                by[f"{metric}_intervals"][number] or (value, value) for number, value in zip(shown, values, strict=True)
-            ]
+            values = [by[metric][bucket] for bucket in shown]
+            intervals = [by[f"{metric}_intervals"][bucket] for bucket in shown]
+            ends = [each or (value, value) for each, value in zip(intervals, values, strict=True)]
             width = 2.5 if name == MODEL else 1.2
             (line,) = axes.plot(range(len(shown)), values, marker="o", markersize=3, linewidth=width, label=name)
             axes.fill_between(
                 range(len(shown)), *zip(*ends, strict=True), alpha=0.15, color=line.get_color(), linewidth=0
             )
-        axes.set_xticks(range(len(shown)), [_bucket(by_position["positions"][number]) for number in shown])
+        axes.set_xticks(range(len(shown)), [_bucket(*by_position["positions"][bucket]) for bucket in shown])
         axes.set(xlabel="concepts before the target in its document", ylabel=label)
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
     figure.suptitle(f"{title} (bands: 95 %, bootstrap over documents)", fontsize="medium")
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    return drawn.getvalue()
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return png.getvalue()
 
 
-def _bucket(ends: list[int | None]) -> str:
-    first, last = ends
-    if last is None:
-        return f"{first}+"
-    return str(first) if first == last else f"{first}–{last}"
+def _bucket(first: int, last: int | None) -> str:
+    return f"{first}+" if last is None else str(first) if first == last else f"{first}–{last}"

@@ -1,0 +1,1 @@
+"""Text generation: prompts to concepts, concepts to concepts, and concepts to sentences."""

@@ -1,4 +1,4 @@
-"""The sentences of datasets whose concepts are nearest to given ones: words for encoders that have no decoder."""
+"""The sentences of datasets whose concepts are nearest to given concepts: text for encoders that have no decoder."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lcm_ds.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 65_536  # concepts compared at a time: a matter of memory alone
-LIMIT = 10_000_000  # concepts compared in all: seconds to minutes, whatever the size of the dataset
+BLOCK = 65_536  # concepts that are compared at a time; only memory depends on it
+LIMIT = 10_000_000  # concepts to search: seconds to minutes for a dataset of any size
 
 
 @dataclass(frozen=True)
 class Retrieved:
-    """A dataset's concept nearest to one that was looked for."""
+    """The concept of a dataset that is nearest to a query."""
 
     cosine: float
-    text: str  # its sentence; where a shard made elsewhere holds none, the document's id and the concept's place
+    text: str  # its sentence; if its shard has no sentences, the document's id and the concept's position
     document: str  # the document's id
 
 
@@ -33,44 +33,48 @@ class _Block:
 
     dataset: int
     shard: int
-    documents: list[int]  # their numbers in the shard
+    documents: list[int]  # their indices in the shard
     concepts: np.ndarray  # fp32 [n, embed_dim]
     ends: np.ndarray  # of the documents, counted in concepts
 
 
-def nearest(concepts: np.ndarray, datasets: Sequence[Dataset], limit: int = LIMIT) -> list[Retrieved]:
-    """For each of `concepts` [m, embed_dim], raw space, the one of the datasets with the highest cosine, in fp32.
+def nearest_sentences(concepts: np.ndarray, datasets: Sequence[Dataset], limit: int = LIMIT) -> list[Retrieved]:
+    """Find the dataset concept with the highest cosine to each query.
 
-    Looks through the datasets in their order until about `limit` concepts were seen; of equals it is the first. Bad
-    shards are left out where their dataset says so.
+    Args:
+        concepts: the queries, [m, embed_dim], raw space.
+        datasets: searched in their order; unreadable shards are skipped if their dataset allows it.
+        limit: stop after about this many concepts.
+
+    Returns:
+        One concept for each query, the first of equals.
     """
     queries = _directions(concepts)
-    best = np.full(len(queries), -np.inf, np.float32)
+    highest = np.full(len(queries), -np.inf, np.float32)
     found: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)] * len(queries)
     for block in _blocks(datasets, limit):
         cosines = queries @ _directions(block.concepts).T
-        places = cosines.argmax(axis=1)
-        for query, place in enumerate(places):
-            if cosines[query, place] > best[query]:
-                best[query] = cosines[query, place]
-                document = int(np.searchsorted(block.ends, place, side="right"))
-                before = int(block.ends[document - 1]) if document else 0
-                found[query] = (block.dataset, block.shard, block.documents[document], int(place) - before)
+        for query, index in enumerate(cosines.argmax(axis=1)):
+            if cosines[query, index] > highest[query]:
+                highest[query] = cosines[query, index]
+                document = int(np.searchsorted(block.ends, index, side="right"))
+                start = int(block.ends[document - 1]) if document else 0
+                found[query] = (block.dataset, block.shard, block.documents[document], int(index) - start)
     return [
-        _retrieved(datasets[dataset], shard, document, place, float(cosine))
-        for cosine, (dataset, shard, document, place) in zip(best, found, strict=True)
+        _retrieved(datasets[dataset], shard, document, position, float(cosine))
+        for cosine, (dataset, shard, document, position) in zip(highest, found, strict=True)
     ]
 
 
 def _blocks(datasets: Sequence[Dataset], limit: int) -> Iterator[_Block]:
-    """All concepts, in blocks of whole documents of one shard."""
+    """All concepts, in blocks of complete documents of one shard."""
     seen = 0
-    for number, dataset in enumerate(datasets):
-        for index in range(len(dataset.shards)):
+    for i, dataset in enumerate(datasets):
+        for shard in range(len(dataset.shards)):
             if seen >= limit:
                 return
             try:
-                for block in _blocks_of(dataset, number, index):
+                for block in _blocks_of(dataset, i, shard):
                     yield block
                     seen += len(block.concepts)
             except InputError as error:
@@ -79,25 +83,25 @@ def _blocks(datasets: Sequence[Dataset], limit: int) -> Iterator[_Block]:
                 logger.error("skipped: %s", error)
 
 
-def _blocks_of(dataset: Dataset, number: int, index: int) -> Iterator[_Block]:
-    shard = open_shard(dataset, index)
+def _blocks_of(dataset: Dataset, dataset_index: int, shard_index: int) -> Iterator[_Block]:
+    shard = open_shard(dataset, shard_index)
     lengths = shard.lengths
-    # the block that a document is in, by where the document begins
+    # A document belongs to the block in which it begins.
     blocks = (lengths.cumsum() - lengths) // BLOCK
     for block in np.unique(blocks[lengths > 0]):
         documents = np.flatnonzero((blocks == block) & (lengths > 0)).tolist()
-        some = np.concatenate([shard.concepts(document) for document in documents])
-        yield _Block(number, index, documents, some.astype(np.float32), lengths[documents].cumsum())
+        concepts = np.concatenate([shard.concepts(document) for document in documents]).astype(np.float32)
+        yield _Block(dataset_index, shard_index, documents, concepts, lengths[documents].cumsum())
 
 
-def _retrieved(dataset: Dataset, shard: int, document: int, place: int, cosine: float) -> Retrieved:
+def _retrieved(dataset: Dataset, shard: int, document: int, position: int, cosine: float) -> Retrieved:
     meta = open_shard(dataset, shard).meta(document)
-    text = meta["sentences"][place] if meta["sentences"] else f"{meta['id']}, concept {place}"
+    text = meta["sentences"][position] if meta["sentences"] else f"{meta['id']}, concept {position}"
     return Retrieved(cosine, text, str(meta["id"]))
 
 
 def _directions(concepts: np.ndarray) -> np.ndarray:
-    """Concepts of length 1, fp32; one of length 0 stays so."""
+    """Concepts normalised to length 1, fp32; zeros stay zeros."""
     exact = np.asarray(concepts, np.float32)
     lengths = np.linalg.norm(exact, axis=1, keepdims=True)
     return exact / np.maximum(lengths, np.finfo(np.float32).tiny)

@@ -1,7 +1,7 @@
-"""Text from text: a prompt's sentences become concepts, the model goes on from them, and its concepts become sentences.
+"""Text to text: a prompt's sentences become concepts, the model continues them, and its concepts become sentences.
 
-Concepts go through the decoder of their encoder, SONAR's. Where there is none, and for encoders that have none, each is
-shown by the nearest sentence of a dataset, with its cosine: the model predicts a point, it did not write that sentence.
+Concepts are decoded by their encoder's decoder (SONAR's). Without one, each is represented by the nearest sentence of a
+dataset, with its cosine: the model predicts a point, it did not write that sentence.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from lcm_ds.checkpoint.model_source import ModelSource, find_model
+from lcm_ds.data.concepts import ConceptInfo
 from lcm_ds.data.format import Dataset
 from lcm_ds.encoders import Encoder, from_dataset
 from lcm_ds.encoders.base import resolve_device
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.generate.origin import Origin, find_origin
-from lcm_ds.generate.retrieval import nearest
+from lcm_ds.generate.retrieval import nearest_sentences
 from lcm_ds.generate.sampler import END_OF_TEXT, generate
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.text.splitter import Splitter
@@ -31,27 +32,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class GeneratedText:
-    """What followed one prompt."""
+    """The continuation of one prompt."""
 
-    prompt: list[str]  # the sentences that were gone on from
-    left_out: int  # sentences of the prompt before them, which the model has no room for
-    concepts: np.ndarray  # fp32 [m, embed_dim], raw space; the one that a stop rule ended it with is its last
+    prompt: list[str]  # the sentences that were continued
+    left_out: int  # sentences at the beginning of the prompt that did not fit
+    concepts: np.ndarray  # fp32 [m, embed_dim], raw space; the concept that a stop rule applied to is the last
     sentences: list[str]  # one for each concept
-    cosines: list[float] | None  # of concepts to those of the retrieved sentences; None: these are decoded
+    cosines: list[float] | None  # of concepts to those of the retrieved sentences; None: the sentences are decoded
     reason: str  # END_OF_TEXT, REPEATS or MAX_CONCEPTS of lcm_ds.generate.sampler
 
     @property
     def text(self) -> str:
-        """The sentences, without the one that stands for the end of the text."""
+        """The sentences, without the end of text."""
         return " ".join(self.sentences[:-1] if self.reason == END_OF_TEXT else self.sentences)
 
 
 class TextGenerator:
-    """A model with all that it takes from text to text, loaded once.
+    """A model with its encoder, splitter and decoder or datasets, loaded once.
 
     >>> generator = TextGenerator.from_pretrained("runs/quickstart")
-    >>> (made,) = generator.generate(["Lists are mutable. They grow."], max_concepts=4)
-    >>> print(made.text, made.reason)
+    >>> (result,) = generator.generate(["Lists are mutable. They grow."], max_concepts=4)
+    >>> print(result.text, result.reason)
     """
 
     def __init__(
@@ -59,16 +60,18 @@ class TextGenerator:
         model: BaseLCM,
         encoder: Encoder,
         splitter: Splitter,
-        origin: Origin,
+        source: ModelSource,
         decoder: SonarDecoder | None,
         datasets: Sequence[Dataset],
         notes: Sequence[str] = (),
     ) -> None:
-        self.model, self.encoder, self.splitter, self.origin = model, encoder, splitter, origin
+        assert source.info is not None
+        self.model, self.encoder, self.splitter, self.source = model, encoder, splitter, source
+        self.info = source.info
         self.decoder = decoder  # None: sentences are retrieved from the datasets
         self.datasets = list(datasets)
-        self.notes = list(notes)  # what a user should know of how it was loaded
-        end = origin.info.end_of_text
+        self.notes = list(notes)  # for the user: what was loaded instead of what was expected
+        end = self.info.end_of_text
         self._end = None if end is None else torch.tensor(end.vector)
 
     @classmethod
@@ -82,38 +85,44 @@ class TextGenerator:
         dataset: str | None = None,
         prompt_language: str | None = None,
     ) -> TextGenerator:
-        """Load a run (its checkpoint of `step`; default: the newest) or an exported folder.
+        """Load a run or an exported folder.
 
-        device: default: cuda where there is one. decoder: a hub id or folder; default: what the encoder's block in
-        dataset.json or concepts.json names, or the one that is known. dataset: to retrieve sentences from where there
-        is no decoder; default: a run's training datasets. prompt_language: an NLLB code, for SONAR; default: the
-        language that the model's dataset was encoded in.
+        Args:
+            path: the folder.
+            step: of a run's checkpoint; default: the newest.
+            device: default: cuda if available.
+            decoder: hub id or folder; default: as the encoder's block in dataset.json or concepts.json names it, or the
+                one that is known for the encoder.
+            dataset: to retrieve sentences from if there is no decoder; default: a run's training datasets.
+            prompt_language: an NLLB code, for SONAR; default: the language that the training data was encoded in.
 
-        Raises InputError with every mistake that can be told before anything is loaded, and then for an encoder or
-        decoder that cannot be loaded, and where there is neither a decoder nor a dataset to retrieve from.
+        Raises:
+            InputError: with every mistake that can be found before anything is loaded; then if an encoder or decoder
+                cannot be loaded, or if there is neither a decoder nor a dataset to retrieve from.
         """
-        errors, origin = Collector(), None
+        errors, source = Collector(), None
         with errors:
             resolve_device(device)
         with errors:
-            origin = find_origin(path, step, dataset)
-            from_dataset.encoder_config(origin.info.encoder, origin.says_so, device, prompt_language)
-        if origin is not None:
+            source = find_model(path, step, needs_info=True, dataset=dataset)
+            assert source.info is not None
+            from_dataset.encoder_config(source.info.encoder, source.info_path, device, prompt_language)
+        if source is not None and source.info is not None:
             with errors:
-                _check_language(origin.info.encoder, prompt_language)
+                _check_language(source.info, prompt_language)
         errors.raise_if_any()
-        assert origin is not None
+        assert source is not None
+        assert source.info is not None
+        info, embed_dim = source.info, source.config.embed_dim
         with errors:
-            speaks, notes = _decoder_of(origin, decoder, device, prompt_language)
-            datasets = [] if speaks else _to_retrieve_from(origin, notes)
+            loaded, notes = _load_decoder(source, info, decoder, device, prompt_language)
+            datasets = [] if loaded else _open_datasets(source, info, dataset, notes)
         with errors:
-            splitter = Splitter.from_settings(origin.info.splitter, origin.info.language, origin.says_so)
-            encoder = from_dataset.encoder_of(
-                origin.info.encoder, origin.embed_dim, origin.says_so, device, prompt_language
-            )
+            splitter = Splitter.from_settings(info.splitter, info.language, source.info_path)
+            encoder = from_dataset.encoder_of(info.encoder, embed_dim, source.info_path, device, prompt_language)
         errors.raise_if_any()
-        model = origin.load().to(resolve_device(device))  # type: ignore[arg-type]
-        return cls(model, encoder, splitter, origin, speaks, datasets, notes)
+        model = source.load().to(resolve_device(device))  # type: ignore[arg-type]
+        return cls(model, encoder, splitter, source, loaded, datasets, notes)
 
     def generate(
         self,
@@ -125,92 +134,105 @@ class TextGenerator:
         language: str | None = None,
         beams: int = 5,
     ) -> list[GeneratedText]:
-        """Go on from each prompt, for at most `max_concepts` concepts; all are computed together.
+        """Continue prompts, which are computed together.
 
-        stop_end, stop_repeat: cosines to the end-of-text concept, and to the concept before, above which a text ends;
-        None: never for that. language: of what comes out, an NLLB code; default: that of the prompts. beams: of the
-        decoder's search. Raises InputError for a prompt without a sentence, and for a language without a decoder or
-        that the decoder does not know.
+        Args:
+            prompts: texts.
+            max_concepts: to generate for each prompt, at most.
+            stop_end: stop after a concept whose cosine to the end-of-text concept is above this; None: do not.
+            stop_repeat: stop after a concept whose cosine to the concept before it is above this; None: do not.
+            language: of the output, an NLLB code; default: that of the prompts.
+            beams: of the decoder's beam search.
+
+        Raises:
+            InputError: for a prompt without sentences, and for a language that the decoder does not know, or that needs
+                a decoder.
         """
         self.check_language(language)
         prompts = [prompts] if isinstance(prompts, str) else prompts
         split = [self.splitter.split(prompt) for prompt in prompts]
-        if empty := [number for number, sentences in enumerate(split) if not sentences]:
-            raise InputError(f"prompt {number + 1}, {prompts[number][:40]!r}: no sentence is found" for number in empty)
+        if empty := [i for i, sentences in enumerate(split) if not sentences]:
+            raise InputError(f"prompt {i + 1}, {prompts[i][:40]!r}: no sentence found" for i in empty)
         if not split:
             return []
-        after = self.after
-        room = max(1, self.origin.info.max_segment - 1 - len(after))
+        suffix = self.suffix
+        room = max(1, self.info.max_segment - 1 - len(suffix))
         kept = [sentences[-room:] for sentences in split]
-        concepts = torch.from_numpy(self.encoder.encode([one for sentences in kept for one in sentences + after]))
-        encoded = concepts.split([len(sentences) + len(after) for sentences in kept])
-        made = generate(self.model, encoded, max_concepts, self._end, stop_end, stop_repeat)
-        concepts = torch.cat([one.concepts for one in made]).cpu()
-        sentences, cosines = self._sentences(concepts.numpy(), language, beams)
-        ends = np.cumsum([0, *(len(one.concepts) for one in made)]).tolist()
+        encoded = torch.from_numpy(self.encoder.encode([one for sentences in kept for one in sentences + suffix]))
+        inputs = encoded.split([len(sentences) + len(suffix) for sentences in kept])
+        generated = generate(self.model, inputs, max_concepts, self._end, stop_end, stop_repeat)
+        concepts = torch.cat([each.concepts for each in generated]).cpu().numpy()
+        sentences, cosines = self._sentences(concepts, language, beams)
+        ends = np.cumsum([0, *(len(each.concepts) for each in generated)]).tolist()
         return [
             GeneratedText(
-                kept[number],
-                len(split[number]) - len(kept[number]),
-                concepts[first:end].numpy(),
+                kept[i],
+                len(split[i]) - len(kept[i]),
+                concepts[first:end],
                 sentences[first:end],
                 None if cosines is None else cosines[first:end],
-                made[number].reason,
+                generated[i].reason,
             )
-            for number, (first, end) in enumerate(pairwise(ends))
+            for i, (first, end) in enumerate(pairwise(ends))
         ]
 
     @property
-    def after(self) -> list[str]:
-        """What is put behind each prompt's sentences, as behind those that a fine-tuned model was trained on."""
-        suffix = self.origin.info.source_suffix
-        return [] if suffix is None else [suffix]
+    def suffix(self) -> list[str]:
+        """Sentences that follow every prompt, as they followed every source when the model was fine-tuned."""
+        return [] if self.info.source_suffix is None else [self.info.source_suffix]
 
     def check_language(self, language: str | None) -> None:
-        """Raise InputError for a language that no sentence can come out in; None: the prompts' own."""
+        """Raise InputError for an output language that is not available; None is the prompts' own."""
         if language is None:
             return
         if self.decoder is None:
-            raise InputError(f"--language {language}: needs a decoder; sentences that are retrieved are what they are")
+            raise InputError(f"--language {language}: needs a decoder; retrieved sentences have the language they have")
         self.decoder.language_id(language)
 
     def _sentences(
         self, concepts: np.ndarray, language: str | None, beams: int
     ) -> tuple[list[str], list[float] | None]:
-        """A sentence for each of `concepts` [m, embed_dim], raw space, and their cosines where they are retrieved."""
+        """A sentence for each concept, [m, embed_dim] in raw space, and its cosine if it is retrieved."""
         if self.decoder is not None:
             return self.decoder.decode(concepts, beams, language=language), None
-        found = nearest(concepts, self.datasets)
-        return [one.text for one in found], [one.cosine for one in found]
+        retrieved = nearest_sentences(concepts, self.datasets)
+        return [each.text for each in retrieved], [each.cosine for each in retrieved]
 
 
-def _check_language(described: dict[str, Any], language: str | None) -> None:
-    if language is not None and described.get("name") != "sonar":
-        raise InputError(
-            f"--prompt-language {language}: is for SONAR; encoder {described.get('name')} is told no language"
-        )
+def _check_language(info: ConceptInfo, language: str | None) -> None:
+    name = info.encoder.get("name")
+    if language is not None and name != "sonar":
+        raise InputError(f"--prompt-language {language}: is for SONAR only, not for encoder {name}")
 
 
-def _decoder_of(
-    origin: Origin, named: str | None, device: str | None, language: str | None
+def _load_decoder(
+    source: ModelSource, info: ConceptInfo, named: str | None, device: str | None, language: str | None
 ) -> tuple[SonarDecoder | None, list[str]]:
-    """The decoder, and why there is none where there should be. Raises InputError where the user named it."""
-    described = origin.info.encoder
-    model = named or from_dataset.decoder_name(described)
+    """The decoder, and a note if it should be there but is not. Raises InputError if the user named it."""
+    model = named or from_dataset.decoder_name(info.encoder)
     if model is None:
         return None, []
     try:
-        return from_dataset.decoder_of(model, described, origin.embed_dim, device, language), []
+        return from_dataset.decoder_of(model, info.encoder, source.config.embed_dim, device, language), []
     except InputError as error:
         if named is not None:
             raise InputError(f"--decoder: {mistake}" for mistake in error.errors) from None
-        return None, [f"no decoder, so the nearest sentences instead: {error}"]
+        return None, [f"no decoder, the nearest sentences are shown instead: {error}"]
 
 
-def _to_retrieve_from(origin: Origin, notes: list[str]) -> list[Dataset]:
-    """The datasets whose sentences stand for concepts. Raises InputError where there is none."""
-    if not origin.places:
-        said = notes or [f"{origin.says_so}: encoder {origin.info.encoder.get('model')!r} has no decoder that is known"]
-        remedy = "--decoder has to name one, or --dataset a dataset of this encoder to retrieve sentences from"
-        raise InputError([*said, f"{origin.path}: {remedy}"])
-    return origin.open_datasets()
+def _open_datasets(source: ModelSource, info: ConceptInfo, dataset: str | None, notes: list[str]) -> list[Dataset]:
+    """The datasets to retrieve sentences from. Raises InputError if there are none, or if they do not fit the model."""
+    paths = [each.path for each in source.training] if dataset is None else [dataset]
+    if not paths:
+        reasons = notes or [f"{source.info_path}: no decoder is known for encoder {info.encoder.get('model')!r}"]
+        remedy = "name a decoder with --decoder, or a dataset of this encoder to retrieve sentences from with --dataset"
+        raise InputError([*reasons, f"{source.path}: {remedy}"])
+    opened, errors = source.open_datasets(paths), Collector()
+    for each in opened:
+        with errors:
+            source.check_embed_dim(each)
+            theirs, ours = (f"{of.get('name')} {of.get('model')}" for of in (each.info.encoder, info.encoder))
+            if theirs != ours:
+                raise InputError(f"{each.path}: made by encoder {theirs}, the model's is {ours} ({source.info_path})")
+    errors.raise_if_any()
+    return opened

@@ -5,7 +5,6 @@ The optimizer is new and the run starts at step 0. A run that has a checkpoint o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +15,13 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from lcm_ds.checkpoint.format import candidates, find, fp32_weights
+from lcm_ds.checkpoint.format import candidates
+from lcm_ds.checkpoint.model_source import find_model
 from lcm_ds.config import ModelConfig
 from lcm_ds.convert.base_lcm import read_meta
 from lcm_ds.distributed.collectives import from_first
-from lcm_ds.errors import InputError
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.model.pretrained import read_folder
 
 CENTER, SCALE = "normalizer.center", "normalizer.scale"
 
@@ -39,25 +37,16 @@ class InitFrom:
 
 
 def resolve_init_from(model: ModelConfig) -> InitFrom:
-    """The model that `model.init_from` names. Raises InputError if it is none of the three."""
+    """The model that `model.init_from` names. Raises InputError if there is none."""
     path = Path(str(model.init_from))
-    if (path / "config.yaml").is_file():
-        checkpoint = find(path)
-        config = BaseLCMConfig(**checkpoint.state()["model"])
-        return InitFrom(f"{path} (step {checkpoint.step})", config, lambda: fp32_weights(checkpoint), True)
-    if (path / "config.json").is_file():
-        try:
-            config = BaseLCMConfig.from_pretrained(path)
-        except (OSError, ValueError, json.JSONDecodeError) as error:
-            raise InputError(f"{path}: its config.json cannot be read: {str(error).splitlines()[0]}") from None
-        return InitFrom(str(path), config, lambda: dict(read_folder(path).state_dict()), _folder_has_normalizer(path))
     if path.is_file():
         config, weights = read_meta(path, model.num_attention_heads)
-        normalizes = _has_normalizer(weights)
-        return InitFrom(f"{path} (Meta's)", config, lambda: read_meta(path, model.num_attention_heads)[1], normalizes)
-    raise InputError(
-        f"{path}: neither a run (config.yaml is missing), nor an exported model (config.json is missing), nor a file"
-    )
+        own = _has_normalizer(weights)
+        return InitFrom(f"{path} (Meta's)", config, lambda: read_meta(path, model.num_attention_heads)[1], own)
+    source = find_model(path)
+    if source.step is not None:
+        return InitFrom(f"{path} (step {source.step})", source.config, source.weights, True)
+    return InitFrom(str(path), source.config, source.weights, _folder_has_normalizer(path))
 
 
 def sizes_of_run(run_dir: Path) -> BaseLCMConfig | None:

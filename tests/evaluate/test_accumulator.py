@@ -1,9 +1,9 @@
-"""Figures from sums over groups of documents, and their bootstrap intervals."""
+"""Metrics from sums over groups of documents, and their bootstrap intervals."""
 
 import pytest
 import torch
 
-from lcm_ds.evaluate.accumulator import BUCKETS, GROUPS, Accumulator, bucket_of, draw, interval
+from lcm_ds.evaluate.accumulator import BUCKETS, GROUPS, Accumulator, bootstrap_weights, bucket_of, interval
 
 CPU = torch.device("cpu")
 
@@ -12,7 +12,7 @@ def drawn(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def whole():
+def full():
     return torch.ones(1, GROUPS, dtype=torch.float64)
 
 
@@ -23,8 +23,8 @@ def test_means_do_not_depend_on_the_batches_and_leave_out_what_is_not_known():
     together.add("x", values, documents)
     for part in torch.arange(900).split(130):
         apart.add("x", values[part], documents[part])
-    assert together.means(whole())["x"].item() == pytest.approx(values.nanmean().item())
-    assert torch.allclose(apart.means(whole())["x"], together.means(whole())["x"])
+    assert together.means(full())["x"].item() == pytest.approx(values.nanmean().item())
+    assert torch.allclose(apart.means(full())["x"], together.means(full())["x"])
     assert int(together.counts("x")) == 900 - 129
 
 
@@ -34,7 +34,7 @@ def test_buckets_of_positions_double():
     assert [BUCKETS[number] for number in (0, 1, 2, 3, 10)] == [(1, 1), (2, 2), (3, 4), (5, 8), (513, None)]
     tally = Accumulator(CPU)
     tally.add("x", torch.tensor([1.0, 3.0, 10.0]), torch.tensor([0, 1, 0]), bucket_of(torch.tensor([3, 4, 1])))
-    means = tally.means(whole())["x"][0]
+    means = tally.means(full())["x"][0]
     assert means[2] == 2.0
     assert means[0] == 10.0
     assert means[1].isnan()
@@ -44,7 +44,7 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error():
     values = drawn(1, GROUPS)
     tally = Accumulator(CPU)
     tally.add("x", values, torch.arange(GROUPS))
-    low, high = interval(tally.means(draw(tally.groups))["x"])
+    low, high = interval(tally.means(bootstrap_weights(tally.groups))["x"])
     error = 1.96 * values.std().item() / GROUPS**0.5
     assert low == pytest.approx(values.mean().item() - error, abs=0.15 * error)
     assert high == pytest.approx(values.mean().item() + error, abs=0.15 * error)
@@ -56,19 +56,21 @@ def test_targets_of_one_document_are_drawn_together():
     one, fifty = Accumulator(CPU), Accumulator(CPU)
     one.add("x", by_document, torch.arange(64))
     fifty.add("x", by_document.repeat(50), torch.arange(64).repeat(50))
-    assert interval(fifty.means(draw(fifty.groups))["x"]) == pytest.approx(interval(one.means(draw(one.groups))["x"]))
+    assert interval(fifty.means(bootstrap_weights(fifty.groups))["x"]) == pytest.approx(
+        interval(one.means(bootstrap_weights(one.groups))["x"])
+    )
 
 
 def test_what_is_drawn_is_always_the_same_and_as_many_as_there_are():
     groups = torch.zeros(GROUPS, dtype=torch.bool)
     groups[[3, 70, 200]] = True
-    weights = draw(groups)
-    assert torch.equal(weights, draw(groups))
+    weights = bootstrap_weights(groups)
+    assert torch.equal(weights, bootstrap_weights(groups))
     assert (weights.sum(1) == 3).all()
     assert weights[:, ~groups].sum() == 0
     assert len(weights.unique(dim=0)) == 10  # ways to draw three of three
     groups[[3, 70]] = False
-    assert draw(groups) is None
+    assert bootstrap_weights(groups) is None
 
 
 def test_a_difference_of_the_same_documents_is_known_better_than_either():
@@ -76,11 +78,11 @@ def test_a_difference_of_the_same_documents_is_known_better_than_either():
     ours, theirs = Accumulator(CPU), Accumulator(CPU)
     ours.add("mse", hard, documents)
     theirs.add("mse", hard + 0.2 + 0.1 * drawn(4, 200), documents)
-    weights = draw(ours.groups)
+    weights = bootstrap_weights(ours.groups)
     low, high = interval(ours.means(weights)["mse"] - theirs.means(weights)["mse"])
     assert -0.3 < low < high < -0.1
-    alone = interval(ours.means(weights)["mse"])
-    assert alone[1] - alone[0] > 10 * (high - low)
+    separate = interval(ours.means(weights)["mse"])
+    assert separate[1] - separate[0] > 10 * (high - low)
 
 
 def test_variances_are_those_of_the_vectors():
@@ -88,7 +90,7 @@ def test_variances_are_those_of_the_vectors():
     tally = Accumulator(CPU)
     for part in torch.arange(500).split(120):
         tally.add_vectors("raw", vectors[part], documents[part])
-    assert tally.variances(whole())["raw"].item() == pytest.approx(vectors.var(dim=0, correction=0).sum().item())
+    assert tally.variances(full())["raw"].item() == pytest.approx(vectors.var(dim=0, correction=0).sum().item())
 
 
 def test_the_effective_rank_has_an_interval_around_it():

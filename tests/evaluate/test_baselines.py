@@ -1,15 +1,15 @@
-"""Baselines are fitted on training data, are as good as linear algebra makes them, and the best is chosen there."""
+"""Baselines are fitted on training data, which also chooses the best one; they are exact solutions."""
 
 import math
 
 import pytest
 import torch
 
-from lcm_ds.baselines.linear import BEFORE, CONTEXT, LAST, PENALTIES, Linear, Sums, Training, best_of, held_out
+from lcm_ds.baselines.linear import BEFORE, CONTEXT, LAST, PENALTIES, Linear, Sums, TrainingSums, best_of, is_held_out
 from lcm_ds.baselines.targets import Rows, Targets
 from lcm_ds.data.batch import Batch
 from lcm_ds.distributed.collectives import Ranks
-from lcm_ds.evaluate.baselines import Baselines, Nearest
+from lcm_ds.evaluate.baselines import Baselines, NearestNeighbour
 from lcm_ds.model.normalizer import Normalizer
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def made(n, seed, noise=0.1, dims=6, of_context=0.0, of_before=0.0):
 
 
 def trained(training):
-    return Training.of(training, 6, CPU, Ranks().add_up)
+    return TrainingSums.from_targets(training, 6, CPU, Ranks().add_up)
 
 
 def mse(predicted, truth):
@@ -76,24 +76,24 @@ def test_the_best_is_one_that_has_all_that_matters(shares, matters):
 
 def test_every_error_is_that_on_the_held_out_documents_of_what_is_fitted_to_the_others():
     targets, _ = made(400, 3, of_context=0.3)
-    chooses = held_out(targets.document)
+    chooses = is_held_out(targets.document)
     assert 20 < chooses.sum() < 60
     fitted = trained([targets]).predictors()
     truth, others = targets.truth[chooses], targets.truth[~chooses]
     assert fitted["mean concept"].held_out_mse == pytest.approx(mse(others.mean(0), truth), rel=1e-5)
     assert fitted["copy of the last"].held_out_mse == pytest.approx(mse(targets.last[chooses], truth), rel=1e-5)
     both = torch.cat([targets.last, targets.context], 1)
-    alone = Sums(12, 6)
-    alone.add(both[~chooses], others)
+    separate = Sums(12, 6)
+    separate.add(both[~chooses], others)
     errors = []
     for penalty in PENALTIES:
-        weights = alone.solve(penalty)
+        weights = separate.solve(penalty)
         errors.append(mse(both[chooses].double() @ weights[:-1] + weights[-1], truth))
     assert fitted["ridge from last and mean"].held_out_mse == pytest.approx(min(errors), rel=1e-5)
     # What is used is fitted to all of them.
-    alone.add(both[chooses], truth)
-    whole = alone.solve(PENALTIES[errors.index(min(errors))])
-    assert torch.allclose(fitted["ridge from last and mean"].weights, whole, atol=1e-9)
+    separate.add(both[chooses], truth)
+    full = separate.solve(PENALTIES[errors.index(min(errors))])
+    assert torch.allclose(fitted["ridge from last and mean"].weights, full, atol=1e-9)
 
 
 def test_without_documents_to_hold_out_the_data_that_is_fitted_chooses():
@@ -118,7 +118,7 @@ def test_what_a_target_is_predicted_from_is_of_its_own_segment():
     concepts = torch.tensor([[[1.0], [2.0], [6.0], [10.0], [20.0], [0.0]]])
     ids = torch.tensor([[0, 0, 0, 1, 1, -1]], dtype=torch.int32)
     origins = torch.tensor([[[7, 0], [7, 1], [7, 2], [8, 0], [8, 1], [-1, -1]]])
-    targets = Rows.of(Batch(concepts, ids, 0, 0, 0, origins=origins), Normalizer(1), 8).targets
+    targets = Rows.from_batch(Batch(concepts, ids, 0, 0, 0, origins=origins), Normalizer(1), 8).targets
     assert targets.truth.flatten().tolist() == [2, 6, 20]
     assert targets.last.flatten().tolist() == [1, 2, 10]
     assert targets.before.flatten().tolist() == [0, 1, 0]
@@ -143,7 +143,7 @@ def test_a_small_penalty_recovers_the_map():
 
 
 def batch(rows, document=0):
-    """Rows of (segment, concept): a batch as the loader gives it, all of one document."""
+    """A batch of the loader from rows of (segment, concept), all of one document."""
     ids = torch.tensor([[segment for segment, _ in row] for row in rows], dtype=torch.int32)
     origins = torch.full((*ids.shape, 2), document)
     concepts = torch.tensor([[concept for _, concept in row] for row in rows]).half()
@@ -160,7 +160,7 @@ def test_the_nearest_in_the_training_data_says_what_followed_it_there():
         batch([[(0, east), (0, north), (0, west), (1, south)], [(0, south), (0, west), nothing, nothing]]),
         batch([[(0, east), (0, south), (0, south), (0, south)]]),
     ]
-    nearest = Nearest(training, normalizer)
+    nearest = NearestNeighbour(training, normalizer)
     assert len(nearest) == 6
     last = torch.tensor([[0.9, 0.1], [0.3, 5.0], [-1.0, -1.1]])
     zeros = torch.zeros(3, dtype=torch.long)
@@ -172,16 +172,16 @@ def test_the_nearest_in_the_training_data_says_what_followed_it_there():
 
 def test_the_nearest_s_error_is_that_on_held_out_documents_looked_for_among_the_others():
     east, north, west = [1.0, 0.0], [0.0, 2.0], [-3.0, 0.0]
-    assert held_out(torch.tensor([0, 1])).tolist() == [True, False]
+    assert is_held_out(torch.tensor([0, 1])).tolist() == [True, False]
     row = [(0, east), (0, north), (0, west)]
-    nearest = Nearest([batch([row], document=1), batch([[(0, east), (0, west)]], document=0)], Normalizer(2))
-    # Held out: west follows east. North followed it elsewhere: (9 + 4) / 2.
+    nearest = NearestNeighbour([batch([row], document=1), batch([[(0, east), (0, west)]], document=0)], Normalizer(2))
+    # Held out: west follows east. In the other documents north followed it: (9 + 4) / 2.
     assert nearest.held_out_mse(Ranks()) == pytest.approx(13 / 2)
-    assert Nearest([batch([row], document=0)], Normalizer(2)).held_out_mse(Ranks()) is None
+    assert NearestNeighbour([batch([row], document=0)], Normalizer(2)).held_out_mse(Ranks()) is None
 
 
 def test_sums_of_no_samples_or_of_one_are_no_error():
-    """A run's first training data may hold next to nothing to predict."""
+    """A small dataset may have hardly any targets."""
     sums = Sums(3, 2)
     assert not sums.solve(1e-3).any()
     assert math.isnan(sums.error(sums.solve(1e-3)))

@@ -1,17 +1,15 @@
-"""The evaluation of a run or an exported folder: baselines of what it was trained on, figures where there are some,
-every mistake.
-"""
+"""The evaluation of a run or an exported folder: baselines of its training data, metrics, errors."""
 
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
+from lcm_ds.checkpoint import model_source
 from lcm_ds.config import DataConfig
 from lcm_ds.convert.export import export
 from lcm_ds.data.format import DatasetInfo, commit, finish, open_dataset, write_normalizer
@@ -19,11 +17,11 @@ from lcm_ds.data.shard import open_shard
 from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.errors import InputError
-from lcm_ds.evaluate import baselines, subject
+from lcm_ds.evaluate import baselines
 from lcm_ds.evaluate import run as evaluation
 from lcm_ds.evaluate.compute import measure
 from lcm_ds.evaluate.run import evaluate
-from lcm_ds.evaluate.subject import Subject
+from lcm_ds.evaluate.task import EvaluationTask
 from lcm_ds.evaluate.text_metrics import TextMetrics
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
@@ -74,13 +72,14 @@ def run(make_dataset, tmp_path_factory):
 
 
 def measured(train, validation, row_length=16):
-    """What `measure` says of an untrained model."""
+    """The result of `measure` for an untrained model."""
     data = DataConfig(train=train, row_length=row_length, max_segment=8)
     config = BaseLCMConfig(embed_dim=EMBED_DIM, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
                            num_attention_heads=2)  # fmt: skip
     model = BaseLCM(config).eval()
-    what = Subject(Path("unused"), 1, "", EMBED_DIM, None, data, data.train, str(validation), lambda: model)
-    return measure(model, what, *what.open(), Ranks(), TextMetrics(None, None, None, ()), 8)
+    training = [open_dataset(source.path) for source in data.train]
+    task = EvaluationTask(data, data.train, training, open_dataset(validation), str(validation))
+    return measure(model, task, Ranks(), TextMetrics(None, None, None, ()), 8)
 
 
 def squared_distance_of_the_mean_concept(figures):
@@ -89,20 +88,20 @@ def squared_distance_of_the_mean_concept(figures):
 
 def test_baselines_are_fitted_on_all_datasets_of_a_mixture(make_dataset):
     low, high, validation = make_dataset(-3.0), make_dataset(3.0), make_dataset(3.0, documents=30)
-    alone = measured(str(low), validation)
+    separate = measured(str(low), validation)
     both = measured([{"path": str(low)}, {"path": str(high)}], validation)
     # A target's variance is 1 in each dimension; the mean concept lies 6 away from the validation's, then 3.
-    assert squared_distance_of_the_mean_concept(alone) == pytest.approx(1 + 6**2, rel=0.05)
+    assert squared_distance_of_the_mean_concept(separate) == pytest.approx(1 + 6**2, rel=0.05)
     assert squared_distance_of_the_mean_concept(both) == pytest.approx(1 + 3**2, rel=0.05)
-    assert both["baselines"]["fitted_on"] == pytest.approx(2 * alone["baselines"]["fitted_on"], rel=0.1)
+    assert both["baselines"]["fitted_on"] == pytest.approx(2 * separate["baselines"]["fitted_on"], rel=0.1)
 
 
 def test_each_dataset_of_a_mixture_gets_the_share_of_its_weight(make_dataset, monkeypatch):
     low, high, validation = make_dataset(-3.0), make_dataset(3.0), make_dataset(3.0, documents=30)
-    monkeypatch.setattr(baselines, "FIT_ON", 8 * 12)  # 8 rows: 2 of one dataset, 6 of the other
-    monkeypatch.setattr(baselines, "REMEMBERED", 4 * 12)
+    monkeypatch.setattr(baselines, "LINEAR_CONCEPTS", 8 * 12)  # 8 rows: 2 of one dataset, 6 of the other
+    monkeypatch.setattr(baselines, "NEIGHBOUR_CONCEPTS", 4 * 12)
     figures = measured([{"path": str(low), "weight": 1}, {"path": str(high), "weight": 3}], validation, row_length=12)
-    # Rows of 12 hold two whole documents of 6: 10 targets each.
+    # Rows of 12 hold two complete documents of 6: 10 targets each.
     assert (figures["baselines"]["fitted_on"], figures["baselines"]["neighbours_among"]) == (8 * 10, 4 * 10)
     assert squared_distance_of_the_mean_concept(figures) == pytest.approx(1 + 1.5**2, rel=0.15)
 
@@ -130,8 +129,8 @@ def test_a_dataset_without_targets_is_refused(run, make_dataset):
     assert str(lonely) in caught.value.errors[0]
 
 
-def test_all_mistakes_are_told_before_the_model_is_loaded(run, make_dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(subject, "load_model", lambda *_: pytest.fail("the model was loaded"))
+def test_all_errors_are_reported_before_the_model_is_loaded(run, make_dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_source, "load_model", lambda *_: pytest.fail("the model was loaded"))
     other = make_dataset(0.5, encoder={**ENCODER, "revision": "b"}, embed_dim=4)
     with pytest.raises(InputError) as caught:
         evaluate(run, str(other), str(tmp_path / "nowhere/figures.json"), figure=str(tmp_path), samples=0)
@@ -143,11 +142,11 @@ def test_all_mistakes_are_told_before_the_model_is_loaded(run, make_dataset, tmp
     assert "'revision': 'b'" in encoder
 
 
-def test_what_is_evaluated_already_is_told_from_the_file(run, capsys, monkeypatch):
+def test_an_evaluation_on_disk_is_printed_again(run, capsys, monkeypatch):
     first = evaluate(run)
     assert json.loads((run / "evaluation.json").read_text()) == first
-    assert f"All figures: {run / 'evaluation.json'}" in capsys.readouterr().out
-    monkeypatch.setattr(subject, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert f"All metrics: {run / 'evaluation.json'}" in capsys.readouterr().out
+    monkeypatch.setattr(model_source, "load_model", lambda *_: pytest.fail("the model was loaded"))
     assert evaluate(run) == first
     # The same dataset by its name is the same question.
     assert evaluate(run, first["dataset"]) == first
@@ -159,15 +158,15 @@ def test_what_is_evaluated_already_is_told_from_the_file(run, capsys, monkeypatc
     assert json.loads((run / "evaluation.json").read_text()) == other
 
 
-def test_what_was_missing_is_looked_for_again_and_measured_once_it_is_there(run, monkeypatch, capsys):
-    """A decoder whose hub was away, and one that has come back."""
+def test_a_missing_decoder_is_looked_for_again(run, monkeypatch, capsys):
+    """A decoder whose hub was down, and is up again."""
     looked = []
 
     def away(*_):
         looked.append("away")
         return TextMetrics(None, None, None, ("ℓ2-r, MI: no decoder: the hub is away",))
 
-    monkeypatch.setattr(evaluation, "load_words", away)
+    monkeypatch.setattr(evaluation, "load_text_metrics", away)
     first = evaluate(run, samples=5)
     looked.clear()
     assert evaluate(run, samples=5) == first
@@ -182,7 +181,7 @@ def test_what_was_missing_is_looked_for_again_and_measured_once_it_is_there(run,
         def encode(self, sentences):
             return np.array([[float(sentence)] * EMBED_DIM for sentence in sentences], np.float32)
 
-    monkeypatch.setattr(evaluation, "load_words", lambda *_: TextMetrics(Encoder(), Decoder(), None, ()))
+    monkeypatch.setattr(evaluation, "load_text_metrics", lambda *_: TextMetrics(Encoder(), Decoder(), None, ()))
     second = evaluate(run, samples=5)
     assert (first["decoded"], second["decoded"]) == (0, 5)
     assert second["scores"]["Base-LCM"]["raw"]["l2_round_trip"] > 0
@@ -190,7 +189,7 @@ def test_what_was_missing_is_looked_for_again_and_measured_once_it_is_there(run,
 
 
 @pytest.mark.parametrize("changes", [{"format_version": 2}, {"missing_concepts": 12}])
-def test_figures_of_other_definitions_or_of_less_data_are_not_told_again(run, changes, capsys):
+def test_an_evaluation_of_another_version_or_with_missing_concepts_is_repeated(run, changes, capsys):
     first = evaluate(run)
     (run / "evaluation.json").write_text(json.dumps({**first, **changes}))
     capsys.readouterr()
@@ -201,7 +200,7 @@ def test_figures_of_other_definitions_or_of_less_data_are_not_told_again(run, ch
     }
 
 
-def test_the_distance_is_to_the_baseline_that_held_out_training_documents_choose(run, capsys):
+def test_the_difference_is_to_the_baseline_that_held_out_training_documents_choose(run, capsys):
     found = evaluate(run)
     errors, best = found["baselines"]["held_out_mse"], found["baselines"]["best"]
     assert set(errors) == set(found["scores"]) - {"Base-LCM"}
@@ -221,7 +220,7 @@ def test_another_dataset_leaves_the_run_s_own_figures_alone(run, make_dataset, t
     assert figures != own
     assert json.loads(file.read_text()) == figures
     assert json.loads((run / "evaluation.json").read_text()) == own
-    assert f"All figures: {file}" in told
+    assert f"All metrics: {file}" in told
     assert "evaluation.json" not in told
 
 
@@ -237,7 +236,7 @@ def test_an_exported_folder_is_evaluated_against_the_copy(run, make_dataset, tmp
     assert list(figures["scores"]) == ["Base-LCM", "copy of the last"]
     assert "the copy is the only baseline" in capsys.readouterr().out
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-    # Rows are so long that all documents but those at their ends are whole: here all of them.
+    # Rows are long enough that no document is cut here.
     shard = open_shard(open_dataset(validation), 0)
     documents = torch.stack([torch.from_numpy(shard.concepts(number)) for number in range(len(shard))])
     model = BaseLCM.from_pretrained(tmp_path / "model").eval()
@@ -256,16 +255,16 @@ def test_an_earlier_checkpoint_is_named_by_its_step(run):
 
 def test_two_processes_find_what_one_finds(run, make_dataset, tmp_path):
     other = make_dataset(1.0, documents=40, length=7)
-    alone = evaluate(run, str(other))
+    separate = evaluate(run, str(other))
     file = tmp_path / "figures.json"
     command = [sys.executable, "-m", "lcm_ds.cli", "evaluate", str(run), "--dataset", str(other), "--json", str(file)]
     done = subprocess.run([*command, "--processes", "2"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     together = json.loads(file.read_text())
-    assert (alone["processes"], together["processes"]) == (1, 2)
+    assert (separate["processes"], together["processes"]) == (1, 2)
     for part in ("targets", "baselines", "retrieval", "scores", "truth", "intervals", "difference", "by_position"):
-        assert_near(together[part], json.loads(json.dumps(alone[part])))
+        assert_near(together[part], json.loads(json.dumps(separate[part])))
 
 
 def assert_near(one, other):

@@ -1,4 +1,4 @@
-"""Figures that need text: the round trip through a real decoder and encoder, and a real language model's judgement."""
+"""Metrics that need text: round trip through a real decoder and encoder and a real language model."""
 
 import math
 from dataclasses import replace
@@ -17,7 +17,7 @@ from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.encoders import load_encoder
 from lcm_ds.errors import InputError
 from lcm_ds.evaluate.target_sample import TargetSample
-from lcm_ds.evaluate.text_metrics import MI, ROUND_TRIP, CausalLM, load_words, sentences_of
+from lcm_ds.evaluate.text_metrics import MI, ROUND_TRIP, CausalLM, load_text_metrics, sentences_of
 
 CPU = torch.device("cpu")
 WORDS = ["\n", "rain", "falls", "river", "rises", "bread", "bakes"]
@@ -59,28 +59,28 @@ def gpt2(tmp_path_factory):
     return folder
 
 
-def held(dataset, encoder, predicted):
+def sample(dataset, encoder, predicted):
     """Both documents' last concepts, with predictions of them."""
     truth = torch.from_numpy(encoder.encode([sentences[-1] for sentences in TEXTS]))
     return TargetSample(torch.arange(2), torch.tensor([0, 1]), torch.tensor([2, 3]), truth, predicted(truth))
 
 
-def test_the_round_trip_is_the_distance_of_what_is_decoded_and_encoded_again(sonar):
+def test_the_round_trip_is_the_distance_after_decoding_and_encoding(sonar):
     (_, decoder), dataset, encoder = sonar
-    words = load_words(dataset, str(decoder), None, CPU)
-    words.decoder.decode = partial(words.decoder.decode, max_new_tokens=12)  # a few words take less time
-    some = held(dataset, encoder, lambda truth: {"model": truth + 0.3, "constant": truth[:1].expand_as(truth)})
-    found = words.figures(some, dataset, Ranks())
+    text_metrics = load_text_metrics(dataset, str(decoder), None, CPU)
+    text_metrics.decoder.decode = partial(text_metrics.decoder.decode, max_new_tokens=12)  # a few words take less time
+    some = sample(dataset, encoder, lambda truth: {"model": truth + 0.3, "constant": truth[:1].expand_as(truth)})
+    found = text_metrics.compute(some, dataset, Ranks())
     assert set(found) == {"truth", "model", "constant"}
-    again = encoder.encode(words.decoder.decode(torch.cat([some.truth, *some.predicted.values()]).numpy()))
+    again = encoder.encode(text_metrics.decoder.decode(torch.cat([some.truth, *some.predicted.values()]).numpy()))
     for name, concepts in zip(("truth", "model", "constant"), np.split(again, 3), strict=True):
         expected = np.linalg.norm(concepts - some.truth.numpy(), axis=1)
         assert found[name][ROUND_TRIP].tolist() == pytest.approx(expected, rel=1e-4)
-    assert found["truth"][ROUND_TRIP].min() > 0  # a random decoder says something else
+    assert found["truth"][ROUND_TRIP].min() > 0  # a random decoder writes something else
     assert MI not in found["model"]
 
 
-def test_mutual_information_is_what_the_language_model_says_with_and_without_the_context(gpt2):
+def test_mutual_information_compares_log_probabilities_with_and_without_context(gpt2):
     model = CausalLM(str(gpt2), CPU)
     weights = GPT2LMHeadModel.from_pretrained(gpt2).eval()
 
@@ -90,18 +90,18 @@ def test_mutual_information_is_what_the_language_model_says_with_and_without_the
         return sum(logs[len(head) + i - 1, WORDS.index(word)].item() for i, word in enumerate(text))
 
     before = [["rain falls"], ["bread bakes", "bread bakes"], ["rain"]]
-    said = ["river rises", "rain", "bread bakes bread"]
-    found = model.mutual_information(before, said)
-    for number, (context, sentence) in enumerate(zip(before, said, strict=True)):
+    sentences = ["river rises", "rain", "bread bakes bread"]
+    found = model.mutual_information(before, sentences)
+    for number, (context, sentence) in enumerate(zip(before, sentences, strict=True)):
         text = sentence.split()
         given = log_probability([*" ".join(context).split(), "\n"], text)
-        alone = log_probability(["\n"], text)
-        assert found[number].item() == pytest.approx((given - alone) / len(text), abs=1e-4)
+        separate = log_probability(["\n"], text)
+        assert found[number].item() == pytest.approx((given - separate) / len(text), abs=1e-4)
 
 
 def test_a_context_beyond_the_positions_of_the_language_model_loses_its_beginning(gpt2):
     model = CausalLM(str(gpt2), CPU)
-    assert model.longest == 24
+    assert model.max_length == 24
     long = model.mutual_information([["bread"] * 100 + ["rain falls"] * 11], ["river rises"])
     short = model.mutual_information([["rain falls"] * 11], ["river rises"])
     # 24 positions less newline and two words: the last 21 of the words, whatever was before
@@ -118,23 +118,23 @@ def test_the_sentences_before_a_target_are_at_most_ten_of_its_own_document(sonar
     assert own == ["End of text.", "It rains in the mountains.", "Nothing at all."]
 
 
-def test_without_a_decoder_the_reason_is_told_and_the_true_sentences_are_still_judged(sonar, gpt2):
+def test_without_a_decoder_there_is_a_note_and_true_sentences_still_have_mutual_information(sonar, gpt2):
     _, dataset, encoder = sonar
-    words = load_words(dataset, None, str(gpt2), CPU)
-    assert any("no decoder is known" in note and "--decoder" in note for note in words.notes)
-    found = words.figures(held(dataset, encoder, lambda truth: {"model": truth}), dataset, Ranks())
+    text_metrics = load_text_metrics(dataset, None, str(gpt2), CPU)
+    assert any("no decoder is known" in note and "--decoder" in note for note in text_metrics.notes)
+    found = text_metrics.compute(sample(dataset, encoder, lambda truth: {"model": truth}), dataset, Ranks())
     assert ROUND_TRIP not in found["model"]
-    assert MI not in found["model"]  # for it says nothing
+    assert MI not in found["model"]  # it has no text
     assert found["truth"][MI].isfinite().all()
 
 
-def test_what_is_named_and_cannot_be_loaded_is_a_mistake(sonar, tmp_path):
+def test_a_named_model_that_cannot_be_loaded_is_an_error(sonar, tmp_path):
     (_, decoder), dataset, _ = sonar
     with pytest.raises(InputError) as caught:
-        load_words(dataset, str(tmp_path), str(tmp_path / "nowhere"), CPU)
+        load_text_metrics(dataset, str(tmp_path), str(tmp_path / "nowhere"), CPU)
     first, second = caught.value.errors
     assert first.startswith("--decoder: ")
     assert second.startswith("--causal-lm: ")
     wide = replace(dataset, info=dataset.info.model_copy(update={"embed_dim": 7}))
     with pytest.raises(InputError, match=r"--decoder: decoder .* takes 32 numbers, a concept here has 7"):
-        load_words(wide, str(decoder), None, CPU)
+        load_text_metrics(wide, str(decoder), None, CPU)

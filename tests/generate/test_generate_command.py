@@ -1,4 +1,4 @@
-"""`lcm-ds generate`: what it prints is what was generated; every mistake of a call comes before any work."""
+"""`lcm-ds generate`: prints what was generated; reports all errors of a call before any work."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def lcm_ds_generate(*arguments, said=""):
 
 @pytest.fixture(scope="module")
 def interactive(run_folder, tmp_path_factory):
-    """What the command made of a prompt, and then of lines on its standard input: (the process, the file's path)."""
+    """The command, run on a prompt file and then on lines of its standard input: (the process, the file's path)."""
     file = tmp_path_factory.mktemp("prompt") / "prompt.txt"
     file.write_text("Bread needs flour.\nKnead the dough.\n")
     lines = f"{PROMPT}\n\n\u200b\nA tuple\x00\x1b[2Jcannot be changed.\n"
@@ -34,7 +34,7 @@ def interactive(run_folder, tmp_path_factory):
 
 def test_prompts_are_read_until_there_are_no_more_and_a_bad_one_ends_nothing(interactive):
     assert interactive.returncode == 0, interactive.stderr
-    assert interactive.stderr == "prompt 1, '\\u200b': no sentence is found\n"
+    assert interactive.stderr == "prompt 1, '\\u200b': no sentence found\n"
     assert re.findall(r"^prompt: (\d) sentences?$", interactive.stdout, re.MULTILINE) == ["2", "2", "1"]
     assert len(re.findall("^stopped: ", interactive.stdout, re.MULTILINE)) == 3
 
@@ -53,7 +53,7 @@ def test_it_prints_the_whole_way_and_nothing_that_a_terminal_obeys(interactive, 
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", interactive.stdout)
 
 
-def test_prompts_are_told_apart_and_written_as_json(exported, tmp_path, capsys):
+def test_prompts_are_numbered_and_written_as_json(exported, tmp_path, capsys):
     out = tmp_path / "out.json"
     folder = exported("sonar", source_suffix="[MODEL]:", max_segment=4)
     run(str(folder), prompts=["One. Two. Three.", "Four."], max_concepts=3, stop_repeat="off", stop_end="0.95",
@@ -61,9 +61,7 @@ def test_prompts_are_told_apart_and_written_as_json(exported, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == str(folder)
     assert lines[1] == "prompt 1: the last 2 of 3 sentences (the model was trained on 4 at a time)"
-    suffix = [
-        number for number, line in enumerate(lines) if line.startswith("      [MODEL]:  (put behind every prompt")
-    ]
+    suffix = [number for number, line in enumerate(lines) if line.startswith("      [MODEL]:  (follows every prompt")]
     assert len(suffix) == 2
     assert "from here on the text is longer than the 4 concepts that the model was trained on" in lines
     assert "prompt 2: 1 sentence" in lines
@@ -88,13 +86,13 @@ def test_the_reason_names_the_threshold_that_was_used(exported, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == said
 
 
-def test_that_no_end_of_text_is_known_is_told(exported, capsys):
+def test_a_missing_end_of_text_concept_is_reported(exported, capsys):
     folder = exported("sonar", end_of_text=None)
     run(str(folder), prompts=[PROMPT], max_concepts=1, device="cpu")
-    assert f"{folder}/concepts.json knows no end-of-text concept: no text ends there" in capsys.readouterr().out
+    assert f"{folder}/concepts.json has no end-of-text concept: --stop-end has no effect" in capsys.readouterr().out
 
 
-def test_mistakes_of_the_call_come_together_without_a_traceback(tmp_path):
+def test_errors_of_the_call_come_together_without_a_traceback(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     done = lcm_ds_generate(
         tmp_path / "none", "--prompt", " \n", "--prompt", "fine.",
@@ -106,7 +104,7 @@ def test_mistakes_of_the_call_come_together_without_a_traceback(tmp_path):
     assert done.stdout == ""
     expected = (
         "binary: cannot be read as UTF-8 text", "gone: cannot be read", "--prompt 1: is empty", "--max-concepts: ",
-        "--beams: ", "--stop-end: has to be a cosine, -1 to 1, or off, not '2'", "--stop-repeat: ", "--json: ",
+        "--beams: ", "--stop-end: has to be a cosine from -1 to 1, or off, not '2'", "--stop-repeat: ", "--json: ",
         "none: no run here",
     )  # fmt: skip
     for line, part in zip(done.stderr.splitlines(), expected, strict=True):
@@ -116,7 +114,7 @@ def test_mistakes_of_the_call_come_together_without_a_traceback(tmp_path):
 def test_a_call_needs_a_prompt_and_json_is_not_for_conversations(run_folder):
     with pytest.raises(InputError, match="needs a --prompt, a --prompt-file, or --interactive"):
         run(str(run_folder))
-    with pytest.raises(InputError, match="--json: goes with prompts that are given"):
+    with pytest.raises(InputError, match="--json: cannot be used with --interactive"):
         run(str(run_folder), interactive=True, json_path="out.json")
 
 

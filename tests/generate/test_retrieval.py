@@ -1,4 +1,4 @@
-"""The search for the nearest sentence: exact, over all shards, in blocks that do not show."""
+"""The search for the nearest sentence: exact, over all shards, whatever the block size."""
 
 import shutil
 
@@ -9,7 +9,7 @@ import lcm_ds.generate.retrieval as module
 from lcm_ds.data.format import open_dataset
 from lcm_ds.data.shard import open_shard
 from lcm_ds.errors import InputError
-from lcm_ds.generate.retrieval import nearest
+from lcm_ds.generate.retrieval import nearest_sentences
 
 
 def everything(datasets):
@@ -39,7 +39,7 @@ def test_it_is_the_best_of_all_concepts_whatever_the_block(datasets, block, monk
     cosines = (queries / np.linalg.norm(queries, axis=1, keepdims=True)) @ (
         concepts / np.linalg.norm(concepts, axis=1, keepdims=True)
     ).T
-    found = nearest(queries, datasets)
+    found = nearest_sentences(queries, datasets)
     for query, one in enumerate(found):
         best = cosines[query].argmax()
         assert one.cosine == pytest.approx(cosines[query, best], abs=1e-6)
@@ -51,7 +51,7 @@ def test_it_is_the_best_of_all_concepts_whatever_the_block(datasets, block, monk
 def test_a_concept_of_the_dataset_finds_its_own_sentence(datasets):
     concepts, sentences, ids = everything(datasets)
     for place in (0, 17, len(concepts) - 2):
-        (found,) = nearest(3 * concepts[place : place + 1], datasets)
+        (found,) = nearest_sentences(3 * concepts[place : place + 1], datasets)
         assert found.cosine == pytest.approx(1, abs=1e-5)
         assert (found.text, found.document) == (sentences[place], ids[place])
 
@@ -59,14 +59,14 @@ def test_a_concept_of_the_dataset_finds_its_own_sentence(datasets):
 def test_the_search_ends_at_its_limit(datasets):
     concepts, _, ids = everything(datasets)
     last = concepts[-2:-1]
-    assert nearest(last, datasets)[0].document == ids[-1]
-    (found,) = nearest(last, datasets, limit=1)
+    assert nearest_sentences(last, datasets)[0].document == ids[-1]
+    (found,) = nearest_sentences(last, datasets, limit=1)
     first_shard = open_shard(datasets[0], 0)
     assert found.document in {first_shard.meta(i)["id"] for i in range(len(first_shard))}
 
 
 def test_a_concept_without_a_direction_is_near_to_nothing(datasets):
-    (found,) = nearest(np.zeros((1, 16), np.float32), datasets)
+    (found,) = nearest_sentences(np.zeros((1, 16), np.float32), datasets)
     assert found.cosine == 0
 
 
@@ -74,8 +74,8 @@ def test_a_shard_that_cannot_be_read_is_left_out_where_its_dataset_says_so(datas
     copy = shutil.copytree(datasets[0].path, tmp_path / "copy")
     (copy / datasets[0].shards[0].name).write_bytes(b"no tar")
     query = open_shard(datasets[0], 0).concepts(0, 0, 1).astype(np.float32)
-    (found,) = nearest(query, [open_dataset(copy, skip_bad=True)])
-    (whole,) = nearest(query, datasets[:1])
-    assert found.cosine < whole.cosine == pytest.approx(1)
+    (found,) = nearest_sentences(query, [open_dataset(copy, skip_bad=True)])
+    (full,) = nearest_sentences(query, datasets[:1])
+    assert found.cosine < full.cosine == pytest.approx(1)
     with pytest.raises(InputError, match=datasets[0].shards[0].name):
-        nearest(query, [open_dataset(copy, sizes=False)])
+        nearest_sentences(query, [open_dataset(copy, sizes=False)])

@@ -1,4 +1,4 @@
-"""Generation: what the cache computes is what would be computed anew, and the rules that end it."""
+"""Generation: the cache gives the same results as recomputing, and the stop rules."""
 
 import pytest
 import torch
@@ -36,13 +36,13 @@ def prompt_of(model, length):
 
 
 def recomputed(model, prompt, concepts):
-    """What the model says without a cache where it said `concepts`, normalised space."""
+    """The predictions that gave `concepts`, without a cache, normalised space."""
     with torch.inference_mode():
         return model(torch.cat([prompt, concepts[:-1]]).unsqueeze(0))[0, len(prompt) - 1 :]
 
 
 def agree(model, some, others):
-    """To rounding, normalised space; each concept is made of those before it, with their errors."""
+    """Tolerance in normalised space; errors accumulate over concepts."""
     difference = model.normalizer.normalize(some) - model.normalizer.normalize(others)
     return some.shape == others.shape and bool(difference.abs().max() < len(some) * rounding_of(model.config, 16))
 
@@ -50,27 +50,27 @@ def agree(model, some, others):
 @pytest.mark.parametrize("lengths", [(5,), (7, 7), (1, 4, 9), (9, 70, 130, 2)])
 def test_the_cache_gives_what_recomputing_everything_gives(model, lengths):
     prompts = [prompt_of(model, length) for length in lengths]
-    # so many that what the cache has room for is outgrown twice
+    # enough for the cache to grow twice
     generations = generate(model, prompts, 150, **FREE)
     for prompt, generation in zip(prompts, generations, strict=True):
         assert generation.concepts.shape == (150, 12)
         assert generation.concepts.dtype == torch.float32
-        anew = recomputed(model, prompt, generation.concepts)
+        expected = recomputed(model, prompt, generation.concepts)
         close = rounding_of(model.config, len(prompt) + 150)
-        assert torch.allclose(anew, model.normalizer.normalize(generation.concepts), atol=close)
+        assert torch.allclose(expected, model.normalizer.normalize(generation.concepts), atol=close)
 
 
 def test_concepts_may_come_several_at_a_time_behind_rows_of_unequal_length(model):
     rows = [prompt_of(model, length) for length in (9, 12)]
     cache, close = Cache(), rounding_of(model.config, 13)
     with torch.inference_mode():
-        whole = [model(row.unsqueeze(0))[0] for row in rows]
+        full = [model(row.unsqueeze(0))[0] for row in rows]
         model(torch.stack([rows[0][:5], rows[1][:5]]), cache=cache)
         cache.truncate(torch.tensor([2, 5]))
         parts = model(torch.stack([rows[0][2:9], rows[1][5:12]]), cache=cache)
         assert cache.lengths.tolist() == [9, 12]
-        assert torch.allclose(parts[0], whole[0][2:], atol=close)
-        assert torch.allclose(parts[1], whole[1][5:], atol=close)
+        assert torch.allclose(parts[0], full[0][2:], atol=close)
+        assert torch.allclose(parts[1], full[1][5:], atol=close)
         cache.keep([1])
         more = prompt_of(model, 1)
         expected = model(torch.cat([rows[1], more]).unsqueeze(0))[0, -1]
@@ -95,10 +95,10 @@ def test_going_through_raw_space_loses_nothing(model):
 
 def test_a_prompt_goes_on_alike_whatever_comes_with_it(model, monkeypatch):
     prompts = [prompt_of(model, length) for length in (3, 7, 1, 3, 5)]
-    alone = [generate(model, [prompt], 4, **FREE)[0] for prompt in prompts]
-    for batch in (2, 32):  # also where they do not all go in one batch
+    separate = [generate(model, [prompt], 4, **FREE)[0] for prompt in prompts]
+    for batch in (2, 32):  # also in several batches
         monkeypatch.setattr(module, "BATCH", batch)
-        for one, other in zip(generate(model, prompts, 4, **FREE), alone, strict=True):
+        for one, other in zip(generate(model, prompts, 4, **FREE), separate, strict=True):
             assert agree(model, one.concepts, other.concepts)
 
 
@@ -108,9 +108,9 @@ def test_prompts_that_stop_leave_the_others_as_they_are(model):
     end = torch.stack(free).flatten(0, 1).mean(0)
     threshold = float(torch.cosine_similarity(torch.cat(free), end, dim=-1).quantile(0.8))
     rules = {"end_of_text": end, "stop_end": threshold, "stop_repeat": None}
-    alone = [generate(model, [prompt], 6, **rules)[0] for prompt in prompts]
-    assert len({len(generation.concepts) for generation in alone}) > 2, "they have to stop at different times"
-    for one, other in zip(generate(model, prompts, 6, **rules), alone, strict=True):
+    separate = [generate(model, [prompt], 6, **rules)[0] for prompt in prompts]
+    assert len({len(generation.concepts) for generation in separate}) > 2, "they have to stop at different times"
+    for one, other in zip(generate(model, prompts, 6, **rules), separate, strict=True):
         assert one.reason == other.reason
         assert agree(model, one.concepts, other.concepts)
 

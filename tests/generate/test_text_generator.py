@@ -1,4 +1,4 @@
-"""From a text to a text, in Python: cut and encoded as the model's dataset was; what is retrieved is not passed off."""
+"""Text to text in Python: split and encoded as the model's dataset was; retrieved sentences are marked as such."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from machine import patience
 from lcm_ds.encoders.from_dataset import DECODERS, encoder_of
 from lcm_ds.encoders.sonar import SonarDecoder
 from lcm_ds.errors import InputError
-from lcm_ds.generate.retrieval import nearest
+from lcm_ds.generate.retrieval import nearest_sentences
 from lcm_ds.generate.sampler import END_OF_TEXT, MAX_CONCEPTS, REPEATS, generate
 from lcm_ds.generate.text_generator import TextGenerator
 from lcm_ds.text.splitter import Splitter
@@ -49,7 +49,7 @@ def splitter_of(info):
 
 def test_a_prompt_is_encoded_as_its_dataset_was(dataset, encoder):
     assert splitter_of(dataset.info).split(PROMPT) == SENTENCES
-    for sentence, found in zip(SENTENCES, nearest(encoder.encode(SENTENCES), [dataset]), strict=True):
+    for sentence, found in zip(SENTENCES, nearest_sentences(encoder.encode(SENTENCES), [dataset]), strict=True):
         assert found.text == sentence
         assert found.cosine == pytest.approx(1, abs=1e-3)
     assert encoder.describe() == dataset.info.encoder
@@ -74,12 +74,12 @@ def test_prompts_go_on_together_as_the_model_goes_on_from_their_concepts(generat
         assert (one.left_out, one.reason, len(one.sentences)) == (0, MAX_CONCEPTS, 4)
         (expected,) = generate(generator.model, [torch.from_numpy(encoder.encode(one.prompt))], 4, **FREE)
         np.testing.assert_allclose(one.concepts, expected.concepts, atol=1e-4)
-        found = nearest(one.concepts, [dataset])
+        found = nearest_sentences(one.concepts, [dataset])
         assert one.sentences == [f.text for f in found]
         assert one.cosines == pytest.approx([f.cosine for f in found], abs=1e-5)
         assert one.text == " ".join(one.sentences)
-    (alone,) = generator.generate(prompts[1], max_concepts=4, **FREE)  # a string is one prompt
-    np.testing.assert_allclose(alone.concepts, made[1].concepts, atol=1e-4)
+    (separate,) = generator.generate(prompts[1], max_concepts=4, **FREE)  # a string is one prompt
+    np.testing.assert_allclose(separate.concepts, made[1].concepts, atol=1e-4)
     assert generator.generate([]) == []
 
 
@@ -126,12 +126,12 @@ def test_prompts_of_a_word_of_other_scripts_and_with_control_characters_are_take
     assert len(made.sentences) == 1
 
 
-def test_prompts_without_a_sentence_are_told_all_at_once(generator):
+def test_prompts_without_a_sentence_are_reported_all_at_once(generator):
     with pytest.raises(InputError) as refused:
         generator.generate(["", PROMPT, "\u200b"])
     assert refused.value.errors == [
-        "prompt 1, '': no sentence is found",
-        "prompt 3, '\\u200b': no sentence is found",
+        "prompt 1, '': no sentence found",
+        "prompt 3, '\\u200b': no sentence found",
     ]
 
 
@@ -168,13 +168,13 @@ def test_languages_are_refused_before_any_work_where_nothing_speaks_them(generat
         TextGenerator.from_pretrained(run_folder, prompt_language="fra_Latn")
 
 
-def test_without_its_decoder_sonar_is_shown_by_sentences_and_the_reason_is_told(exported):
+def test_without_its_decoder_sonar_retrieves_sentences_and_notes_why(exported):
     folder, dataset = exported("sonar", decoder="no/such-decoder"), exported.datasets["sonar"]
     generator = TextGenerator.from_pretrained(folder, device="cpu", dataset=dataset.path)
     (note,) = generator.notes
-    assert "no decoder, so the nearest sentences instead: model 'no/such-decoder'" in note
+    assert "no decoder, the nearest sentences are shown instead: model 'no/such-decoder'" in note
     (made,) = generator.generate("It rains in the mountains.", max_concepts=2)
-    assert made.sentences == [found.text for found in nearest(made.concepts, [dataset])]
+    assert made.sentences == [found.text for found in nearest_sentences(made.concepts, [dataset])]
     with pytest.raises(InputError) as refused:
         TextGenerator.from_pretrained(folder, device="cpu")
     assert "no/such-decoder" in refused.value.errors[0]
@@ -195,13 +195,13 @@ def test_the_decoder_of_metas_encoder_is_known():
     assert DECODERS["cointegrated/SONAR_200_text_encoder"] == "raxtemur/SONAR_200_text_decoder"
 
 
-# --- where a model is loaded from ---------------------------------------------------------------------------------
+# --- model sources -------------------------------------------------------------------------------------------------
 
 
 def test_an_exported_folder_generates_as_its_run_does(exported, generator):
     folder = exported("minilm")
     loaded = TextGenerator.from_pretrained(folder, device="cpu", dataset=exported.datasets["minilm"].path)
-    assert loaded.origin.step is None
+    assert loaded.source.step is None
     (one,), (other,) = (some.generate(PROMPT, max_concepts=3, **FREE) for some in (loaded, generator))
     np.testing.assert_array_equal(one.concepts, other.concepts)
     assert one.sentences == other.sentences
@@ -216,30 +216,30 @@ def test_a_fine_tuned_model_gets_its_suffix_behind_every_prompt(exported):
     np.testing.assert_allclose(made.concepts, generate(generator.model, [concepts], 1)[0].concepts, atol=1e-5)
 
 
-def test_an_export_that_says_nothing_of_its_concepts_needs_a_dataset_that_does(exported):
+def test_an_export_without_concepts_json_needs_a_dataset(exported):
     folder = exported("minilm")
     (folder / "concepts.json").unlink()
-    with pytest.raises(InputError, match=r"concepts.json is missing, .* --dataset has to name"):
+    with pytest.raises(InputError, match=r"concepts.json is missing, .*: name a dataset"):
         TextGenerator.from_pretrained(folder, device="cpu")
     generator = TextGenerator.from_pretrained(folder, device="cpu", dataset=exported.datasets["minilm"].path)
     assert generator.generate(PROMPT, max_concepts=1)[0].prompt == SENTENCES
 
 
 def test_a_dataset_of_another_encoder_is_not_retrieved_from(exported, synthetic_dataset):
-    with pytest.raises(InputError, match=r"--dataset: .* has concepts of 16 numbers, the model of 384"):
+    with pytest.raises(InputError, match="embed_dim 16, the model has 384"):
         TextGenerator.from_pretrained(exported("minilm"), device="cpu", dataset=str(synthetic_dataset()))
     sonar = exported.datasets["sonar"].path
     folder = exported("sonar", decoder=None, model="another")
     with pytest.raises(InputError) as refused:
         TextGenerator.from_pretrained(folder, device="cpu", dataset=sonar)
-    assert re.search(r"is of the encoder sonar .*, the model of sonar another", refused.value.errors[0])
+    assert re.search(r"made by encoder sonar .*, the model's is sonar another", refused.value.errors[0])
 
 
-def test_a_training_dataset_that_is_gone_is_named_and_another_may_stand_for_it(run_folder, tmp_path, dataset):
+def test_another_dataset_can_replace_a_training_dataset_that_is_gone(run_folder, tmp_path, dataset):
     run = shutil.copytree(run_folder, tmp_path / "run")
     config = run / "config.yaml"
     config.write_text(re.sub(r"path: .*", "path: gone/dataset", config.read_text()))
-    with pytest.raises(InputError, match="gone/dataset: no such dataset folder: --dataset has to name one"):
+    with pytest.raises(InputError, match="gone/dataset: no such dataset folder; name another dataset"):
         TextGenerator.from_pretrained(run, device="cpu")
     generator = TextGenerator.from_pretrained(run, device="cpu", dataset=dataset.path)
     assert generator.generate(PROMPT, max_concepts=1)[0].prompt == SENTENCES

@@ -1,4 +1,4 @@
-"""Validation during training: the same metrics for any number of ranks, as computed by hand from the weights."""
+"""Validation during training: the same metrics for any number of ranks, equal to those computed from weights."""
 
 import json
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from runs import run_dir
 
-from lcm_ds.baselines.linear import RIDGES, Training, best_of
-from lcm_ds.baselines.targets import Reader
+from lcm_ds.baselines.linear import RIDGES, TrainingSums, best_of
+from lcm_ds.baselines.targets import TargetReader
 from lcm_ds.checkpoint.format import load_model
 from lcm_ds.config import DataConfig
 from lcm_ds.data.format import open_dataset
@@ -33,7 +33,7 @@ def test_metrics_do_not_depend_on_the_number_of_ranks(trained):
 
 @pytest.fixture(scope="module")
 def targets(trained, concepts):
-    """For every validation target: prediction and truth, in both spaces, and its context; from the weights."""
+    """For every validation target: prediction and truth in both spaces, and its context; from the weights."""
     model, *_ = load_model(run_dir(trained(2)))
     found = []
     for batch in validation_batches(open_dataset(concepts["validation"]), 32, 16, 4, 0, 1, ROWS):
@@ -86,9 +86,11 @@ def test_metrics_are_those_computed_from_the_weights(trained, targets):
 
 def test_the_ridge_is_fitted_to_the_training_data_and_chosen_there(trained, concepts, targets):
     normalizer, _ = targets
-    reader = Reader(DataConfig(train=str(concepts["train"]), row_length=32, max_segment=16))
+    reader = TargetReader(DataConfig(train=str(concepts["train"]), row_length=32, max_segment=16))
     training, validation = (open_dataset(concepts[split]) for split in ("train", "validation"))
-    sums = Training.of((rows.targets for _, rows in reader.rows(training, normalizer)), 16, torch.device("cpu"), list)
+    sums = TrainingSums.from_targets(
+        (rows.targets for _, rows in reader.rows(training, normalizer)), 16, torch.device("cpu"), list
+    )
     ridges = sums.predictors(tuple(RIDGES))
     ridge = ridges[best_of(ridges)]
     errors = [(ridge(rows.targets) - rows.targets.truth).square().mean(1)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from lcm_ds import deepspeed_config
 from lcm_ds.checkpoint.format import load_model
+from lcm_ds.checkpoint.model_source import find_model
 from lcm_ds.convert.export import export
 from lcm_ds.errors import InputError
-from lcm_ds.generate.origin import find_origin
 from lcm_ds.generate.sampler import generate
 from lcm_ds.model.modeling import BaseLCM
 
@@ -165,7 +165,7 @@ def test_it_is_evaluated_and_generated_from(way, call, name, ranks):
     code, out, err = call("evaluate", run)
     assert code == 0, err
     assert "Base-LCM" in out
-    model = find_origin(run).load()
+    model = find_model(run).load()
     assert same(model, load_file(folder / "first" / f"{name}.safetensors"))
     (made,) = generate(model, [torch.randn(3, 16)], max_concepts=2, stop_repeat=None)
     assert made.concepts.shape == (2, 16)

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lcm_ds.metrics import LOGGED
+
 BAR_WIDTH = 30  # characters
-BASELINES = {"val_loss_of_mean": "mean", "val_loss_of_copy": "copy", "val_loss_of_ridge": "ridge"}
+BASELINES = ("val_loss_of_mean", "val_loss_of_copy", "val_loss_of_ridge")
 
 
 def step_line(done: int, total: int, values: Mapping[str, Any]) -> str:
@@ -23,7 +25,7 @@ def step_line(done: int, total: int, values: Mapping[str, Any]) -> str:
 
 def validation_line(done: int, total: int, values: Mapping[str, Any]) -> str:
     """The line of a validation after `done` steps."""
-    baselines = "".join(f"  {name} {values[key]:.4f}" for key, name in BASELINES.items() if values.get(key) is not None)
+    baselines = "".join(f"  {LOGGED[key].label} {values[key]:.4f}" for key in BASELINES if values.get(key) is not None)
     return (
         f"{_step(done, total)}  validation loss {_format(values['val_loss'])}{baselines}"
         f"  cosine {_format(values['val_cosine'], 6)}"

@@ -12,6 +12,7 @@ from typing import Any
 
 from lcm_ds import deepspeed_config
 from lcm_ds.files import write_whole
+from lcm_ds.metrics import LOGGED
 from lcm_ds.train.job import TrainJob
 from lcm_ds.train.monitoring.histograms import Histogram
 from lcm_ds.train.monitoring.tensorboard import ERROR_BY_POSITION, Setting, TensorBoardWriter
@@ -19,33 +20,6 @@ from lcm_ds.train.monitoring.text_samples import Sample
 from lcm_ds.train.monitoring.trackers import Trackers
 
 logger = logging.getLogger("lcm_ds")
-
-# metric → TensorBoard tag; other metrics go to val/ if they begin with val_, else only to metrics.jsonl
-TAGS = {
-    "loss": "loss/train",
-    "loss_sum": "loss/train_sum_over_dimensions",
-    "val_loss": "loss/validation",
-    "val_loss_of_mean": "loss/validation_of_mean",
-    "val_loss_of_copy": "loss/validation_of_copy",
-    "val_loss_of_ridge": "loss/validation_of_ridge",
-    "val_loss_sum": "val/loss_sum_over_dimensions",
-    "lr": "optim/lr",
-    "grad_norm": "optim/grad_norm",
-    "clipped": "optim/clipped_share",
-    "adam_eps_share": "optim/adam_eps_share",
-    "skipped_steps": "optim/skipped_steps",
-    "epoch": "data/epoch",
-    "concepts": "data/concepts",
-    "targets": "data/targets",
-    "missing_concepts": "data/missing_concepts",
-    "data_wait": "data/wait_seconds",
-    "concepts_per_second": "speed/concepts_per_second",
-    "step_time": "speed/step_seconds",
-    "mfu": "speed/mfu",
-    "memory": "memory/gib",
-    "checkpoint_time": "checkpoint/stall_seconds",
-    "checkpoint_share": "checkpoint/stall_share",
-}
 
 
 def hparams_of(job: TrainJob, ranks: int) -> dict[str, Setting]:
@@ -130,8 +104,10 @@ class RunLog:
 
 
 def tag_of(key: str) -> str | None:
-    """A metric's tag in TensorBoard; None: it is only in metrics.jsonl."""
-    return TAGS.get(key) or (f"val/{key.removeprefix('val_')}" if key.startswith("val_") else None)
+    """A metric's tag in TensorBoard; None: it stays in metrics.jsonl alone."""
+    if key in LOGGED:
+        return LOGGED[key].tag or None
+    return f"val/{key.removeprefix('val_')}" if key.startswith("val_") else None
 
 
 def read_losses(path: Path) -> dict[int, float]:

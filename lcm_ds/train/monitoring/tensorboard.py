@@ -1,6 +1,7 @@
-"""A run in TensorBoard: scalars with a custom layout, hparams, histograms, the error by position, text samples.
+"""A run in TensorBoard: scalars, a custom layout, hparams, histograms, a figure of the error by position, samples.
 
-The x axis is the step; after a resume every step is there once; the folder is a single run of TensorBoard.
+Promises: the x axis is the step; after a resume no step appears twice. RUN/tensorboard is one run of TensorBoard, and
+each curve of the MSE chart is a run below it, because TensorBoard always shows the names of runs, but not of tags.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from lcm_ds.metrics import LOGGED
+
 if TYPE_CHECKING:
     import numpy as np
     from torch.utils.tensorboard import SummaryWriter
@@ -24,73 +27,81 @@ logger = logging.getLogger("lcm_ds")
 
 Setting = str | bool | int | float
 
-# Layout and hparams are in a separate event file, which a resume replaces.
+# Suffix of the event file with layout and hparams, which a resume replaces.
 RUN_SUFFIX = ".about"
 ERROR_BY_POSITION = "val_error_by_position"
 FLUSH_SECONDS = 30
-# A chart's tags are regular expressions, matched from the start of a tag.
+# Tag → name of its curve in the MSE chart; in the curve's own run the tag is MSE.
+CURVES = {metric.tag: metric.curve for metric in LOGGED.values() if metric.curve}
+MSE = "mse"
+CHARTS = ("val_cosine", "val_variance_ratio", "mfu", "concepts_per_second", "targets")
+# Title → tags, as regular expressions that match from the beginning of a tag.
 LAYOUT = {
-    "overview": {
-        "loss: model, mean, copy, best ridge": ["Multiline", ["loss/train$", "loss/validation.*"]],
-        "model FLOPs utilisation": ["Multiline", ["speed/mfu$"]],
-        "validation: cosine, variance ratio": ["Multiline", ["val/cosine$", "val/variance_ratio$"]],
-        "throughput (concepts/s)": ["Multiline", ["speed/concepts_per_second$"]],
-        "targets per step": ["Multiline", ["data/targets$"]],
+    "Overview": {
+        "Mean squared error (normalised space)": ["Multiline", [f"{MSE}$"]],
+        **{LOGGED[key].label: ["Multiline", [f"{LOGGED[key].tag}$"]] for key in CHARTS},
     }
 }
 
 
 class TensorBoardWriter:
-    """Writes RUN/tensorboard from step `start` on. Errors are logged, and the next write tries again.
+    """Writes RUN/tensorboard. On a full disk it skips points and tries again later.
 
-    settings: hyperparameters for the hparams table.
+    Args:
+        folder: RUN/tensorboard.
+        settings: hparams, by which the HPARAMS tab compares runs.
+        start: the step that the run starts or resumes from; points of later steps are removed.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Setting], start: int) -> None:
         self._folder, self._settings, self._purge_step = folder, settings, start + 1
-        self._writer: SummaryWriter | None = None
-        self._run_writer: SummaryWriter | None = None  # of layout and hparams
+        self._writers: dict[str, SummaryWriter] = {}  # curve → writer; "": the run itself
+        self._about: SummaryWriter | None = None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Scalars by tag."""
+        """Write numbers by their tags."""
         with self._writing(step) as writer:
             for tag, value in values.items():
                 writer.add_scalar(tag, value, step)
+                if tag in CURVES:
+                    self._open(CURVES[tag]).add_scalar(MSE, value, step)
 
     def errors(self, step: int, by_position: Sequence[float | None]) -> None:
-        """A figure of the validation error by position in the segment."""
+        """Write a figure of the validation's error by position in the segment."""
         with self._writing(step) as writer:
             writer.add_image("val/error_by_position", error_figure(by_position, step), step, dataformats="HWC")
 
     def histograms(self, step: int, values: Mapping[str, Histogram]) -> None:
-        """Histograms by tag."""
+        """Write histograms by their tags."""
         with self._writing(step) as writer:
-            for tag, h in values.items():
+            for tag, histogram in values.items():
                 writer.add_histogram_raw(
-                    tag, h.min, h.max, h.count, h.sum, h.sum_of_squares, h.limits, h.counts, step
+                    tag, histogram.min, histogram.max, histogram.count, histogram.sum, histogram.sum_of_squares,
+                    histogram.limits, histogram.counts, step,
                 )  # fmt: skip
 
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Predictions for fixed prompts, as text."""
+        """Write the model's predictions for fixed prompts, as text."""
         with self._writing(step) as writer:
-            for index, sample in enumerate(samples):
-                writer.add_text(f"samples/{index}", sample_markdown(sample), step)
+            for i, sample in enumerate(samples):
+                writer.add_text(f"samples/{i}", sample_markdown(sample), step)
 
     def flush(self) -> None:
-        """Write to disk."""
-        if self._writer is not None:
-            with self._writing(self._purge_step) as writer:
-                writer.flush()
+        """Write everything to disk."""
+        if self._writers:
+            with self._writing(self._purge_step):
+                for writer in self._writers.values():
+                    writer.flush()
 
     def close(self, done: bool) -> None:
-        """Flush and close; done: whether the run is complete."""
+        """Write everything and close the files; done: whether the run has finished."""
         with contextlib.suppress(OSError):
-            if self._run_writer is not None:
+            if self._about is not None:
                 if done:
-                    _add(self._run_writer, _hparams(self._settings)[2])
-                self._run_writer.close()
-            if self._writer is not None:
-                self._writer.close()
+                    _add(self._about, _hparams(self._settings)[2])
+                self._about.close()
+            for writer in self._writers.values():
+                writer.close()
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[SummaryWriter]:
@@ -98,33 +109,35 @@ class TensorBoardWriter:
             yield self._open()
         except OSError as error:
             logger.error("tensorboard: %s", error)
-            self._writer, self._purge_step = None, step + 1
+            self._writers, self._purge_step = {}, step + 1
 
-    def _open(self) -> SummaryWriter:
+    def _open(self, curve: str = "") -> SummaryWriter:
         from torch.utils.tensorboard import SummaryWriter
 
-        if self._run_writer is None:
+        if self._about is None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for old in self._folder.glob("*tfevents*"):
+            for old in self._folder.rglob("*tfevents*"):
                 if old.name.endswith(RUN_SUFFIX):
                     old.unlink()
                 else:
                     drop_later(old, self._purge_step - 1)
-            writer = SummaryWriter(self._folder, filename_suffix=RUN_SUFFIX)
-            writer.add_custom_scalars(LAYOUT)
+            about = SummaryWriter(self._folder, filename_suffix=RUN_SUFFIX)
+            about.add_custom_scalars(LAYOUT)
             for summary in _hparams(self._settings)[:2]:
-                _add(writer, summary)
-            writer.flush()
-            self._run_writer = writer
-        if self._writer is None:
-            self._writer = SummaryWriter(self._folder, purge_step=self._purge_step, flush_secs=FLUSH_SECONDS)
-        return self._writer
+                _add(about, summary)
+            about.flush()
+            self._about = about
+        if curve not in self._writers:
+            self._writers[curve] = SummaryWriter(
+                self._folder / curve, purge_step=self._purge_step, flush_secs=FLUSH_SECONDS
+            )
+        return self._writers[curve]
 
 
 def drop_later(path: Path, last_step: int) -> None:
-    """Remove entries of steps after `last_step` from an event file.
+    """Remove the points of steps after `last_step` from an event file.
 
-    TensorBoard's fast loader shows them even if a later file purges them.
+    TensorBoard's fast loader shows them even if a later file has a purge step.
     """
     with path.open("rb") as file:
         if all(step <= last_step for _, step in _records(file)):
@@ -138,9 +151,9 @@ def drop_later(path: Path, last_step: int) -> None:
 
 
 def _records(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
-    """The raw records of an event file with their steps, up to one truncated by a crash.
+    """The complete records of an event file, each with its step; a truncated record ends the file.
 
-    The format is TFRecord's: length (uint64), its checksum (4 bytes), an Event, its checksum (4 bytes).
+    A record is a TFRecord: length (uint64), checksum of the length (4 bytes), an Event, its checksum (4 bytes).
     """
     from tensorboard.compat.proto.event_pb2 import Event
 
@@ -153,14 +166,14 @@ def _records(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
 
 
 def _add(writer: SummaryWriter, summary: Any) -> None:
-    assert writer.file_writer is not None
+    assert writer.file_writer is not None  # it is open
     writer.file_writer.add_summary(summary)
 
 
 def _hparams(settings: Mapping[str, Setting]) -> Any:
-    """The summaries of the HPARAMS tab: experiment, session start, session end.
+    """The summaries of the HPARAMS tab: experiment, start of the session, end of the session.
 
-    TensorBoard shows the last scalars of the run as its metrics.
+    TensorBoard takes the metrics' values from the run's last scalars.
     """
     from torch.utils.tensorboard.summary import hparams
 
@@ -168,7 +181,7 @@ def _hparams(settings: Mapping[str, Setting]) -> Any:
 
 
 def error_figure(by_position: Sequence[float | None], step: int) -> np.ndarray:
-    """A plot of error over position, uint8 [height, width, 3], with gaps at positions without targets (None)."""
+    """Plot the error by position: uint8 [height, width, 3]; None is a gap."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -189,18 +202,18 @@ def error_figure(by_position: Sequence[float | None], step: int) -> np.ndarray:
 
 
 def sample_markdown(sample: Sample) -> str:
-    """A sample as Markdown, its sentences escaped."""
-    context = [f"… {_escape(sentence)}" for sentence in sample.context]
+    """A sample as Markdown, with the sentences escaped."""
+    before = [f"… {_plain(sentence)}" for sentence in sample.context]
     return "\n\n".join(
         [
-            f"*{_escape(sample.document)}*",
-            *context,
-            f"**truth** (cosine {sample.cosine_of_truth:.3f}, rank {sample.rank_of_truth}): {_escape(sample.truth)}",
-            f"**nearest to the prediction** (cosine {sample.cosine:.3f}): {_escape(sample.nearest)}",
+            f"*{_plain(sample.document)}*",
+            *before,
+            f"**truth** (cosine {sample.cosine_of_truth:.3f}, rank {sample.rank_of_truth}): {_plain(sample.truth)}",
+            f"**nearest to the prediction** (cosine {sample.cosine:.3f}): {_plain(sample.nearest)}",
         ]
     )
 
 
-def _escape(text: str) -> str:
-    """Text on one line with Markdown's special characters escaped."""
-    return "".join("\\" + letter if letter in "\\`*_{}[]<>()#+-.!|~" else letter for letter in " ".join(text.split()))
+def _plain(text: str) -> str:
+    """Text with Markdown's special characters escaped."""
+    return "".join("\\" + char if char in "\\`*_{}[]<>()#+-.!|~" else char for char in " ".join(text.split()))

@@ -1,0 +1,55 @@
+"""What an evaluation reads: the datasets of a model, opened and checked against it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lcm_ds.checkpoint.model_source import ModelSource
+from lcm_ds.config import DataConfig, WeightedPath
+from lcm_ds.data.format import Dataset
+from lcm_ds.data.supervised import missing_targets
+from lcm_ds.errors import Collector, InputError
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """The data of an evaluation."""
+
+    data: DataConfig  # how rows are cut
+    weights: list[WeightedPath]  # of the training datasets
+    training: list[Dataset]  # for the baselines; empty if unknown
+    validation: Dataset
+    validation_path: str  # as the user or the run names it
+
+
+def open_task(source: ModelSource, dataset: str | None) -> EvaluationTask:
+    """Open the training datasets of a model and the one to evaluate it on.
+
+    Args:
+        source: the model.
+        dataset: to evaluate on; default: the run's validation dataset.
+
+    Raises:
+        InputError: with every mistake: no dataset to evaluate on, one that cannot be opened, has concepts of another
+            size or encoder than the model's, or has no targets.
+    """
+    path = dataset or source.data.validation
+    if path is None and source.run is None:
+        raise InputError(f"{source.path}: an exported model has no data; name a dataset with --dataset")
+    if path is None:
+        raise InputError(f"{source.path}: the run has no data.validation; name a dataset with --dataset")
+    *training, validation = source.open_datasets([*(each.path for each in source.training), path])
+    errors = Collector()
+    for each in (*training, validation):
+        with errors:
+            source.check_embed_dim(each)
+    encoder = training[0].info.encoder if training else None if source.info is None else source.info.encoder
+    if encoder is not None and validation.info.encoder != encoder:
+        errors.errors.append(
+            f"{validation.path}: encoded with {validation.info.encoder}, the model was trained on {encoder}"
+        )
+    with errors:
+        if problem := missing_targets(validation, source.data.row_length, source.data.max_segment):
+            raise InputError(problem)
+    errors.raise_if_any()
+    return EvaluationTask(source.data, source.training, training, validation, path)
