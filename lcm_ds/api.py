@@ -86,8 +86,8 @@ def train(config: TrainConfig, processes: int = 1) -> Run:
     returned says so, and called again, the run goes on. Call it from the main thread. Raises InputError for what is
     wrong with the config, RunFailedError if the run fails.
     """
-    from lcm_ds.distributed.workers import STOPPED
     from lcm_ds.launcher.launch import launch
+    from lcm_ds.signals import STOPPED
 
     if isinstance(config.deepspeed, str):
         # The workers read the config from elsewhere.

@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
 from lcm_ds.distributed.environment import DistEnv
-from lcm_ds.distributed.rendezvous import meet
+from lcm_ds.distributed.rendezvous import wait_for_all_ranks
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.parameter_groups import parameter_groups
@@ -33,7 +33,7 @@ def init_distributed(place: DistEnv, stall_minutes: float | None = None) -> torc
     stall_minutes: after how long a watchdog ends a rank that stands still. Raises TransientError if a
     rank does not come.
     """
-    meet(place, "train")
+    wait_for_all_ranks(place, "train")
     os.environ.update(place.environment())
     # DeepSpeed compiles with the ninja that it finds: the one of this environment, which need not be activated. Two
     # versions in turn would compile everything anew each time.
