@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-PREPARE = ["spacy>=3.8,<4", "datasets>=4,<6", "sentence-transformers>=5,<7", "sentencepiece>=0.2"]
+PREPARE = ["spacy>=3.8,<4", "datasets>=4,<6", "pyarrow>=16", "sentence-transformers>=5,<7", "sentencepiece>=0.2"]
 # For fsspec to open https:// and s3://.
 REMOTE = ["aiohttp>=3.9", "s3fs>=2024.6"]
 WANDB, MLFLOW = ["wandb>=0.19"], ["mlflow-skinny>=3"]
@@ -30,12 +30,16 @@ setup(
         "webdataset>=1.0.2,<2",
         "numpy>=2",
         "pydantic>=2.10,<3",
+        "pydantic-core",  # in the version that pydantic requires
         "omegaconf>=2.3,<3",
+        "PyYAML>=6",
         "safetensors>=0.5",
+        "huggingface_hub>=1",
         "tensorboard>=2.18",
         "matplotlib>=3.8",
         "rich>=13",
         "fsspec>=2024.6",
+        "psutil>=5.9",
         "packaging",
         "ninja",
         # torch.distributed and DeepSpeed's op builder import setuptools at run time.

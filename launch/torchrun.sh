@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# torchrun, on one machine or on several: the worker finds its place in the variables that torchrun sets.
+# torchrun, on one machine or on several: each worker reads its rank from the variables that torchrun sets.
 #
 #   launch/torchrun.sh configs/train/quickstart.yaml                                # here
 #   NODES=2 NODE=0 MASTER=worker-0 launch/torchrun.sh configs/train/1.6b.yaml      # on worker-0

@@ -91,8 +91,8 @@ def train(config: TrainConfig, processes: int = 1) -> Run:
         InputError: The config is invalid.
         RunFailedError: The run failed.
     """
-    from lcm_ds.distributed.workers import STOPPED
     from lcm_ds.launcher.launch import launch
+    from lcm_ds.signals import STOPPED
 
     if isinstance(config.deepspeed, str):
         # Workers read a copy of the config in another folder.

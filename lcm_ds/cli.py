@@ -303,7 +303,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 def launch(arguments: argparse.Namespace) -> int:
     from lcm_ds.launcher.launch import launch
-    from lcm_ds.launcher.multihost.restarts import LaunchOptions
+    from lcm_ds.launcher.task import LaunchOptions
 
     options = {name: vars(arguments)[name] for name in LaunchOptions.__dataclass_fields__}
     return launch(
@@ -315,7 +315,7 @@ def launch(arguments: argparse.Namespace) -> int:
         openmpi=arguments.openmpi,
         include=arguments.include,
         exclude=arguments.exclude,
-        settings=LaunchOptions(**{name: value for name, value in options.items() if value is not None}),
+        options=LaunchOptions(**{name: value for name, value in options.items() if value is not None}),
     )
 
 
@@ -403,12 +403,12 @@ def doctor(arguments: argparse.Namespace) -> int:
 
         return examine()
     from lcm_ds.doctor.run_checks import doctor
-    from lcm_ds.launcher.multihost.restarts import LaunchOptions
+    from lcm_ds.launcher.task import LaunchOptions
 
-    settings = LaunchOptions(
+    options = LaunchOptions(
         master_addr=arguments.master_addr, master_port=arguments.master_port, ssh_port=arguments.ssh_port
     )
-    return doctor(arguments.config, arguments.overrides, arguments.hostfile, arguments.bandwidth, settings)
+    return doctor(arguments.config, arguments.overrides, arguments.hostfile, arguments.bandwidth, options)
 
 
 def entry() -> NoReturn:

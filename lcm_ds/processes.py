@@ -1,4 +1,4 @@
-"""How processes end, children with their parents; and what else Linux is asked for: freed memory, who holds a file."""
+"""Linux: children that end with their parents, a clean exit, freed memory, and who holds a lock file."""
 
 from __future__ import annotations
 
@@ -16,33 +16,32 @@ from threading import Thread
 from typing import NoReturn
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-# File systems whose files processes of other machines may hold, and when a lock on one of them is taken for left over.
-SHARED = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "weka", "9p", "fuse")
-LEFT_OVER_SECONDS = 600.0
+# File systems whose files other machines may hold open, and the age at which a lock on one of them is stale.
+SHARED_FILE_SYSTEMS = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "weka", "9p", "fuse")
+STALE_SECONDS = 600.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
 
 def set_parent_death_signal(number: int = signal.SIGKILL, parent: int | None = None) -> Callable[[], None]:
-    """For the child to call first (`preexec_fn`): the kernel sends it this signal when its parent ends.
+    """Return what a child calls first (`preexec_fn`), so that the kernel sends it a signal when its parent ends.
 
-    More exactly, when the thread that started it ends: start such children from a thread that lasts. parent: the
-    parent's process number, where this is called in the child.
+    More exactly, when the thread that started it ends: start such children from a thread that lasts. `parent` is the
+    parent's PID, needed if this is called in the child.
     """
     libc, parent = ctypes.CDLL(None, use_errno=True), parent or os.getpid()
 
     def set_death_signal() -> None:
         libc.prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
-        if os.getppid() != parent:  # it ended before the line above
+        if os.getppid() != parent:  # the parent ended before the line above
             os.kill(os.getpid(), number)
 
     return set_death_signal
 
 
 def exit_with_parent(every: float = 1.0) -> None:
-    """Have this process kill itself when the one that started it has ended; looked for every so many seconds.
+    """Have this process kill itself after its parent has ended, which it checks every `every` seconds.
 
-    For children of programs that cannot be told to call `set_parent_death_signal`, nor trusted to start them from a
-    thread that lasts.
+    For children of programs that neither call `set_parent_death_signal` nor start them from a thread that lasts.
     """
     parent = os.getppid()
 
@@ -55,22 +54,22 @@ def exit_with_parent(every: float = 1.0) -> None:
 
 
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
-    """Run a program's main and end the process with the code it returns, without taking the interpreter apart.
+    """Run a program's main and exit with the code that it returns, without finalizing the interpreter.
 
-    While Python does that, a thread of C++ that asks for the interpreter is ended where it stands: gloo's may hold a
-    tensor of the last collective. Then it says "terminate called without an active exception", and SIGABRT is what a
-    worker ends with that did its work well. What is registered with `atexit` meanwhile is called as ever.
+    Finalization ends each C++ thread that asks for the interpreter: gloo's may hold a tensor of the last collective.
+    A worker that did its work well would then print "terminate called without an active exception" and die of SIGABRT.
+    Functions registered with `atexit` are called as usual.
     """
-    code: int | None = 1  # where main ends with an error
+    code: int | None = 1  # unless main returns
 
     def leave() -> None:
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            with contextlib.suppress(OSError, ValueError):  # the reader has gone
                 stream.flush()
         os._exit(code or 0)
 
-    atexit.register(leave)  # the first one is called last, when the threads of Python have ended
+    atexit.register(leave)  # registered first, so called last, after Python's threads have ended
     try:
         code = main()
     except SystemExit as ended:  # argparse's
@@ -80,10 +79,10 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed for what is allocated next; does nothing with another C library.
+    """Have glibc reuse freed memory instead of returning it to the kernel; does nothing with another C library.
 
-    A training step frees and allocates the same large tensors again and again. By default each comes fresh from the
-    kernel, which costs a page fault every 4 KiB: a quarter of a step on two cores.
+    Each training step frees and allocates the same large tensors. By default each comes fresh from the kernel, at a
+    page fault every 4 KiB: a quarter of a step on two cores.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -92,20 +91,20 @@ def keep_freed_memory() -> None:
 
 
 def remove_left_over_locks(folder: Path) -> list[Path]:
-    """Remove the `lock` files of torch's JIT builds in `folder` that nobody holds; returns them.
+    """Remove stale `lock` files of torch's JIT builds from `folder`; returns them.
 
-    Who compiles an extension makes such a file, keeps it open and removes it; everybody else waits until it is gone,
-    for ever where that process was killed. On a file system that machines share a holder cannot be seen: there a lock
-    has to be ten minutes old.
+    A process that compiles an extension holds such a file open and removes it at the end. If it is killed, all others
+    wait forever. On a shared file system holders on other machines are not visible: a lock there has to be ten minutes
+    old.
     """
     locks = [*folder.glob("*/lock"), *folder.glob("*/*/lock")]
-    held = set(_open_files()) if locks else set()
+    open_files = set(_open_files()) if locks else set()
     removed = []
     for lock in locks:
         with contextlib.suppress(OSError):  # released just now
-            shared = _file_system(lock).startswith(SHARED)
-            if str(lock.resolve()) not in held and (
-                not shared or time.time() - lock.stat().st_mtime > LEFT_OVER_SECONDS
+            shared = _file_system(lock).startswith(SHARED_FILE_SYSTEMS)
+            if str(lock.resolve()) not in open_files and (
+                not shared or time.time() - lock.stat().st_mtime > STALE_SECONDS
             ):
                 lock.unlink()
                 removed.append(lock)
@@ -113,14 +112,14 @@ def remove_left_over_locks(folder: Path) -> list[Path]:
 
 
 def _open_files() -> Iterator[str]:
-    """What the processes that can be seen have open."""
+    """Paths that visible processes have open."""
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             yield os.readlink(descriptor)
 
 
 def _file_system(path: Path) -> str:
-    """The type of the file system that a path lies on."""
+    """The type of a path's file system."""
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
     resolved = path.resolve()
     return max((len(point), kind) for point, kind in mounts if resolved.is_relative_to(point))[1]

@@ -1,5 +1,6 @@
 """Installations are complete: from a wheel, from the source distribution, and editable."""
 
+import ast
 import os
 import re
 import shutil
@@ -182,3 +183,15 @@ def test_templates_and_workflow_are_yaml_and_name_existing_targets_and_files(pat
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"run: make ([a-z-]+)", text)) <= set(targets)
     assert all((ROOT / name).exists() for name in re.findall(r"\btests/[\w/]+(?:\.py)?", text))
+
+
+def test_setup_names_every_package_that_is_imported():
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "lcm_ds").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    packages = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names - {"lcm_ds"}
+    distributions = {"yaml": "pyyaml", "mlflow": "mlflow-skinny"}
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8").lower().replace("_", "-")
+    for package in packages:
+        assert f'"{distributions.get(package, package).replace("_", "-")}' in setup, package

@@ -10,7 +10,7 @@ import pytest
 from machine import patience
 
 from lcm_ds import processes
-from lcm_ds.distributed.environment import LEAVE_BEHIND
+from lcm_ds.distributed.environment import ORPHANING_LAUNCHERS
 from lcm_ds.processes import remove_left_over_locks
 
 
@@ -45,10 +45,10 @@ def test_the_file_system_of_a_path_is_that_of_its_nearest_mount():
     assert processes._file_system(processes.Path("/proc/self/status")) == "proc"
 
 
-@pytest.mark.parametrize("variable", LEAVE_BEHIND)
+@pytest.mark.parametrize("variable", ORPHANING_LAUNCHERS)
 def test_a_worker_ends_with_the_launcher_that_would_leave_it_behind(variable):
     worker = (
-        "import os, time; from lcm_ds.distributed.environment import *; end_with_launcher(os.environ)\n"
+        "import os, time; from lcm_ds.distributed.environment import *; exit_with_launcher(os.environ)\n"
         "print(os.getpid(), flush=True); time.sleep(100)"
     )
     launcher = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {worker!r}]); time.sleep(100)"

@@ -1,4 +1,4 @@
-"""What the processes of a job compute together."""
+"""Collectives on tensors and objects over all processes of a job."""
 
 from __future__ import annotations
 
@@ -13,64 +13,65 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lcm_ds.distributed.environment import DistEnv
-from lcm_ds.distributed.rendezvous import meet
+from lcm_ds.distributed.rendezvous import wait_for_all_ranks
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=12)  # one may be decoding sentences that the others wait for
+TIMEOUT = timedelta(hours=12)  # one rank may decode sentences while the others wait
 
 
 def from_first(value: T) -> T:
-    """What rank 0 has, on every rank."""
+    """Broadcast rank 0's value to all ranks."""
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 class Ranks:
-    """All of them together; one alone needs no others. Inside a `with`, all call the same methods in the same order."""
+    """The process group of an evaluation; a single process needs none.
 
-    def __init__(self, place: DistEnv | None = None) -> None:
-        self.place = place or DistEnv(0, 1, 0, 1, "127.0.0.1", 0)
-        self.rank, self.size = self.place.rank, self.place.world_size
+    Use it in a `with` block, in which all ranks call the same methods in the same order.
+    """
+
+    def __init__(self, env: DistEnv | None = None) -> None:
+        self.env = env or DistEnv(0, 1, 0, 1, "127.0.0.1", 0)
+        self.rank, self.size = self.env.rank, self.env.world_size
         if torch.cuda.is_available():
             # Under srun --gpus-per-task=1 each process sees one device, whatever its local rank.
-            self.device = torch.device("cuda", self.place.local_rank % torch.cuda.device_count())
+            self.device = torch.device("cuda", self.env.local_rank % torch.cuda.device_count())
         else:
             self.device = torch.device("cpu")
 
     def __enter__(self) -> Ranks:
         if self.size > 1:
-            meet(self.place, "evaluate")
-            os.environ.update(self.place.environment())
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            wait_for_all_ranks(self.env, "evaluate")
+            os.environ.update(self.env.environment())
+            dist.init_process_group("gloo", timeout=TIMEOUT)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error the others may not come: who started them ends them.
+        # After an error the other ranks may never get here; the launcher ends them.
         if self.size > 1 and error is None:
             dist.destroy_process_group()
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
-        """Make each tensor, in place, the sum of those of all ranks."""
+        """Sum each tensor over all ranks, in place."""
         if self.size > 1:
             for tensor in tensors:
                 total = tensor.cpu()
                 dist.all_reduce(total)
                 tensor.copy_(total)
 
-    def gather(self, mine: Any) -> list[Any]:
-        """What each rank gives, in order of the ranks, to all of them."""
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, on every rank."""
         if self.size == 1:
-            return [mine]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, mine)
-        return found
+            return [value]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
-    def from_first(self, mine: T) -> T:
-        """What rank 0 gives, to all of them."""
-        if self.size == 1:
-            return mine
-        return from_first(mine)
+    def from_first(self, value: T) -> T:
+        """Broadcast rank 0's value to all ranks."""
+        return value if self.size == 1 else from_first(value)

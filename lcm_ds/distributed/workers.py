@@ -1,4 +1,4 @@
-"""The processes of a run on this host: started together, ended together.
+"""The processes of a job on this host: started together, ended together.
 
 Promises: the death of one worker ends the others; a signal to the launcher reaches every worker; no worker outlives the
 launcher, however the launcher ends.
@@ -12,20 +12,27 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import FrameType
+from collections.abc import Callable, Mapping, Sequence
 
 from lcm_ds.distributed.environment import DistEnv, free_port
 from lcm_ds.processes import set_parent_death_signal
+from lcm_ds.signals import (
+    DONE,
+    STOP_SIGNALS,
+    STOPPED,
+    USER_ERROR,
+    describe_exit,
+    exit_code,
+    failure_priority,
+    on_stop_signal,
+)
 
-STOPPED = 75
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-GRACE_SECONDS = 30.0  # between SIGTERM and SIGKILL; DeepSpeed's launcher gives as much
-LONGEST_BACK_OFF_SECONDS = 300.0
+GRACE_SECONDS = 30.0  # between SIGTERM and SIGKILL, as DeepSpeed's launcher has it
+MAX_BACKOFF_SECONDS = 300.0
 POLL_SECONDS = 0.05
-KILLED_SECONDS = 5.0  # for a process that was killed to be gone
-# Before the others of a stopped or a refused run are told to end: they are on their way out, and have things to write.
-PATIENCE_SECONDS = {STOPPED: GRACE_SECONDS, 2: 5.0}
+KILLED_SECONDS = 5.0  # until a killed process has to be gone
+# Before SIGTERM goes to the other workers of a stopped or refused run, which are about to exit and may be saving.
+PATIENCE_SECONDS = {STOPPED: GRACE_SECONDS, USER_ERROR: 5.0}
 
 Worker = subprocess.Popen[bytes]
 
@@ -36,210 +43,226 @@ def run_local(
     environ: Mapping[str, str] | None = None,
     master_port: int | None = None,
     grace: float = GRACE_SECONDS,
-    asked: list[int] | None = None,
+    signals: list[int] | None = None,
     output: int | None = None,
 ) -> int:
-    """Run `command` in that many processes, each told its place, and wait for all of them.
+    """Run a command in several processes, each with its rank in the environment, and wait for all of them.
 
-    asked: takes in the signals that came. output: what the workers have for stdout and stderr, instead of this one's.
+    Call it from the main thread: it handles signals, which go on to the workers.
 
-    Returns 0 where all ended well, else the exit code of the worker that failed first: 2 and 75 as they are, anything
-    else, death by a signal included, as 1. `grace` is in seconds. Call it from the main thread: it handles signals.
+    Args:
+        command: A worker's command line.
+        processes: The number of workers.
+        environ: Their environment variables; default: this process's.
+        master_port: The port of rank 0; default: a free one.
+        grace: Seconds between SIGTERM and SIGKILL.
+        signals: Receives the stop signals that came.
+        output: A file descriptor for the workers' stdout and stderr, instead of this process's.
+
+    Returns:
+        0 if all ended well, else the exit code of the worker that failed first: 2 and 75 unchanged, anything else,
+        death by a signal included, as 1.
     """
     environ = dict(os.environ if environ is None else environ)
+    environ.setdefault("OMP_NUM_THREADS", threads_per_worker(processes))
     port = master_port or free_port()
-    environ.setdefault("OMP_NUM_THREADS", threads_each(processes))
+    received = [] if signals is None else signals
+    forwarded = 0
     workers = Workers(grace)
-    with _forwarding(workers) as received:
-        try:
-            for rank in range(processes):
-                workers.start(command, environ, DistEnv(rank, processes, rank, processes, "127.0.0.1", port), output)
-            for number, told in received:  # while some were not there yet
-                workers.send_signal(number, told)
-            while not workers.gone():
-                if asked is not None:
-                    asked[:] = [number for number, _ in received]
-                for rank, code in workers.look().items():
-                    if workers.first == rank and code not in PATIENCE_SECONDS:
-                        pid = workers.processes[rank].pid
-                        said = f"lcm-ds launch: rank {rank} (process {pid}) {describe_exit(code)}"
-                        print(said, file=sys.stderr, flush=True)
-                time.sleep(POLL_SECONDS)
-            return workers.code()
-        finally:
-            workers.kill()
+    restore_handlers = on_stop_signal(received.append)
+    try:
+        for rank in range(processes):
+            workers.start(command, environ, DistEnv(rank, processes, rank, processes, "127.0.0.1", port), output)
+        while not workers.all_exited:
+            for number in received[forwarded:]:
+                workers.send_signal(number)
+                forwarded += 1
+            for rank, code in workers.poll().items():
+                if workers.first_failed == rank and code not in PATIENCE_SECONDS:
+                    message = (
+                        f"lcm-ds launch: rank {rank} (process {workers.processes[rank].pid}) {describe_exit(code)}"
+                    )
+                    print(message, file=sys.stderr, flush=True)
+            time.sleep(POLL_SECONDS)
+        return workers.exit_code
+    finally:
+        workers.kill()
+        restore_handlers()
 
 
 def run_with_restarts(
-    run: Callable[[list[int]], int], progress: Callable[[], int], restarts: int = 0, back_off: float = 10.0
+    run: Callable[[list[int]], int], progress: Callable[[], int], max_restarts: int = 0, backoff: float = 10.0
 ) -> int:
-    """Run something until it ends well, as often as `restarts` more times where it fails; returns the last exit code.
+    """Call `run` until it ends well, up to `max_restarts` more times after failures.
 
-    run: puts into its list the signals that came. Not again after one of those, a mistake (2), a stop on request (75),
-    or where `progress`, which grows, is what it was at the failure before. back_off: seconds before the first restart,
-    twice as long before each further one.
+    It is not called again after a stop signal, invalid input (2), a stop on request (75), or a second failure without
+    progress.
+
+    Args:
+        run: Returns an exit code, and appends the stop signals that it got to its list.
+        progress: A number that grows as the work advances.
+        max_restarts: 0: call it once.
+        backoff: Seconds before the first restart, doubled before each further one.
+
+    Returns:
+        The last exit code.
     """
-    asked: list[int] = []
-    before: int | None = None
-    for number in range(restarts + 1):
-        code = run(asked)
-        if code in (0, 2, STOPPED) or asked or number == restarts:
+    signals: list[int] = []
+    previous: int | None = None
+    for restart in range(max_restarts + 1):
+        code = run(signals)
+        if code in (DONE, USER_ERROR, STOPPED) or signals or restart == max_restarts:
             return code
-        now = progress()
-        if before is not None and now <= before:
-            print(f"lcm-ds launch: no progress since the last restart (at {now}): not started again", file=sys.stderr)
+        current = progress()
+        if previous is not None and current <= previous:
+            print(f"lcm-ds launch: no progress since the last restart (at {current}): giving up", file=sys.stderr)
             return code
-        before, seconds = now, min(back_off * 2**number, LONGEST_BACK_OFF_SECONDS)
-        said = f"lcm-ds launch: restart {number + 1} of {restarts} in {seconds:g} s"
-        if _signalled_within(seconds, said):
+        previous, seconds = current, min(backoff * 2**restart, MAX_BACKOFF_SECONDS)
+        print(f"lcm-ds launch: restart {restart + 1} of {max_restarts} in {seconds:g} s", file=sys.stderr, flush=True)
+        if _stop_signal_within(seconds):
             return STOPPED
     raise AssertionError("the last run returns")
 
 
-def _signalled_within(seconds: float, said: str) -> bool:
-    """Say so and wait, and whether one of the signals that stop a run came in the meantime."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+def _stop_signal_within(seconds: float) -> bool:
+    """Wait for a stop signal; returns whether one came."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        print(said, file=sys.stderr, flush=True)
-        return signal.sigtimedwait(FORWARDED, seconds) is not None
+        return signal.sigtimedwait(STOP_SIGNALS, seconds) is not None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def exit_code(returncode: int) -> int:
-    """A worker's exit code as the launcher passes it on (DESIGN: Contract 4)."""
-    return returncode if returncode in (0, 2, STOPPED) else 1
-
-
-def describe_exit(returncode: int) -> str:
-    """What a process came to, in words."""
-    if returncode < 0:
-        return f"was killed by {signal.Signals(-returncode).name}"
-    return f"ended with exit code {returncode}"
-
-
-def precedence(returncode: int) -> tuple[bool, bool]:
-    """Of failures seen at the same time the lowest counts: bad input explains what others died of, a stop nothing."""
-    return returncode != 2, returncode == STOPPED
-
-
-def threads_each(processes: int) -> str:
-    """OMP_NUM_THREADS where nobody said it: this host's cores, shared out among so many workers."""
+def threads_per_worker(processes: int) -> str:
+    """OMP_NUM_THREADS unless the user has set it: this host's cores, divided among the workers."""
     return str(max(1, len(os.sched_getaffinity(0)) // processes))
 
 
 class Workers:
-    """The workers of one host, by the order in which they were started: one that fails ends the others."""
+    """The workers of one host, in the order in which they were started: one that fails ends the others.
 
-    def __init__(self, grace: float) -> None:
+    Args:
+        grace: Seconds between SIGTERM and SIGKILL.
+        patience: Seconds before SIGTERM goes to the others of a failed worker; default: by its exit code.
+    """
+
+    def __init__(self, grace: float, patience: float | None = None) -> None:
         self.processes: list[Worker] = []
-        self.first: int | None = None  # the worker that failed first
-        self._grace = grace  # seconds between SIGTERM and SIGKILL
+        self.first_failed: int | None = None  # the worker that failed first
+        self._grace, self._patience = grace, patience
         self._alive: set[int] = set()
-        self._ends_at = self._kills_at = float("inf")
+        self._terminate_at = self._kill_at = float("inf")
 
     def start(
-        self, command: Sequence[str], environ: Mapping[str, str], place: DistEnv, output: int | None = None
+        self,
+        command: Sequence[str],
+        environ: Mapping[str, str],
+        env: DistEnv,
+        output: int | None = None,
+        stdin: bytes | None = None,
     ) -> Worker:
-        """Start one more; `output` is what subprocess takes as stdout and stderr. Call it from a thread that lasts."""
-        # A session of its own: a Ctrl-C on the terminal reaches the launcher alone, which passes it on once.
+        """Start one more worker. Call it from a thread that lasts: when the thread ends, the kernel kills the worker.
+
+        Args:
+            command: Its command line.
+            environ: Its environment variables, without those of `env`.
+            env: Its rank.
+            output: What subprocess takes as stdout and stderr.
+            stdin: What it reads; default: this process's stdin.
+        """
+        # In its own session: Ctrl-C on the terminal reaches only the launcher, which forwards it once.
         worker = subprocess.Popen(
             command,
-            env=place.within(environ),
+            env=env.apply_to(environ),
+            stdin=None if stdin is None else subprocess.PIPE,
             stdout=output,
             stderr=output,
             start_new_session=True,
             preexec_fn=set_parent_death_signal(),
         )
+        if worker.stdin is not None:
+            with contextlib.suppress(BrokenPipeError), worker.stdin as pipe:
+                pipe.write(stdin or b"")
         self._alive.add(len(self.processes))
         self.processes.append(worker)
         return worker
 
-    def gone(self) -> bool:
-        """Whether all have ended."""
+    @property
+    def all_exited(self) -> bool:
+        """Whether `poll` has seen all of them end."""
         return not self._alive
 
-    def code(self) -> int:
-        """0 where all ended well, else the exit code of the one that failed first, as a launcher passes it on."""
-        return 0 if self.first is None else exit_code(self.processes[self.first].returncode)
+    @property
+    def exit_code(self) -> int:
+        """0 if all ended well, else the code of the worker that failed first, as a launcher passes it on."""
+        return DONE if self.first_failed is None else exit_code(self.processes[self.first_failed].returncode)
 
-    def look(self) -> dict[int, int]:
-        """Those that have ended since the last look, with their exit codes. Ends the others where one failed."""
-        ended = {number for number in self._alive if _has_ended(self.processes[number])}
+    def poll(self) -> dict[int, int]:
+        """Return the exit codes of those that have ended since the last call; end the others if one has failed."""
+        ended = {index for index in self._alive if _has_ended(self.processes[index])}
         self._alive -= ended
-        codes = {number: self.processes[number].returncode for number in sorted(ended)}
-        failed = [number for number, code in codes.items() if code != 0]
-        if failed and self.first is None:
-            self.first = min(failed, key=lambda number: (precedence(codes[number]), number))
-            self.end(min(self._grace, PATIENCE_SECONDS.get(codes[self.first], 0.0)))
+        codes = {index: self.processes[index].returncode for index in sorted(ended)}
+        failed = [index for index, code in codes.items() if code != DONE]
+        if failed and self.first_failed is None:
+            self.first_failed = min(failed, key=lambda index: (failure_priority(codes[index]), index))
+            by_code = min(self._grace, PATIENCE_SECONDS.get(codes[self.first_failed], 0.0))
+            self.terminate(by_code if self._patience is None else self._patience)
         now = time.monotonic()
-        if now >= self._ends_at:
+        if now >= self._terminate_at:
             self.send_signal(signal.SIGTERM)
-            self._ends_at = float("inf")
-        if now >= self._kills_at:
+            self._terminate_at = float("inf")
+        if now >= self._kill_at:
             self.kill()
         return codes
 
-    def end(self, after: float = 0.0) -> None:
-        """Have `look` send SIGTERM in `after` seconds, and SIGKILL a grace later; the first call counts."""
-        if self._kills_at == float("inf"):
-            self._ends_at = time.monotonic() + after
-            self._kills_at = self._ends_at + self._grace
+    def wait(self, timeout: float) -> None:
+        """Wait until all have ended; kill those that have not after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while not self.all_exited and time.monotonic() < deadline:
+            self.poll()
+            time.sleep(POLL_SECONDS)
+        self.kill()
 
-    def send_signal(self, number: int, since: int = 0) -> None:
-        """Send a signal to those that run, from the one of that number on."""
-        for worker in self.processes[since:]:
-            if _runs(worker):
+    def terminate(self, delay: float = 0.0) -> None:
+        """Have `poll` send SIGTERM in `delay` seconds, and SIGKILL a grace later; only the first call counts."""
+        if self._kill_at == float("inf"):
+            self._terminate_at = time.monotonic() + delay
+            self._kill_at = self._terminate_at + self._grace
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to those that run."""
+        for worker in self.processes:
+            if _is_running(worker):
                 os.kill(worker.pid, number)
 
     def kill(self) -> None:
         """Kill those that run, and what they started."""
-        for number in self._alive:
-            _kill(self.processes[number])
-        for number in self._alive:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # one that not even SIGKILL ends, in a driver
-                self.processes[number].wait(KILLED_SECONDS)
+        for index in self._alive:
+            _kill_group(self.processes[index])
+        for index in self._alive:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # not even SIGKILL ends one that hangs in a driver
+                self.processes[index].wait(KILLED_SECONDS)
 
 
-@contextlib.contextmanager
-def _forwarding(workers: Workers) -> Iterator[list[tuple[int, int]]]:
-    """While inside, signals to this process go on to the workers, which save and end with 75.
-
-    Yields the signals received, each with how many workers were there to be told.
-    """
-    received: list[tuple[int, int]] = []
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        received.append((number, len(workers.processes)))
-        workers.send_signal(number)
-
-    previous = {number: signal.signal(number, forward) for number in FORWARDED}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _runs(worker: Worker) -> bool:
-    """Whether a worker runs. One that does not is not waited for here: until it is, its number is its own."""
+def _is_running(worker: Worker) -> bool:
+    """Whether a worker runs. One that has ended is not reaped here: until it is, no other process gets its PID."""
     if worker.returncode is not None:
         return False
     return os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def _has_ended(worker: Worker) -> bool:
-    """Whether a worker is gone; what it started and left behind goes with it."""
-    if _runs(worker):
+    """Whether a worker has ended; processes that it has left behind are killed."""
+    if _is_running(worker):
         return False
     if worker.returncode is None:
-        _kill(worker)
+        _kill_group(worker)
         worker.wait()
     return True
 
 
-def _kill(worker: Worker) -> None:
-    """Kill a worker and its process group, unless it has been waited for: then its number may be another's."""
+def _kill_group(worker: Worker) -> None:
+    """Kill a worker and its process group, unless it was reaped: another process may have its PID then."""
     if worker.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(worker.pid, signal.SIGKILL)

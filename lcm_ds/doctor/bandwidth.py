@@ -1,4 +1,4 @@
-"""`lcm-ds doctor --bandwidth`: how fast an all-reduce over all devices of a run is. Each worker runs this module."""
+"""`lcm-ds doctor --bandwidth`: the speed of an all-reduce over all devices of a run. Each worker runs this module."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lcm_ds.distributed.environment import detect_environment
 from lcm_ds.processes import exit_with
 from lcm_ds.train.engine import init_distributed
 
-# Bytes; the largest is of the order of a ZeRO bucket.
+# Bytes; the largest is about the size of a ZeRO bucket.
 SIZES = {"cpu": (1 << 20, 1 << 24), "accelerator": (1 << 20, 1 << 25, 1 << 30)}
 REPEATS = 5
 
 
 def measure(size: int, device: torch.device) -> float:
-    """Seconds of an all-reduce of so many bytes in fp32: the best of a few, after one that does not count."""
+    """Seconds of an all-reduce of `size` bytes in fp32: the best of a few, after a warm-up."""
     values = torch.ones(size // 4, device=device)
     best = float("inf")
     for repeat in range(REPEATS + 1):
@@ -35,18 +35,18 @@ def measure(size: int, device: torch.device) -> float:
 def main() -> None:
     """Rank 0 prints a line for each size.
 
-    Bandwidths as NCCL's tests define them: of the algorithm, bytes by time; of the bus, that times 2 (n - 1) / n, which
-    does not depend on the number of ranks n and can be held against what the hardware has.
+    Bandwidths are defined as in NCCL's tests: of the algorithm, bytes by time; of the bus, that times 2 (n - 1) / n,
+    which does not depend on the number of ranks n and can be compared with the hardware's.
     """
-    place = detect_environment(os.environ)
-    device = init_distributed(place, stall_minutes=0.0)
+    env = detect_environment(os.environ)
+    device = init_distributed(env, stall_minutes=0.0)
     for size in SIZES["cpu" if device.type == "cpu" else "accelerator"]:
         seconds = measure(size, device)
-        if place.rank == 0:
+        if env.rank == 0:
             algorithm = size / seconds / 1e9
-            bus = algorithm * 2 * (place.world_size - 1) / place.world_size
+            bus = algorithm * 2 * (env.world_size - 1) / env.world_size
             print(
-                f"all-reduce    {size / 2**20:.0f} MiB over {place.world_size} ranks ({dist.get_backend()}): "
+                f"all-reduce    {size / 2**20:.0f} MiB over {env.world_size} ranks ({dist.get_backend()}): "
                 f"{1000 * seconds:.2f} ms, algorithm {algorithm:.3g} GB/s, bus {bus:.3g} GB/s",
                 flush=True,
             )

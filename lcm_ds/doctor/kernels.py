@@ -1,7 +1,7 @@
 """`python -m lcm_ds.doctor.kernels`: what this machine's devices, kernels and compilers can do, as lines of JSON.
 
-`lcm-ds doctor` runs it as a process of its own, so that libraries' chatter, a driver that hangs and a kernel that
-crashes are findings, and no more. Everything is tried, not looked up.
+`lcm-ds doctor` runs it in a separate process, which hides the output of libraries and survives a driver that hangs or a
+kernel that crashes. Everything is tried, not looked up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from lcm_ds.doctor.machine import MISSING, NONE, OK, WARN, Finding
 
-# DeepSpeed's operators that a run may need, and what for.
+# DeepSpeed's operators that a run may need, and their purpose.
 OPERATORS = {
     "FusedAdam": "optimizers without torch_adam",
     "CPUAdam": "offload of the optimizer",
@@ -28,52 +28,54 @@ OPERATORS = {
 
 
 def findings() -> Iterator[Finding]:
-    """Of the device, the kernels of attention, torch.compile and DeepSpeed's operators, one at a time."""
+    """Try the device, the attention kernels, torch.compile and DeepSpeed's operators, one after the other."""
     yield from _attempt("imports", _imports, MISSING, "install that package again: no run can start")
     yield from _attempt("accelerator", accelerator, MISSING, "install torch and deepspeed again: no run can start")
-    yield from _attempt("flash, packed rows", _varlen, WARN, "attention takes SDPA with a mask, which is slower")
-    yield from _attempt("flash, SDPA", _sdpa, WARN, "attention takes another of SDPA's kernels, which is slower")
+    yield from _attempt("flash, packed rows", _varlen, WARN, "attention uses SDPA with a mask, which is slower")
+    yield from _attempt("flash, SDPA", _sdpa, WARN, "attention uses another SDPA kernel, which is slower")
     yield from _attempt("torch.compile", _compile, WARN, "leave train.compile off, or install g++ and Python's headers")
     for operator, purpose in OPERATORS.items():
         yield from _attempt(f"DeepSpeed {operator}", partial(_operator, operator, purpose), WARN, purpose)
 
 
-def _attempt(name: str, find: Callable[[], Iterator[Finding]], status: str, advice: str) -> Iterator[Finding]:
-    """What `find` gives; where it raises, the error as a finding with this status and advice."""
+def _attempt(name: str, check: Callable[[], Iterator[Finding]], status: str, advice: str) -> Iterator[Finding]:
+    """The findings of a check; if it raises, the error as a finding with this name, status and advice."""
     try:
-        yield from find()
+        yield from check()
     except Exception as error:
         lines = str(error).strip().splitlines()
         yield Finding(name, status, f"{type(error).__name__}: {lines[0] if lines else ''}", advice)
 
 
 def _imports() -> Iterator[Finding]:
-    """Whether all that a worker imports can be imported."""
+    """Whether everything that a worker imports can be imported."""
     import lcm_ds.train.loop
 
     yield Finding("imports", OK, lcm_ds.train.loop.__name__)
 
 
 def accelerator() -> Iterator[Finding]:
-    """The kind of this machine's devices, what communicates between them, each of them, and their precisions."""
+    """This machine's devices, the backend for communication between them, and their precisions."""
     import torch
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator()
     kind, backend = device.device_name(), device.communication_backend_name()
     if kind == "cpu" and shutil.which("nvidia-smi") and not torch.cuda.is_available():
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
-        yield Finding("accelerator", WARN, f"cpu ({backend}): {why}", "nvidia-smi is here: install torch for its CUDA")
+        reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
+        yield Finding(
+            "accelerator", WARN, f"cpu ({backend}): {reason}", "nvidia-smi is here: install torch for its CUDA"
+        )
     elif kind == "cpu":
         yield Finding("accelerator", OK, f"cpu ({backend})")
     else:
         yield Finding("accelerator", OK, f"{kind} ({backend}), {device.device_count()} device(s)")
-    for number in range(torch.cuda.device_count() if kind == "cuda" else 0):
-        properties = torch.cuda.get_device_properties(number)
-        yield Finding(f"cuda:{number}", OK, f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    for index in range(torch.cuda.device_count() if kind == "cuda" else 0):
+        properties = torch.cuda.get_device_properties(index)
+        yield Finding(f"cuda:{index}", OK, f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     halves = (("bf16", device.is_bf16_supported), ("fp16", device.is_fp16_supported))
-    found = [name for name, supported in halves if supported()]
-    yield Finding("precisions", OK, ", ".join(["fp32", *found]))
+    supported = [name for name, is_supported in halves if is_supported()]
+    yield Finding("precisions", OK, ", ".join(["fp32", *supported]))
 
 
 def _varlen() -> Iterator[Finding]:
@@ -84,11 +86,11 @@ def _varlen() -> Iterator[Finding]:
 
     name, dtype, width = "flash, packed rows", torch.bfloat16, 64
     if get_accelerator().device_name() != "cuda":
-        yield Finding(name, NONE, "of CUDA alone; SDPA with a mask serves")
+        yield Finding(name, NONE, "only on CUDA; attention uses SDPA with a mask")
         return
     device = torch.device("cuda")
     if not uses_varlen(device, dtype, width):
-        yield Finding(name, WARN, "not for this GPU or torch", "attention takes SDPA with a mask, which is slower")
+        yield Finding(name, WARN, "not for this GPU or torch", "attention uses SDPA with a mask, which is slower")
         return
     layout = SegmentLayout.from_ids(torch.zeros(1, 16, dtype=torch.int32), 16).prepared(device, dtype, width)
     query = torch.ones(1, 16, 1, width, device=device, dtype=dtype)
@@ -118,7 +120,7 @@ def _compile() -> Iterator[Finding]:
 
 
 def _operator(operator: str, purpose: str) -> Iterator[Finding]:
-    """Built in, compiled when first used, or what keeps it from being compiled."""
+    """Whether an operator is built in, is compiled when first used, or cannot be compiled."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
 
@@ -129,7 +131,9 @@ def _operator(operator: str, purpose: str) -> Iterator[Finding]:
     elif installed_ops.get(builder.NAME):
         yield Finding(name, OK, f"built in ({purpose})")
     elif not builder.is_compatible(verbose=False):
-        needs = "apt install libaio-dev: libaio with its headers" if operator == "AsyncIO" else "ds_report says why"
+        needs = (
+            "apt install libaio-dev: libaio with its headers" if operator == "AsyncIO" else "ds_report shows the reason"
+        )
         yield Finding(name, WARN, f"cannot be built here ({purpose})", needs)
     elif lacking := _compiler_lacks(device.device_name()):
         yield Finding(name, WARN, f"cannot be compiled ({purpose})", f"install {', '.join(lacking)}")
@@ -138,7 +142,7 @@ def _operator(operator: str, purpose: str) -> Iterator[Finding]:
 
 
 def _compiler_lacks(kind: str) -> list[str]:
-    """What a compilation of DeepSpeed's operators would miss."""
+    """What is missing to compile DeepSpeed's operators."""
     from torch.utils import cpp_extension
 
     lacking = [] if shutil.which(os.environ.get("CXX", "g++")) else ["g++"]
@@ -151,7 +155,7 @@ def _compiler_lacks(kind: str) -> list[str]:
 
 
 def main() -> None:
-    """A line of JSON for each finding, on the real stdout; all else that is printed goes to stderr."""
+    """Print a line of JSON for each finding on the real stdout; all other output goes to stderr."""
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     with contextlib.redirect_stdout(sys.stderr):

@@ -1,4 +1,4 @@
-"""`lcm-ds doctor`: what would stop a run, before it starts."""
+"""`lcm-ds doctor CONFIG`: what would stop a run, before it starts."""
 
 from __future__ import annotations
 
@@ -6,25 +6,26 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lcm_ds import deepspeed_config
-from lcm_ds.distributed.environment import DEFAULT_PORT
 from lcm_ds.distributed.workers import run_local
 from lcm_ds.doctor.kernels import accelerator
 from lcm_ds.doctor.machine import programs, software
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.launcher.multihost.hostfile import read_hostfile, select
-from lcm_ds.launcher.multihost.pdsh import mistakes_of_call
-from lcm_ds.launcher.multihost.preflight import LaunchRequirements, ask, checkpoint_bytes
-from lcm_ds.launcher.multihost.restarts import DEFAULTS, LaunchOptions, Work, run_on_hosts
+from lcm_ds.launcher.multihost.pdsh import errors_of_call
+from lcm_ds.launcher.multihost.preflight import run_preflight
+from lcm_ds.launcher.multihost.restarts import run_on_hosts
 from lcm_ds.launcher.schedulers import environment_of_workers, resolve_config
+from lcm_ds.launcher.task import DEFAULTS, LaunchOptions, LaunchTask, checkpoint_bytes, run_task
 
 if TYPE_CHECKING:
     from lcm_ds.train.job import TrainJob
 
-MEASUREMENT = "lcm_ds.doctor.bandwidth"
+BANDWIDTH = "lcm_ds.doctor.bandwidth"
 
 
 def doctor(
@@ -32,86 +33,82 @@ def doctor(
     overrides: Sequence[str] = (),
     hostfile: str | Path | None = None,
     bandwidth: bool = False,
-    settings: LaunchOptions = DEFAULTS,
+    options: LaunchOptions = DEFAULTS,
 ) -> int:
-    """Print a few lines about this machine and, with a config, everything that is wrong with it and its memory.
+    """Print a summary of this machine and, with a config, the run's memory and every mistake.
 
-    The ranks counted on are the hostfile's slots, else this machine's devices. The hosts of a hostfile are asked as
-    before a launch. bandwidth: measure an all-reduce over all devices at the end. Returns 0 where nothing would stop
-    the run, else 2 (or what the measurement ends with); the mistakes are on stderr, one a line.
+    Args:
+        config_path: A run's config, checked for as many ranks as the hostfile has slots, else this machine devices.
+        overrides: key=value.
+        hostfile: Hosts to check as before a launch.
+        bandwidth: Measure an all-reduce over all devices at the end.
+        options: Of the launch.
+
+    Returns:
+        0 if nothing would stop the run, else 2, with the mistakes on stderr; or the exit code of the measurement.
     """
     for row in (*software(), *accelerator(), *programs()):
-        print(f"{row.name:13} {row.found}")
+        print(f"{row.name:13} {row.value}")
     errors = Collector()
     hosts: dict[str, list[int]] = {}
     job: TrainJob | None = None
+    config: Path | None = None  # for the hosts to read
     with errors:
         if hostfile is not None:
             hosts = select(read_hostfile(hostfile))
     if config_path is not None:
         with errors:
-            job = _run(config_path, overrides, sum(map(len, hosts.values())) or _devices(), on_this_host=not hosts)
-    work: Work | None = None
-    if hosts and hostfile is not None:
+            job = _check_run(config_path, overrides, sum(map(len, hosts.values())) or _devices(), local=not hosts)
+    task = run_task(job) if job else LaunchTask(BANDWIDTH)
+    if hosts:
         with errors:
-            work = _work(job, config_path, settings)
+            if call_errors := errors_of_call(task.folder or Path.cwd()):
+                raise InputError(call_errors)
+            if task.folder is not None and config_path is not None:
+                config = resolve_config(task.config, Path(config_path), task.folder, "doctor.yaml").resolve()
             if not bandwidth or errors.errors:
-                found = ask(hosts, work.expected, work.environment, settings.ssh_port)
-                errors.errors += [f"{hostfile}: {host.name}: {text}" for host in found for text in host.problems]
+                reports = run_preflight(task, config, hosts, environment_of_workers(os.environ), options)
+                errors.errors += [f"{hostfile}: {host.name}: {text}" for host in reports for text in host.problems]
     if bandwidth and not errors.errors:
         with errors:
-            return _measure(work, hosts, hostfile, settings)
-    for mistake in dict.fromkeys(errors.errors):
-        print(mistake, file=sys.stderr)
+            if hostfile is None:
+                return _measure_local()
+            if config is None:
+                raise InputError("--bandwidth: with --hostfile it needs a CONFIG, whose run folder the hosts share")
+            measurement = replace(task, module=BANDWIDTH, stop_file=None, progress=lambda: 0, can_share=lambda _: True)
+            return run_on_hosts(measurement, config, hosts, hostfile, options)
+    for error in dict.fromkeys(errors.errors):
+        print(error, file=sys.stderr)
     return 2 if errors.errors else 0
 
 
-def _work(job: TrainJob | None, config_path: str | Path | None, settings: LaunchOptions) -> Work:
-    """A measurement on hosts, with what is to be expected of them: of a run, or without one."""
-    port = settings.master_port or DEFAULT_PORT
-    if wrong := mistakes_of_call(job.run_dir if job else Path.cwd()):
-        raise InputError(wrong)
-    config, expected = Path("-"), LaunchRequirements()
-    if job is not None and config_path is not None:
-        config = resolve_config(job.config, Path(config_path), job.run_dir, "doctor.yaml").resolve()
-        expected = LaunchRequirements.of(job, config, port, settings.master_addr)
-    return Work(MEASUREMENT, config, expected, environment_of_workers(os.environ), None, lambda: 0, lambda ranks: True)
-
-
-def _measure(
-    work: Work | None, hosts: dict[str, list[int]], hostfile: str | Path | None, settings: LaunchOptions
-) -> int:
-    """An all-reduce over all devices of the hosts, or of this one. Raises InputError where there is nothing to do."""
-    if work is not None and hostfile is not None:
-        if work.expected.folder is None:
-            raise InputError("--bandwidth: with --hostfile it needs a CONFIG, for its run folder is what hosts share")
-        return run_on_hosts(work, hosts, hostfile, settings)
+def _measure_local() -> int:
     if _devices() == 1:
         raise InputError("--bandwidth: this host has one device; give a hostfile")
-    return run_local([sys.executable, "-u", "-m", MEASUREMENT], _devices())
+    return run_local([sys.executable, "-u", "-m", BANDWIDTH], _devices())
 
 
 def _devices() -> int:
-    """Ranks that this machine has devices for; a CPU counts as one."""
+    """The number of this machine's devices; a CPU counts as one."""
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator()
     return 1 if device.device_name() == "cpu" else max(1, device.device_count())
 
 
-def _run(config_path: str | Path, overrides: Sequence[str], ranks: int, on_this_host: bool) -> TrainJob:
-    """Check a run for so many ranks and print what it needs; raises InputError with every mistake."""
+def _check_run(config_path: str | Path, overrides: Sequence[str], ranks: int, local: bool) -> TrainJob:
+    """Check a run with this number of ranks and print what it needs; raises InputError with every mistake."""
     from lcm_ds.train.job_builder import build_job
 
     job = build_job(config_path, overrides, ranks)
-    for line in _needs(job, ranks):
+    for line in _requirements(job, ranks):
         print(line)
-    if on_this_host:
+    if local:
         deepspeed_config.check_device(job.ds, str(job.config.deepspeed))
     return job
 
 
-def _needs(job: TrainJob, ranks: int) -> Iterator[str]:
+def _requirements(job: TrainJob, ranks: int) -> Iterator[str]:
     from lcm_ds.train.memory import GIB, count_parameters, memory_lines
 
     parameters, precision = count_parameters(job.model), deepspeed_config.precision(job.ds)
@@ -119,11 +116,11 @@ def _needs(job: TrainJob, ranks: int) -> Iterator[str]:
     yield f"run           {job.run_dir}: {job.total_steps} steps of {batch.rows_per_step} rows, {ranks} rank(s)"
     yield f"model         {parameters:,} parameters, {precision}"
     yield from memory_lines(job.config, job.model, job.ds, ranks)
-    free = shutil.disk_usage(_nearest_folder(job.run_dir)).free / GIB
+    free = shutil.disk_usage(_existing_folder(job.run_dir)).free / GIB
     checkpoint = checkpoint_bytes(job) / GIB
     yield f"disk          {free:.1f} GiB free; a checkpoint takes about {checkpoint:.3g} GiB"
 
 
-def _nearest_folder(path: Path) -> Path:
+def _existing_folder(path: Path) -> Path:
     """The path itself or the first folder above it that exists."""
     return next(folder for folder in [path, *path.resolve().parents] if folder.is_dir())

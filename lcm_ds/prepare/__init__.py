@@ -1,4 +1,4 @@
-"""Preparation: text → dataset, in any number of processes; `inspect`."""
+"""Preparation: text → dataset, in any number of processes."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 
 from lcm_ds.errors import InputError
+from lcm_ds.signals import DONE, STOPPED
 from lcm_ds.terminal import hide_warnings
-
-STOPPED = 75
 
 
 def main(config_path: str, overrides: Sequence[str] = ()) -> int:
-    """A rank of a preparation, or all of it where no launcher started this process; returns the exit code.
+    """Run one rank of a preparation, or all of it if no launcher started this process.
 
-    config_path: a YAML file, or "-" for one on standard input. Signals that ask for an end are answered with 75: what
-    is committed is kept.
+    Args:
+        config_path: A YAML file, or "-" for standard input.
+        overrides: key=value.
+
+    Returns:
+        The exit code; 75 after a stop signal, with all committed units kept.
     """
-    # A rank that ends closes its connections, about which the others' libraries print whole stacks.
+    # When one rank closes its connections, libraries in the others would print their stacks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     hide_warnings()
     from lcm_ds.config import PrepareConfig, load
@@ -30,10 +32,10 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> int:
 
     exit_with_launcher(os.environ)
     for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _interrupt)
+        signal.signal(number, signal.default_int_handler)
     try:
         prepare(load(PrepareConfig, "/dev/stdin" if config_path == "-" else config_path, overrides))
-        return 0
+        return DONE
     except InputError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -42,9 +44,5 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> int:
             print(error.message, file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        print("interrupted: what is finished is kept, start again to go on", file=sys.stderr)
+        print("interrupted: finished units are kept; start again to resume", file=sys.stderr)
         return STOPPED
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

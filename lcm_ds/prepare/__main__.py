@@ -1,4 +1,4 @@
-"""`python -m lcm_ds.prepare CONFIG [key=value …]`: a rank, under any launcher. The same as `lcm-ds prepare`."""
+"""`python -m lcm_ds.prepare CONFIG [key=value …]`: one rank, under any launcher; the same as `lcm-ds prepare`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m lcm_ds.prepare", description=__doc__)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
-    parser.add_argument("--local_rank", type=int, help="given by DeepSpeed's launcher; LOCAL_RANK says the same")
+    parser.add_argument("--local_rank", type=int, help="set by DeepSpeed's launcher; LOCAL_RANK is used instead")
     arguments = parser.parse_args()
     exit_with(lambda: main(arguments.config, arguments.overrides))

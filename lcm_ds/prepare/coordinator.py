@@ -1,7 +1,7 @@
-"""What the ranks of a preparation tell one another: which unit is whose, what is written, how far each is.
+"""What the ranks of a preparation exchange: which unit each one makes, what is written, and their progress.
 
-All of it goes through a store that rank 0 holds, a few hundred bytes a unit. No process group is needed: ranks work at
-their own speed, and only rank 0 has to last to the end.
+All of it goes through a store that rank 0 holds, a few hundred bytes per unit. No process group is needed: ranks work
+at their own speed, and only rank 0 has to last to the end.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any
 from torch.distributed import DistNetworkError, DistStoreError, HashStore, Store
 
 from lcm_ds.distributed.environment import DistEnv
-from lcm_ds.distributed.rendezvous import Meeting
+from lcm_ds.distributed.rendezvous import Rendezvous
 from lcm_ds.errors import InputError
+from lcm_ds.signals import FAILED, STOPPED
 
-# Until rank 0 begins: it may first have to look at thousands of files, or to fetch a model.
-PATIENCE = timedelta(hours=2)
-# For the others to see that rank 0 has failed.
-SECONDS_TO_END = 5.0
-_GO, _NEXT, _REPORTS, _FAILED, _LEFT = "go", "next", "reports", "failed", "left"
-_FINISHED, _TOLD = "finished", "told"
+START_TIMEOUT = timedelta(hours=2)  # rank 0 may first have to read thousands of files, or fetch a model
+SHUTDOWN_SECONDS = 5.0  # for the other ranks to see that rank 0 is about to exit
+# Keys of the store.
+_START, _NEXT, _REPORTS, _FAILURE, _DEREGISTERED = "start", "next", "reports", "failure", "deregistered"
+_FINISHED, _ACKNOWLEDGED = "finished", "acknowledged"
 
 
 class PeerFailed(Exception):
-    """Another rank has failed with an exit code; `message` is empty where somebody else says why."""
+    """Another rank has failed with an exit code; `message` is empty if that rank prints the reason."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -35,33 +35,33 @@ class PeerFailed(Exception):
 
 
 class Coordinator:
-    """The other ranks, as one of them sees them. Safe to use from several threads."""
+    """One rank's connection to the others. Safe to use from several threads."""
 
-    def __init__(self, place: DistEnv) -> None:
-        self.place = place
-        self._meeting = None if place.world_size == 1 else Meeting(place, "prepare", PATIENCE)
-        self._store: Store = HashStore() if self._meeting is None else self._meeting.store
-        self._read = 0  # reports that `reports` has given
+    def __init__(self, env: DistEnv) -> None:
+        self.env = env
+        self._rendezvous = None if env.world_size == 1 else Rendezvous(env, "prepare", START_TIMEOUT)
+        self._store: Store = HashStore() if self._rendezvous is None else self._rendezvous.store
+        self._reports_read = 0
 
     @property
-    def leads(self) -> bool:
+    def is_coordinator(self) -> bool:
         """Whether this is rank 0."""
-        return self.place.rank == 0
+        return self.env.rank == 0
 
-    def begin(self, said: dict[str, Any]) -> None:
-        """Rank 0: let the others begin; `said` is what they have to know."""
-        self._store.set(_GO, json.dumps(said))
+    def start(self, message: dict[str, Any]) -> None:
+        """Rank 0: let the others start, with what they have to know."""
+        self._store.set(_START, json.dumps(message))
 
-    def wait(self) -> dict[str, Any]:
-        """The others: what rank 0 says when they may begin. Raises PeerFailed."""
-        self._store.wait([_GO], PATIENCE)
-        self.check()
-        said: dict[str, Any] = json.loads(self._store.get(_GO))
-        return said
+    def wait_for_start(self) -> dict[str, Any]:
+        """Other ranks: wait for rank 0's message. Raises PeerFailed."""
+        self._store.wait([_START], START_TIMEOUT)
+        self.raise_if_failed()
+        message: dict[str, Any] = json.loads(self._store.get(_START))
+        return message
 
     def claim(self) -> int:
         """The next number from 0 that no rank has claimed. Raises PeerFailed."""
-        self.check()
+        self.raise_if_failed()
         return self._store.add(_NEXT, 1) - 1
 
     def report(self, message: dict[str, Any]) -> None:
@@ -69,91 +69,91 @@ class Coordinator:
         number = self._store.add(_REPORTS, 1)
         self._store.set(f"{_REPORTS}/{number}", json.dumps(message))
 
-    def reports(self) -> list[dict[str, Any]]:
-        """Rank 0: the messages that have come since it last asked."""
-        found = []
-        # Never `get` what may not be there yet: it would wait, and keep this process's other threads from the store.
-        while self._store.check([key := f"{_REPORTS}/{self._read + 1}"]):
-            self._read += 1
-            found.append(json.loads(self._store.get(key)))
+    def new_reports(self) -> list[dict[str, Any]]:
+        """Rank 0: the messages that have come since the last call."""
+        messages = []
+        # No `get` of a key that may not exist yet: it would wait, and block this process's other threads.
+        while self._store.check([key := f"{_REPORTS}/{self._reports_read + 1}"]):
+            self._reports_read += 1
+            messages.append(json.loads(self._store.get(key)))
             self._store.delete_key(key)
-        return found
+        return messages
 
-    def tell(self, figures: dict[str, float]) -> None:
-        """Say how far this rank is."""
-        self._store.set(f"figures/{self.place.rank}", json.dumps(figures))
+    def report_progress(self, figures: dict[str, float]) -> None:
+        """Publish this rank's progress."""
+        self._store.set(f"figures/{self.env.rank}", json.dumps(figures))
 
-    def told(self) -> list[dict[str, float]]:
-        """How far each rank is that has said it."""
-        keys = [f"figures/{rank}" for rank in range(self.place.world_size)]
+    def progress_of_ranks(self) -> list[dict[str, float]]:
+        """The progress of each rank that has published it."""
+        keys = [f"figures/{rank}" for rank in range(self.env.world_size)]
         return [json.loads(self._store.get(key)) for key in keys if self._store.check([key])]
 
-    def leave(self) -> None:
+    def deregister(self) -> None:
         """This rank has nothing left to report."""
-        self._store.add(_LEFT, 1)
+        self._store.add(_DEREGISTERED, 1)
 
-    def left(self) -> int:
-        """How many ranks have left."""
-        return self._store.add(_LEFT, 0)
+    def deregistered(self) -> int:
+        """The number of ranks that have nothing left to report."""
+        return self._store.add(_DEREGISTERED, 0)
 
     def finish(self) -> None:
-        """Rank 0: the dataset is finished, and the others may end; they are given time to see it."""
+        """Rank 0: the dataset is finished, and the others may exit; they get time to see it."""
         self._store.set(_FINISHED, "")
-        self._await_others(_TOLD)
+        self._wait_for_others(_ACKNOWLEDGED)
 
-    def await_finish(self) -> None:
-        """The others: until the dataset is finished. Raises PeerFailed."""
+    def wait_for_finish(self) -> None:
+        """Other ranks: wait until the dataset is finished. Raises PeerFailed."""
         try:
             while not self._store.check([_FINISHED]):
-                self.check()
+                self.raise_if_failed()
                 time.sleep(0.1)
-            self._store.add(_TOLD, 1)
+            self._store.add(_ACKNOWLEDGED, 1)
         except (DistStoreError, DistNetworkError):
-            raise PeerFailed(1, "") from None  # rank 0 has ended, which is why
+            raise PeerFailed(FAILED, "") from None  # rank 0 has exited because of its own error
 
-    def check_arrivals(self, left: int, say: Callable[[str], None]) -> None:
-        """Rank 0: tell `say` now and then of ranks that have not come.
+    def check_arrivals(self, remind: Callable[[str], None]) -> None:
+        """Rank 0: remind the user now and then of ranks that are missing.
 
-        left: how many ranks have left. Raises TransientError if they are all that have come, and the others are late.
+        Raises TransientError if they are late and all ranks that came have deregistered.
         """
-        if self._meeting is not None and not self._meeting.complete(say) and left >= self._meeting.arrived():
-            self._meeting.check_patience()
+        rendezvous = self._rendezvous
+        if rendezvous and not rendezvous.complete(remind) and self.deregistered() >= rendezvous.arrived():
+            rendezvous.check_patience()
 
     def fail(self, error: BaseException) -> BaseException:
-        """Let the others end, too, and know why; returns what this rank is to end with: rank 0 says it."""
+        """Let the others exit, too, with the reason; returns what this rank raises, so that only rank 0 prints it."""
         try:
-            if not self._store.check([_FAILED]):
-                self._store.set(_FAILED, json.dumps(_told(self.place.rank, error)))
-            if self.leads:
-                self._store.set(_GO, "{}")
-                self._await_others(_LEFT)
+            if not self._store.check([_FAILURE]):
+                self._store.set(_FAILURE, json.dumps(_exit_code_and_message(self.env.rank, error)))
+            if self.is_coordinator:
+                self._store.set(_START, "{}")
+                self._wait_for_others(_DEREGISTERED)
             else:
-                self.leave()
+                self.deregister()
         except (DistStoreError, DistNetworkError):
-            return PeerFailed(1, "")  # rank 0 has ended, which is why
-        if self.leads:
-            return error
-        return PeerFailed(error.code if isinstance(error, PeerFailed) else _told(0, error)[0], "")
+            return PeerFailed(FAILED, "")  # rank 0 has exited because of its own error
+        return error if self.is_coordinator else PeerFailed(_exit_code_and_message(0, error)[0], "")
 
-    def _await_others(self, key: str) -> None:
-        """Give the others time to see that this rank is about to end, and the store with it: each adds 1 to `key`."""
-        until = time.monotonic() + SECONDS_TO_END
-        while self._store.add(key, 0) < self.place.world_size - 1 and time.monotonic() < until:
+    def _wait_for_others(self, key: str) -> None:
+        """Wait a few seconds for the others, each of which adds 1 to `key`, before this rank exits with the store."""
+        until = time.monotonic() + SHUTDOWN_SECONDS
+        while self._store.add(key, 0) < self.env.world_size - 1 and time.monotonic() < until:
             time.sleep(0.05)
 
-    def check(self) -> None:
-        """Raise PeerFailed where another rank has failed."""
-        if self._store.check([_FAILED]):
-            code, message = json.loads(self._store.get(_FAILED))
+    def raise_if_failed(self) -> None:
+        """Raise PeerFailed if another rank has failed."""
+        if self._store.check([_FAILURE]):
+            code, message = json.loads(self._store.get(_FAILURE))
             raise PeerFailed(code, message)
 
 
-def _told(rank: int, error: BaseException) -> tuple[int, str]:
-    """The exit code that an error means, and what the user reads."""
-    if isinstance(error, PeerFailed):
-        return error.code, error.message
-    if isinstance(error, InputError):
-        return error.exit_code, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 75, ""
-    return 1, f"rank {rank}: {type(error).__name__}: {error}"
+def _exit_code_and_message(rank: int, error: BaseException) -> tuple[int, str]:
+    """The exit code for an error, and the message for the user."""
+    match error:
+        case PeerFailed():
+            return error.code, error.message
+        case InputError():
+            return error.exit_code, str(error)
+        case KeyboardInterrupt():
+            return STOPPED, ""
+    return FAILED, f"rank {rank}: {type(error).__name__}: {error}"

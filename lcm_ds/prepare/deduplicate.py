@@ -1,14 +1,13 @@
-"""Ids that occur in more than one unit: the first document in the order of the source keeps its id, the others go.
+"""Ids that occur in more than one unit: only the first document, in the order of the source, is kept.
 
-Whether an id occurs in another unit is known only when all units are made. So each unit leaves hashes of its ids, and
-at the end those that occur again are looked at and taken out of their shards, which needs no encoder.
+Duplicates are known only after all units are made. So each unit writes hashes of its ids, and at the end the later
+documents are removed from their shards, which needs no encoder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,58 +24,68 @@ REASON = "duplicate_id"
 
 
 def write_ids(out: Path, unit: int, ids: Sequence[str]) -> None:
-    """Leave the hashes of a unit's ids for later."""
+    """Write the hashes of a unit's ids."""
     write_whole(_file(out, unit), _hashes(ids).tobytes())
 
 
 def has_ids(out: Path, unit: int) -> bool:
-    """Whether the unit has left them; it is not done without."""
+    """Whether a unit's hashes exist; without them it is not done."""
     return _file(out, unit).exists()
 
 
-def forget_ids(out: Path) -> None:
-    """Remove the hashes of all units: the dataset is finished."""
+def remove_ids(out: Path) -> None:
+    """Remove the hashes of all units, once the dataset is finished."""
     shutil.rmtree(out / IDS, ignore_errors=True)
 
 
 def drop_duplicates(out: Path, units: list[UnitResult], supervised: bool = False) -> list[UnitResult]:
-    """Take documents whose id occurs in an earlier unit out of the shards.
+    """Remove documents whose id occurs in an earlier unit from the shards.
 
     Args:
-        out: the output of prepare.
-        units: those that are done.
-        supervised: whether documents have a source and a target.
+        out: The output of prepare.
+        units: Those that are done.
+        supervised: Whether documents have a source and a target.
 
     Returns:
-        What the units are then.
+        The units afterwards.
     """
     repeated = _repeated(out, units)
     if not repeated:
         return units
     seen: set[str] = set()
-    changed: dict[int, dict[str, list[int]]] = {}  # unit → split → documents that stay
+    changed: dict[int, dict[str, list[int]]] = {}  # unit → split → documents to keep
     for unit in sorted(repeated):
-        again: set[str] = set()
-        stay: dict[str, list[int]] = {}
+        candidates: set[str] = set()  # ids that may occur in several units
+        kept: dict[str, list[int]] = {}
         for split, shard in _shards(out, unit, supervised).items():
             ids = [str(shard.meta(document)["id"]) for document in range(len(shard))]
-            suspects = set(repeated[unit]).intersection(_hashes(ids).tolist())
-            doubtful = {id for id in ids if _hashes([id])[0] in suspects}
-            stay[split] = [document for document, id in enumerate(ids) if id not in doubtful or id not in seen]
-            again |= doubtful
-            if len(stay[split]) < len(ids):
-                changed[unit] = stay
-        seen |= again
-    return _rewritten(out, units, changed, supervised)
+            hashes = set(repeated[unit]).intersection(_hashes(ids).tolist())
+            repeated_ids = {id for id in ids if _hashes([id])[0] in hashes}
+            kept[split] = [document for document, id in enumerate(ids) if id not in repeated_ids or id not in seen]
+            candidates |= repeated_ids
+            if len(kept[split]) < len(ids):
+                changed[unit] = kept
+        seen |= candidates
+    return _rewrite(out, units, changed, supervised)
 
 
-def _rewritten(
+def _rewrite(
     out: Path, units: list[UnitResult], changed: dict[int, dict[str, list[int]]], supervised: bool
 ) -> list[UnitResult]:
-    """Write the shards of the changed units again, without the documents that go."""
-    # Mapped: what is renamed over them does not touch them.
+    """Rewrite the shards of the changed units with the documents to keep.
+
+    Args:
+        out: The output of prepare.
+        units: Those that are done.
+        changed: The documents to keep, by unit and split.
+        supervised: Whether documents have a source and a target.
+
+    Returns:
+        The units afterwards.
+    """
+    # Opened files: new shards that are renamed over them do not change them.
     shards = {unit: _shards(out, unit, supervised) for unit in changed}
-    # From here on they are not done: killed now, they are made once more from their texts.
+    # From here on they are not done: if this process is killed now, they are made again from their texts.
     keep_units(out, [unit for unit in units if unit.unit not in changed])
     result = []
     for unit in units:
@@ -92,8 +101,8 @@ def _rewritten(
                 if documents:
                     commit(out / split, copy_shard(shard, documents, out / split, shard_name(unit.unit)))
             kept = {split: kept.get(split, 0) for split in SPLITS}
-            gone = unit.documents - sum(kept.values())
-            refused = {**unit.refused, REASON: unit.refused.get(REASON, 0) + gone}
+            removed = unit.documents - sum(kept.values())
+            refused = {**unit.refused, REASON: unit.refused.get(REASON, 0) + removed}
             unit = replace(unit, kept=kept, refused=dict(sorted(refused.items())), sentences=sentences)
             write_ids(out, unit.unit, ids)
             add_unit(out, unit)
@@ -102,31 +111,24 @@ def _rewritten(
 
 
 def _repeated(out: Path, units: list[UnitResult]) -> dict[int, list[int]]:
-    """Units and those of their ids' hashes that occur in several units."""
-    own = {unit.unit: np.frombuffer(_file(out, unit.unit).read_bytes(), np.uint64) for unit in units}
-    if not own:
+    """The hashes of ids that occur in several units, by unit."""
+    by_unit = {unit.unit: np.frombuffer(_file(out, unit.unit).read_bytes(), np.uint64) for unit in units}
+    if not by_unit:
         return {}
-    hashes = np.concatenate(list(own.values()))
+    hashes = np.concatenate(list(by_unit.values()))
     hashes.sort()
     repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
     if not len(repeated):
         return {}
-    found: dict[int, list[int]] = defaultdict(list)
-    for unit, values in own.items():
-        again = values[np.isin(values, repeated)]
-        if len(again):
-            found[unit] = again.tolist()
-    return dict(found)
+    return {
+        unit: values[mask].tolist() for unit, values in by_unit.items() if (mask := np.isin(values, repeated)).any()
+    }
 
 
 def _shards(out: Path, unit: int, supervised: bool) -> dict[str, Shard]:
     """The unit's shards by split."""
-    name = shard_name(unit)
-    found = {}
-    for split in SPLITS:
-        if (out / split / name).exists():
-            found[split] = Shard(out / split / name, supervised=supervised)
-    return found
+    paths = {split: out / split / shard_name(unit) for split in SPLITS}
+    return {split: Shard(path, supervised=supervised) for split, path in paths.items() if path.exists()}
 
 
 def _hashes(ids: Sequence[str]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Whether the disk will hold the dataset, by an estimate made before anything is encoded."""
+"""Whether the dataset will fit on the disk, estimated before anything is encoded."""
 
 from __future__ import annotations
 
@@ -10,23 +10,30 @@ from lcm_ds.errors import InputError
 from lcm_ds.text.base import Source
 
 # FineWeb-Edu's 10BT sample: 46 G characters, about 0.5 G sentences.
-CHARACTERS_A_SENTENCE = 92
+CHARACTERS_PER_SENTENCE = 92
 _BYTES = {"int8": 1, "float16": 2, "float32": 4}
 
 
 def estimate(config: PrepareConfig, source: Source, embed_dim: int) -> int | None:
-    """About how many bytes the whole dataset takes; None where the size of the source is not known.
+    """The approximate bytes of the dataset: a concept per 92 characters, and the text itself.
 
-    A concept for every 92 characters, and the text itself once more.
+    None if the size of the source is not known.
     """
     characters = source.characters
     if characters is None:
         return None
-    return round(characters / CHARACTERS_A_SENTENCE * embed_dim * _BYTES[config.dtype]) + characters
+    return round(characters / CHARACTERS_PER_SENTENCE * embed_dim * _BYTES[config.dtype]) + characters
 
 
 def check(config: PrepareConfig, source: Source, embed_dim: int, given: int) -> None:
-    """Raise InputError where what is left to make will not fit; `given` documents are done."""
+    """Raise InputError if the rest of the dataset will not fit.
+
+    Args:
+        config: Of the preparation.
+        source: Its documents.
+        embed_dim: Dimensions of a concept.
+        given: The number of documents that are done.
+    """
     needed = estimate(config, source, embed_dim)
     if not config.check_space or needed is None or not source.total:
         return
@@ -35,5 +42,5 @@ def check(config: PrepareConfig, source: Source, embed_dim: int, given: int) -> 
     if needed > free:
         raise InputError(
             f"{config.output}: output: the dataset takes about {needed / 1e9:,.3g} GB, {free / 1e9:,.3g} GB are free "
-            "there; take fewer documents (source.take), another output, or check_space=false to start all the same"
+            "there; take fewer documents (source.take), another output, or check_space=false to start anyway"
         )

@@ -1,6 +1,6 @@
 """One rank's work: units are read and split, tokenized, encoded and written, each stage ahead of the next.
 
-The encoder has the calling thread for itself; all that it could wait for happens in other threads and processes.
+The calling thread only encodes; everything that it could wait for happens in other threads and processes.
 """
 
 from __future__ import annotations
@@ -29,31 +29,30 @@ from lcm_ds.prepare.deduplicate import write_ids
 from lcm_ds.prepare.readers import Readers, SplitDocument, WorkUnit
 from lcm_ds.prepare.state import UnitResult, shard_name
 
-SECONDS_A_REPORT = 1.0
-# Units whose shards are being written while the next one is encoded.
-_WRITTEN_AT_A_TIME = 2
+REPORT_SECONDS = 1.0
+_MAX_WRITING = 2  # units whose shards are being written while the next one is encoded
 
 
 @dataclass
 class Figures:
-    """How far a rank is, and what its time went into."""
+    """A rank's progress, and how long its encoder was busy."""
 
-    sentences: int = 0  # encoded, repeats counted each time
+    sentences: int = 0  # done, each repetition counted
     encoded: int = 0  # sentences that the encoder saw
     tokens: int = 0
-    places: int = 0  # tokens and padding
+    padded_tokens: int = 0  # with padding
     busy: float = 0.0  # seconds in the encoder
 
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What a rank works with."""
+    """The parts of one rank."""
 
     config: PrepareConfig
     encoder: Encoder
-    end: np.ndarray  # fp32 [embed_dim]: the end-of-text concept
+    end_of_text: np.ndarray  # fp32 [embed_dim], raw space
     quantization: Quantization | None
-    peers: Coordinator
+    coordinator: Coordinator
     figures: Figures = field(default_factory=Figures)
 
     @property
@@ -64,82 +63,87 @@ class WorkerContext:
 
 @dataclass
 class TokenizedUnit:
-    """A unit's texts, with its different sentences as batches."""
+    """A unit's documents, and its distinct sentences as batches."""
 
     unit: WorkUnit
-    texts: list[SplitDocument]
-    sentences: list[str]  # each once, in the order in which they first occur
+    documents: list[SplitDocument]
+    sentences: list[str]  # distinct, in the order of their first occurrence
     batches: list[TokenBatch]
 
 
 def encode_units(rank: WorkerContext, readers: Readers, pending: Iterator[WorkUnit]) -> None:
     """Make the units that this rank can claim, and report each to rank 0.
 
-    pending: the units that are to be made, in an order that is the same in all ranks; a claim is for a place in it.
-    Raises InputError where the source cannot be read, the disk is full or too many documents cannot be encoded.
+    Args:
+        rank: The parts of this rank.
+        readers: Read and split documents.
+        pending: The units that are to be made, in the same order on all ranks; a rank claims an index into them.
+
+    Raises:
+        InputError: the source cannot be read, the disk is full, or a batch does not fit into the device's memory.
     """
-    coming: deque[Future[TokenizedUnit]] = deque()
-    written: deque[Future[None]] = deque()
+    tokenized: deque[Future[TokenizedUnit]] = deque()
+    writing: deque[Future[None]] = deque()
     tokenizer = ThreadPoolExecutor(1, "lcm-ds-tokenizer")
     writer = ThreadPoolExecutor(1, "lcm-ds-writer")
     try:
-        units = _claimed(rank.peers, pending)
+        units = _claimed(rank.coordinator, pending)
         ended = False
         while True:
-            while not ended and len(coming) < readers.ahead:
+            while not ended and len(tokenized) < readers.ahead:
                 unit = next(units, None)
                 if unit is None:
                     ended = True
                 else:
-                    coming.append(tokenizer.submit(_tokenized, rank.encoder, unit, readers.submit(unit)))
-            if not coming:
+                    tokenized.append(tokenizer.submit(_tokenize, rank.encoder, unit, readers.submit(unit)))
+            if not tokenized:
                 break
-            pool = coming.popleft().result()
-            if not pool.texts:  # the source has ended
+            unit_tokens = tokenized.popleft().result()
+            if not unit_tokens.documents:  # the source has ended
                 ended = True
                 continue
-            concepts, failed = _embedded(rank, pool)
-            while len(written) >= _WRITTEN_AT_A_TIME:
-                written.popleft().result()
-            written.append(writer.submit(_write, rank, pool, concepts, failed))
-        while written:
-            written.popleft().result()
+            concepts, failed = _embed(rank, unit_tokens)
+            while len(writing) >= _MAX_WRITING:
+                writing.popleft().result()
+            writing.append(writer.submit(_write, rank, unit_tokens, concepts, failed))
+        while writing:
+            writing.popleft().result()
     finally:
         tokenizer.shutdown(wait=True, cancel_futures=True)
         writer.shutdown(wait=True, cancel_futures=True)
 
 
-def _claimed(peers: Coordinator, pending: Iterator[WorkUnit]) -> Iterator[WorkUnit]:
-    """The units that this rank gets, one whenever it asks."""
-    at = 0
+def _claimed(coordinator: Coordinator, pending: Iterator[WorkUnit]) -> Iterator[WorkUnit]:
+    """Claim a unit whenever the next one is asked for."""
+    position = 0
     while True:
-        place = peers.claim()
-        unit = next(islice(pending, place - at, None), None)
+        index = coordinator.claim()
+        unit = next(islice(pending, index - position, None), None)
         if unit is None:
             return
-        at = place + 1
+        position = index + 1
         yield unit
 
 
-def _tokenized(encoder: Encoder, unit: WorkUnit, texts: Future[list[SplitDocument]]) -> TokenizedUnit:
-    found = texts.result()
-    # A sentence that stands in a unit several times is encoded once.
-    sentences = list(dict.fromkeys(sentence for text in found for sentence in text.sentences))
+def _tokenize(encoder: Encoder, unit: WorkUnit, future: Future[list[SplitDocument]]) -> TokenizedUnit:
+    documents = future.result()
+    # A sentence that occurs several times in a unit is encoded once.
+    sentences = list(dict.fromkeys(sentence for document in documents for sentence in document.sentences))
     try:
         batches = encoder.tokenize(sentences)
-    except Exception:  # some sentence cannot be: which one shows when they are encoded one by one
+    except Exception:  # because of some sentence, which shows when they are encoded one by one
         batches = [TokenBatch(list(range(len(sentences))), {}, 0, 0)]
-    return TokenizedUnit(unit, found, sentences, batches)
+    return TokenizedUnit(unit, documents, sentences, batches)
 
 
-def _embedded(rank: WorkerContext, pool: TokenizedUnit) -> tuple[np.ndarray, dict[int, str]]:
-    """Concepts of the pool's sentences, float32 [n, embed_dim], and why sentence i has none."""
+def _embed(rank: WorkerContext, unit: TokenizedUnit) -> tuple[np.ndarray, dict[int, str]]:
+    """The concepts of a unit's sentences, fp32 [n, embed_dim], raw space; and the error for each that has none."""
     figures = rank.figures
-    concepts = np.empty((len(pool.sentences), rank.encoder.embed_dim), np.float32)
+    concepts = np.empty((len(unit.sentences), rank.encoder.embed_dim), np.float32)
     failed: dict[int, str] = {}
-    before, repeated, done = figures.sentences, sum(len(text.sentences) for text in pool.texts), 0
-    told = time.monotonic()
-    for batch in pool.batches:
+    before, total, done = figures.sentences, sum(len(document.sentences) for document in unit.documents), 0
+    reported = time.monotonic()
+    for batch in unit.batches:
         started = time.monotonic()
         try:
             concepts[batch.rows] = rank.encoder.embed(batch)
@@ -149,23 +153,30 @@ def _embedded(rank: WorkerContext, pool: TokenizedUnit) -> tuple[np.ndarray, dic
                 "memory holds"
             ) from None
         except Exception:
-            failed |= _one_by_one(rank, pool.sentences, batch.rows, concepts)
+            failed |= _one_by_one(rank, unit.sentences, batch.rows, concepts)
         now = time.monotonic()
         done += len(batch.rows)
         figures.busy += now - started
         figures.encoded += len(batch.rows)
         figures.tokens += batch.tokens
-        figures.places += batch.padded_tokens
-        figures.sentences = before + repeated * done // len(pool.sentences)
-        if now - told >= SECONDS_A_REPORT:
-            told = now
-            rank.peers.tell(asdict(figures))
-            rank.peers.check()
+        figures.padded_tokens += batch.padded_tokens
+        figures.sentences = before + total * done // len(unit.sentences)
+        if now - reported >= REPORT_SECONDS:
+            reported = now
+            rank.coordinator.report_progress(asdict(figures))
+            rank.coordinator.raise_if_failed()
     return concepts, failed
 
 
 def _one_by_one(rank: WorkerContext, sentences: list[str], rows: list[int], concepts: np.ndarray) -> dict[int, str]:
-    """Encode the sentences of a batch that failed one by one; returns those that fail again, and why."""
+    """Encode the sentences of a failed batch one by one; returns the error of each that fails again.
+
+    Args:
+        rank: The parts of this rank.
+        sentences: Of the unit.
+        rows: Which of them the batch holds.
+        concepts: [len(sentences), embed_dim], filled in.
+    """
     failed = {}
     for row in rows:
         try:
@@ -173,14 +184,14 @@ def _one_by_one(rank: WorkerContext, sentences: list[str], rows: list[int], conc
         except Exception as error:
             failed[row] = f"{type(error).__name__}: {error}"
     if failed:
-        # Is it the sentences? One that was encoded at the start tells: if it fails now, the device does.
+        # If the end of text, which could be encoded at the start, fails now, the device is to blame.
         rank.encoder.encode([rank.config.end_of_text])
     return failed
 
 
-def _write(rank: WorkerContext, pool: TokenizedUnit, concepts: np.ndarray, failed: dict[int, str]) -> None:
+def _write(rank: WorkerContext, tokenized: TokenizedUnit, concepts: np.ndarray, failed: dict[int, str]) -> None:
     """Write the unit's shards and report them."""
-    unit, documents = _documents(rank, pool, concepts, failed)
+    unit, documents = _documents(rank, tokenized, concepts, failed)
     shards = {}
     name = shard_name(unit.unit)
     try:
@@ -189,39 +200,39 @@ def _write(rank: WorkerContext, pool: TokenizedUnit, concepts: np.ndarray, faile
                 shards[split] = asdict(write_shard(rank.out / split, name, kept, rank.config.dtype, rank.quantization))
         write_ids(rank.out, unit.unit, [document.id for kept in documents.values() for document in kept])
     except OSError as error:
-        raise full_disk(rank.out, error) from error
-    rank.peers.tell(asdict(rank.figures))
-    rank.peers.report({"unit": asdict(unit), "shards": shards})
+        raise disk_error(rank.out, error) from error
+    rank.coordinator.report_progress(asdict(rank.figures))
+    rank.coordinator.report({"unit": asdict(unit), "shards": shards})
 
 
-def full_disk(out: Path, error: OSError) -> Exception:
-    """The mistake that a full disk is; any other error as it is."""
+def disk_error(out: Path, error: OSError) -> Exception:
+    """An InputError for a full disk; any other error unchanged."""
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return error
     return InputError(
-        f"{out}: output: the disk is full ({error.strerror}): what is committed is kept; "
-        "make room and start again to go on"
+        f"{out}: output: the disk is full ({error.strerror}): committed units are kept; "
+        "make room and start again to resume"
     )
 
 
 def _documents(
-    rank: WorkerContext, pool: TokenizedUnit, concepts: np.ndarray, failed: dict[int, str]
+    rank: WorkerContext, tokenized: TokenizedUnit, concepts: np.ndarray, failed: dict[int, str]
 ) -> tuple[UnitResult, dict[str, list[Document]]]:
-    """The documents of a unit by split, and what became of them all."""
+    """The unit's counts, and its documents by split."""
     config = rank.config
-    row = {sentence: index for index, sentence in enumerate(pool.sentences)}
-    unit = UnitResult(pool.unit.unit, given=len(pool.texts), encoded=len(pool.sentences))
+    row_of = {sentence: row for row, sentence in enumerate(tokenized.sentences)}
+    unit = UnitResult(tokenized.unit.unit, given=len(tokenized.documents), encoded=len(tokenized.sentences))
     refused: Counter[str] = Counter()
     documents: dict[str, list[Document]] = {split: [] for split in SPLITS}
-    for text in pool.texts:
+    for text in tokenized.documents:
         if text.refused is not None:
             refused[text.refused] += 1
             if text.problem is not None:
                 unit.unreadable.append(text.problem)
             continue
-        rows = [row[sentence] for sentence in text.sentences]
-        own = np.vstack([concepts[rows], rank.end])
-        reason = next((failed[index] for index in rows if index in failed), None)
+        rows = [row_of[sentence] for sentence in text.sentences]
+        own = np.vstack([concepts[rows], rank.end_of_text])
+        reason = next((failed[row] for row in rows if row in failed), None)
         if reason is None and not storable(own, config.dtype):
             reason = f"a concept that is not finite in {config.dtype}"
         if reason is not None:
@@ -238,6 +249,6 @@ def _documents(
 
 
 def storable(concepts: np.ndarray, dtype: str) -> bool:
-    """Whether all numbers are finite, as they are stored, too."""
+    """Whether all numbers are finite in the dtype in which they are stored."""
     with np.errstate(over="ignore"):
         return bool(np.isfinite(concepts.astype("float32" if dtype == "float32" else "float16")).all())

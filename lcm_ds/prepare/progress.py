@@ -1,4 +1,4 @@
-"""How far a preparation is, over all ranks: a bar on a terminal, a plain line every ten seconds elsewhere."""
+"""The progress of a preparation over all ranks: a bar on a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
-SECONDS_A_LINE = 10.0
+LINE_SECONDS = 10.0
 
 
 class Progress:
-    """Counts documents from `given` on; total: of the source, None where it is not known; started: time.monotonic()."""
+    """Counts documents.
+
+    Args:
+        total: Documents of the source, None if unknown.
+        given: Documents that are done at the start.
+        ranks: The number of ranks.
+        started: time.monotonic() when the preparation started.
+    """
 
     def __init__(self, total: int | None, given: int, ranks: int, started: float) -> None:
         self.total, self.given, self.ranks = total, given, ranks
@@ -43,7 +50,7 @@ class Progress:
             self._bar.stop()
 
     def add(self, documents: int) -> None:
-        """So many more documents are done with."""
+        """Count documents that are done."""
         self.given += documents
 
     def say(self, line: str) -> None:
@@ -54,18 +61,18 @@ class Progress:
             print(line, flush=True)
 
     def show(self, figures: Sequence[dict[str, float]]) -> None:
-        """Bring the view up to date with what the ranks tell."""
+        """Update the view with the figures of all ranks."""
         self._sums = {key: sum(each[key] for each in figures) for key in (figures[0] if figures else {})}
         if self._bar is not None:
             self._bar.update(self._task, completed=self.given, speed=self._speed(), left=self._left())
-        elif time.monotonic() - self._last_line >= SECONDS_A_LINE:
+        elif time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
             share = "" if self.total is None else f" of {self.total:,} ({self.given / max(1, self.total):.0%})"
             left = self._left()
             print(f"{self.given:,} documents{share}, {self._speed()}{left and ', ' + left}", flush=True)
 
-    def told(self) -> str | None:
-        """What the encoders did and how much of the time they were at it, in a line; None where they did nothing."""
+    def summary(self) -> str | None:
+        """A line about the encoders' work and how busy they were; None if nothing was encoded."""
         sums, seconds = self._sums, self._seconds()
         if not sums.get("sentences"):
             return None
@@ -73,8 +80,8 @@ class Progress:
         processes = f" in {self.ranks} processes" if self.ranks > 1 else ""
         return (
             f"encoded {sums['sentences']:,.0f} sentences in {seconds:.0f} s{processes}, {self._speed()}; "
-            f"{deduplicated:.1%} of them repeat others and were spared; "
-            f"padding {1 - sums['tokens'] / max(1, sums['places']):.1%} of {sums['places']:,.0f} token places; "
+            f"{deduplicated:.1%} duplicates skipped; "
+            f"padding {1 - sums['tokens'] / max(1, sums['padded_tokens']):.1%} of {sums['padded_tokens']:,.0f} tokens; "
             f"encoder busy {sums['busy'] / (seconds * self.ranks):.0%} of the time"
         )
 
@@ -85,7 +92,7 @@ class Progress:
         return f"{self._sums.get('sentences', 0) / self._seconds():,.0f} sentences/s"
 
     def _left(self) -> str:
-        """The time left, at the speed so far."""
+        """The time left at the average speed."""
         done = self.given - self._given_before
         if self.total is None or done == 0:
             return ""

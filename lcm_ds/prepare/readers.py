@@ -1,4 +1,4 @@
-"""Reading and splitting the documents of a unit, in processes of their own or in a thread."""
+"""Reading and splitting the documents of a unit, in separate processes or in a thread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lcm_ds.text.splitter import Splitter
 
 
 class WorkUnit(NamedTuple):
-    """A unit: documents `start` up to, not including, `stop` of the source."""
+    """Documents `start` to `stop` − 1 of the source."""
 
     unit: int
     start: int
@@ -32,16 +32,16 @@ class WorkUnit(NamedTuple):
 
 
 class SplitDocument(NamedTuple):
-    """A document of a unit, cut into sentences."""
+    """A document of a unit, split into sentences."""
 
     number: int  # in the source, from 0
     id: str
     source: str
     sentences: list[str]
-    refused: str | None  # why it is left out
-    given: int | None = None  # of a supervised document: how many of the sentences are its source, the suffix included
-    problem: str | None = None  # what is wrong with a document that could not be read
-    split: str = ""  # of a document that is not refused
+    refused: str | None  # the reason
+    given: int | None = None  # of a supervised document: the number of sentences of its source, with the suffix
+    problem: str | None = None  # why the document could not be read
+    split: str = ""  # unless it is refused
 
 
 class Reader:
@@ -52,12 +52,12 @@ class Reader:
 
     @cached_property
     def splitter(self) -> Splitter:
-        """Cuts texts into sentences; made when it is first asked for, which takes seconds."""
+        """Splits texts into sentences; its construction takes seconds."""
         return Splitter(self.config.sentences)
 
     def read(self, unit: WorkUnit) -> list[SplitDocument]:
-        """The documents of a unit in order; none where the source has ended. Raises InputError."""
-        texts: list[SplitDocument] = []
+        """The documents of a unit in order; none if the source has ended. Raises InputError."""
+        documents: list[SplitDocument] = []
         ids: set[str] = set()
         for number, document in enumerate(self.source.documents(unit.start, unit.stop), start=unit.start):
             sentences: list[str] = []
@@ -70,14 +70,14 @@ class Reader:
                 ids.add(document.id)
             split = "" if refused is not None else split_of(document.split_key, self.config.validation)
             sentences = sentences if refused is None else []
-            texts.append(
+            documents.append(
                 SplitDocument(number, document.id, document.source, sentences, refused, given, document.problem, split)
             )
-        return texts
+        return documents
 
     def _split(self, document: TextDocument) -> tuple[list[str], int | None, str | None]:
-        """The sentences of a document, how many are its source where it is supervised, and why it is refused."""
-        sentences, refused = self._sentences(document.text), None
+        """A document's sentences, the number of those of its source if it is supervised, and why it is refused."""
+        sentences = self._sentences(document.text)
         if document.target is None:
             return sentences, None, self._refused(sentences)
         target = self._sentences(document.target)
@@ -86,13 +86,13 @@ class Reader:
         return [*sentences, *suffix, *target], len(sentences) + len(suffix), refused
 
     def _sentences(self, text: str | list[str]) -> list[str]:
-        """The sentences of a text; those of a list as they are."""
+        """The sentences of a text, or a list of them unchanged."""
         if isinstance(text, list):
             return text
         return self.splitter.split(text) if text.strip() else []
 
     def _refused(self, sentences: list[str]) -> str | None:
-        """Why a document of these sentences is left out."""
+        """Why a document with these sentences is refused."""
         if not sentences:
             return "empty"
         if len(sentences) < self.config.min_sentences:
@@ -103,14 +103,14 @@ class Reader:
 
 
 class Readers:
-    """Reads units ahead, in `split_workers` processes, or in a thread where that is 0.
+    """Reads units ahead, in `split_workers` processes, or in a thread if that is 0.
 
-    The processes get ready at once; the first unit may be asked for when the source's index is in the output. Make it
-    in a thread that lasts: the processes end with it.
+    The processes start at once. Before the first `submit` the source's index has to be in the output. Construct it in a
+    thread that lasts: the processes end with it.
     """
 
     def __init__(self, config: PrepareConfig) -> None:
-        self.ahead = max(1, config.split_workers) + 1  # units in the making
+        self.ahead = max(1, config.split_workers) + 1  # units that are read at the same time
         self._pool: Executor
         if config.split_workers == 0:
             self._pool = ThreadPoolExecutor(1, "lcm-ds-reader")
@@ -118,28 +118,25 @@ class Readers:
             return
         context = multiprocessing.get_context("spawn")
         arguments = (config.model_dump(mode="json"), os.getpid())
-        self._pool = ProcessPoolExecutor(config.split_workers, context, initializer=_start, initargs=arguments)
+        self._pool = ProcessPoolExecutor(config.split_workers, context, initializer=_initialize, initargs=arguments)
         with _no_main_module():
             for _ in range(config.split_workers):
-                self._pool.submit(_get_ready)
+                self._pool.submit(_splitter)
 
     def submit(self, unit: WorkUnit) -> Future[list[SplitDocument]]:
-        """What `Reader.read` gives, when it is there."""
+        """The result of `Reader.read`."""
         if isinstance(self._pool, ThreadPoolExecutor):
             return self._pool.submit(lambda: self._in_thread().read(unit))
         return self._pool.submit(_read, unit)
 
     def close(self) -> None:
-        """End the processes; what they have not begun is dropped."""
+        """End the processes; units that they have not started are dropped."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
 def _no_main_module() -> Iterator[None]:
-    """While inside, new processes do not import the main module, of which these need nothing.
-
-    It may be a script that prepares as it is imported.
-    """
+    """In this context new processes do not import the main module, which may be a script that calls `prepare`."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -148,18 +145,14 @@ def _no_main_module() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-_config: PrepareConfig  # in a process of Readers
+_config: PrepareConfig  # in the processes of Readers
 
 
-def _start(mapping: dict[str, Any], parent: int) -> None:
+def _initialize(mapping: dict[str, Any], parent: int) -> None:
     global _config
     set_parent_death_signal(parent=parent)()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     _config = PrepareConfig(**mapping)
-
-
-def _get_ready() -> None:
-    _splitter()
 
 
 @cache
@@ -179,6 +172,6 @@ def _read(unit: WorkUnit) -> list[SplitDocument]:
 
 
 def open_reader(config: PrepareConfig) -> Reader:
-    """The reader of a preparation that has been begun: what rank 0 found out about the source is in its output."""
+    """The reader of a preparation that has started: rank 0 has written the source's index to its output."""
     index = json.loads((Path(config.output) / SOURCE).read_text(encoding="utf-8"))
     return Reader(config, open_source(config.source, config.sentences.language, index))

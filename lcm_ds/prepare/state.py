@@ -1,4 +1,4 @@
-"""The output folder of a preparation: whose it is, what is done in it, and what a call that was killed has left."""
+"""The output folder of a preparation: its config, the units that are done, and what a killed call has left behind."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from lcm_ds.files import write_whole
 CONFIG, PARTS, SOURCE, QUANTIZATION = "prepare.yaml", "parts.json", "source.json", "quantization.json"
 UNITS, IDS, LOCK = "units.jsonl", "ids", "prepare.lock"
 
-# What decides how a dataset is made, not what is in it.
+# Keys that decide how a dataset is made, not what is in it.
 RUNTIME_ONLY_KEYS = ("output", "processes", "split_workers", "max_refused", "check_space", "encoder.device")
 
 
 @dataclass
 class UnitResult:
-    """What became of a unit's documents: a line of units.jsonl."""
+    """The counts of a unit: a line of units.jsonl."""
 
     unit: int
     given: int = 0
     kept: dict[str, int] = field(default_factory=dict)  # documents of each split
     refused: dict[str, int] = field(default_factory=dict)  # documents by reason
-    sentences: int = 0  # of the documents kept, the end-of-text not counted
-    encoded: int = 0  # different ones among those that were encoded
-    not_encoded: dict[str, str] = field(default_factory=dict)  # documents that no concept could be made of, and why
-    unreadable: list[str] = field(default_factory=list)  # where documents are that could not be read, and why
+    sentences: int = 0  # of the documents kept, without the end of text
+    encoded: int = 0  # distinct sentences
+    not_encoded: dict[str, str] = field(default_factory=dict)  # document ids and errors
+    unreadable: list[str] = field(default_factory=list)  # positions of documents and errors
 
     @property
     def documents(self) -> int:
@@ -47,7 +47,7 @@ class UnitResult:
 
     @property
     def problems(self) -> list[str]:
-        """What was wrong with the documents that could not be read or encoded, a line each."""
+        """A line for each document that could not be read or encoded."""
         return [
             *(f"not read: {problem}" for problem in self.unreadable),
             *(f"not encoded: document {id}: {reason}" for id, reason in self.not_encoded.items()),
@@ -55,11 +55,11 @@ class UnitResult:
 
 
 def is_finished(out: Path, config: PrepareConfig) -> bool:
-    """Whether the dataset is there. Raises InputError where the folder belongs to another config."""
+    """Whether the dataset is complete. Raises InputError if the folder belongs to another config."""
     if not (out / CONFIG).exists():
         if out.exists() and not out.is_dir():
             raise InputError(f"{out}: output: is a file; name a folder")
-        # The launcher, or a call that was killed at its very start, has left no more than these.
+        # All that the launcher, or a call that was killed at its start, may have left.
         harmless = (LOCK, f"{CONFIG}.partial", "launch")
         if out.exists() and any(path.name not in harmless for path in out.iterdir()):
             raise InputError(f"{out}: output: is not empty and holds no {CONFIG}; choose a new folder")
@@ -71,10 +71,10 @@ def is_finished(out: Path, config: PrepareConfig) -> bool:
 
 
 def check_parts(out: Path, parts: dict[str, Any]) -> None:
-    """Refuse to go on with parts that are no longer what they were: half the dataset would be made otherwise.
+    """Refuse to resume with another encoder, splitter or source than the dataset was started with.
 
-    The config alone does not tell: a hub's newest revision changes, an automatic dtype depends on the device, new files
-    match a glob, the documentation that `sample` reads comes with Python.
+    The config does not show all changes: a hub's newest revision changes, an automatic dtype depends on the device, new
+    files match a glob.
     """
     text = json.dumps(parts, indent=2, ensure_ascii=False) + "\n"
     if (out / PARTS).exists():
@@ -84,58 +84,67 @@ def check_parts(out: Path, parts: dict[str, Any]) -> None:
 
 
 def check_files(out: Path, before: dict[str, int], now: dict[str, int]) -> None:
-    """Raise InputError with a line for each file of the source that has changed since this dataset was begun.
+    """Raise InputError with a line for each file of the source that has changed since this dataset was started.
 
-    before, now: bytes of each file.
+    Args:
+        out: The output folder.
+        before: Bytes of each file at the start.
+        now: Bytes of each file now.
     """
-    remedy = "restore it, or choose a new output (rows that cannot be read need no mending: see max_refused)"
+    remedy = "restore it, or choose a new output (unreadable rows need no repair: see max_refused)"
     new = now.keys() - before.keys()
-    errors = [f"{name}: new since {out} was begun: take it away, or choose a new output" for name in new]
+    errors = [f"{name}: new since {out} was started: remove it, or choose a new output" for name in new]
     for name, size in before.items():
         if name not in now:
-            errors.append(f"{name}: gone since {out} was begun: {remedy}")
+            errors.append(f"{name}: missing since {out} was started: {remedy}")
         elif now[name] != size:
-            errors.append(f"{name}: has {now[name]} bytes, but had {size} when {out} was begun: {remedy}")
+            errors.append(f"{name}: has {now[name]} bytes, but had {size} when {out} was started: {remedy}")
     if errors:
         raise InputError(sorted(errors))
 
 
 def check_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise InputError with a line for each key whose value is not what it was when this dataset was begun."""
-    was, is_now = _flat(before), _flat(now)
-    differing = sorted(key for key in was.keys() | is_now.keys() if was.get(key) != is_now.get(key))
+    """Raise InputError with a line for each key whose value has changed since this dataset was started.
+
+    Args:
+        out: The output folder.
+        before: Nested values at the start.
+        now: Nested values now.
+    """
+    old, new = _flatten(before), _flatten(now)
+    differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if differing:
         raise InputError(
-            f"{out}: {key}: was {was.get(key)!r} when this dataset was begun and is now {is_now.get(key)!r}; "
-            "choose a new output or go back"
+            f"{out}: {key}: was {old.get(key)!r} when this dataset was started and is now {new.get(key)!r}; "
+            "undo the change or choose a new output"
             for key in differing
         )
 
 
-def _flat(mapping: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Dotted keys of nested mappings, but those that do not change what is made."""
+def _flatten(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings by dotted keys, without RUNTIME_ONLY_KEYS."""
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
-        name = f"{above}{key}"
+        name = f"{prefix}{key}"
         if isinstance(value, dict) and value:
-            flat.update(_flat(value, f"{name}."))
+            flat.update(_flatten(value, f"{name}."))
         elif name not in RUNTIME_ONLY_KEYS:
             flat[name] = value
     return flat
 
 
 def read_units(out: Path) -> list[UnitResult]:
-    """The units whose line is whole; a line that a crash cut short is removed."""
+    """The units that are done; a line that a crash has truncated is removed."""
     path = out / UNITS
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    whole, _, torn = text.rpartition("\n")
-    if torn:
-        write_whole(path, whole + "\n" if whole else "")
-    return [UnitResult(**json.loads(line)) for line in whole.splitlines()]
+    complete, _, truncated = text.rpartition("\n")
+    if truncated:
+        write_whole(path, complete + "\n" if complete else "")
+    return [UnitResult(**json.loads(line)) for line in complete.splitlines()]
 
 
 def add_unit(out: Path, unit: UnitResult) -> None:
-    """Append the unit's line and sync it: from then on the unit is done."""
+    """Append a unit's line and sync it, which makes the unit done."""
     with (out / UNITS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(unit)) + "\n")
         file.flush()
@@ -143,15 +152,15 @@ def add_unit(out: Path, unit: UnitResult) -> None:
 
 
 def keep_units(out: Path, units: Iterable[UnitResult]) -> None:
-    """Make these the units that are done; the shards of all others are taken back, to be made again."""
+    """Make these the only units that are done; the shards of others are uncommitted, to be made again."""
     units = list(units)
     write_whole(out / UNITS, "".join(json.dumps(asdict(unit)) + "\n" for unit in units))
-    _take_back_shards(out, {unit.unit for unit in units})
+    _uncommit_shards(out, {unit.unit for unit in units})
 
 
 def tidy(out: Path, done: set[int]) -> None:
-    """Remove what is not part of the dataset: shards of units that are not done, and files that were cut short."""
-    _take_back_shards(out, done)
+    """Remove what is not part of the dataset: shards of units that are not done, and incomplete files."""
+    _uncommit_shards(out, done)
     for split in SPLITS:
         folder = out / split
         listed = {shard.name for shard in read_shards(folder)} if folder.exists() else set()
@@ -160,7 +169,7 @@ def tidy(out: Path, done: set[int]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _take_back_shards(out: Path, done: set[int]) -> None:
+def _uncommit_shards(out: Path, done: set[int]) -> None:
     for split in SPLITS:
         path = out / split / SHARDS
         if path.exists():
@@ -176,26 +185,26 @@ def shard_name(unit: int) -> str:
 
 
 def split_of(key: str, validation: float) -> str:
-    """The split that a document of this `split_key` belongs to: a function of that and the share of validation only."""
+    """The split of a document, a function of its `split_key` and the share of validation."""
     digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return "validation" if int.from_bytes(digest, "little") < validation * 2**64 else "train"
 
 
 @contextmanager
-def owned(out: Path) -> Iterator[None]:
-    """Hold the output folder; a second process is refused. However this one ends, the kernel lets go of it."""
+def locked(out: Path) -> Iterator[None]:
+    """Lock the output folder against other processes. The kernel releases the lock however this process ends."""
     with (out / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise InputError(f"{out}: another process is preparing this dataset") from None
-        except OSError as error:  # some file systems of clusters have no locks
-            print(f"{out}: cannot be locked ({error.strerror}): see to it that nothing else writes there", flush=True)
+        except OSError as error:  # some cluster file systems have no locks
+            print(f"{out}: cannot be locked ({error.strerror}): make sure that nothing else writes there", flush=True)
         yield
 
 
 def counts(units: Iterable[UnitResult]) -> tuple[int, Counter[str], Counter[str]]:
-    """Documents of the units: given, kept by split, refused by reason."""
+    """Documents of the units: all, kept by split, refused by reason."""
     given, kept, refused = 0, Counter[str](), Counter[str]()
     for unit in units:
         given += unit.given
@@ -205,7 +214,7 @@ def counts(units: Iterable[UnitResult]) -> tuple[int, Counter[str], Counter[str]
 
 
 def summary(units: list[UnitResult]) -> str:
-    """Documents and sentences of the units, in a line."""
+    """A line with the documents and sentences of the units."""
     given, kept, refused = counts(units)
     reasons = "".join(f", {count:,} refused ({reason})" for reason, count in sorted(refused.items()))
     sentences = sum(unit.sentences for unit in units)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 from lcm_ds.errors import InputError, RunFailedError
+from lcm_ds.signals import DONE, STOPPED, USER_ERROR
 
 
 def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False, ranks: int | None = None) -> int:
@@ -63,5 +64,5 @@ def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False,
     finally:
         if stop is not None:
             stop.close()
-        console.restore(show=code not in (0, 2, 75))
+        console.restore(show=code not in (DONE, USER_ERROR, STOPPED))
     return code

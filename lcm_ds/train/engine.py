@@ -18,7 +18,7 @@ from deepspeed.accelerator import get_accelerator
 from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
 from lcm_ds.distributed.environment import DistEnv
-from lcm_ds.distributed.rendezvous import meet
+from lcm_ds.distributed.rendezvous import wait_for_all_ranks
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.parameter_groups import parameter_groups
@@ -32,7 +32,7 @@ def init_distributed(env: DistEnv, stall_minutes: float | None = None) -> torch.
 
     stall_minutes: guard.stall_minutes, which collectives outlast. Raises TransientError if a rank does not join.
     """
-    meet(env, "train")
+    wait_for_all_ranks(env, "train")
     os.environ.update(env.environment())
     # DeepSpeed uses the ninja on PATH: this environment's, although it may not be activated. Alternating between two
     # versions would recompile everything each time.

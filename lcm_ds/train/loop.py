@@ -28,6 +28,7 @@ from lcm_ds.data.format import read_normalizer
 from lcm_ds.data.loader import Loader
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.errors import InputError
+from lcm_ds.signals import DONE, FAILED, STOPPED
 from lcm_ds.train.engine import build_engine, build_model, init_distributed
 from lcm_ds.train.init_from import load_initial_weights
 from lcm_ds.train.job import TrainJob
@@ -42,15 +43,13 @@ from lcm_ds.train.monitoring.text_samples import Samples
 from lcm_ds.train.monitoring.throughput import ThroughputMeter, memory_gib, peak_tflops
 from lcm_ds.train.reliability.loss_guard import Rollback, SkippedSteps, StepMonitor, record_incident
 from lcm_ds.train.reliability.run_lock import RunLock
-from lcm_ds.train.reliability.stop_signal import STOPPED, StopRequest
+from lcm_ds.train.reliability.stop_signal import StopRequest
 from lcm_ds.train.reliability.watchdog import Watchdog
 from lcm_ds.train.run_metadata import identity, log_run_header, write_run_config
 from lcm_ds.train.step import StepOutcome, Stepper
 from lcm_ds.train.validation import fit_ridge, validate
 
 logger = logging.getLogger("lcm_ds.train")
-
-DONE, FAILED = 0, 1
 
 
 def train(job: TrainJob, env: DistEnv, stop: StopRequest) -> int:

@@ -146,7 +146,8 @@ def test_what_a_worker_started_ends_with_it(tmp_path):
 )
 def test_a_run_that_fails_is_started_again_as_long_as_that_helps(codes, came_to, expected):
     codes, came_to = iter(codes), iter(came_to)
-    assert run_with_restarts(lambda asked: next(codes), lambda: next(came_to), restarts=3, back_off=0.001) == expected
+    code = run_with_restarts(lambda signals: next(codes), lambda: next(came_to), max_restarts=3, backoff=0.001)
+    assert code == expected
 
 
 @pytest.mark.parametrize("when", ["while it runs", "between two starts"])
@@ -155,9 +156,9 @@ def test_a_run_that_was_asked_to_stop_is_not_started_again(tmp_path, when):
     worker = [sys.executable, "-m", "toy_worker", what, str(tmp_path)]
     script = f"""
 import sys
-from lcm_ds.distributed.workers import run_again, run_local
-run = lambda asked: run_local({worker!r}, 2, grace=0.5, asked=asked)
-sys.exit(run_again(run, lambda: 1, restarts=3, back_off=60))
+from lcm_ds.distributed.workers import run_with_restarts, run_local
+run = lambda signals: run_local({worker!r}, 2, grace=0.5, signals=signals)
+sys.exit(run_with_restarts(run, lambda: 1, max_restarts=3, backoff=60))
 """
     env = {**os.environ, "PYTHONPATH": f"{SUPPORT}:{ROOT}"}
     launcher = subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE, text=True)

@@ -114,17 +114,17 @@ def test_versions_are_held_against_what_the_package_asks_for(monkeypatch):
     found = rows([*machine.software(), *machine.extras()])
     assert found["numpy"].status == OK
     assert found["torch"].status == WARN
-    assert found["torch"].found.endswith("made for <1")
+    assert found["torch"].value.endswith("made for <1")
     assert found["no-such-package"][1:] == (MISSING, "not installed", "pip install 'no-such-package>=1'")
     assert found["lcm-ds[a]"].status == OK
     assert found["lcm-ds[b]"][1:3] == (NONE, "no-such not installed")
 
 
 def test_a_container_s_memory_counts(tmp_path, monkeypatch):
-    whole, _ = machine._memory()
+    total_memory, _ = machine._memory()
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(machine, "MEMORY_LIMITS", (limit, tmp_path / "nowhere"))
-    for text, total in (("max\n", whole), (f"{2 * whole}\n", whole), ("5000\n", 5000)):
+    for text, total in (("max\n", total_memory), (f"{2 * total_memory}\n", total_memory), ("5000\n", 5000)):
         limit.write_text(text)
         assert machine._memory()[0] == total
     assert machine._memory()[1] == 5000
@@ -167,7 +167,7 @@ def test_the_hub_is_reached_if_it_answers_whatever_it_says(answering, closed, mo
     monkeypatch.setattr(hub, "ENDPOINT", closed)
     found = rows(machine.models())["hub"]
     assert found.status == WARN
-    assert found.found == f"{closed}: [Errno 111] Connection refused"
+    assert found.value == f"{closed}: [Errno 111] Connection refused"
     assert "HF_ENDPOINT" in found.advice
 
 

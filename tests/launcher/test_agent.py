@@ -14,9 +14,9 @@ def make_job(tmp_path):
         hosts = [Host("worker-0", [0, 1], 0, "eth0"), Host("worker-1", [2, 3], 2, None)]
         said = {
             "token": "t",
-            "launcher": ["10.0.0.1"],
-            "port": 1,
-            "silence": 15.0,
+            "launcher_addresses": ["10.0.0.1"],
+            "launcher_port": 1,
+            "heartbeat_timeout": 15.0,
             "grace": 30.0,
             "module": "lcm_ds.train",
             "config": str(tmp_path / "config.yaml"),
@@ -39,7 +39,7 @@ def test_what_the_launcher_writes_is_what_a_host_reads_and_nobody_else_may(make_
 
 def test_ranks_go_on_from_host_to_host(make_job):
     job = make_job()
-    places = [job.place(host, local_rank) for host in job.hosts for local_rank in (0, 1)]
+    places = [job.dist_env(host, local_rank) for host in job.hosts for local_rank in (0, 1)]
     assert [(place.rank, place.local_rank, place.local_world_size, place.world_size) for place in places] == [
         (0, 0, 2, 4),
         (1, 1, 2, 4),
@@ -74,4 +74,4 @@ def test_an_interface_that_the_user_has_said_stays(make_job, monkeypatch, said_b
     first, second = (HostAgent(make_job(environment=given), number).environment() for number in (0, 1))
     assert (first["NCCL_SOCKET_IFNAME"], first["GLOO_SOCKET_IFNAME"]) == ("ib0", "eth0")
     assert second["NCCL_SOCKET_IFNAME"] == "ib0"
-    assert "GLOO_SOCKET_IFNAME" not in second  # where the way is not known
+    assert "GLOO_SOCKET_IFNAME" not in second  # the route to the others is unknown

@@ -33,7 +33,7 @@ def test_every_mistake_in_a_hostfile_is_told_with_its_line(tmp_path):
     path.write_text("a slots=2\nb\nc slots=two\na slots=2\nd slots=0\ne;rm slots=1\nf slots=1 extra\n")
     lines = mistakes_of(read_hostfile, path)
     assert [line.split(": ")[:2] for line in lines] == [[str(path), f"line {number}"] for number in (2, 3, 4, 5, 6, 7)]
-    assert "line 1, too" in lines[2]
+    assert "already in line 1" in lines[2]
 
 
 def test_a_hostfile_that_is_missing_or_empty_is_refused(tmp_path):
@@ -41,7 +41,7 @@ def test_a_hostfile_that_is_missing_or_empty_is_refused(tmp_path):
     assert str(tmp_path / "none") in line
     (tmp_path / "empty").write_text("# nobody\n")
     (line,) = mistakes_of(read_hostfile, tmp_path / "empty")
-    assert "names no host" in line
+    assert "has no hosts" in line
 
 
 def test_hosts_and_devices_are_included_and_excluded():
@@ -77,7 +77,7 @@ def test_variables_that_matter_travel_and_secrets_stay():
         "CUDA_VISIBLE_DEVICES": "0",
         "EDITOR": "vi",
     }
-    assert set(schedulers.travelling(environ)) == {
+    assert set(schedulers.forwarded_variables(environ)) == {
         "NCCL_DEBUG", "HF_HOME", "https_proxy", "PATH", "TOKENIZERS_PARALLELISM",
     }  # fmt: skip
 
@@ -117,6 +117,6 @@ def test_mpirun_starts_workers_and_their_exit_code_comes_back(tmp_path, what, co
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
     }
     command = schedulers.openmpi_command(2, "toy_worker", config, environ)
-    assert schedulers.follow(command, environ, tmp_path / "STOP") == code
+    assert schedulers.run_scheduler(command, environ, tmp_path / "STOP") == code
     places = [json.loads((tmp_path / str(rank)).read_text())["place"] for rank in (0, 1)]
     assert [place["LOCAL_RANK"] for place in places] == ["0", "1"]

@@ -11,7 +11,7 @@ import yaml
 from lcm_ds.doctor.run_checks import doctor
 from lcm_ds.errors import InputError
 from lcm_ds.launcher.launch import launch
-from lcm_ds.launcher.multihost.restarts import LaunchOptions
+from lcm_ds.launcher.task import LaunchOptions
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -89,7 +89,7 @@ def test_hosts_that_are_not_reached_and_paths_that_a_remote_shell_changes_are_to
     lines = mistakes_of(config, hostfile=tmp_path / "hostfile")
     assert lines == [f"{tmp_path}/hostfile: {host}: ssh: no way to {host}" for host in "ab"]
     (line,) = mistakes_of(config, [f"run_dir={tmp_path}/my {{runs}}"], hostfile=tmp_path / "hostfile")
-    assert "a remote shell changes such a path" in line
+    assert "a remote shell would change this path" in line
 
 
 def test_a_0_that_the_run_folder_does_not_bear_out_is_not_believed(config, tmp_path, monkeypatch, capfd):
@@ -109,15 +109,15 @@ def test_pdsh_has_to_be_installed(config, tmp_path, monkeypatch):
 def test_settings_that_cannot_be_are_refused_all_at_once(config, tmp_path):
     (tmp_path / "hostfile").write_text("a slots=1\nb slots=1\n")
     wrong = LaunchOptions(max_restarts=-1, min_hosts=3, back_off=0, silence=-1, grace=0, master_port=2**16)
-    lines = mistakes_of(config, hostfile=tmp_path / "hostfile", settings=wrong)
+    lines = mistakes_of(config, hostfile=tmp_path / "hostfile", options=wrong)
     options = ("--max-restarts", "--min-hosts", "--back-off", "--silence", "--grace", "--master-port")
     assert [line.split()[0] for line in lines] == list(options)
 
 
 def test_options_for_hosts_are_refused_where_there_are_none(config):
-    lines = mistakes_of(config, openmpi=2, settings=LaunchOptions(max_restarts=3, grace=5, master_port=29501))
+    lines = mistakes_of(config, openmpi=2, options=LaunchOptions(max_restarts=3, grace=5, master_port=29501))
     assert lines == ["--max-restarts: goes with --hostfile", "--grace: goes with --hostfile"]
-    lines = mistakes_of(config, local=2, settings=LaunchOptions(max_restarts=3, silence=5))
+    lines = mistakes_of(config, local=2, options=LaunchOptions(max_restarts=3, silence=5))
     assert lines == ["--silence: goes with --hostfile"]
 
 

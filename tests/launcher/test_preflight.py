@@ -11,12 +11,13 @@ import pytest
 from machine import patience
 
 from lcm_ds.launcher.multihost import protocol
-from lcm_ds.launcher.multihost.output import SHOWN, WAITING_LINES, OutputPrinter, StderrTail
-from lcm_ds.launcher.multihost.preflight import HostReport, LaunchRequirements, problems_of
-from lcm_ds.launcher.multihost.probe import port_is_free, versions, way_to
-from lcm_ds.launcher.multihost.restarts import share
+from lcm_ds.launcher.multihost.output import MAX_ERROR_LINES, MAX_QUEUED_LINES, OutputPrinter, StderrTail
+from lcm_ds.launcher.multihost.preflight import HostReport, problems_of
+from lcm_ds.launcher.multihost.probe import address_and_interface, port_is_free, versions
+from lcm_ds.launcher.multihost.restarts import fitting_hosts
+from lcm_ds.launcher.task import LaunchTask
 
-EXPECTED = LaunchRequirements(Path("/shared/run/launch"), "config.yaml", {"fingerprint": "aa"}, 2**30, 29500)
+TASK = LaunchTask("lcm_ds.train", folder=Path("/shared/run"), data={"fingerprint": "aa"}, checkpoint_bytes=2**30)
 
 
 def host(**differs):
@@ -29,11 +30,11 @@ def host(**differs):
         "time": 1000.0,
         **differs,
     }
-    return HostReport("worker-1", [], report, arrived=1000.0)
+    return HostReport("worker-1", [], report, received=1000.0)
 
 
 def test_a_host_on_which_all_is_well_has_no_problem():
-    assert problems_of(host(), [0, 1], EXPECTED) == []
+    assert problems_of(host(), [0, 1], TASK) == []
 
 
 @pytest.mark.parametrize(
@@ -42,27 +43,27 @@ def test_a_host_on_which_all_is_well_has_no_problem():
         ({"versions": {**versions(), "torch": "1.0"}}, "torch: 1.0 there"),
         ({"versions": {**versions(), "python": "3.9.0"}}, "python: 3.9.0 there"),
         ({"versions": {**versions(), "lcm-ds": "0.1.0 (00000000)"}}, "lcm-ds: 0.1.0 (00000000) there"),
-        ({"devices": ["cuda", 1]}, "slots: device 1 is asked for, and it has 1 cuda device(s)"),
+        ({"devices": ["cuda", 1]}, "slots: device 1 is requested, but the host has 1 cuda device(s)"),
         ({"time": 1011.0}, "clock: +11 s"),
         ({"time": 989.0}, "clock: -11 s"),
-        ({"free": 2**29}, "disk: /shared/run/launch: 0.5 GiB are free, and a checkpoint takes about 1 GiB"),
+        ({"free": 2**29}, "disk: /shared/run: 0.5 GiB are free, but a checkpoint takes about 1 GiB"),
         (
             {"data": {"fingerprint": "bb"}},
-            "data: the datasets of config.yaml are others there (fingerprint bb",
+            "data: the datasets of the config differ (fingerprint bb",
         ),
     ],
 )
 def test_a_host_that_differs_is_told_with_both_values(differs, told):
-    (line,) = problems_of(host(**differs), [0, 1], EXPECTED)
+    (line,) = problems_of(host(**differs), [0, 1], TASK)
     assert line.startswith(told)
 
 
 def test_a_cpu_takes_as_many_ranks_as_one_likes():
-    assert problems_of(host(devices=["cpu", None]), list(range(8)), EXPECTED) == []
+    assert problems_of(host(devices=["cpu", None]), list(range(8)), TASK) == []
 
 
 def test_a_port_that_somebody_listens_on_is_not_free():
-    with protocol._any_port() as listener:
+    with protocol._listen_on_free_port() as listener:
         assert not port_is_free(listener.getsockname()[1])
 
 
@@ -75,20 +76,20 @@ def test_hosts_that_look_at_the_same_moment_do_not_find_each_other():
 
 
 def test_the_way_to_this_host_itself_is_no_way_to_another():
-    assert way_to(["127.0.0.1", "127.0.0.2"]) == ("127.0.0.1", None)
+    assert address_and_interface(["127.0.0.1", "127.0.0.2"]) == ("127.0.0.1", None)
 
 
 def test_as_many_hosts_go_on_as_can_share_the_rows():
     def divides(ranks):  # 24 rows, one a micro-batch
         return 24 % ranks == 0
 
-    assert share([1] * 4, divides, 1) == 4
-    assert share([1] * 5, divides, 1) == 4
-    assert share([2] * 5, divides, 4) == 4
-    assert share([1] * 5, divides, 5) == 0
-    assert share([1] * 3, divides, 4) == 0
-    assert share([8, 4, 4], divides, 1) == 1 + 1  # 16 ranks cannot, 12 can
-    assert share([], divides, 1) == 0
+    assert fitting_hosts([1] * 4, divides, 1) == 4
+    assert fitting_hosts([1] * 5, divides, 1) == 4
+    assert fitting_hosts([2] * 5, divides, 4) == 4
+    assert fitting_hosts([1] * 5, divides, 5) == 0
+    assert fitting_hosts([1] * 3, divides, 4) == 0
+    assert fitting_hosts([8, 4, 4], divides, 1) == 1 + 1  # 16 ranks cannot, 12 can
+    assert fitting_hosts([], divides, 1) == 0
 
 
 # --- the connection ---------------------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def test_only_who_has_the_token_is_heard_and_who_falls_silent_is_dead():
                 await asyncio.to_thread(protocol.connect, ["127.0.0.1"], listener.port, "wrong", 1)
             sock = await asyncio.to_thread(protocol.connect, ["127.0.0.1"], listener.port, "right", 3)
             _, writer = await asyncio.open_connection(sock=sock)
-            beating = asyncio.create_task(protocol.beat(writer, 0.5))
+            beating = asyncio.create_task(protocol.send_heartbeats(writer, 0.5))
             await asyncio.sleep(0.8)  # alive, though it says nothing
             protocol.write(writer, {"rank": 0})
             await asyncio.sleep(0.1)
@@ -142,7 +143,7 @@ def test_nobody_waits_for_a_terminal_that_stands_still_and_what_is_left_out_is_s
     monkeypatch.setattr(sys, "stderr", Terminal())
     screen = OutputPrinter()
     started = time.monotonic()
-    for number in range(WAITING_LINES + 100):
+    for number in range(MAX_QUEUED_LINES + 100):
         screen.say(f"line {number}")
     assert time.monotonic() - started < patience(5)
     goes_on.set()
@@ -151,7 +152,7 @@ def test_nobody_waits_for_a_terminal_that_stands_still_and_what_is_left_out_is_s
     screen.close()
     text = "".join(printed)
     assert "line 0\n" in text
-    assert "lines are in the logs alone" in text
+    assert "lines are only in the logs" in text
     assert text.endswith("the last one\n")
 
 
@@ -163,7 +164,7 @@ TRACEBACK = ["Traceback (most recent call last):", *["  File x, line 1, in f", "
     [
         (["a warning", "config.yaml: noise_std: wrong"], ["a warning", "config.yaml: noise_std: wrong"]),
         (["a warning", "ERROR: it ends", "later"], ["ERROR: it ends", "later"]),
-        (["w", *TRACEBACK, "later"], [TRACEBACK[0], "  …", *TRACEBACK[-(SHOWN - 2) :]]),
+        (["w", *TRACEBACK, "later"], [TRACEBACK[0], "  …", *TRACEBACK[-(MAX_ERROR_LINES - 2) :]]),
         (["w", *TRACEBACK[:3], "ValueError: no", *TRACEBACK], [*TRACEBACK[:3], "ValueError: no"]),
     ],
 )
@@ -171,4 +172,4 @@ def test_of_what_a_rank_said_the_first_error_is_told(said, told):
     errors = StderrTail()
     for line in said:
         errors.add(line)
-    assert errors.first() == told
+    assert errors.first_error() == told

@@ -1,7 +1,7 @@
 """Workers on several hosts, over pdsh and ssh: started together, watched, ended together.
 
-The hosts are two names of this machine: by a pdsh of our own wherever the suite runs, and by the real one, with an ssh
-server, where those can be had. tests/multinode/ has hosts that are apart.
+The hosts are two names of this machine: always with our own pdsh, and with the real one and an ssh server if they are
+installed. tests/multinode/ has separate hosts.
 """
 
 import json
@@ -120,21 +120,18 @@ class running_sshd:
 LAUNCHER = """
 import os, sys
 from pathlib import Path
-from lcm_ds.launcher.multihost.preflight import LaunchRequirements
-from lcm_ds.launcher.schedulers import environment_of_workers
-from lcm_ds.launcher.multihost.restarts import LaunchOptions, Work, run_on_hosts
+from lcm_ds.launcher.multihost.restarts import run_on_hosts
+from lcm_ds.launcher.task import LaunchOptions, LaunchTask
 folder, port, restarts = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-work = Work(
+task = LaunchTask(
     module="toy_worker",
-    config=folder / "run/launch/config.yaml",
-    expected=LaunchRequirements(folder / "run/launch", master_port=port),
-    environment=environment_of_workers(os.environ),
+    folder=folder / "run",
     stop_file=folder / "run/STOP" if "TOY_KNOWS_NO_STOP" not in os.environ else None,
     progress=lambda: len(list(folder.glob("progress-*"))),
-    divides=lambda ranks: True,
 )
-settings = LaunchOptions(silence=3, grace=1, max_restarts=restarts, back_off=0.1)
-sys.exit(run_on_hosts(work, {"127.0.0.1": [0], "localhost": [0]}, "hostfile", settings))
+options = LaunchOptions(silence=3, grace=1, max_restarts=restarts, back_off=0.1, master_port=port)
+config = folder / "run/launch/config.yaml"
+sys.exit(run_on_hosts(task, config, {"127.0.0.1": [0], "localhost": [0]}, "hostfile", options))
 """
 
 

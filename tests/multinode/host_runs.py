@@ -9,10 +9,10 @@ from small_run import losses
 TIMES = ("--back-off", "1", "--silence", "5", "--grace", "3")
 
 
-def launch(hosts, count, config, *options, where=0):
+def launch(hosts, count, config, *options, on=0):
     """`lcm-ds launch --hostfile` on the first so many hosts, from one of them or from another."""
     options = ["--hostfile", hosts.hostfile(count), *TIMES, *options]
-    return hosts.start(where, "-m", "lcm_ds.cli", "launch", *options, config)
+    return hosts.start(on, "-m", "lcm_ds.cli", "launch", *options, config)
 
 
 def finish(process, timeout=240):

@@ -21,7 +21,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 # No cgroups, no accounting, and cores that need not be there. The first node has the name of this machine, so that the
-# tasks can look up where rank 0 is, as on a cluster. The tasks' port comes from the job's number.
+# tasks can look up rank 0's host, as on a cluster. The tasks' port comes from the job's number.
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -55,7 +55,7 @@ PartitionName=all Nodes=ALL Default=YES State=UP MaxTime=INFINITE
 
 
 def missing():
-    """Why no cluster can be started here; None where one can."""
+    """Why no cluster can be started here; None if one can."""
     if os.geteuid() != 0:
         return "needs root: slurmd starts tasks in their users' names"
     absent = [name for name in PROGRAMS if _which(name) is None]
@@ -90,7 +90,7 @@ class Supervisor:
         self._stack.close()
 
     def __call__(self, *command):
-        """A command of Slurm's; returns what it prints, nothing where it fails."""
+        """Run a command of Slurm's; returns its output, which is empty if it fails."""
         done = subprocess.run(command, env=self.environ, cwd=ROOT, capture_output=True, text=True, timeout=patience(60))
         return done.stdout if done.returncode == 0 else ""
 
@@ -107,7 +107,7 @@ class Supervisor:
         return dict(re.findall(r"(\w+)=(\S*)", self("scontrol", "show", "job", number)))
 
     def wait_for_job(self, number, seconds, *states, restarts=0):
-        """Wait until a job is in one of these states, started anew so often; returns what Slurm says of it."""
+        """Wait until a job is in one of these states after this number of restarts; returns Slurm's record of it."""
 
         def reached():
             job = self.job(number)
@@ -155,7 +155,7 @@ class Supervisor:
 
 
 def _which(name):
-    """Where a program is; daemons are not on every user's PATH."""
+    """The path of a program; daemons are not on every user's PATH."""
     return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
 
 

@@ -87,7 +87,7 @@ def wait_for_step(config, step, seconds=120, explain=lambda: ""):
 
 
 def checkpoints(config):
-    """The steps that the run has whole checkpoints of; nothing may be there of others but what was converted."""
+    """The steps of the run's complete checkpoints; there may be no others, except converted ones."""
     folders = sorted((run_dir(config) / "checkpoints").glob("step_*"))
     folders = [folder for folder in folders if folder.suffix != ".universal"]
     assert all((folder / "COMPLETE").exists() for folder in folders), folders

@@ -92,8 +92,8 @@ def test_a_signal_while_the_ranks_begin_is_not_lost(dataset, tmp_path, mark):
 def test_what_a_rank_finds_wrong_comes_back_through_mpirun_as_2(dataset, tmp_path, mark):
     broken = shutil.copytree(dataset, tmp_path / "dataset")
     shard = sorted(broken.glob("*.tar"))[3]
-    whole = shard.read_bytes()
-    shard.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))  # its size is as it was
+    original = shard.read_bytes()
+    shard.write_bytes(original[: len(original) // 2] + bytes(len(original) - len(original) // 2))  # of the same size
     config = write_config(broken, tmp_path)
     code, out = finish(start("launch/openmpi.sh", config, PROCESSES="2", **MPIRUN, **mark))
     assert code == 2, out

@@ -51,7 +51,7 @@ def test_workers_end_by_themselves_when_the_launcher_is_killed(hosts, make_confi
 @pytest.mark.slow
 def test_a_host_that_is_cut_off_is_left_out_and_the_run_goes_on_with_the_others(hosts, make_config):
     config = make_config(steps=60, checkpoint={"every": 2})
-    launcher = launch(hosts, 2, config, "--max-restarts", 1, "--min-hosts", 1, where=2)
+    launcher = launch(hosts, 2, config, "--max-restarts", 1, "--min-hosts", 1, on=2)
     wait_for_step(launcher, config, 5)
     cut = time.monotonic()
     hosts.set_link(0, "down")
@@ -60,8 +60,8 @@ def test_a_host_that_is_cut_off_is_left_out_and_the_run_goes_on_with_the_others(
     code, out, err = finish(launcher)
     assert code == 0, out + err
     assert time.monotonic() - cut < patience(120)
-    assert "worker-0 is lost: no sign of life for 5 s" in err
-    assert "goes on with 1 rank(s) on 1 host(s), without worker-0" in err
+    assert "worker-0 is lost: no heartbeat for 5 s" in err
+    assert "continuing with 1 rank(s) on 1 host(s), without worker-0" in err
     assert checkpoints(config)[-1] == 60
     assert sorted(losses(config)) == list(range(1, 61))
 

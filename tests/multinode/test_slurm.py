@@ -74,7 +74,7 @@ def test_scancel_saves_and_ends_the_job_for_good(cluster, make_config):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_signalled_job_goes_back_into_the_queue_and_resumes_as_if_nothing_had_been(cluster, make_config):
-    config, whole = make_config("stopped"), make_config("whole")
+    config, uninterrupted = make_config("stopped"), make_config("uninterrupted")
     number = cluster.submit(config)
     stop_on_the_way(cluster, config, number, "scancel", "--batch", "--signal=USR1")
     cluster.wait_for_job(number, 60, "PENDING", restarts=1)
@@ -90,10 +90,10 @@ def test_a_signalled_job_goes_back_into_the_queue_and_resumes_as_if_nothing_had_
     assert f"step {stopped_at} of {STEPS}" in log(config)
     wait_until_nothing_runs(cluster, number)
 
-    code, out = finish(start("lcm-ds", "launch", "--local", 2, whole))
+    code, out = finish(start("lcm-ds", "launch", "--local", 2, uninterrupted))
     assert code == 0, out
-    assert losses(config) == losses(whole)
-    assert list(losses(whole)) == list(range(1, STEPS + 1))
+    assert losses(config) == losses(uninterrupted)
+    assert list(losses(uninterrupted)) == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow

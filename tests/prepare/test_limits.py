@@ -57,7 +57,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_stops_with_one_line_and_leaves_only_committed_shards(small_disk, tmp_path):
     lines = write_lines(tmp_path / "lines.jsonl", 400)
-    prepare(config_of(lines, tmp_path / "whole"), HashEncoder())
+    prepare(config_of(lines, tmp_path / "uninterrupted"), HashEncoder())
     config = config_of(lines, small_disk / "out", check_space=False)
     with pytest.raises(InputError, match=r"the disk is full .*: what is committed is kept; make room"):
         prepare(config, HashEncoder())
@@ -72,7 +72,7 @@ def test_a_full_disk_stops_with_one_line_and_leaves_only_committed_shards(small_
     encoder = HashEncoder()
     prepare(config, encoder)
     assert 0 < len(encoder.seen) < 400 * 5
-    assert written(small_disk / "out") == written(tmp_path / "whole")
+    assert written(small_disk / "out") == written(tmp_path / "uninterrupted")
 
 
 def test_what_will_not_fit_is_refused_before_anything_is_encoded(small_disk, tmp_path):
@@ -133,11 +133,13 @@ def test_rows_that_cannot_be_read_are_refused_and_too_many_of_them_stop_it_witho
     with pytest.raises(InputError, match=r"3 of 100 .* could not be read or encoded.* line 71: .*; .* line 81: "):
         prepare(config, HashEncoder())
     # Whoever mends the file now learns that this is not what was begun, and what else there is to do.
-    whole = lines.read_bytes()
-    lines.write_bytes(whole.rstrip())
-    with pytest.raises(InputError, match=r"lines\.jsonl: has \d+ bytes, but had \d+ when .*/out was begun: restore it"):
+    original = lines.read_bytes()
+    lines.write_bytes(original.rstrip())
+    with pytest.raises(
+        InputError, match=r"lines\.jsonl: has \d+ bytes, but had \d+ when .*/out was started: restore it"
+    ):
         prepare(config, HashEncoder())
-    lines.write_bytes(whole)
+    lines.write_bytes(original)
     encoder = HashEncoder()
     prepare(config.model_copy(update={"max_refused": 0.05}), encoder)
     assert len(encoder.seen) == 1 + 5 * (20 - 2)  # the end of text, and the last of five units

@@ -176,19 +176,19 @@ def test_killed_before_any_of_its_writes_and_started_again_it_ends_with_the_same
     source = {"name": "files", "paths": [str(texts / "00*.txt")]}
     common = {"source": source, "documents_per_shard": 5, "validation": 0.7}  # documents of both splits in both units
     prepare(make_config(**common), HashEncoder())
-    whole = written(tmp_path / "out")
-    assert {"train/00000001.tar", "validation/00000001.tar"} <= whole.keys()
+    expected = written(tmp_path / "out")
+    assert {"train/00000001.tar", "validation/00000001.tar"} <= expected.keys()
     event = 0
     while prepare_and_be_killed(config := make_config(**common, output=str(tmp_path / f"killed-{event}/out")), event):
         for split in ("train", "validation"):
             folder = Path(config.output) / split
             if (folder / "dataset.json").exists():
-                open_dataset(folder)  # what says that it is finished is whole
+                open_dataset(folder)  # a dataset.json that exists is complete
         prepare(config, HashEncoder())
-        assert written(config.output) == whole, f"killed at event {event}"
+        assert written(config.output) == expected, f"killed at event {event}"
         event += 1
     assert event > 40  # the last time nothing was left to kill
-    assert written(config.output) == whole
+    assert written(config.output) == expected
 
 
 def test_killed_in_the_middle_of_encoding_it_goes_on_where_it_was(make_config, tmp_path, capsys):
@@ -205,7 +205,7 @@ def test_killed_in_the_middle_of_encoding_it_goes_on_where_it_was(make_config, t
     capsys.readouterr()
     encoder = HashEncoder()
     prepare(config, encoder)
-    assert "going on after" in capsys.readouterr().out
+    assert "resuming after" in capsys.readouterr().out
     assert encoder.seen.count("This is a header.") <= 4  # of 6 units, each of which has this sentence
     assert written(tmp_path / "killed") == written(tmp_path / "out")
 
@@ -222,7 +222,7 @@ def wait_for_units(out, count):
 def test_shards_of_a_unit_that_was_not_finished_are_made_again(make_config, tmp_path, monkeypatch):
     config = make_config()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "forget_ids", lambda out: None)  # the last thing that a preparation does
+        patch.setattr(pipeline, "remove_ids", lambda out: None)  # the last thing that a preparation does
         prepare(config, HashEncoder())
     before = written(config.output)
     # As if the power had failed after the shards of the last unit were committed and before the unit was.
@@ -294,7 +294,7 @@ def test_another_encoder_behind_the_same_config_is_refused_before_the_halves_are
     config = make_config()
     with pytest.raises(RuntimeError):
         prepare(config, Fails(revision="a"))
-    with pytest.raises(InputError, match=r"encoder\.revision: was 'a' when this dataset was begun and is now 'b'"):
+    with pytest.raises(InputError, match=r"encoder\.revision: was 'a' when this dataset was started and is now 'b'"):
         prepare(config, HashEncoder(revision="b"))
     prepare(config, HashEncoder(revision="a"))
     assert len(documents(config.output)) == DOCUMENTS
@@ -302,12 +302,12 @@ def test_another_encoder_behind_the_same_config_is_refused_before_the_halves_are
 
 def test_texts_that_came_since_are_not_mixed_in(make_config, tmp_path):
     (tmp_path / "texts").mkdir()
-    (tmp_path / "texts/1.txt").write_text("A text alone. It is.")
+    (tmp_path / "texts/1.txt").write_text("A lone text. It is.")
     config = make_config(source={"name": "files", "paths": [str(tmp_path / "texts/*.txt")]}, validation=0)
     prepare(config, HashEncoder())
     (tmp_path / "out/train/dataset.json").unlink()
     (tmp_path / "texts/0.txt").write_text("And another. It is new.")
-    with pytest.raises(InputError, match=r"texts/0\.txt: new since .*/out was begun: take it away, or"):
+    with pytest.raises(InputError, match=r"texts/0\.txt: new since .*/out was started: remove it, or"):
         prepare(config, HashEncoder())
 
 
@@ -349,7 +349,7 @@ def test_a_second_process_on_the_folder_is_refused(make_config, tmp_path):
 def test_refused_documents_are_counted_by_reason(make_config, tmp_path):
     lines = [
         {"id": "good", "text": "One is here. Two is here."},
-        {"id": "short", "text": "One alone."},
+        {"id": "short", "text": "Only one."},
         {"id": "empty", "text": "  \n "},
         {"id": "good", "text": "Another one. With the same id."},
         {"id": "bad", "text": "This is fine. This is not a number."},
@@ -395,12 +395,12 @@ def test_the_normaliser_is_median_and_iqr_of_the_training_concepts_without_the_e
 def test_int8_concepts_are_half_a_step_off_at_most(make_config, tmp_path):
     prepare(make_config(), HashEncoder())
     prepare(make_config(output=str(tmp_path / "int8"), dtype="int8"), HashEncoder())
-    whole, small = documents(tmp_path / "out"), documents(tmp_path / "int8")
-    assert [meta for _, meta, _ in small] == [meta for _, meta, _ in whole]
+    expected, small = documents(tmp_path / "out"), documents(tmp_path / "int8")
+    assert [meta for _, meta, _ in small] == [meta for _, meta, _ in expected]
     info = open_dataset(tmp_path / "int8/train").info
     step = np.array(info.quantization.step)
     assert (step < 0.01).all()  # the numbers have a standard deviation of 0.05
-    for (_, _, exact), (_, _, close) in zip(whole, small, strict=True):
+    for (_, _, exact), (_, _, close) in zip(expected, small, strict=True):
         assert close.dtype == np.float16
         assert (np.abs(exact.astype(np.float64) - close) <= step / 2 + np.abs(exact) * 2**-10).all()
     shards = sorted(str(path) for path in (tmp_path / "int8/train").glob("*.tar"))
@@ -409,7 +409,7 @@ def test_int8_concepts_are_half_a_step_off_at_most(make_config, tmp_path):
 
 
 def test_nothing_to_train_on_is_an_error(make_config, tmp_path):
-    (tmp_path / "lonely.txt").write_text("One sentence alone.")
+    (tmp_path / "lonely.txt").write_text("Only one sentence.")
     config = make_config(source={"name": "files", "paths": [str(tmp_path / "lonely.txt")]})
     with pytest.raises(InputError, match="1 too_few_sentences"):
         prepare(config, HashEncoder())
@@ -439,13 +439,13 @@ def test_ctrl_c_leaves_whole_things_only_and_the_real_encoder_goes_on(make_confi
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=patience(60))
     assert process.returncode == 75
-    assert "start again to go on" in errors
+    assert "start again to resume" in errors
     assert "Traceback" not in errors
     train = tmp_path / "out/train"
     assert not list(train.glob("*.partial"))
     assert all(sha256_of(train / shard.name) == shard.sha256 for shard in read_shards(train))
     prepare(config)
-    assert "going on after" in capsys.readouterr().out
+    assert "resuming after" in capsys.readouterr().out
     dataset = open_dataset(train)
     assert dataset.embed_dim == 384
     assert dataset.info.encoder["name"] == "sentence-transformers"

@@ -119,7 +119,7 @@ def metas(shard):
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_the_dataset_is_that_of_one_run(write_config, tmp_path):
-    prepare(config_at(write_config("whole")), HashEncoder())
+    prepare(config_at(write_config("uninterrupted")), HashEncoder())
     config = write_config("killed")
     draw = random.Random(5)
     survived = 0
@@ -138,8 +138,8 @@ def test_killed_at_ten_random_moments_the_dataset_is_that_of_one_run(write_confi
     process = launcher(2, hashing(config))
     out, errors = process.communicate(timeout=patience(120))
     assert process.returncode == 0, errors
-    assert "going on after" in out or survived
-    assert written(tmp_path / "killed") == written(tmp_path / "whole")
+    assert "resuming after" in out or survived
+    assert written(tmp_path / "killed") == written(tmp_path / "uninterrupted")
 
 
 def test_the_datasets_are_there_when_prepare_returns_on_any_rank(write_config):
@@ -188,16 +188,16 @@ def test_a_rank_that_dies_ends_the_others_and_what_is_committed_stays(write_conf
     process = launcher(2, hashing(config))
     out, errors = process.communicate(timeout=patience(120))
     assert process.returncode == 0, errors
-    assert "going on after" in out
+    assert "resuming after" in out
 
 
 def test_a_rank_that_never_comes_is_named_and_ends_it(write_config, tmp_path, monkeypatch, capsys):
     """RANK and WORLD_SIZE left behind in a notebook's environment."""
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(rendezvous, "SECONDS_A_REMINDER", 0.5)
+    monkeypatch.setattr(rendezvous, "REMINDER_SECONDS", 0.5)
     monkeypatch.setattr(rendezvous, "PATIENCE_SECONDS", 2.0)
-    monkeypatch.setattr(coordinator, "SECONDS_TO_END", 0.1)
+    monkeypatch.setattr(coordinator, "SHUTDOWN_SECONDS", 0.1)
     config = config_at(write_config("out"))
     with pytest.raises(
         TransientError, match=r"rank 1 of 2 \(WORLD_SIZE=2 in the environment\) did not come in .* unset RANK"
@@ -213,7 +213,7 @@ def test_a_rank_that_never_comes_is_named_and_ends_it(write_config, tmp_path, mo
     monkeypatch.delenv("RANK")
     monkeypatch.delenv("WORLD_SIZE")
     prepare(config.model_copy(update={"processes": 1}), HashEncoder())
-    assert "going on after 48 documents" in capsys.readouterr().out
+    assert "resuming after 48 documents" in capsys.readouterr().out
 
 
 def wait_for(true, seconds=60):
@@ -234,7 +234,7 @@ def test_a_real_encoder_in_one_and_in_three_processes_makes_shards_with_the_same
         config = write_config(f"out-{processes}", split_workers=1)
         done = run("prepare", config, f"processes={processes}")
         assert done.returncode == 0, done.stderr
-        assert re.search(r"padding [\d.]+% of [\d,]+ token places; encoder busy \d+% of the time", done.stdout)
+        assert re.search(r"padding [\d.]+% of [\d,]+ tokens; encoder busy \d+% of the time", done.stdout)
     assert written(tmp_path / "out-3") == written(tmp_path / "out-1")
     assert open_dataset(tmp_path / "out-3/train").info.encoder["model"] == "minilm"
     # Launched, it is the same command in every rank.
@@ -258,11 +258,11 @@ def test_a_process_of_prepare_that_dies_ends_it_with_1_and_a_request_to_stop_wit
     child.kill()
     _, errors = process.communicate(timeout=patience(60))
     assert process.returncode == 1
-    assert f"process {child.pid} of the preparation ended with exit code -9" in errors
+    assert f"process {child.pid} of the preparation was killed by SIGKILL" in errors
     before = units.read_text() if units.exists() else ""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: units.exists() and len(units.read_text()) > len(before))
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=patience(60))
     assert process.returncode == 75
-    assert "start again to go on" in errors
+    assert "start again to resume" in errors

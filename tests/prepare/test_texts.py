@@ -95,15 +95,15 @@ def test_rows_that_the_source_leaves_out_are_counted_by_reason(tmp_path):
 def test_what_cannot_be_read_is_named_and_leaves_nothing_behind(tmp_path):
     path = tmp_path / "texts.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": [PARAGRAPH], "id": ["a"]}), path)
-    whole = path.read_bytes()
-    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    original = path.read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(original[: len(original) // 2])
     with pytest.raises(InputError, match=r"cut\.parquet: not a parquet file that can be read"):
         prepare(config_for(tmp_path, tmp_path / "cut.parquet"), HashEncoder())
     source = {"name": "huggingface", "paths": [str(path)], "text_column": "content"}
     with pytest.raises(InputError, match=r"source\.text_column: texts\.parquet has no column 'content'"):
         prepare(config_for(tmp_path, path, source=source), HashEncoder())
     assert not (tmp_path / "out").exists()
-    broken = bytearray(whole)
+    broken = bytearray(original)
     broken[4:80] = bytes(76)  # the pages; the footer says that all is well
     path.write_bytes(broken)
     with pytest.raises(InputError, match=r"texts\.parquet: cannot be read"):

@@ -1,4 +1,4 @@
-"""A worker that does what it is told; run as `python -m toy_worker WHAT FOLDER`, or with a config, as DeepSpeed does.
+"""A worker with given behaviour; run as `python -m toy_worker WHAT FOLDER`, or with a config, as DeepSpeed does.
 
 WHAT is a list of RANK=DEED, other ranks sleep: exit:CODE, kill (itself), stop (75 on a signal, after a moment),
 obey (75 when the file FOLDER/run/STOP appears), deaf (to SIGTERM), spawn (a child that sleeps, then sleep), raise (an
@@ -18,15 +18,15 @@ from lcm_ds.distributed.environment import detect_environment
 
 
 def main(what, folder):
-    place = detect_environment(os.environ)
-    deed, _, argument = dict(part.split("=") for part in what.split(",")).get(str(place.rank), "sleep").partition(":")
+    env = detect_environment(os.environ)
+    deed, _, argument = dict(part.split("=") for part in what.split(",")).get(str(env.rank), "sleep").partition(":")
     folder = Path(folder)
     pids = [os.getpid()]
     if deed == "stop":
 
         def stop(number, frame):
             time.sleep(0.3)  # a checkpoint takes a while
-            (folder / f"stopped-{place.rank}").write_text(signal.Signals(number).name)
+            (folder / f"stopped-{env.rank}").write_text(signal.Signals(number).name)
             sys.exit(75)
 
         signal.signal(signal.SIGTERM, stop)
@@ -35,13 +35,13 @@ def main(what, folder):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     elif deed == "spawn":
         pids.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]).pid)
-    say(folder, place, pids)
+    say(folder, env, pids)
     if deed == "exit":
-        wait_for_all(folder, place)
-        print(f"rank {place.rank} of {place.world_size} says goodbye", flush=True)
+        wait_for_all(folder, env)
+        print(f"rank {env.rank} of {env.world_size} says goodbye", flush=True)
         sys.exit(int(argument))
     if deed == "kill":
-        wait_for_all(folder, place)
+        wait_for_all(folder, env)
         os.kill(os.getpid(), signal.SIGKILL)
     if deed == "obey":
         while not (folder / "run" / "STOP").exists():
@@ -49,26 +49,26 @@ def main(what, folder):
         (folder / "obeyed").touch()
         sys.exit(75)
     if deed == "raise":
-        wait_for_all(folder, place)
+        wait_for_all(folder, env)
         raise ValueError("the wrong number")
     if deed == "advance":
-        wait_for_all(folder, place)
+        wait_for_all(folder, env)
         (folder / f"progress-{len(list(folder.glob('progress-*')))}").touch()
         sys.exit(1)
     time.sleep(100)
 
 
-def say(folder, place, pids):
-    partial = folder / f"{place.rank}.partial"
+def say(folder, env, pids):
+    partial = folder / f"{env.rank}.partial"
     threads = os.environ.get("OMP_NUM_THREADS")
     variables = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
-    said = {"pids": pids, "place": place.environment(), "threads": threads, "variables": variables}
+    said = {"pids": pids, "place": env.environment(), "threads": threads, "variables": variables}
     partial.write_text(json.dumps(said))
-    partial.rename(folder / str(place.rank))
+    partial.rename(folder / str(env.rank))
 
 
-def wait_for_all(folder, place):
-    while not all((folder / str(rank)).exists() for rank in range(place.world_size)):
+def wait_for_all(folder, env):
+    while not all((folder / str(rank)).exists() for rank in range(env.world_size)):
         time.sleep(0.01)
 
 

@@ -1,1 +1,1 @@
-"""A run on several hosts over ssh: a supervisor here, an agent on each host."""
+"""A run on several hosts over ssh: a supervisor in the launcher, an agent on each host."""

@@ -1,4 +1,4 @@
-"""The hosts of a run: a hostfile in DeepSpeed's format, what is taken of it, and which of them is this one."""
+"""The hosts of a run: a hostfile in DeepSpeed's format, a selection of its devices, and which host is this one."""
 
 from __future__ import annotations
 
@@ -12,45 +12,56 @@ NAME = re.compile(r"(?:[\w.-]+@)?[\w.-]+")
 
 
 def read_hostfile(path: str | Path) -> dict[str, int]:
-    """The hosts in a file of lines `NAME slots=N`, in its order, with the number of devices each has.
+    """Read lines `NAME slots=N`; returns the number of devices of each host, in the file's order.
 
-    Empty lines and lines that start with # are left out. Raises InputError naming file and line of every mistake.
+    Empty lines and lines that start with # are skipped. Raises InputError with file and line of every mistake.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
     hosts: dict[str, int] = {}
-    seen: dict[str, int] = {}
+    line_of: dict[str, int] = {}
     errors: list[str] = []
     for number, line in enumerate(lines, start=1):
         words = line.split("#", 1)[0].split() if line.strip() else []
         if not words:
             continue
-        where = f"{path}: line {number}"
+        position = f"{path}: line {number}"
         slots = re.fullmatch(r"slots=(\d+)", words[1]) if len(words) == 2 else None
         if slots is None:
-            errors.append(f"{where}: {line.strip()!r}: has to be NAME slots=N, as in 'worker-0 slots=8'")
+            errors.append(f"{position}: {line.strip()!r}: has to be NAME slots=N, as in 'worker-0 slots=8'")
         elif not NAME.fullmatch(words[0]):
-            errors.append(f"{where}: {words[0]!r}: is no name of a host")
+            errors.append(f"{position}: {words[0]!r}: is not a host name")
         elif int(slots[1]) == 0:
-            errors.append(f"{where}: {words[0]}: slots=0: has to be 1 or more; take the line out to leave the host out")
-        elif words[0] in seen:
-            errors.append(f"{where}: {words[0]}: stands in line {seen[words[0]]}, too")
+            errors.append(
+                f"{position}: {words[0]}: slots=0: has to be 1 or more; remove the line to leave the host out"
+            )
+        elif words[0] in line_of:
+            errors.append(f"{position}: {words[0]}: is already in line {line_of[words[0]]}")
         else:
             hosts[words[0]] = int(slots[1])
-        seen.setdefault(words[0], number)
+        line_of.setdefault(words[0], number)
     if not hosts and not errors:
-        errors.append(f"{path}: names no host; a line is NAME slots=N, as in 'worker-0 slots=8'")
+        errors.append(f"{path}: has no hosts; a line is NAME slots=N, as in 'worker-0 slots=8'")
     if errors:
         raise InputError(errors)
     return hosts
 
 
 def select(hosts: dict[str, int], include: str = "", exclude: str = "") -> dict[str, list[int]]:
-    """The devices of each host that are left by DeepSpeed's --include or --exclude ('worker-0@worker-1:0,2').
+    """Apply DeepSpeed's --include or --exclude, such as 'worker-0@worker-1:0,2'.
 
-    Raises InputError where both are given, they name what is not there, or nothing is left.
+    Args:
+        hosts: The number of devices of each host.
+        include: Hosts, or devices of them, to use.
+        exclude: Hosts, or devices of them, to leave unused.
+
+    Returns:
+        The devices of each host.
+
+    Raises:
+        InputError: both are given, they name what the hostfile does not have, or nothing is left.
     """
     if include and exclude:
         raise InputError(f"--include {include!r} and --exclude {exclude!r}: only one of them can be given")
@@ -62,23 +73,23 @@ def select(hosts: dict[str, int], include: str = "", exclude: str = "") -> dict[
     try:
         chosen = dict(parse_inclusion_exclusion(hosts, include, exclude))
     except ValueError as error:
-        raise InputError(f"{option}: {error}; it is HOST[:SLOT,SLOT…][@HOST…] of the hostfile") from None
+        raise InputError(f"{option}: {error}; the form is HOST[:SLOT,SLOT…][@HOST…], of the hostfile") from None
     if not chosen:
         raise InputError(f"{option}: leaves no device of the hostfile")
     return chosen
 
 
 def is_this_host(name: str) -> bool:
-    """Whether a host's name means the machine that this runs on."""
+    """Whether a host's name refers to this machine."""
     try:
-        addresses = {str(found[4][0]) for found in socket.getaddrinfo(name.rpartition("@")[2], None)}
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(name.rpartition("@")[2], None)}
     except OSError:
         return False
-    return any(_is_own(address) for address in addresses)
+    return any(map(_can_bind, addresses))
 
 
-def _is_own(address: str) -> bool:
-    """Whether an address belongs to an interface of this machine: only to those can a socket be bound."""
+def _can_bind(address: str) -> bool:
+    """Whether an address belongs to an interface of this machine."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:

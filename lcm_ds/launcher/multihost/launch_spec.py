@@ -1,4 +1,4 @@
-"""What the launcher tells the hosts of one start of a run: a file in RUN/launch/ that its owner alone can read."""
+"""What the launcher sends to the hosts for one start of a task: a file in RUN/launch/ that only its owner can read."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lcm_ds.distributed.environment import DistEnv
 
 @dataclass(frozen=True)
 class Host:
-    """One host's share."""
+    """The ranks of one host."""
 
     name: str  # as in the hostfile
     devices: list[int]
     first_rank: int
-    interface: str | None  # that leads to the others, where that is known
+    interface: str | None  # network interface to the other hosts, if known
 
 
 @dataclass(frozen=True)
 class LaunchSpec:
-    """One start of workers on many hosts."""
+    """One start of a `LaunchTask` on many hosts, as it is written to the file."""
 
     token: str  # of this start, for the connection to the launcher
-    launcher: list[str]  # the launcher's addresses
-    port: int
-    silence: float  # seconds without a sign of life after which the other end is taken for dead
+    launcher_addresses: list[str]
+    launcher_port: int
+    heartbeat_timeout: float  # seconds
     grace: float  # seconds between SIGTERM and SIGKILL
     module: str  # of a worker: python -m MODULE CONFIG
     config: str
@@ -39,31 +39,31 @@ class LaunchSpec:
 
     @property
     def world_size(self) -> int:
-        """All ranks together."""
+        """The number of ranks on all hosts."""
         return sum(len(host.devices) for host in self.hosts)
 
-    def place(self, host: Host, local_rank: int) -> DistEnv:
-        """Where one worker stands."""
+    def dist_env(self, host: Host, local_rank: int) -> DistEnv:
+        """The rank of one worker."""
         rank, local_size = host.first_rank + local_rank, len(host.devices)
         return DistEnv(rank, self.world_size, local_rank, local_size, self.master_addr, self.master_port)
 
     def log(self, rank: int) -> Path:
-        """Where what a rank says is kept."""
+        """The file for a rank's output."""
         return Path(self.config).parent / f"rank-{rank:05d}.log"
 
     def write(self, path: Path) -> None:
-        """Write it for the hosts to read."""
+        """Write the file."""
         write_private(path, json.dumps(dataclasses.asdict(self)))
 
     @classmethod
     def read(cls, path: Path) -> LaunchSpec:
-        """What was written. Raises OSError, ValueError or TypeError."""
+        """Read the file. Raises OSError, ValueError or TypeError."""
         mapping = json.loads(path.read_text(encoding="utf-8"))
         return cls(**{**mapping, "hosts": [Host(**host) for host in mapping["hosts"]]})
 
 
 def write_private(path: Path, text: str) -> None:
-    """Write a file that its owner alone can read, whole or not at all."""
+    """Write a file that only its owner can read, atomically."""
     partial = path.with_name(path.name + ".partial")
     partial.unlink(missing_ok=True)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -1,6 +1,6 @@
-"""A module of this package on many hosts at once, through pdsh and ssh.
+"""Running a module of this package on many hosts at once, through pdsh and ssh.
 
-What is sent to a host is the path of a file, never quoted arguments: the shells on the way would expand them.
+Hosts get the path of a file, never quoted arguments: the shells on the way would expand them.
 """
 
 from __future__ import annotations
@@ -16,52 +16,69 @@ from pathlib import Path
 
 from lcm_ds.processes import set_parent_death_signal
 
-UNCHANGED_BY_SHELLS = re.compile(r"[\w@+=:,./-]+", re.ASCII)
+SHELL_SAFE = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 CONNECT_SECONDS = 10
-# Without a password, and a connection over which nothing comes back is given up after 15 seconds.
+# No password prompts; ssh gives up a connection after 15 seconds without an answer.
 SSH_OPTIONS = ("BatchMode=yes", f"ConnectTimeout={CONNECT_SECONDS}", "ServerAliveInterval=5", "ServerAliveCountMax=3")
 
-OnLine = Callable[[str, str, bool], None]  # of which host, the text, whether it came on stderr
+OnLine = Callable[[str, str, bool], None]  # the host, the text, whether it came on stderr
 
 
-def mistakes_of_call(folder: Path) -> list[str]:
-    """What keeps pdsh from being used with this folder: one line each."""
+def errors_of_call(folder: Path) -> list[str]:
+    """What keeps pdsh from being used with this run folder, one line each."""
     errors = []
     for program in ("pdsh", "ssh"):
         if shutil.which(program) is None:
-            errors.append(f"--hostfile: {program} is not installed here; it is in the package manager")
+            errors.append(f"--hostfile: {program} is not installed here: install it with your package manager")
     paths = {"the current folder": str(Path.cwd()), "run_dir": str(folder.resolve()), "python": sys.executable}
     if "PYTHONPATH" in os.environ:
         paths["PYTHONPATH"] = os.environ["PYTHONPATH"]
-    for what, value in paths.items():
-        if not UNCHANGED_BY_SHELLS.fullmatch(value):
-            errors.append(f"--hostfile: {what}: {value!r}: a remote shell changes such a path; use A-Z a-z 0-9 _ . / -")
+    for name, path in paths.items():
+        if not SHELL_SAFE.fullmatch(path):
+            errors.append(
+                f"--hostfile: {name}: {path!r}: a remote shell would change this path; use A-Z a-z 0-9 _ . / -"
+            )
     return errors
 
 
+def short_names(host: str) -> tuple[str, str]:
+    """The names that pdsh may print for a host: without user, and without a domain that all hosts have in common."""
+    name = host.rpartition("@")[2]
+    return name, name.partition(".")[0]
+
+
 def pdsh_command(hosts: Sequence[str], module: str, path: Path | str) -> list[str]:
-    """The call of pdsh that runs `python -m MODULE PATH NUMBER` on each host, which has this number in the list."""
-    exported = f"PYTHONPATH={os.environ['PYTHONPATH']} " if os.environ.get("PYTHONPATH") else ""
-    there = f"cd {Path.cwd()} && {exported}exec {sys.executable} -u -m {module} {path} %n"
-    return ["pdsh", "-R", "ssh", "-S", "-f", str(len(hosts)), "-w", ",".join(hosts), there]
+    """The call of pdsh that runs `python -m MODULE PATH INDEX` on each host, with its index in the list."""
+    exports = f"PYTHONPATH={os.environ['PYTHONPATH']} " if os.environ.get("PYTHONPATH") else ""
+    remote = f"cd {Path.cwd()} && {exports}exec {sys.executable} -u -m {module} {path} %n"
+    return ["pdsh", "-R", "ssh", "-S", "-f", str(len(hosts)), "-w", ",".join(hosts), remote]
 
 
 def pdsh_environment(environ: Mapping[str, str], ssh_port: int | None = None) -> dict[str, str]:
-    """The variables that pdsh is called with: those given, and our options for ssh after the user's own."""
+    """The variables for pdsh, with our options for ssh after the user's."""
     options = [word for option in SSH_OPTIONS for word in ("-o", option)]
     if ssh_port is not None:
         options += ["-p", str(ssh_port)]
-    own = environ.get("PDSH_SSH_ARGS_APPEND", "")
-    return {**environ, "PDSH_SSH_ARGS_APPEND": " ".join([own, *options]).strip()}
+    user_options = environ.get("PDSH_SSH_ARGS_APPEND", "")
+    return {**environ, "PDSH_SSH_ARGS_APPEND": " ".join([user_options, *options]).strip()}
 
 
-async def on_hosts(
+async def run_on_all(
     hosts: Sequence[str], module: str, path: Path | str, on_line: OnLine, ssh_port: int | None = None
 ) -> int:
-    """Run a module on all hosts and hand on each line as it comes; returns pdsh's exit code.
+    """Run a module on all hosts. Call it from the main thread.
 
-    Cancelled, it leaves nothing running here; what runs on the hosts has to end by itself. Call it from the main
-    thread.
+    If it is cancelled, nothing of it keeps running on this machine; the processes on the hosts have to notice.
+
+    Args:
+        hosts: As in the hostfile.
+        module: Of this package.
+        path: Its first argument; the second is the host's index.
+        on_line: Gets each line of output as it comes.
+        ssh_port: Of all hosts; default: ssh's own configuration.
+
+    Returns:
+        pdsh's exit code.
     """
     process = await asyncio.create_subprocess_exec(
         *pdsh_command(hosts, module, path),
@@ -70,7 +87,7 @@ async def on_hosts(
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         limit=1 << 20,
-        start_new_session=True,  # a Ctrl-C on the terminal reaches the launcher alone
+        start_new_session=True,  # Ctrl-C on the terminal reaches only the launcher
         preexec_fn=set_parent_death_signal(),
     )
     assert process.stdout is not None
@@ -84,7 +101,7 @@ async def on_hosts(
 
 
 def _kill_with_children(pid: int) -> None:
-    """Kill pdsh and its ssh, each of which has a process group of its own."""
+    """Kill pdsh and its ssh processes, each of which has its own process group."""
     import psutil
 
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -97,6 +114,6 @@ def _kill_with_children(pid: int) -> None:
 async def _read(stream: asyncio.StreamReader, error: bool, on_line: OnLine) -> None:
     async for line in stream:
         host, colon, text = line.decode("utf-8", "replace").rstrip("\n").partition(": ")
-        # pdsh's own words on the exit codes of ssh say less than what came before them
+        # pdsh's own messages on ssh's exit codes add nothing to the lines before them.
         if colon and not host.startswith("pdsh@"):
             on_line(host, text, error)

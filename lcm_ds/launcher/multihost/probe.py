@@ -1,7 +1,7 @@
-"""`python -m lcm_ds.launcher.multihost.probe FILE NUMBER`: what a host finds out about itself, as JSON.
+"""`python -m lcm_ds.launcher.multihost.probe FILE INDEX`: a host's report on itself, as JSON.
 
 The launcher asks all hosts at once through pdsh and judges the answers (see preflight.py). FILE is in RUN/launch/, or
-"-" where there is no run.
+"-" without a run.
 """
 
 from __future__ import annotations
@@ -25,38 +25,43 @@ from lcm_ds.errors import InputError
 from lcm_ds.launcher.multihost import protocol
 
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "numpy", "pydantic", "omegaconf", "safetensors")
-LONGEST_SECONDS = 100  # the launcher waits a little longer
-DISCARD_PORT = 9  # nothing is sent there: the kernel is asked for the way alone
+TIMEOUT_SECONDS = 100  # the launcher waits a little longer
+DISCARD_PORT = 9  # nothing is sent there: the kernel only looks up the route
 
 
 def versions() -> dict[str, str]:
-    """What has to be the same on all hosts: Python, packages, this package with its sources."""
-    found = {"python": platform.python_version(), "lcm-ds": f"{lcm_ds.__version__} ({_digest_of_sources()})"}
+    """What has to be the same on all hosts: Python, packages, and the sources of this package."""
+    versions = {"python": platform.python_version(), "lcm-ds": f"{lcm_ds.__version__} ({_digest_of_sources()})"}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
-def way_to(addresses: Iterable[str]) -> tuple[str, str | None]:
-    """This host's own address on the way to the first of these that is another host's, and its interface."""
-    for address in addresses:
-        family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect((address, DISCARD_PORT))
-            except OSError:
-                continue
-            own = str(probe.getsockname()[0])
-        if own != address and not own.startswith("127."):
+def route_address(peer: str) -> str | None:
+    """This host's own address on the route to another address; None without a route."""
+    family = socket.AF_INET6 if ":" in peer else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((peer, DISCARD_PORT))
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])
+
+
+def address_and_interface(peers: Iterable[str]) -> tuple[str, str | None]:
+    """This host's address on the route to the first peer that is another host, and the network interface."""
+    for peer in peers:
+        own = route_address(peer)
+        if own is not None and own != peer and not own.startswith("127."):
             return own, _interface_of(own)
     return "127.0.0.1", None
 
 
 def devices() -> tuple[str, int | None]:
-    """The kind of this host's devices and how many it has; a CPU takes as many ranks as one likes."""
+    """The kind of this host's devices and their number; None for a CPU, which takes any number of ranks."""
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator()
@@ -69,7 +74,7 @@ def port_is_free(port: int) -> bool:
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            # Not `listen`: two hosts that are two names of one machine would find each other there.
+            # No `listen`: two hosts that are two names of one machine would block each other.
             listener.bind(("", port))
         except OSError:
             return False
@@ -79,8 +84,8 @@ def port_is_free(port: int) -> bool:
 def _interface_of(address: str) -> str | None:
     import psutil
 
-    for name, there in psutil.net_if_addrs().items():
-        if any(one.address.partition("%")[0] == address for one in there):
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in entries):
             return name
     return None
 
@@ -93,33 +98,32 @@ def _digest_of_sources() -> str:
 
 
 def _check_config(path: str, accelerated: bool) -> dict[str, Any]:
-    """The run's datasets as this host reads them, and whether its device can do what the config asks for."""
+    """The fingerprints of the run's datasets on this host. Raises InputError."""
     from lcm_ds import deepspeed_config
     from lcm_ds.train.job_builder import build_job
 
-    job = build_job(path, (), 1)  # the number of ranks is the launcher's business
+    job = build_job(path, (), 1)  # the launcher has checked the number of ranks
     if accelerated:
         deepspeed_config.check_device(job.ds, path)
     return {"fingerprint": job.fingerprint, "validation": job.validation.fingerprint if job.validation else None}
 
 
-def _connect(questions: dict[str, Any], number: int) -> None:
-    protocol.connect(
-        protocol.launcher_addresses(questions["launcher"]), questions["port"], questions["token"], number
-    ).close()
+def _connect(questions: dict[str, Any], index: int) -> None:
+    addresses = protocol.addresses_to_try(questions["launcher"])
+    protocol.connect(addresses, questions["port"], questions["token"], index).close()
 
 
-def probe(path: str, number: int) -> dict[str, Any]:
-    """Everything about this host; what cannot be found out is among its `problems`."""
-    report: dict[str, Any] = {"number": number, "versions": versions(), "problems": []}
+def probe(path: str, index: int) -> dict[str, Any]:
+    """This host's report; its `problems` are the checks that failed."""
+    report: dict[str, Any] = {"number": index, "versions": versions(), "problems": []}
 
-    def attempt(name: str, find: Callable[[], Any], what: str) -> None:
+    def attempt(name: str, check: Callable[[], Any], description: str) -> None:
         try:
-            report[name] = find()
+            report[name] = check()
         except InputError as error:
             report["problems"] += error.errors
         except Exception as error:
-            report["problems"].append(f"{what}: {type(error).__name__}: {error}")
+            report["problems"].append(f"{description}: {type(error).__name__}: {error}")
 
     questions = None
     if path != "-":
@@ -128,17 +132,17 @@ def probe(path: str, number: int) -> dict[str, Any]:
             os.environ.update(questions["environment"])
         except (OSError, ValueError) as error:
             report["problems"].append(
-                f"{path}: cannot be read: {error}; the run folder has to be the same on all hosts, as the same user"
+                f"{path}: cannot be read: {error}; all hosts need the same run folder and the same user"
             )
     attempt("devices", devices, "devices")
     if questions is not None:
-        came_from = os.environ.get("SSH_CONNECTION", "").split()[:1]
-        report["address"], report["interface"] = way_to([*questions["peers"], *came_from])
+        ssh_origin = os.environ.get("SSH_CONNECTION", "").split()[:1]
+        report["address"], report["interface"] = address_and_interface([*questions["peers"], *ssh_origin])
         report["port_is_free"] = port_is_free(questions["master_port"])
-        answer = Path(path).with_name(f"{Path(path).stem}-{number}")
+        answer = Path(path).with_name(f"{Path(path).stem}-{index}")
         attempt("written", lambda: answer.write_text(questions["token"]), f"{answer}: cannot be written")
         attempt("free", lambda: shutil.disk_usage(answer.parent).free, "free disk")
-        attempt("reached", lambda: _connect(questions, number), "no connection to the launcher")
+        attempt("reached", lambda: _connect(questions, index), "no connection to the launcher")
         if questions["config"] is not None:
             accelerated = report.get("devices", ("cpu", None))[0] != "cpu"
             attempt("data", lambda: _check_config(questions["config"], accelerated), questions["config"])
@@ -147,5 +151,5 @@ def probe(path: str, number: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    signal.alarm(LONGEST_SECONDS)  # a file system that hangs
+    signal.alarm(TIMEOUT_SECONDS)  # if a file system hangs
     print(json.dumps(probe(sys.argv[1], int(sys.argv[2]))), flush=True)

@@ -1,7 +1,7 @@
 """The connection between the launcher and each host of a run: lines of JSON over TCP, with heartbeats both ways.
 
-A host opens it with the token of the launcher's file. Whoever hears nothing for `silence` seconds takes the
-other for dead, so a cut link, a dead host and a killed launcher are all noticed at both ends.
+A host opens it with the token from the launcher's file. Each end considers the other dead after `heartbeat_timeout`
+seconds without a line, so both notice a cut link, a dead host and a killed launcher.
 """
 
 from __future__ import annotations
@@ -16,31 +16,28 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 LINE_LIMIT = 1 << 20  # bytes of one message
-ANSWER_SECONDS = 5.0  # for the launcher to say welcome
-BEATS = 5  # heartbeats in the time after which silence means death
+ANSWER_SECONDS = 5.0  # for the launcher to accept a host
+HEARTBEATS_PER_TIMEOUT = 5
 
 Message = dict[str, Any]
 Handler = Callable[[int, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class PeerTimeout(Exception):
-    """The other end has said nothing for too long."""
+    """No heartbeat has come in time."""
 
 
 def write(writer: asyncio.StreamWriter, message: Message) -> None:
-    """Send one message, without waiting for it to be gone; does nothing where the connection is closed."""
+    """Send a message without waiting; does nothing if the connection is closed."""
     if not writer.is_closing():
         writer.write(json.dumps(message).encode() + b"\n")
 
 
-async def read(reader: asyncio.StreamReader, silence: float) -> Message | None:
-    """The next message that is no heartbeat, None where the other end has closed.
-
-    Raises Silent after so many seconds without a sign of life.
-    """
+async def read(reader: asyncio.StreamReader, heartbeat_timeout: float) -> Message | None:
+    """The next message that is not a heartbeat, None if the peer has closed the connection. Raises PeerTimeout."""
     while True:
         try:
-            line = await asyncio.wait_for(reader.readline(), silence)
+            line = await asyncio.wait_for(reader.readline(), heartbeat_timeout)
         except (TimeoutError, asyncio.TimeoutError):
             raise PeerTimeout from None
         except (OSError, ValueError):
@@ -51,17 +48,27 @@ async def read(reader: asyncio.StreamReader, silence: float) -> Message | None:
             return dict(message)
 
 
-async def beat(writer: asyncio.StreamWriter, silence: float) -> None:
-    """Send heartbeats until it is cancelled."""
+async def send_heartbeats(writer: asyncio.StreamWriter, heartbeat_timeout: float) -> None:
+    """Send heartbeats until cancelled."""
     while True:
         write(writer, {})
-        await asyncio.sleep(silence / BEATS)
+        await asyncio.sleep(heartbeat_timeout / HEARTBEATS_PER_TIMEOUT)
 
 
-def connect(addresses: Iterable[str], port: int, token: str, number: int) -> socket.socket:
-    """A host's connection to the launcher, at the first address where it answers.
+def connect(addresses: Iterable[str], port: int, token: str, index: int) -> socket.socket:
+    """Connect a host to the launcher.
 
-    Raises ConnectionError, which says what happened at each.
+    Args:
+        addresses: Of the launcher, tried one after the other.
+        port: The launcher's.
+        token: Of this start.
+        index: The host's, among all hosts.
+
+    Returns:
+        The connection to the first address at which the launcher answers.
+
+    Raises:
+        ConnectionError: no address works; the message has the reason for each.
     """
     failures = []
     for address in dict.fromkeys(addresses):
@@ -71,7 +78,7 @@ def connect(addresses: Iterable[str], port: int, token: str, number: int) -> soc
             failures.append(f"{address} port {port}: {error.strerror or error}")
             continue
         try:
-            connection.sendall(json.dumps({"token": token, "host": number}).encode() + b"\n")
+            connection.sendall(json.dumps({"token": token, "host": index}).encode() + b"\n")
             if connection.recv(1) == b"\n":
                 connection.settimeout(None)
                 return connection
@@ -82,14 +89,13 @@ def connect(addresses: Iterable[str], port: int, token: str, number: int) -> soc
     raise ConnectionError("; ".join(failures) or "no address of the launcher is known")
 
 
-def launcher_addresses(known: Iterable[str]) -> list[str]:
-    """Where this process, on a host, may find the launcher: where ssh came from, then the addresses it says it has."""
-    came_from = os.environ.get("SSH_CONNECTION", "").split()[:1]
-    return [*came_from, *known]
+def addresses_to_try(launcher_addresses: Iterable[str]) -> list[str]:
+    """The launcher's possible addresses as seen from a host: the origin of its ssh connection first."""
+    return [*os.environ.get("SSH_CONNECTION", "").split()[:1], *launcher_addresses]
 
 
-def _any_port() -> socket.socket:
-    """Listens at all addresses of this host, IPv6 and IPv4 where there are both."""
+def _listen_on_free_port() -> socket.socket:
+    """Listen on all addresses of this host, IPv6 and IPv4 if it has both."""
     with contextlib.suppress(OSError):
         if socket.has_dualstack_ipv6():
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
@@ -97,7 +103,7 @@ def _any_port() -> socket.socket:
 
 
 class Listener:
-    """The launcher's end: hands connections with the right token to whoever expects them."""
+    """The launcher's end: passes connections with the right token to a handler."""
 
     def __init__(self) -> None:
         self.port = 0
@@ -106,7 +112,7 @@ class Listener:
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Listener:
-        self._server = await asyncio.start_server(self._accept, sock=_any_port(), limit=LINE_LIMIT)
+        self._server = await asyncio.start_server(self._accept, sock=_listen_on_free_port(), limit=LINE_LIMIT)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -115,7 +121,7 @@ class Listener:
         self._server.close()
 
     def expect(self, token: str, handler: Handler | None = None) -> None:
-        """From now on answer those with this token, and no others. Without a handler the answer is all they get."""
+        """From now on accept only hosts with this token. Without a handler they only get an answer."""
         self._token, self._handler = token, handler
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -127,7 +133,7 @@ class Listener:
             if self._handler is not None:
                 await self._handler(int(hello["host"]), reader, writer)
         except (PeerTimeout, OSError, ValueError, TypeError):
-            pass  # somebody who does not speak this
+            pass  # a client that does not speak this protocol
         finally:
             writer.close()
             with contextlib.suppress(OSError):

@@ -1,235 +1,204 @@
-"""A run on many hosts, from the first preflight to its end: starts, and further starts after failures.
+"""A task on many hosts, from the first preflight to its end, with restarts after failures.
 
-Nothing that another start cannot help is tried again: a mistake (2), a stop on request (75), a run that makes no
-progress. Hosts that fail a preflight after a failure are left out, and come back when they pass one.
+It is not restarted if that cannot help: after invalid input (2), after a stop on request (75), and without progress.
+Hosts that fail a preflight after a failure are left out until they pass one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
+import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lcm_ds.distributed.workers import LONGEST_BACK_OFF_SECONDS, STOPPED
+from lcm_ds.distributed.environment import DEFAULT_PORT
+from lcm_ds.distributed.workers import MAX_BACKOFF_SECONDS
 from lcm_ds.errors import InputError
 from lcm_ds.launcher.multihost.launch_spec import Host, LaunchSpec
 from lcm_ds.launcher.multihost.output import OutputPrinter
-from lcm_ds.launcher.multihost.preflight import HostReport, LaunchRequirements, addresses_of, own_addresses, preflight
-from lcm_ds.launcher.multihost.protocol import BEATS, Listener
-from lcm_ds.launcher.multihost.signals import Stopping
+from lcm_ds.launcher.multihost.preflight import HostReport, addresses_of, own_addresses, preflight
+from lcm_ds.launcher.multihost.protocol import HEARTBEATS_PER_TIMEOUT, Listener
+from lcm_ds.launcher.multihost.signals import StopSignals
 from lcm_ds.launcher.multihost.supervisor import Failure, Supervisor
+from lcm_ds.launcher.schedulers import environment_of_workers
+from lcm_ds.launcher.task import LaunchOptions, LaunchTask
+from lcm_ds.signals import DONE, FAILED, STOPPED, USER_ERROR
 
 
-@dataclass(frozen=True)
-class LaunchOptions:
-    """How a run on many hosts is started and watched. Times are in seconds."""
+def run_on_hosts(
+    task: LaunchTask, config: Path, hosts: Mapping[str, list[int]], hostfile: str | Path, options: LaunchOptions
+) -> int:
+    """Run a task on many hosts.
 
-    max_restarts: int = 0
-    min_hosts: int | None = None  # that a restart needs; None: all
-    back_off: float = 10.0  # before the first restart; twice as long before each further one
-    silence: float = 15.0  # without a sign of life, after which a host is lost
-    grace: float = 30.0  # between SIGTERM and SIGKILL
-    master_addr: str | None = None
-    master_port: int | None = None
-    ssh_port: int | None = None
+    Args:
+        task: What is started.
+        config: Its resolved config, in RUN/launch, which all hosts can read. An absolute path.
+        hosts: The devices of each host.
+        hostfile: Where they come from, for messages.
+        options: How they are watched and restarted.
 
-    def errors(self, hosts: int) -> list[str]:
-        """What is wrong with it, one line each."""
-        lines = []
-        if self.max_restarts < 0:
-            lines.append(f"--max-restarts {self.max_restarts}: has to be 0 or more")
-        if self.min_hosts is not None and not 1 <= self.min_hosts <= hosts:
-            lines.append(f"--min-hosts {self.min_hosts}: has to be from 1 to {hosts}, the number of hosts")
-        for option, value in (("back-off", self.back_off), ("silence", self.silence), ("grace", self.grace)):
-            if value <= 0:
-                lines.append(f"--{option} {value:g}: has to be more than 0 seconds")
-        if self.master_port is not None and not 0 < self.master_port < 2**16:
-            lines.append(f"--master-port {self.master_port}: has to be from 1 to 65535")
-        return lines
+    Returns:
+        The workers' exit code.
 
-    def of_hosts_alone(self, local: bool) -> list[str]:
-        """The options in it that mean nothing without a hostfile; with `local` processes some do all the same."""
-        everywhere = ("master_addr", "master_port", *(("max_restarts", "back_off", "grace") if local else ()))
-        defaults = LaunchOptions()
-        names = [field.name for field in dataclasses.fields(self) if field.name not in everywhere]
-        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(defaults, name)]
-
-
-DEFAULTS = LaunchOptions()
-
-
-@dataclass(frozen=True)
-class Work:
-    """What is started on the hosts."""
-
-    module: str
-    config: Path  # resolved, where every host reads it
-    expected: LaunchRequirements
-    environment: dict[str, str]  # of the workers
-    stop_file: Path | None  # None: they stop on SIGTERM
-    progress: Callable[[], int]  # how far it has come: a number that grows
-    divides: Callable[[int], bool]  # whether so many ranks can share the work
-
-
-def run_on_hosts(work: Work, hosts: Mapping[str, list[int]], origin: str | Path, settings: LaunchOptions) -> int:
-    """Run the work on hosts of `origin`, each with its devices; returns the exit code, the workers' own.
-
-    Raises InputError where a host is not fit for it at the first start.
+    Raises:
+        InputError: a host is unfit before the first start.
     """
-    return asyncio.run(_run(work, hosts, origin, settings))
+    return asyncio.run(_run(task, config, hosts, hostfile, options))
 
 
-async def _run(work: Work, hosts: Mapping[str, list[int]], origin: str | Path, settings: LaunchOptions) -> int:
-    screen = OutputPrinter()
-    stopping = Stopping(work.stop_file, screen)
+async def _run(
+    task: LaunchTask, config: Path, hosts: Mapping[str, list[int]], hostfile: str | Path, options: LaunchOptions
+) -> int:
+    printer = OutputPrinter()
+    signals = StopSignals(task.stop_file, printer)
     try:
         async with Listener() as listener:
-            return await _Run(work, dict(hosts), origin, settings, screen, stopping, listener).to_the_end()
+            return await _Launch(task, config, dict(hosts), hostfile, options, printer, signals, listener).run()
     finally:
-        stopping.close()
-        screen.close()
+        signals.close()
+        printer.close()
 
 
-def share(devices: Sequence[int], divides: Callable[[int], bool], least: int) -> int:
-    """How many of these hosts, from the first on, can share the work: as many as possible, 0 for fewer than `least`.
+def fitting_hosts(devices: Sequence[int], can_share: Callable[[int], bool], min_hosts: int) -> int:
+    """The largest number of hosts, from the first on, whose ranks can share the work.
 
-    With as many devices on each this is the most ranks that there can be.
+    If all hosts have equally many devices, this uses as many ranks as possible.
+
+    Args:
+        devices: The number of devices of each host.
+        can_share: Whether a number of ranks can share the work.
+        min_hosts: The least number of hosts.
+
+    Returns:
+        The number of hosts, 0 if it would be below `min_hosts`.
     """
-    counts = (count for count in range(len(devices), least - 1, -1) if divides(sum(devices[:count])))
+    counts = (count for count in range(len(devices), min_hosts - 1, -1) if can_share(sum(devices[:count])))
     return next(counts, 0)
 
 
 @dataclass
-class _Run:
-    """One call of the launcher."""
+class _Launch:
+    """One call of the launcher: `run_on_hosts` has the arguments."""
 
-    work: Work
+    task: LaunchTask
+    config: Path
     hosts: dict[str, list[int]]
-    origin: str | Path
-    settings: LaunchOptions
-    screen: OutputPrinter
-    stopping: Stopping
+    hostfile: str | Path
+    options: LaunchOptions
+    printer: OutputPrinter
+    signals: StopSignals
     listener: Listener
+    environment: dict[str, str] = field(default_factory=lambda: environment_of_workers(os.environ))
     restarts: int = 0
-    failed_at: int | None = None  # how far the work had come at the last failure
-    last: list[str] = field(default_factory=list)  # what the user sees last
+    failed_at: int | None = None  # the progress at the last failure
+    last: list[str] = field(default_factory=list)  # the lines that the user sees last
 
-    async def to_the_end(self) -> int:
-        """Start after start; returns the exit code."""
-        while not self.stopping.level:
+    async def run(self) -> int:
+        """Start the workers, again after failures; returns the exit code."""
+        while not self.signals.count:
             chosen = await self.preflight()
-            if self.stopping.level:
+            if self.signals.count:
                 break
             if chosen:
                 try:
                     failure = await self.start(chosen)
-                except OSError as error:  # a file server that is away
-                    failure = Failure("the launcher", f"could not start the hosts: {error}", 1)
+                except OSError as error:  # an unreachable file server
+                    failure = Failure("the launcher", f"could not start the hosts: {error}", FAILED)
                 if failure is None or failure.code == STOPPED:
-                    return failure.code if failure else 0
-                self.last = failure.told()
-                if failure.code == 2 or self.stopping.level or not await self.made_progress():
-                    self.tell_last()
+                    return failure.code if failure else DONE
+                self.last = failure.report()
+                if failure.code == USER_ERROR or self.signals.count or not await self.made_progress():
+                    self.print_last()
                     return failure.code
-            if self.restarts >= self.settings.max_restarts:
-                self.tell_last()
-                return 1
+            if self.restarts >= self.options.max_restarts:
+                self.print_last()
+                return FAILED
             self.restarts += 1
             await self.back_off()
         return STOPPED
 
     async def preflight(self) -> list[HostReport]:
-        """The hosts of the next start; none where too few are fit.
+        """Check all hosts; returns those for the next start, none if too few are fit.
 
-        Raises InputError where any host is not fit for the first start.
+        Raises InputError if any host is unfit before the first start.
         """
-        found = await preflight(
-            self.hosts,
-            self.work.expected,
-            self.work.environment,
-            self.listener,
-            self.screen,
-            self.settings.ssh_port,
+        reports = await preflight(
+            self.task, self.config, self.hosts, self.environment, self.options, self.listener, self.printer
         )
-        problems = [f"{self.origin}: {host.name}: {text}" for host in found for text in host.problems]
+        problems = [f"{self.hostfile}: {host.name}: {text}" for host in reports for text in host.problems]
         if problems and not self.restarts:
             raise InputError(problems)
         self.last += problems
-        return self.choose([host for host in found if not host.problems])
+        return self.choose([host for host in reports if not host.problems])
 
     def choose(self, fit: Sequence[HostReport]) -> list[HostReport]:
-        """As many of the fit hosts, in their order, as can share the work; none where they are too few."""
-        least = self.settings.min_hosts or len(self.hosts)
+        """As many of the fit hosts, in their order, as can share the work; none if they are too few."""
+        min_hosts = self.options.min_hosts or len(self.hosts)
         devices = [len(self.hosts[host.name]) for host in fit]
-        count = share(devices, self.work.divides, least)
+        count = fitting_hosts(devices, self.task.can_share, min_hosts)
         if count:
-            if left_out := sorted(self.hosts.keys() - {host.name for host in fit[:count]}):
+            if excluded := sorted(self.hosts.keys() - {host.name for host in fit[:count]}):
                 ranks = sum(devices[:count])
-                self.say(f"goes on with {ranks} rank(s) on {count} host(s), without {', '.join(left_out)}")
+                self.say(f"continuing with {ranks} rank(s) on {count} host(s), without {', '.join(excluded)}")
             return list(fit[:count])
-        fewer = f"{len(fit)} of {len(self.hosts)} hosts are fit: a restart needs {least}"
-        if len(fit) >= least:
-            fewer += ", with a number of ranks that can share the rows of a step"
-        self.last.append(f"lcm-ds launch: {fewer}")
+        problem = f"{len(fit)} of {len(self.hosts)} hosts are fit: a restart needs {min_hosts}"
+        if len(fit) >= min_hosts:
+            problem += ", with a number of ranks that can share the rows of a step"
+        self.last.append(f"lcm-ds launch: {problem}")
         return []
 
     async def start(self, chosen: Sequence[HostReport]) -> Failure | None:
-        """One start on these hosts; returns what ended it, None where all ended well."""
+        """Start the workers on these hosts once; returns what ended them, None if all ended well."""
         hosts, rank = [], 0
-        for found in chosen:
-            devices = self.hosts[found.name]
-            hosts.append(Host(found.name, devices, rank, found.report.get("interface")))
+        for host in chosen:
+            devices = self.hosts[host.name]
+            hosts.append(Host(host.name, devices, rank, host.report.get("interface")))
             rank += len(devices)
-        assert self.work.expected.folder is not None
-        job = LaunchSpec(
+        spec = LaunchSpec(
             token=secrets.token_hex(16),
-            launcher=own_addresses(await asyncio.to_thread(addresses_of, [host.name for host in chosen])),
-            port=self.listener.port,
-            silence=self.settings.silence,
-            grace=self.settings.grace,
-            module=self.work.module,
-            config=str(self.work.config),
-            environment=self.work.environment,
-            master_addr=self.settings.master_addr or chosen[0].address,
-            master_port=self.work.expected.master_port,
+            launcher_addresses=own_addresses(await asyncio.to_thread(addresses_of, [host.name for host in chosen])),
+            launcher_port=self.listener.port,
+            heartbeat_timeout=self.options.silence,
+            grace=self.options.grace,
+            module=self.task.module,
+            config=str(self.config),
+            environment=self.environment,
+            master_addr=self.options.master_addr or chosen[0].address,
+            master_port=self.options.master_port or DEFAULT_PORT,
             hosts=hosts,
         )
-        cluster = Supervisor(job, self.screen)
-        await cluster.run(
-            self.work.expected.folder / "start.json", self.listener, self.stopping, self.settings.ssh_port
-        )
-        return cluster.failure
+        path = self.config.with_name("start.json")
+        return await Supervisor(spec, self.printer).run(path, self.listener, self.signals, self.options.ssh_port)
 
     async def made_progress(self) -> bool:
-        """Whether the work has come further since the last failure, if there was one."""
-        before = self.failed_at
+        """Whether the work has advanced since the previous failure, if there was one."""
+        previous = self.failed_at
         try:
-            self.failed_at = await asyncio.to_thread(self.work.progress)
+            self.failed_at = await asyncio.to_thread(self.task.progress)
         except OSError:
-            return True  # it cannot be told now
-        if before is not None and self.failed_at <= before:
-            self.last.append(f"lcm-ds launch: no progress since the last restart (at {before}): not started again")
+            return True  # unknown for now
+        if previous is not None and self.failed_at <= previous:
+            self.last.append(f"lcm-ds launch: no progress since the last restart (at {previous}): giving up")
             return False
         return True
 
     async def back_off(self) -> None:
-        """Say what failed and wait before the next start."""
-        seconds = min(self.settings.back_off * 2 ** (self.restarts - 1), LONGEST_BACK_OFF_SECONDS)
-        # A host that was lost ends its workers by itself, a heartbeat later than it is noticed here at the latest.
-        seconds = max(seconds, 2 * self.settings.silence / BEATS)
-        self.tell_last()
-        self.say(f"restart {self.restarts} of {self.settings.max_restarts} in {seconds:g} s")
-        await self.stopping.sleep(seconds)
+        """Report the failure and wait before the next start."""
+        seconds = min(self.options.back_off * 2 ** (self.restarts - 1), MAX_BACKOFF_SECONDS)
+        # A host that was lost kills its workers at most one heartbeat after the launcher has noticed.
+        seconds = max(seconds, 2 * self.options.silence / HEARTBEATS_PER_TIMEOUT)
+        self.print_last()
+        self.say(f"restart {self.restarts} of {self.options.max_restarts} in {seconds:g} s")
+        await self.signals.sleep(seconds)
 
-    def tell_last(self) -> None:
+    def print_last(self) -> None:
         """Print what is known of the failure."""
         for line in self.last:
-            self.screen.say(line, error=True)
+            self.printer.say(line, error=True)
         self.last = []
 
     def say(self, text: str) -> None:
-        """Tell the user."""
-        self.screen.say(f"lcm-ds launch: {text}", error=True)
+        """Print a line for the user."""
+        self.printer.say(f"lcm-ds launch: {text}", error=True)

@@ -1,6 +1,6 @@
-"""One start of a run's workers on many hosts: from pdsh to the last of them gone.
+"""One start of a task's workers on many hosts: from pdsh until the last of them has ended.
 
-Promises: one worker that fails, or one host that is lost, ends the workers on all others; it is told which came first.
+Promises: one worker that fails, or one host that is lost, ends all others; the first failure is reported.
 """
 
 from __future__ import annotations
@@ -13,70 +13,81 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lcm_ds.distributed.workers import PATIENCE_SECONDS, STOPPED, describe_exit, exit_code, precedence
+from lcm_ds.distributed.workers import PATIENCE_SECONDS
 from lcm_ds.launcher.multihost import protocol
 from lcm_ds.launcher.multihost.launch_spec import Host, LaunchSpec
 from lcm_ds.launcher.multihost.output import OutputPrinter, StderrTail
-from lcm_ds.launcher.multihost.pdsh import CONNECT_SECONDS, on_hosts
-from lcm_ds.launcher.multihost.signals import Stopping
+from lcm_ds.launcher.multihost.pdsh import CONNECT_SECONDS, run_on_all, short_names
+from lcm_ds.launcher.multihost.signals import StopSignals
+from lcm_ds.signals import DONE, FAILED, STOPPED, describe_exit, exit_code, failure_priority
 
-APPEAR_SECONDS = 60.0  # for Python to start on all hosts, after ssh has connected
-TOGETHER_SECONDS = 0.5  # failures so close are taken for one, and the one that explains most is told
+START_SECONDS = 60.0  # for Python to start on all hosts, after ssh has connected
+SIMULTANEOUS_SECONDS = 0.5  # of failures this close together, the one that explains most is reported
 
 
 @dataclass(frozen=True)
 class Failure:
     """What ended a start."""
 
-    who: str
-    what: str
-    code: int  # of the launcher
-    order: tuple[bool, bool] = (True, False)
+    origin: str  # a host, a rank, or the launcher
+    message: str
+    code: int  # that the launcher exits with
+    priority: tuple[bool, bool] = (True, False)
     log: Path | None = None
-    lines: list[str] = field(default_factory=list)
-    at: float = field(default_factory=time.monotonic)
+    error_lines: list[str] = field(default_factory=list)
+    time: float = field(default_factory=time.monotonic)
 
-    def told(self) -> list[str]:
-        """What the user sees last: what was said, then who said it and where the rest is."""
-        where = "" if self.log is None else f"; its log: {self.log}"
-        return [*self.lines, f"lcm-ds launch: {self.who} {self.what}{where}"]
+    def report(self) -> list[str]:
+        """The lines that the user sees last: the error itself, where it came from, and the log with the rest."""
+        log = "" if self.log is None else f"; its log: {self.log}"
+        return [*self.error_lines, f"lcm-ds launch: {self.origin} {self.message}{log}"]
 
 
 class Supervisor:
-    """The hosts of one start, as the launcher sees them."""
+    """The launcher's view of the hosts of one start."""
 
-    def __init__(self, job: LaunchSpec, screen: OutputPrinter) -> None:
-        self.job, self.screen = job, screen
-        self.writers: dict[int, asyncio.StreamWriter] = {}
-        self.errors: dict[int, StderrTail] = defaultdict(StderrTail)  # of each rank
-        self.said: dict[str, StderrTail] = defaultdict(StderrTail)  # of each host's ssh
+    def __init__(self, spec: LaunchSpec, printer: OutputPrinter) -> None:
+        self.spec, self.printer = spec, printer
+        self.writers: dict[int, asyncio.StreamWriter] = {}  # of connected hosts, by their index
+        self.stderr: dict[int, StderrTail] = defaultdict(StderrTail)  # of each rank
+        self.ssh_stderr: dict[str, StderrTail] = defaultdict(StderrTail)  # of each host
         self.failures: list[Failure] = []
-        self.stopped = False  # by the launcher
-        self.gone: set[int] = set()  # hosts that are done, or lost
+        self.stopped = False  # by a signal to the launcher
+        self.ended: set[int] = set()  # hosts that are done or lost
         self.changed = asyncio.Event()
 
-    async def run(self, path: Path, listener: protocol.Listener, stopping: Stopping, ssh_port: int | None) -> None:
-        """Start the workers and wait until all are gone; `failure` says how it went. path: the job's file."""
-        self.job.write(path)
-        listener.expect(self.job.token, self.serve)
-        stopping.tell = self.send_all
-        names = [host.name for host in self.job.hosts]
-        pdsh = asyncio.create_task(on_hosts(names, "lcm_ds.launcher.multihost.agent", path, self.on_pdsh, ssh_port))
+    async def run(
+        self, path: Path, listener: protocol.Listener, signals: StopSignals, ssh_port: int | None
+    ) -> Failure | None:
+        """Start the workers and wait until all have ended.
+
+        Args:
+            path: The file for the hosts to read, removed at the end.
+            listener: Accepts their connections.
+            signals: To the launcher.
+            ssh_port: Of all hosts; default: ssh's own configuration.
+
+        Returns:
+            The first failure, None if all ended well.
+        """
+        self.spec.write(path)
+        listener.expect(self.spec.token, self.serve)
+        signals.send = self.send_all
+        names = [host.name for host in self.spec.hosts]
+        pdsh = asyncio.create_task(run_on_all(names, "lcm_ds.launcher.multihost.agent", path, self.on_pdsh, ssh_port))
         pdsh.add_done_callback(lambda _: self.changed.set())
         try:
-            await self.appear(pdsh)
-            if stopping.level and not self.failures:
+            await self.await_connections(pdsh)
+            if signals.count and not self.failures:
                 self.fail(Failure("the launcher", "was asked to stop before a worker was started", STOPPED))
-                return  # with the connections the hosts end
-            if self.failures:
-                return
-            self.send_all({"do": "start"})
-            await self.until(lambda: bool(self.failures) or len(self.gone) == len(names))
-            # They end themselves, too: who does not answer by then is cut off.
-            await self.until(lambda: len(self.gone) == len(names), self.longest_end())
-            self.stopped = stopping.level > 0
+            if not self.failures:  # else closing the connections ends the hosts
+                self.send_all({"do": "start"})
+                await self.wait_for(lambda: bool(self.failures) or len(self.ended) == len(names))
+                # The hosts end themselves as well: those that do not answer by then are cut off.
+                await self.wait_for(lambda: len(self.ended) == len(names), self.shutdown_seconds())
+                self.stopped = signals.count > 0
         finally:
-            stopping.tell = None
+            signals.send = None
             listener.expect("")
             for writer in self.writers.values():
                 writer.close()
@@ -84,84 +95,89 @@ class Supervisor:
             with contextlib.suppress(asyncio.CancelledError, OSError):
                 await pdsh
             path.unlink(missing_ok=True)
+        return self.first_failure
 
     @property
-    def failure(self) -> Failure | None:
-        """What came first, None where all ended well. A stop that nobody asked the launcher for explains no failure:
-        ranks that still start end with 75 when they are told to end.
+    def first_failure(self) -> Failure | None:
+        """The failure that came first. A 75 explains nothing unless the launcher was asked to stop: ranks that are
+        still starting exit with it when another failure ends them.
         """
         failures = [failure for failure in self.failures if failure.code != STOPPED]
         if self.stopped or not failures:
             failures = self.failures
-        together = [failure for failure in failures if failure.at < failures[0].at + TOGETHER_SECONDS]
-        return min(together, key=lambda failure: failure.order, default=None)
+        simultaneous = [failure for failure in failures if failure.time < failures[0].time + SIMULTANEOUS_SECONDS]
+        return min(simultaneous, key=lambda failure: failure.priority, default=None)
 
-    def longest_end(self) -> float:
-        """Seconds after the first failure by which every host that is still there has ended."""
+    def shutdown_seconds(self) -> float:
+        """The time after the first failure in which every host that is alive has ended."""
         patience = PATIENCE_SECONDS.get(self.failures[0].code, 0.0) if self.failures else 0.0
-        return patience + self.job.silence + self.job.grace + 10.0
+        return patience + self.spec.heartbeat_timeout + self.spec.grace + 10.0
 
-    async def until(self, done: Callable[[], bool], seconds: float = float("inf")) -> None:
-        """Wait for something to be so, for so long at most."""
-        deadline = time.monotonic() + seconds
-        while not done() and (left := deadline - time.monotonic()) > 0:
+    async def wait_for(self, condition: Callable[[], bool], timeout: float = float("inf")) -> None:
+        """Wait until a condition holds, for `timeout` seconds at most."""
+        deadline = time.monotonic() + timeout
+        while not condition() and (left := deadline - time.monotonic()) > 0:
             self.changed.clear()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.changed.wait(), min(left, 3600.0))
 
-    async def appear(self, pdsh: asyncio.Task[int]) -> None:
+    async def await_connections(self, pdsh: asyncio.Task[int]) -> None:
         """Wait until all hosts have connected; those that do not are failures."""
-        count = len(self.job.hosts)
-        await self.until(lambda: len(self.writers) == count or pdsh.done(), CONNECT_SECONDS + APPEAR_SECONDS)
-        for number, host in enumerate(self.job.hosts):
-            if number not in self.writers:
-                label = host.name.rpartition("@")[2]
-                # pdsh cuts a domain that all hosts have in common
-                lines = self.said[label].first() or self.said[label.partition(".")[0]].first()
-                self.gone.add(number)
-                self.fail(Failure(host.name, "could not be started", 1, lines=lines))
+        count = len(self.spec.hosts)
+        await self.wait_for(lambda: len(self.writers) == count or pdsh.done(), CONNECT_SECONDS + START_SECONDS)
+        for index, host in enumerate(self.spec.hosts):
+            if index not in self.writers:
+                lines = next(filter(None, (self.ssh_stderr[name].first_error() for name in short_names(host.name))), [])
+                self.ended.add(index)
+                self.fail(Failure(host.name, "could not be started", FAILED, error_lines=lines))
 
     # --- one host -----------------------------------------------------------------------------------------------------
 
-    async def serve(self, number: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Listen to a host from its first word to its last."""
-        if number in self.writers or not 0 <= number < len(self.job.hosts) or number in self.gone:
+    async def serve(self, index: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Read a host's messages until its connection ends."""
+        if index in self.writers or not 0 <= index < len(self.spec.hosts) or index in self.ended:
             return
-        self.writers[number] = writer
+        self.writers[index] = writer
         self.changed.set()
-        host, done = self.job.hosts[number], False
-        lost = "is gone: its connection is closed"
-        beating = asyncio.create_task(protocol.beat(writer, self.job.silence))
+        host, done = self.spec.hosts[index], False
+        loss = "is gone: its connection is closed"
+        heartbeat = asyncio.create_task(protocol.send_heartbeats(writer, self.spec.heartbeat_timeout))
         try:
-            while not done and (message := await protocol.read(reader, self.job.silence)):
+            while not done and (message := await protocol.read(reader, self.spec.heartbeat_timeout)):
                 done = self.on_message(host, message)
         except protocol.PeerTimeout:
-            lost = f"is lost: no sign of life for {self.job.silence:g} s"
+            loss = f"is lost: no heartbeat for {self.spec.heartbeat_timeout:g} s"
         finally:
-            beating.cancel()
-            self.gone.add(number)
+            heartbeat.cancel()
+            self.ended.add(index)
             if not done:
-                self.fail(Failure(host.name, lost, 1))
+                self.fail(Failure(host.name, loss, FAILED))
             self.changed.set()
 
     def on_message(self, host: Host, message: protocol.Message) -> bool:
-        """Take in what a host says; returns whether it was its last word."""
+        """Handle a host's message; returns whether it was its last one."""
         match message:
             case {"rank": int(rank), "line": str(line), "error": bool(error)}:
                 if error:
-                    self.errors[rank].add(line)
-                self.screen.say(f"{host.name} rank {rank}: {line}", error)
-            case {"rank": int(rank), "ended": int(code)} if code != 0:
-                who, log = f"{host.name} rank {rank}", self.job.log(rank)
+                    self.stderr[rank].add(line)
+                self.printer.say(f"{host.name} rank {rank}: {line}", error)
+            case {"rank": int(rank), "ended": int(code)} if code != DONE:
                 self.fail(
-                    Failure(who, describe_exit(code), exit_code(code), precedence(code), log, self.errors[rank].first())
+                    Failure(
+                        f"{host.name} rank {rank}",
+                        describe_exit(code),
+                        exit_code(code),
+                        failure_priority(code),
+                        self.spec.log(rank),
+                        self.stderr[rank].first_error(),
+                    )
                 )
         return message == {"done": True}
 
     def on_pdsh(self, host: str, text: str, error: bool) -> None:
-        """What ssh says, or Python before it is connected."""
-        self.said[host].add(text)
-        self.screen.say(f"{host}: {text}", error)
+        """Print a line of ssh, or of Python before it has connected."""
+        self.ssh_stderr[host].add(text)
+        self.printer.say(f"{host}: {text}", error)
 
     # --- all hosts ----------------------------------------------------------------------------------------------------
 
@@ -169,11 +185,11 @@ class Supervisor:
         """Note a failure; the first one ends all workers."""
         self.failures.append(failure)
         if len(self.failures) == 1:
-            patience = min(self.job.grace, PATIENCE_SECONDS.get(failure.code, 0.0))
+            patience = min(self.spec.grace, PATIENCE_SECONDS.get(failure.code, 0.0))
             self.send_all({"do": "end", "after": patience})
         self.changed.set()
 
     def send_all(self, message: protocol.Message) -> None:
-        """Tell every host that is there."""
-        for number in self.writers.keys() - self.gone:
-            protocol.write(self.writers[number], message)
+        """Send a message to every connected host."""
+        for index in self.writers.keys() - self.ended:
+            protocol.write(self.writers[index], message)

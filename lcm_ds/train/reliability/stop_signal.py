@@ -1,4 +1,4 @@
-"""Requests to stop: a signal to any process of any rank, or the file RUN/STOP."""
+"""Requests to stop a rank: a signal, or the file RUN/STOP."""
 
 from __future__ import annotations
 
@@ -7,54 +7,52 @@ import signal
 import sys
 from pathlib import Path
 from threading import Thread
-from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-STOPPED = 75
+from lcm_ds.signals import STOP_SIGNALS, STOPPED, on_stop_signal
 
 
 class StopRequest:
     """Remembers that this process was asked to stop; the ranks agree on it at the next step (see loop.py).
 
-    Until `steps_begin` there is nothing to save, and a signal ends the process at once, whatever it waits for, with
-    exit code 75. Later a second SIGINT ends it.
+    Until `steps_begin` there is nothing to save: a signal ends the process at once, whatever it waits for, with exit
+    code 75. After that a second SIGINT ends it.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self._starting = True
         self._file: Path | None = None
-        self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        # Python's handlers run when the main thread comes back from what it waits for; this is told at once.
-        self._told, told = os.pipe()
-        os.set_blocking(told, False)
-        self._tells = signal.set_wakeup_fd(told, warn_on_full_buffer=False), told
+        self._restore_handlers = on_stop_signal(self._on_signal)
+        # Python runs its handlers once the main thread returns from C code; the wake-up pipe is written at once.
+        self._pipe, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        self._previous_wakeup, self._wakeup = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False), wakeup
         self._thread = Thread(target=self._listen, name="lcm-ds-stop", daemon=True)
         self._thread.start()
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int) -> None:
         if number == signal.SIGINT and self.reason == "SIGINT":
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
         self.reason = signal.Signals(number).name
 
     def _listen(self) -> None:
-        while numbers := os.read(self._told, 16):
-            if self._starting and set(numbers) & set(SIGNALS):
+        while numbers := os.read(self._pipe, 16):
+            if self._starting and set(numbers) & set(STOP_SIGNALS):
                 sys.stdout.flush()
                 os._exit(STOPPED)
 
     def steps_begin(self) -> None:
-        """From now on a request is answered by all ranks together."""
+        """From now on all ranks answer a request together."""
         self._starting = False
 
     def watch(self, file: Path) -> None:
-        """Take the file for a request, from now on; one that is there is left over and goes."""
+        """From now on treat the file as a request; one that exists already is a leftover and is removed."""
         self._file = file
         self.clear()
 
     def clear(self) -> None:
-        """Take the file away."""
+        """Remove the file."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
 
@@ -65,11 +63,9 @@ class StopRequest:
         return self.reason is not None
 
     def close(self) -> None:
-        """Put the process's former signal handlers back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        before, told = self._tells
-        signal.set_wakeup_fd(before)
-        os.close(told)
+        """Restore the previous signal handlers."""
+        self._restore_handlers()
+        signal.set_wakeup_fd(self._previous_wakeup)
+        os.close(self._wakeup)
         self._thread.join()
-        os.close(self._told)
+        os.close(self._pipe)

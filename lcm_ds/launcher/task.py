@@ -1,0 +1,150 @@
+"""What a launch starts, and how: the task is the same on this host and on many; the options are the command line's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lcm_ds.config import PrepareConfig, TrainConfig, load, read_yaml
+from lcm_ds.errors import Collector, InputError
+
+if TYPE_CHECKING:
+    from lcm_ds.train.job import TrainJob
+
+
+@dataclass(frozen=True)
+class LaunchOptions:
+    """How workers are started and watched, by the options of the command line. Times are in seconds."""
+
+    max_restarts: int = 0
+    min_hosts: int | None = None  # for a restart; None: all
+    back_off: float = 10.0  # before the first restart; doubled before each further one
+    silence: float = 15.0  # without a heartbeat, after which a host is lost
+    grace: float = 30.0  # between SIGTERM and SIGKILL
+    master_addr: str | None = None
+    master_port: int | None = None
+    ssh_port: int | None = None
+
+    def errors(self, hosts: int) -> list[str]:
+        """What is wrong with them, one line each."""
+        errors = []
+        if self.max_restarts < 0:
+            errors.append(f"--max-restarts {self.max_restarts}: has to be 0 or more")
+        if self.min_hosts is not None and not 1 <= self.min_hosts <= hosts:
+            errors.append(f"--min-hosts {self.min_hosts}: has to be from 1 to {hosts}, the number of hosts")
+        for option, value in (("back-off", self.back_off), ("silence", self.silence), ("grace", self.grace)):
+            if value <= 0:
+                errors.append(f"--{option} {value:g}: has to be more than 0 seconds")
+        if self.master_port is not None and not 0 < self.master_port < 2**16:
+            errors.append(f"--master-port {self.master_port}: has to be from 1 to 65535")
+        return errors
+
+    def hostfile_only(self, local: bool) -> list[str]:
+        """The options given that need a hostfile; some of them also work with `local` processes."""
+        general = ("master_addr", "master_port", *(("max_restarts", "back_off", "grace") if local else ()))
+        names = [field.name for field in dataclasses.fields(self) if field.name not in general]
+        return [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) != getattr(DEFAULTS, name)]
+
+
+DEFAULTS = LaunchOptions()
+
+
+@dataclass(frozen=True)
+class LaunchTask:
+    """A run, a preparation, or the bandwidth measurement of `lcm-ds doctor`."""
+
+    module: str  # of a worker: python -m MODULE CONFIG
+    config: TrainConfig | PrepareConfig | None = None
+    folder: Path | None = None  # RUN or OUT
+    stop_file: Path | None = None  # that the workers obey; None: they stop on SIGTERM
+    data: dict[str, Any] = field(default_factory=dict)  # fingerprints of a run's datasets, compared on all hosts
+    checkpoint_bytes: float = 0.0
+    progress: Callable[[], int] = lambda: 0  # a number that grows as the work advances
+    can_share: Callable[[int], bool] = lambda ranks: True  # whether this number of ranks can share the work
+    check_local: Callable[[int], None] = lambda ranks: None  # raises InputError if this host has too few devices
+    missing: Callable[[], str | None] = lambda: None  # what is missing although all workers ended well
+
+
+def load_task(config_path: str | Path, overrides: Sequence[str], world_size: int) -> LaunchTask:
+    """The task of a config, checked as far as possible before its workers start. Raises InputError."""
+    if "source" in read_yaml(config_path, overrides):
+        return preparation_task(load(PrepareConfig, config_path, overrides))
+    from lcm_ds.train.job_builder import build_job
+
+    return run_task(build_job(config_path, overrides, world_size))
+
+
+def preparation_task(config: PrepareConfig) -> LaunchTask:
+    """Preparing a dataset."""
+    out = Path(config.output)
+
+    def check_local(ranks: int) -> None:
+        import torch
+
+        devices = torch.cuda.device_count()
+        if config.encoder.device is None and 0 < devices < ranks:
+            raise InputError(f"--local {ranks}: this host has {devices} CUDA devices")
+
+    def missing() -> str | None:
+        return None if (out / "train" / "dataset.json").exists() else f"{out}/train is not finished"
+
+    def units() -> int:
+        path = out / "units.jsonl"
+        return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+    return LaunchTask("lcm_ds.prepare", config, out, progress=units, check_local=check_local, missing=missing)
+
+
+def run_task(job: TrainJob) -> LaunchTask:
+    """Training."""
+    rows, micro_batch = job.config.batch.rows_per_step, job.config.batch.micro_batch_rows
+
+    def last_step() -> int:
+        from lcm_ds.checkpoint.format import list_checkpoints
+
+        return max((checkpoint.step for checkpoint in list_checkpoints(job.run_dir)), default=0)
+
+    def missing() -> str | None:
+        step = last_step()
+        return None if step >= job.total_steps else f"{job.run_dir} is at step {step} of {job.total_steps}"
+
+    return LaunchTask(
+        module="lcm_ds.train",
+        config=job.config,
+        folder=job.run_dir,
+        stop_file=job.run_dir / "STOP",
+        data={"fingerprint": job.fingerprint, "validation": job.validation.fingerprint if job.validation else None},
+        checkpoint_bytes=checkpoint_bytes(job),
+        progress=last_step,
+        can_share=lambda ranks: rows % (micro_batch * ranks) == 0,
+        check_local=lambda ranks: _check_devices(job, ranks),
+        missing=missing,
+    )
+
+
+def checkpoint_bytes(job: TrainJob) -> float:
+    """The approximate size of a checkpoint: parameters in the model's dtype, fp32 master weights and two moments."""
+    from lcm_ds import deepspeed_config
+    from lcm_ds.train.memory import count_parameters
+
+    return count_parameters(job.model) * (14 if deepspeed_config.precision(job.ds) != "float32" else 16)
+
+
+def _check_devices(job: TrainJob, ranks: int) -> None:
+    """Raise InputError if this host has fewer devices than ranks, or they lack the run's precision."""
+    from deepspeed.accelerator import get_accelerator
+
+    from lcm_ds import deepspeed_config
+
+    errors = Collector()
+    with errors:
+        deepspeed_config.check_device(
+            job.ds, job.config.deepspeed if isinstance(job.config.deepspeed, str) else "deepspeed"
+        )
+    device = get_accelerator()
+    if device.device_name() != "cpu" and ranks > device.device_count():
+        errors.errors.append(f"--local {ranks}: this host has {device.device_count()} {device.device_name()} devices")
+    errors.raise_if_any()
