@@ -35,7 +35,7 @@ from lcm_ds.data.tools.index import index
 from lcm_ds.data.writer import Document, copy_shard, write_shard
 from lcm_ds.errors import InputError
 from lcm_ds.prepare.deduplicate import drop_duplicates, write_ids
-from lcm_ds.prepare.state import Unit, add_unit
+from lcm_ds.prepare.state import UnitResult, add_unit
 
 PARTS = [(3, 2), (1, 4), (2, 3), (6, 1), (2, 2), (5, 5)]  # concepts of each document's source and target
 
@@ -205,7 +205,7 @@ def test_lists_follow_where_a_document_is_a_duplicate(make: Callable[..., Datase
     for unit in range(2):  # the second has all the documents of the first, and one more
         shard, others = open_shard(dataset, 0), [0] if unit == 0 else [2, 0]
         commit(tmp_path / "train", copy_shard(shard, others, tmp_path / "train", f"{unit:08d}.tar"))
-        units.append(Unit(unit, len(others), {"train": len(others), "validation": 0}))
+        units.append(UnitResult(unit, len(others), {"train": len(others), "validation": 0}))
         write_ids(tmp_path, unit, [f"text-{i}" for i in others])
         add_unit(tmp_path, units[-1])
     drop_duplicates(tmp_path, units, supervised=True)
