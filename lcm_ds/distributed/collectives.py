@@ -34,7 +34,7 @@ class Ranks:
     """
 
     def __init__(self, env: DistEnv | None = None) -> None:
-        self.env = env or DistEnv(0, 1, 0, 1, "127.0.0.1", 0)
+        self.env = env or DistEnv.local(0, 1, 0)
         self.rank, self.size = self.env.rank, self.env.world_size
         if torch.cuda.is_available():
             # Under srun --gpus-per-task=1 each process sees one device, whatever its local rank.

@@ -32,6 +32,11 @@ class DistEnv:
     master_addr: str
     master_port: int
 
+    @classmethod
+    def local(cls, rank: int, world_size: int, port: int) -> DistEnv:
+        """One of the processes of a run on this host."""
+        return cls(rank, world_size, rank, world_size, "127.0.0.1", port)
+
     def environment(self) -> dict[str, str]:
         """The variables that torch.distributed and DeepSpeed read."""
         return {
@@ -63,7 +68,7 @@ def detect_environment(environ: Mapping[str, str]) -> DistEnv:
     else:
         variables = scheduler
     if env is None:
-        return DistEnv(0, 1, 0, 1, "127.0.0.1", free_port())
+        return DistEnv.local(0, 1, free_port())
     _check_ranges(env, variables.errors)
     if variables.errors:
         raise InputError(variables.errors)

@@ -72,7 +72,7 @@ def run_local(
     restore_handlers = on_stop_signal(received.append)
     try:
         for rank in range(processes):
-            workers.start(command, environ, DistEnv(rank, processes, rank, processes, "127.0.0.1", port), output)
+            workers.start(command, environ, DistEnv.local(rank, processes, port), output)
         while not workers.all_exited:
             for number in received[forwarded:]:
                 workers.send_signal(number)

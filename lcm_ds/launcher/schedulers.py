@@ -22,21 +22,7 @@ from lcm_ds.processes import set_parent_death_signal
 from lcm_ds.signals import STOPPED, TOUCH_SECONDS, StopFile, exit_code, on_stop_signal
 
 # Variables that change what a worker does, by prefix and by name; and those that are valid only on this host.
-FORWARDED_PREFIXES = (
-    "PYTHON",
-    "NCCL_",
-    "GLOO_",
-    "TORCH_",
-    "PYTORCH_",
-    "TRITON_",
-    "CUDA_",
-    "UCX_",
-    "HF_",
-    "DS_",
-    "OMP_",
-    "MKL_",
-    "TOKENIZERS_",
-)
+FORWARDED_PREFIXES = re.compile("PYTHON|NCCL_|GLOO_|TORCH_|PYTORCH_|TRITON_|CUDA_|UCX_|HF_|DS_|OMP_|MKL_|TOKENIZERS_")
 FORWARDED_NAMES = ("PATH", "LD_LIBRARY_PATH", "http_proxy", "https_proxy", "all_proxy", "no_proxy")
 NOT_FORWARDED = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
 # Not to be written to a file or put on mpirun's command line unless the user asks for it.
@@ -47,7 +33,7 @@ def forwarded_variables(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that are sent to other hosts: no secrets, and no proxies that contain a password."""
     chosen = {}
     for name, value in sorted(environ.items()):
-        wanted = name.startswith(FORWARDED_PREFIXES) or name in FORWARDED_NAMES or name.lower() in FORWARDED_NAMES
+        wanted = FORWARDED_PREFIXES.match(name) or name in FORWARDED_NAMES or name.lower() in FORWARDED_NAMES
         secret = SECRET.search(name) or (name.lower().endswith("_proxy") and "@" in value)
         if wanted and not secret and name not in NOT_FORWARDED and "\n" not in value:
             chosen[name] = value

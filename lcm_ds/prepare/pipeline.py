@@ -121,7 +121,7 @@ class _RankZero:
         self._workers = Workers(grace=_EXIT_SECONDS / 2, patience=_EXIT_SECONDS)  # the ranks that this process starts
         self._launched = env.world_size > 1
         if not self._launched and encoder is None and (processes := _processes(config)) > 1:
-            self.env = DistEnv(0, processes, 0, processes, "127.0.0.1", free_port())
+            self.env = DistEnv.local(0, processes, free_port())
 
     def prepare(self) -> None:
         """Prepare the dataset, unless it is finished."""
@@ -305,9 +305,9 @@ class _RankZero:
         """Start the other ranks, unless a launcher has."""
         if self._launched:
             return
-        size, command = self.env.world_size, [sys.executable, "-m", "lcm_ds.prepare", "-"]
-        for rank in range(1, size):
-            env = DistEnv(rank, size, rank, size, self.env.master_addr, self.env.master_port)
+        command = [sys.executable, "-m", "lcm_ds.prepare", "-"]
+        for rank in range(1, self.env.world_size):
+            env = DistEnv.local(rank, self.env.world_size, self.env.master_port)
             self._workers.start(command, os.environ, env, stdin=dump(self.config).encode())
 
     def _check_workers(self) -> None:

@@ -91,9 +91,9 @@ def test_a_rank_that_never_comes_is_named(purpose, join, impatient: None, caplog
             TransientError, match=r"rank 1 of 3 did not come in .* minutes; .*unset RANK and WORLD_SIZE"
         ):
             join(first)
-        with pytest.raises(TransientError) as told:
+        with pytest.raises(TransientError) as caught:
             other.result()
-    assert told.value.errors == []  # rank 0 says it
+    assert caught.value.errors == []  # rank 0 reports it
     assert any(line.startswith("waiting for rank 1 of 3, ") for line in caplog.messages)
 
 

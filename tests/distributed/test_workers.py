@@ -15,9 +15,9 @@ from runs import ROOT, SUPPORT
 from lcm_ds.distributed.workers import run_with_restarts
 
 
-def start(what, folder, processes=2, grace=5.0, **environment):
-    """A launcher, in a process of its own, over workers that do `what` (see toy_worker.py)."""
-    worker = [sys.executable, "-m", "toy_worker", what, str(folder)]
+def start(deeds, folder, processes=2, grace=5.0, **environment):
+    """A launcher, in a process of its own, over workers that do `deeds` (see toy_worker.py)."""
+    worker = [sys.executable, "-m", "toy_worker", deeds, str(folder)]
     script = "import sys; from lcm_ds.distributed.workers import run_local; " + (
         f"sys.exit(run_local({worker!r}, {processes}, grace={grace}))"
     )
@@ -29,7 +29,7 @@ def start(what, folder, processes=2, grace=5.0, **environment):
 
 
 def workers(folder, processes=2):
-    """What each rank has said of itself, once all have."""
+    """The state that each rank has written, once all have."""
     deadline = time.monotonic() + patience(30)
     while not all((folder / str(rank)).exists() for rank in range(processes)):
         assert time.monotonic() < deadline, "the workers did not start"
@@ -69,22 +69,22 @@ def test_every_worker_is_told_its_place_and_its_output_passes_through(tmp_path):
     assert "rank 1 of 2 says goodbye" in out
 
 
-@pytest.mark.parametrize(("said", "threads"), [(None, max(1, len(os.sched_getaffinity(0)) // 2)), ("7", 7)])
-def test_cores_are_shared_out_where_nobody_said_how_many_threads(tmp_path, said, threads):
-    launcher = start("0=exit:0,1=exit:0", tmp_path, OMP_NUM_THREADS=said)
+@pytest.mark.parametrize(("variable", "threads"), [(None, max(1, len(os.sched_getaffinity(0)) // 2)), ("7", 7)])
+def test_cores_are_divided_unless_the_user_sets_the_number_of_threads(tmp_path, variable, threads):
+    launcher = start("0=exit:0,1=exit:0", tmp_path, OMP_NUM_THREADS=variable)
     assert launcher.wait(timeout=patience(60)) == 0
     assert {worker["threads"] for worker in workers(tmp_path)} == {str(threads)}
 
 
 @pytest.mark.parametrize(
-    ("what", "code"), [("1=exit:1", 1), ("1=exit:2", 2), ("0=exit:75,1=exit:75", 75), ("1=exit:9", 1), ("1=kill", 1)]
+    ("deeds", "code"), [("1=exit:1", 1), ("1=exit:2", 2), ("0=exit:75,1=exit:75", 75), ("1=exit:9", 1), ("1=kill", 1)]
 )
-def test_the_launcher_ends_with_the_code_of_the_worker_that_failed_first(tmp_path, what, code):
-    launcher = start(what, tmp_path, grace=2.0)
+def test_the_launcher_ends_with_the_code_of_the_worker_that_failed_first(tmp_path, deeds, code):
+    launcher = start(deeds, tmp_path, grace=2.0)
     _, err = launcher.communicate(timeout=patience(60))
     assert launcher.returncode == code, err
     assert not any(is_running(pid) for pid in pids(tmp_path))
-    if what == "1=kill":
+    if deeds == "1=kill":
         assert "rank 1" in err
         assert "SIGKILL" in err
     assert "Traceback" not in err
@@ -152,8 +152,8 @@ def test_a_run_that_fails_is_started_again_as_long_as_that_helps(codes, came_to,
 
 @pytest.mark.parametrize("when", ["while it runs", "between two starts"])
 def test_a_run_that_was_asked_to_stop_is_not_started_again(tmp_path, when):
-    what = "0=stop,1=exit:1" if when == "between two starts" else "0=deaf,1=stop"
-    worker = [sys.executable, "-m", "toy_worker", what, str(tmp_path)]
+    deeds = "0=stop,1=exit:1" if when == "between two starts" else "0=deaf,1=stop"
+    worker = [sys.executable, "-m", "toy_worker", deeds, str(tmp_path)]
     script = f"""
 import sys
 from lcm_ds.distributed.workers import run_with_restarts, run_local
@@ -164,8 +164,8 @@ sys.exit(run_with_restarts(run, lambda: 1, max_restarts=3, backoff=60))
     launcher = subprocess.Popen([sys.executable, "-c", script], env=env, stderr=subprocess.PIPE, text=True)
     workers(tmp_path)
     if when == "between two starts":
-        said = launcher.stderr.readline() + launcher.stderr.readline()
-        assert "restart 1 of 3 in 60 s" in said
+        lines = launcher.stderr.readline() + launcher.stderr.readline()
+        assert "restart 1 of 3 in 60 s" in lines
     launcher.send_signal(signal.SIGTERM)
     _, err = launcher.communicate(timeout=patience(20))
     assert launcher.returncode == 75, err

@@ -1,4 +1,4 @@
-"""`lcm-ds doctor` without arguments: what a machine lacks is a row that says what to do, never a traceback."""
+"""`lcm-ds doctor` without arguments: what a machine lacks is a row with advice, never a traceback."""
 
 import json
 import os
@@ -76,22 +76,22 @@ def test_where_torch_or_deepspeed_is_broken_the_table_comes_all_the_same_and_end
 
 def test_without_a_compiler_what_has_to_be_compiled_says_what_to_install(tmp_path):
     done = run("lcm_ds.doctor.kernels", PATH=str(tmp_path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
-    found = rows(machine.Finding(*json.loads(line)) for line in done.stdout.splitlines())
-    assert found["accelerator"].status == OK
-    assert found["torch.compile"].status == WARN
-    assert found["DeepSpeed CPUAdam"].status == WARN
-    assert found["DeepSpeed CPUAdam"].advice.startswith("install g++, ninja")
+    findings = rows(machine.Finding(*json.loads(line)) for line in done.stdout.splitlines())
+    assert findings["accelerator"].status == OK
+    assert findings["torch.compile"].status == WARN
+    assert findings["DeepSpeed CPUAdam"].status == WARN
+    assert findings["DeepSpeed CPUAdam"].advice.startswith("install g++, ninja")
 
 
 @pytest.mark.parametrize(
-    ("ends", "told"),
+    ("ends", "expected"),
     [
         ("import os; os.kill(os.getpid(), 11)", "exit code -11 after one"),
         ("import time; time.sleep(60)", "no answer in 1 s after one"),
         ("raise SystemExit('a driver')", "exit code 1 after one: a driver"),
     ],
 )
-def test_a_kernel_that_crashes_or_hangs_is_a_finding(ends, told, tmp_path, monkeypatch, capsys):
+def test_a_kernel_that_crashes_or_hangs_is_a_finding(ends, expected, tmp_path, monkeypatch, capsys):
     says = 'import json; print(json.dumps(["one", "ok", "x", ""]), flush=True)'
     (tmp_path / "kernels_that_fail.py").write_text(f"{says}\n{ends}\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -101,7 +101,7 @@ def test_a_kernel_that_crashes_or_hangs_is_a_finding(ends, told, tmp_path, monke
     monkeypatch.setenv("COLUMNS", "200")
     assert machine.examine() == 2
     out = capsys.readouterr().out
-    assert told in out
+    assert expected in out
     assert out.splitlines()[-1] == "no run can start here: see kernels"
 
 
@@ -111,13 +111,13 @@ def test_a_kernel_that_crashes_or_hangs_is_a_finding(ends, told, tmp_path, monke
 def test_versions_are_held_against_what_the_package_asks_for(monkeypatch):
     asked = ["numpy>=1", "torch<1", "no-such-package>=1", "pytest>=1; extra == 'a'", "no-such; extra == 'b'"]
     monkeypatch.setattr(machine.importlib.metadata, "requires", lambda name: asked)
-    found = rows([*machine.software(), *machine.extras()])
-    assert found["numpy"].status == OK
-    assert found["torch"].status == WARN
-    assert found["torch"].value.endswith("made for <1")
-    assert found["no-such-package"][1:] == (MISSING, "not installed", "pip install 'no-such-package>=1'")
-    assert found["lcm-ds[a]"].status == OK
-    assert found["lcm-ds[b]"][1:3] == (NONE, "no-such not installed")
+    findings = rows([*machine.software(), *machine.extras()])
+    assert findings["numpy"].status == OK
+    assert findings["torch"].status == WARN
+    assert findings["torch"].value.endswith("made for <1")
+    assert findings["no-such-package"][1:] == (MISSING, "not installed", "pip install 'no-such-package>=1'")
+    assert findings["lcm-ds[a]"].status == OK
+    assert findings["lcm-ds[b]"][1:3] == (NONE, "no-such not installed")
 
 
 def test_a_container_s_memory_counts(tmp_path, monkeypatch):
@@ -165,14 +165,14 @@ def test_the_hub_is_reached_if_it_answers_whatever_it_says(answering, closed, mo
     monkeypatch.setattr(hub, "ENDPOINT", answering)
     assert rows(machine.models())["hub"].status == OK
     monkeypatch.setattr(hub, "ENDPOINT", closed)
-    found = rows(machine.models())["hub"]
-    assert found.status == WARN
-    assert found.value == f"{closed}: [Errno 111] Connection refused"
-    assert "HF_ENDPOINT" in found.advice
+    finding = rows(machine.models())["hub"]
+    assert finding.status == WARN
+    assert finding.value == f"{closed}: [Errno 111] Connection refused"
+    assert "HF_ENDPOINT" in finding.advice
 
 
 def test_few_open_files_are_told(monkeypatch):
     monkeypatch.setattr(machine, "LEAST_FILES", resource.getrlimit(resource.RLIMIT_NOFILE)[1] + 1)
-    found = rows(machine.limits())["open files"]
-    assert found.status == WARN
-    assert "nofile" in found.advice
+    finding = rows(machine.limits())["open files"]
+    assert finding.status == WARN
+    assert "nofile" in finding.advice

@@ -8,11 +8,11 @@ from lcm_ds.launcher.multihost.launch_spec import Host, LaunchSpec
 
 @pytest.fixture
 def make_job(tmp_path):
-    """A start of workers on two hosts; keyword arguments replace what is said of it."""
+    """A start of workers on two hosts; keyword arguments replace fields."""
 
     def make(**changes):
         hosts = [Host("worker-0", [0, 1], 0, "eth0"), Host("worker-1", [2, 3], 2, None)]
-        said = {
+        fields = {
             "token": "t",
             "launcher_addresses": ["10.0.0.1"],
             "launcher_port": 1,
@@ -25,7 +25,7 @@ def make_job(tmp_path):
             "master_port": 29500,
             "hosts": hosts,
         }
-        return LaunchSpec(**{**said, **changes})
+        return LaunchSpec(**{**fields, **changes})
 
     return make
 

@@ -1,4 +1,4 @@
-"""Hostfiles, what is taken of them, and the commands that start workers on other hosts."""
+"""Hostfiles, selections of their devices, and the commands that start workers on other hosts."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_this_host_is_known_by_its_names_and_addresses():
     assert not is_this_host("no-such-host.invalid")
 
 
-# --- what travels -----------------------------------------------------------------------------------------------------
+# --- variables --------------------------------------------------------------------------------------------------------
 
 
 def test_variables_that_matter_travel_and_secrets_stay():
@@ -95,20 +95,20 @@ def test_the_users_own_deepspeed_env_goes_along(tmp_path, monkeypatch):
 def test_slurm_has_one_task_for_each_device():
     assert schedulers.slurm_tasks({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "6"}) == 6
     assert schedulers.slurm_tasks({"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8"}) == 16
-    for environ, told in (
+    for environ, expected in (
         ({}, "SLURM_JOB_ID"),
         ({"SLURM_JOB_ID": "1"}, "--ntasks-per-node"),
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_GPUS_ON_NODE": "8"}, "--ntasks-per-node=8"),
     ):
         (line,) = mistakes_of(schedulers.slurm_tasks, environ)
-        assert told in line
+        assert expected in line
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs openmpi-bin")
-@pytest.mark.parametrize(("what", "code"), [("0=exit:0,1=exit:0", 0), ("0=exit:75,1=exit:75", 75), ("1=exit:2", 2)])
-def test_mpirun_starts_workers_and_their_exit_code_comes_back(tmp_path, what, code, monkeypatch):
+@pytest.mark.parametrize(("deeds", "code"), [("0=exit:0,1=exit:0", 0), ("0=exit:75,1=exit:75", 75), ("1=exit:2", 2)])
+def test_mpirun_starts_workers_and_their_exit_code_comes_back(tmp_path, deeds, code, monkeypatch):
     config = tmp_path / "config.yaml"
-    config.write_text(f"{what} {tmp_path}")
+    config.write_text(f"{deeds} {tmp_path}")
     environ = {
         **os.environ,
         "PYTHONPATH": f"{SUPPORT}:{ROOT}",

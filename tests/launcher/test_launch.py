@@ -1,4 +1,4 @@
-"""`lcm-ds launch` and `lcm-ds doctor`: what is wrong is told once, before anything starts."""
+"""`lcm-ds launch` and `lcm-ds doctor`: errors are reported once, before anything starts."""
 
 import os
 import subprocess
@@ -108,8 +108,8 @@ def test_pdsh_has_to_be_installed(config, tmp_path, monkeypatch):
 
 def test_settings_that_cannot_be_are_refused_all_at_once(config, tmp_path):
     (tmp_path / "hostfile").write_text("a slots=1\nb slots=1\n")
-    wrong = LaunchOptions(max_restarts=-1, min_hosts=3, back_off=0, silence=-1, grace=0, master_port=2**16)
-    lines = mistakes_of(config, hostfile=tmp_path / "hostfile", options=wrong)
+    options = LaunchOptions(max_restarts=-1, min_hosts=3, back_off=0, silence=-1, grace=0, master_port=2**16)
+    lines = mistakes_of(config, hostfile=tmp_path / "hostfile", options=options)
     options = ("--max-restarts", "--min-hosts", "--back-off", "--silence", "--grace", "--master-port")
     assert [line.split()[0] for line in lines] == list(options)
 
@@ -127,8 +127,8 @@ def test_options_for_hosts_are_refused_where_there_are_none(config):
 def test_doctor_prints_the_machine_and_what_a_run_needs(config, capsys):
     assert doctor(config) == 0
     out = capsys.readouterr().out
-    for told in ("deepspeed", "accelerator", "parameters", "ZeRO 1", "<- this run", "disk"):
-        assert told in out
+    for expected in ("deepspeed", "accelerator", "parameters", "ZeRO 1", "<- this run", "disk"):
+        assert expected in out
 
 
 def test_doctor_tells_every_mistake_and_ends_with_2(config, tmp_path, capsys):

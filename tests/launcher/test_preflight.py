@@ -1,4 +1,4 @@
-"""What makes a host unfit for a run, which hosts go on after a failure, and what is told of an error."""
+"""What makes a host unfit for a run, which hosts continue after a failure, and which error is reported."""
 
 import asyncio
 import socket
@@ -21,7 +21,7 @@ TASK = LaunchTask("lcm_ds.train", folder=Path("/shared/run"), data={"fingerprint
 
 
 def host(**differs):
-    """A host with two devices on which all is well, but for what differs."""
+    """A host with two devices without problems, except for what differs."""
     report = {
         "versions": versions(),
         "devices": ["cuda", 2],
@@ -38,7 +38,7 @@ def test_a_host_on_which_all_is_well_has_no_problem():
 
 
 @pytest.mark.parametrize(
-    ("differs", "told"),
+    ("differs", "expected"),
     [
         ({"versions": {**versions(), "torch": "1.0"}}, "torch: 1.0 there"),
         ({"versions": {**versions(), "python": "3.9.0"}}, "python: 3.9.0 there"),
@@ -53,9 +53,9 @@ def test_a_host_on_which_all_is_well_has_no_problem():
         ),
     ],
 )
-def test_a_host_that_differs_is_told_with_both_values(differs, told):
+def test_a_host_that_differs_is_told_with_both_values(differs, expected):
     (line,) = problems_of(host(**differs), [0, 1], TASK)
-    assert line.startswith(told)
+    assert line.startswith(expected)
 
 
 def test_a_cpu_takes_as_many_ranks_as_one_likes():
@@ -160,7 +160,7 @@ TRACEBACK = ["Traceback (most recent call last):", *["  File x, line 1, in f", "
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("lines", "expected"),
     [
         (["a warning", "config.yaml: noise_std: wrong"], ["a warning", "config.yaml: noise_std: wrong"]),
         (["a warning", "ERROR: it ends", "later"], ["ERROR: it ends", "later"]),
@@ -168,8 +168,8 @@ TRACEBACK = ["Traceback (most recent call last):", *["  File x, line 1, in f", "
         (["w", *TRACEBACK[:3], "ValueError: no", *TRACEBACK], [*TRACEBACK[:3], "ValueError: no"]),
     ],
 )
-def test_of_what_a_rank_said_the_first_error_is_told(said, told):
+def test_of_what_a_rank_said_the_first_error_is_told(lines, expected):
     errors = StderrTail()
-    for line in said:
+    for line in lines:
         errors.add(line)
-    assert errors.first_error() == told
+    assert errors.first_error() == expected

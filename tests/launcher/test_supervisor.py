@@ -135,17 +135,17 @@ sys.exit(run_on_hosts(task, config, {"127.0.0.1": [0], "localhost": [0]}, "hostf
 """
 
 
-def start(tmp_path, hosts, what, restarts=0, **environment):
+def start(tmp_path, hosts, deeds, restarts=0, **environment):
     """A launcher of two toy workers (see toy_worker.py), in a process of its own."""
     (tmp_path / "run" / "launch").mkdir(parents=True, exist_ok=True)
-    (tmp_path / "run" / "launch" / "config.yaml").write_text(f"{what} {tmp_path}")
+    (tmp_path / "run" / "launch" / "config.yaml").write_text(f"{deeds} {tmp_path}")
     env = {**os.environ, **hosts, "PYTHONPATH": f"{SUPPORT}:{ROOT}", "DS_ACCELERATOR": "cpu", **environment}
     command = [sys.executable, "-c", LAUNCHER, str(tmp_path), str(free_port()), str(restarts)]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def workers(launcher, folder):
-    """What each rank has said of itself, once both have."""
+    """The state that each rank has written, once both have."""
     while not all((folder / str(rank)).exists() for rank in (0, 1)):
         assert launcher.poll() is None, launcher.communicate()
         time.sleep(0.05)
@@ -159,8 +159,8 @@ def is_running(pid):
         return False
 
 
-def wait_until_gone(told, seconds):
-    pids = [pid for worker in told for pid in worker["pids"]]
+def wait_until_gone(states, seconds):
+    pids = [pid for worker in states for pid in worker["pids"]]
     assert pids
     deadline = time.monotonic() + patience(seconds)
     while any(map(is_running, pids)):
@@ -175,10 +175,10 @@ def test_workers_on_two_hosts_get_their_places_and_variables_and_their_exit_code
     launcher = start(tmp_path, hosts, "0=exit:2,1=exit:2", restarts=3, HF_AWKWARD=AWKWARD, HF_TOKEN="hf_secret")
     out, err = launcher.communicate(timeout=patience(120))
     assert launcher.returncode == 2, out + err  # and is not started again
-    told = [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
-    assert [worker["place"]["RANK"] for worker in told] == ["0", "1"]
-    assert [worker["place"]["LOCAL_RANK"] for worker in told] == ["0", "0"]
-    for worker in told:
+    states = [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
+    assert [worker["place"]["RANK"] for worker in states] == ["0", "1"]
+    assert [worker["place"]["LOCAL_RANK"] for worker in states] == ["0", "0"]
+    for worker in states:
         assert worker["variables"]["HF_AWKWARD"] == AWKWARD
         assert "HF_TOKEN" not in worker["variables"]
     assert "hf_secret" not in out + err
@@ -195,28 +195,28 @@ def test_workers_on_two_hosts_get_their_places_and_variables_and_their_exit_code
 
 def test_a_signal_becomes_the_file_stop_and_the_workers_75_is_awaited(tmp_path, hosts):
     launcher = start(tmp_path, hosts, "0=obey,1=obey")
-    told = workers(launcher, tmp_path)
+    states = workers(launcher, tmp_path)
     launcher.send_signal(signal.SIGINT)
     out, err = launcher.communicate(timeout=patience(60))
     assert launcher.returncode == 75, out + err
     assert (tmp_path / "obeyed").exists()
     assert not (tmp_path / "run/STOP").exists()  # the next start would obey it, too
-    wait_until_gone(told, 1)
+    wait_until_gone(states, 1)
 
 
 def test_workers_that_look_for_no_file_are_sent_the_signal(tmp_path, stand_in):
     launcher = start(tmp_path, stand_in, "0=stop,1=stop", TOY_KNOWS_NO_STOP="")
-    told = workers(launcher, tmp_path)
+    states = workers(launcher, tmp_path)
     launcher.send_signal(signal.SIGINT)
     out, err = launcher.communicate(timeout=patience(60))
     assert launcher.returncode == 75, out + err
     assert [(tmp_path / f"stopped-{rank}").read_text() for rank in (0, 1)] == ["SIGTERM"] * 2
-    wait_until_gone(told, 1)
+    wait_until_gone(states, 1)
 
 
 def test_the_first_error_is_told_last_with_its_host_and_its_log(tmp_path, stand_in):
     launcher = start(tmp_path, stand_in, "1=raise")
-    told = workers(launcher, tmp_path)
+    states = workers(launcher, tmp_path)
     _, err = launcher.communicate(timeout=patience(60))
     assert launcher.returncode == 1
     *_, exception, last = err.splitlines()
@@ -224,21 +224,21 @@ def test_the_first_error_is_told_last_with_its_host_and_its_log(tmp_path, stand_
     log = tmp_path / "run/launch/rank-00001.log"
     assert last == f"lcm-ds launch: localhost rank 1 ended with exit code 1; its log: {log}"
     assert "ValueError: the wrong number" in log.read_text()
-    wait_until_gone(told, 1)
+    wait_until_gone(states, 1)
 
 
 def test_workers_end_by_themselves_when_the_launcher_is_killed(tmp_path, hosts):
     launcher = start(tmp_path, hosts, "0=stop,1=deaf")
-    told = workers(launcher, tmp_path)
+    states = workers(launcher, tmp_path)
     launcher.kill()
     launcher.communicate()
-    wait_until_gone(told, 5)
+    wait_until_gone(states, 5)
     assert (tmp_path / "stopped-0").read_text() == "SIGTERM"  # it may save; the deaf one was killed
 
 
 def test_the_second_signal_ends_the_workers_and_the_third_kills_them(tmp_path, stand_in):
     launcher = start(tmp_path, stand_in, "0=deaf,1=deaf")
-    told = workers(launcher, tmp_path)
+    states = workers(launcher, tmp_path)
     for _ in range(3):
         launcher.send_signal(signal.SIGTERM)
         time.sleep(0.1)
@@ -247,14 +247,14 @@ def test_the_second_signal_ends_the_workers_and_the_third_kills_them(tmp_path, s
     assert launcher.returncode == 1, err
     assert time.monotonic() - started < patience(10)
     assert "SIGKILL" in err.splitlines()[-1]
-    wait_until_gone(told, 1)
+    wait_until_gone(states, 1)
 
 
-@pytest.mark.parametrize(("what", "starts"), [("0=advance,1=sleep", 3), ("0=exit:1,1=exit:1", 2)])
+@pytest.mark.parametrize(("deeds", "starts"), [("0=advance,1=sleep", 3), ("0=exit:1,1=exit:1", 2)])
 def test_a_failed_run_is_started_again_as_often_as_asked_and_as_long_as_it_comes_further(
-    tmp_path, stand_in, what, starts
+    tmp_path, stand_in, deeds, starts
 ):
-    launcher = start(tmp_path, stand_in, what, restarts=2)
+    launcher = start(tmp_path, stand_in, deeds, restarts=2)
     _, err = launcher.communicate(timeout=patience(120))
     assert launcher.returncode == 1
     assert (tmp_path / "run/launch/rank-00000.log").read_text().count("---") == starts
@@ -262,7 +262,7 @@ def test_a_failed_run_is_started_again_as_often_as_asked_and_as_long_as_it_comes
 
 
 def test_a_host_that_cannot_start_its_workers_ends_the_run_and_leaves_none(tmp_path, stand_in):
-    (tmp_path / "run/launch/rank-00001.log").mkdir(parents=True)  # in the way of what rank 1 says
+    (tmp_path / "run/launch/rank-00001.log").mkdir(parents=True)  # in the way of the log of rank 1
     launcher = start(tmp_path, stand_in, "0=sleep,1=sleep")
     _, err = launcher.communicate(timeout=patience(60))
     assert launcher.returncode == 1

@@ -21,14 +21,14 @@ def finish(process, timeout=240):
     return process.returncode, out, err
 
 
-def wait_for(process, happened, what, seconds=120):
+def wait_for(process, happened, event, seconds=120):
     """Until something has happened, while the process runs."""
     deadline = time.monotonic() + patience(seconds)
     while not happened():
         assert process.poll() is None, process.communicate()
         if time.monotonic() > deadline:
             process.kill()
-            raise AssertionError(f"{what}: not within {seconds} s: {process.communicate()}")
+            raise AssertionError(f"{event}: not within {seconds} s: {process.communicate()}")
         time.sleep(0.1)
 
 

@@ -18,13 +18,13 @@ from lcm_ds.prepare.pipeline import prepare
 SCRIPT = SUPPORT / "preparing.py"
 
 
-def write_lines(path, count, sentences=5, wrong=()):
-    """JSONL of so many documents; those in `wrong` hold a sentence that cannot be encoded."""
+def write_lines(path, count, sentences=5, broken=()):
+    """JSONL of `count` documents; those in `broken` hold a sentence that cannot be encoded."""
     with path.open("w") as file:
         for n in range(count):
             words = [f"Sentence {k} of document {n} is no other's." for k in range(sentences)]
             file.write(
-                json.dumps({"id": str(n), "text": " ".join(words) + " This is not a text." * (n in wrong)}) + "\n"
+                json.dumps({"id": str(n), "text": " ".join(words) + " This is not a text." * (n in broken)}) + "\n"
             )
     return path
 
@@ -59,7 +59,7 @@ def test_a_full_disk_stops_with_one_line_and_leaves_only_committed_shards(small_
     lines = write_lines(tmp_path / "lines.jsonl", 400)
     prepare(config_of(lines, tmp_path / "uninterrupted"), HashEncoder())
     config = config_of(lines, small_disk / "out", check_space=False)
-    with pytest.raises(InputError, match=r"the disk is full .*: what is committed is kept; make room"):
+    with pytest.raises(InputError, match=r"the disk is full .*: committed units are kept; make room"):
         prepare(config, HashEncoder())
     done = len((small_disk / "out/units.jsonl").read_text().splitlines())
     assert 0 < done < 20
@@ -97,7 +97,7 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
 
 
 def test_a_document_that_cannot_be_encoded_is_named_and_the_others_are_kept(tmp_path, capsys):
-    lines = write_lines(tmp_path / "lines.jsonl", 100, wrong=(33,))
+    lines = write_lines(tmp_path / "lines.jsonl", 100, broken=(33,))
     prepare(config_of(lines, tmp_path / "out"), HashEncoder())
     assert "not encoded: document 33: ValueError: this is not a text" in capsys.readouterr().out
     source = open_dataset(tmp_path / "out/train").info.source
@@ -106,7 +106,7 @@ def test_a_document_that_cannot_be_encoded_is_named_and_the_others_are_kept(tmp_
 
 
 def test_too_many_documents_that_cannot_be_encoded_stop_the_run(tmp_path):
-    lines = write_lines(tmp_path / "lines.jsonl", 100, wrong=range(40, 60, 3))
+    lines = write_lines(tmp_path / "lines.jsonl", 100, broken=range(40, 60, 3))
     config = config_of(lines, tmp_path / "out", max_refused=0.05)
     with pytest.raises(
         InputError, match=r"7 of 100 documents could not be read or encoded.*max_refused 0\.05.*document 40:"
@@ -132,7 +132,7 @@ def test_rows_that_cannot_be_read_are_refused_and_too_many_of_them_stop_it_witho
     config = config_of(lines, tmp_path / "out")
     with pytest.raises(InputError, match=r"3 of 100 .* could not be read or encoded.* line 71: .*; .* line 81: "):
         prepare(config, HashEncoder())
-    # Whoever mends the file now learns that this is not what was begun, and what else there is to do.
+    # A user who repairs the file learns that the source has changed, and what to do.
     original = lines.read_bytes()
     lines.write_bytes(original.rstrip())
     with pytest.raises(

@@ -87,9 +87,9 @@ def test_rows_that_the_source_leaves_out_are_counted_by_reason(tmp_path):
         "language_column": "lang",
     }
     prepare(config_for(tmp_path, "", source=source), HashEncoder())
-    told = open_dataset(tmp_path / "out/train").info.source
-    assert (told["given"], told["kept"]["train"]) == (5, 2)
-    assert told["refused"] == {"filtered": 2, "language": 1}
+    source = open_dataset(tmp_path / "out/train").info.source
+    assert (source["given"], source["kept"]["train"]) == (5, 2)
+    assert source["refused"] == {"filtered": 2, "language": 1}
 
 
 def test_what_cannot_be_read_is_named_and_leaves_nothing_behind(tmp_path):

@@ -1,9 +1,9 @@
-"""A worker with given behaviour; run as `python -m toy_worker WHAT FOLDER`, or with a config, as DeepSpeed does.
+"""A worker with given behaviour; run as `python -m toy_worker DEEDS FOLDER`, or with a config, as DeepSpeed does.
 
-WHAT is a list of RANK=DEED, other ranks sleep: exit:CODE, kill (itself), stop (75 on a signal, after a moment),
+DEEDS is a list of RANK=DEED, other ranks sleep: exit:CODE, kill (itself), stop (75 on a signal, after a moment),
 obey (75 when the file FOLDER/run/STOP appears), deaf (to SIGTERM), spawn (a child that sleeps, then sleep), raise (an
 error), advance (leave one more file FOLDER/progress-N, then exit 1).
-Each rank leaves a file FOLDER/RANK that says who it is.
+Each rank leaves a file FOLDER/RANK with its state.
 """
 
 import json
@@ -17,9 +17,9 @@ from pathlib import Path
 from lcm_ds.distributed.environment import detect_environment
 
 
-def main(what, folder):
+def main(deeds, folder):
     env = detect_environment(os.environ)
-    deed, _, argument = dict(part.split("=") for part in what.split(",")).get(str(env.rank), "sleep").partition(":")
+    deed, _, argument = dict(part.split("=") for part in deeds.split(",")).get(str(env.rank), "sleep").partition(":")
     folder = Path(folder)
     pids = [os.getpid()]
     if deed == "stop":
@@ -35,7 +35,7 @@ def main(what, folder):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     elif deed == "spawn":
         pids.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]).pid)
-    say(folder, env, pids)
+    write_state(folder, env, pids)
     if deed == "exit":
         wait_for_all(folder, env)
         print(f"rank {env.rank} of {env.world_size} says goodbye", flush=True)
@@ -58,12 +58,12 @@ def main(what, folder):
     time.sleep(100)
 
 
-def say(folder, env, pids):
+def write_state(folder, env, pids):
     partial = folder / f"{env.rank}.partial"
     threads = os.environ.get("OMP_NUM_THREADS")
     variables = {name: value for name, value in os.environ.items() if name.startswith("HF_")}
-    said = {"pids": pids, "place": env.environment(), "threads": threads, "variables": variables}
-    partial.write_text(json.dumps(said))
+    state = {"pids": pids, "place": env.environment(), "threads": threads, "variables": variables}
+    partial.write_text(json.dumps(state))
     partial.rename(folder / str(env.rank))
 
 
@@ -74,6 +74,6 @@ def wait_for_all(folder, env):
 
 if __name__ == "__main__":
     words = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
-    if words[0].endswith(".yaml"):  # a config: what to do is in it
+    if words[0].endswith(".yaml"):  # a config that holds the deeds
         words = Path(words[0]).read_text().split()
     main(*words)

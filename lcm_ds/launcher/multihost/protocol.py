@@ -74,18 +74,16 @@ def connect(addresses: Iterable[str], port: int, token: str, index: int) -> sock
     for address in dict.fromkeys(addresses):
         try:
             connection = socket.create_connection((address, port), timeout=ANSWER_SECONDS)
-        except OSError as error:
-            failures.append(f"{address} port {port}: {error.strerror or error}")
-            continue
-        try:
-            connection.sendall(json.dumps({"token": token, "host": index}).encode() + b"\n")
-            if connection.recv(1) == b"\n":
-                connection.settimeout(None)
-                return connection
+            with contextlib.ExitStack() as on_failure:
+                on_failure.enter_context(connection)
+                connection.sendall(json.dumps({"token": token, "host": index}).encode() + b"\n")
+                if connection.recv(1) == b"\n":
+                    connection.settimeout(None)
+                    on_failure.pop_all()
+                    return connection
             failures.append(f"{address} port {port}: not this launcher")
         except OSError as error:
             failures.append(f"{address} port {port}: {error.strerror or error}")
-        connection.close()
     raise ConnectionError("; ".join(failures) or "no address of the launcher is known")
 
 

@@ -45,20 +45,18 @@ def run_on_hosts(
     Raises:
         InputError: a host is unfit before the first start.
     """
-    return asyncio.run(_run(task, config, hosts, hostfile, options))
 
+    async def run() -> int:
+        printer = OutputPrinter()
+        signals = StopSignals(task.stop_file, printer)
+        try:
+            async with Listener() as listener:
+                return await _Launch(task, config, dict(hosts), hostfile, options, printer, signals, listener).run()
+        finally:
+            signals.close()
+            printer.close()
 
-async def _run(
-    task: LaunchTask, config: Path, hosts: Mapping[str, list[int]], hostfile: str | Path, options: LaunchOptions
-) -> int:
-    printer = OutputPrinter()
-    signals = StopSignals(task.stop_file, printer)
-    try:
-        async with Listener() as listener:
-            return await _Launch(task, config, dict(hosts), hostfile, options, printer, signals, listener).run()
-    finally:
-        signals.close()
-        printer.close()
+    return asyncio.run(run())
 
 
 def fitting_hosts(devices: Sequence[int], can_share: Callable[[int], bool], min_hosts: int) -> int:
@@ -140,8 +138,9 @@ class _Launch:
         count = fitting_hosts(devices, self.task.can_share, min_hosts)
         if count:
             if excluded := sorted(self.hosts.keys() - {host.name for host in fit[:count]}):
-                ranks = sum(devices[:count])
-                self.say(f"continuing with {ranks} rank(s) on {count} host(s), without {', '.join(excluded)}")
+                ranks, names = sum(devices[:count]), ", ".join(excluded)
+                text = f"lcm-ds launch: continuing with {ranks} rank(s) on {count} host(s), without {names}"
+                self.printer.say(text, error=True)
             return list(fit[:count])
         problem = f"{len(fit)} of {len(self.hosts)} hosts are fit: a restart needs {min_hosts}"
         if len(fit) >= min_hosts:
@@ -190,7 +189,8 @@ class _Launch:
         # A host that was lost kills its workers at most one heartbeat after the launcher has noticed.
         seconds = max(seconds, 2 * self.options.silence / HEARTBEATS_PER_TIMEOUT)
         self.print_last()
-        self.say(f"restart {self.restarts} of {self.options.max_restarts} in {seconds:g} s")
+        text = f"lcm-ds launch: restart {self.restarts} of {self.options.max_restarts} in {seconds:g} s"
+        self.printer.say(text, error=True)
         await self.signals.sleep(seconds)
 
     def print_last(self) -> None:
@@ -198,7 +198,3 @@ class _Launch:
         for line in self.last:
             self.printer.say(line, error=True)
         self.last = []
-
-    def say(self, text: str) -> None:
-        """Print a line for the user."""
-        self.printer.say(f"lcm-ds launch: {text}", error=True)
