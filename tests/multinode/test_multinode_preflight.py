@@ -39,12 +39,12 @@ def test_everything_that_is_wrong_on_any_host_is_told_at_once_with_2(hosts, make
         ["worker-3", "1"],
     ]
     (port,) = lines_about(err, "worker-0")
-    assert f"port {PORT}: is taken" in port
+    assert f"port {PORT}: is in use" in port
     version, data = lines_about(err, "worker-1")
     assert version.startswith("webdataset: 9.9.9 there")
     assert "fingerprint" in data
     (shared,) = lines_about(err, "worker-2")
-    assert "the run folder has to be the same on all hosts" in shared
+    assert "all hosts need the same run folder" in shared
     (unreachable,) = lines_about(err, "worker-3")
     assert "ssh: connect to host worker-3" in unreachable
     assert list(run_dir(config).iterdir()) == [run_dir(config) / "launch"]  # no worker has been there
