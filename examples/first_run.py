@@ -18,6 +18,7 @@ data = prepare(
     PrepareConfig(
         output=str(folder / "dataset"),
         source={"name": "sample", "take_sentences": 3000},
+        documents_per_shard=2,
         encoder={"name": "sentence-transformers", "model": "minilm"},
         validation=0.1,
     )

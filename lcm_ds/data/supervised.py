@@ -125,12 +125,12 @@ def missing_targets(dataset: Dataset, row_length: int, max_segment: int) -> str 
         return f"{dataset.path}: holds nothing to predict: each of its documents is a single concept"
     if dataset.info.supervised is None:
         return None
-    found = target_reach(dataset, row_length, max_segment)
-    if found.reached:
+    reach = target_reach(dataset, row_length, max_segment)
+    if reach.reached:
         return None
     limit = length_limit(row_length, max_segment)
     return (
-        f"{dataset.path}: holds nothing to predict: sources have {found.shortest_source:,} concepts or more, and a "
+        f"{dataset.path}: holds nothing to predict: sources have {reach.shortest_source:,} concepts or more, and a "
         f"target is only reached within {limit}; a larger value, or shorter sources, will do"
     )
 

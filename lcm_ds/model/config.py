@@ -108,15 +108,23 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# What a model that starts from another one's weights may have otherwise.
-FREE = ("dropout", "initializer_range", "attention")
+# Keys that may differ from those of the pretrained model.
+OVERRIDABLE_KEYS = ("dropout", "initializer_range", "attention")
 
 
 def resolve_model(model: ModelConfig, origin: str = "model", pretrained: BaseLCMConfig | None = None) -> BaseLCMConfig:
-    """The preset with the config's own keys laid over it, or over the sizes of the model that it starts from.
+    """The sizes of a preset or of a pretrained model, updated with the config's own keys.
 
-    Raises InputError, with `origin` in front, for an unknown preset, for sizes that do not fit together, and for each
-    that is not the pretrained model's.
+    Args:
+        model: The block `model`.
+        origin: The prefix of messages.
+        pretrained: The config of the model whose weights are taken.
+
+    Returns:
+        The model's config.
+
+    Raises:
+        InputError: An unknown preset, sizes that do not fit together, or each that differs from the pretrained model's.
     """
     sizes: dict[str, Any] = {}
     if model.preset is not None:
@@ -126,12 +134,12 @@ def resolve_model(model: ModelConfig, origin: str = "model", pretrained: BaseLCM
     sizes.update(model.model_dump(exclude={"preset", "init_from"}, exclude_none=True))
     if pretrained is not None:
         its = pretrained.sizes()
-        wrong = [name for name, value in sizes.items() if name not in FREE and value != its[name]]
-        if wrong:
+        conflicts = [name for name, value in sizes.items() if name not in OVERRIDABLE_KEYS and value != its[name]]
+        if conflicts:
             raise InputError(
                 f"{origin}: model.{name}: is {sizes[name]}, and {its[name]} in {model.init_from}, whose weights are "
                 "taken; leave it out"
-                for name in wrong
+                for name in conflicts
             )
         sizes = {**its, **sizes}
     missing = [name for name in SIZES[:5] if name not in sizes]

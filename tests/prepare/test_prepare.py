@@ -426,7 +426,7 @@ def test_webdataset_reads_what_was_written(make_config):
 
 
 def test_ctrl_c_leaves_whole_things_only_and_the_real_encoder_goes_on(make_config, tmp_path, capsys):
-    source = {"name": "sample", "take_sentences": 400}
+    source = {"name": "sample", "take_sentences": 800}
     config = make_config(source=source, validation=0.0, documents_per_shard=1)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))

@@ -126,7 +126,7 @@ def test_killed_at_ten_random_moments_the_dataset_is_that_of_one_run(write_confi
     for _ in range(10):
         process = launcher(2, hashing(config, 0.12))
         ranks = []
-        until = time.monotonic() + draw.uniform(1.0, 4.5)
+        until = time.monotonic() + patience(draw.uniform(1.0, 4.5))
         while time.monotonic() < until and process.poll() is None:
             ranks = psutil.Process(process.pid).children(recursive=True) or ranks
             time.sleep(0.02)

@@ -109,8 +109,9 @@ def _normalise(line: str) -> str:
 
 
 def _lines(text: Iterable[str]) -> list[str]:
-    """The normalised lines that are not blank, without repetitions."""
-    return [line for line, _ in groupby(line for line in map(_normalise, text) if line)]
+    """The normalised lines that are not blank, without repetitions and the progress that slow machines print."""
+    lines = (line for line in map(_normalise, text) if line and not line.startswith("# documents of # "))
+    return [line for line, _ in groupby(lines)]
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def test_a_terminal_has_a_bar_below_the_lines_that_is_removed_at_the_end(make_co
 
 @pytest.mark.slow
 def test_not_a_line_of_a_library_reaches_the_console_of_a_preparation(tmp_path):
-    settings = ("source.take_sentences=300", f"output={tmp_path / 'dataset'}")
+    settings = ("source.take_sentences=700", f"output={tmp_path / 'dataset'}")
     code, out, err = finish(start("prepare", "configs/prepare/quickstart.yaml", *settings, HF_HUB_OFFLINE="1"))
     assert (code, err) == (0, "")
     ours = r"[\d,]+ documents of .*|encoded [\d,]+ sentences in .*|\S+: [\d,]+ documents: .*"
