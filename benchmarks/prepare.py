@@ -55,11 +55,7 @@ def main() -> None:
         peaks.append(peak)
     documents = open_source(config.source, config.sentences.language).total
     assert documents is not None
-<<<<<<< HEAD
-    tenth, total = prepared(config, documents // 10)[1], max(peaks)
-=======
-    tenth, whole = prepared(config, max(1, documents // 10))[1], max(peaks)
->>>>>>> area-C
+    tenth, total = prepared(config, max(1, documents // 10))[1], max(peaks)
     middle, base = lines[speeds.index(statistics.median_low(speeds))], statistics.median(plain)
     print("| way | sentences/s (median) | ratio |\n| --- | ---: | ---: |")
     print(f"| batches of {PLAIN_BATCH} in order, fp32, one process | {base:,.0f} | 1.0 |")
