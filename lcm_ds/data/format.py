@@ -222,8 +222,7 @@ def open_dataset(
 
     Raises:
         InputError: With every error: no such folder, not finished, an invalid file, a shard that is missing or has
-        another
-            size than shards.jsonl lists.
+            another size than shards.jsonl lists.
     """
     folder = str(path)
     text = _read_info(folder)

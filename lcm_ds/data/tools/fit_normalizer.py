@@ -27,8 +27,7 @@ def fit_normalizer(mixture: Sequence[str], samples: int = 1_000_000, output: str
 
     Raises:
         InputError: With every error: a folder without a finished dataset, a weight that is not a number above 0,
-        different
-            encoders, dimensions without spread.
+            different encoders, dimensions without spread.
     """
     if samples < 2:
         raise InputError(f"--samples: {samples} is below 2")

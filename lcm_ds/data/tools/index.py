@@ -65,16 +65,18 @@ def index(
         encoder: The encoder of the concepts.
         like: A dataset of the same encoder, from which encoder, splitter, language and end of text are copied.
         extension: A sample is `<key>.<extension>`, an .npy file of fp16 or fp32 [n, embed_dim]; other members are
-        ignored. texts: The sentences, if there are any: EXTENSION:FIELD of a JSON object, or EXTENSION of a text with
-        one a line. bf16: Whether arrays are uint16 holding the bits of bf16. samples: How many concepts the normaliser
-        is fitted to. threads: Tars read at a time. supervised: Set if the JSON of each document has source_sentences
-        and target_sentences.
+            ignored.
+        texts: The sentences, if there are any: EXTENSION:FIELD of a JSON object, or EXTENSION of a text with one a
+            line.
+        bf16: Whether arrays are uint16 holding the bits of bf16.
+        samples: How many concepts the normaliser is fitted to.
+        threads: Tars read at a time.
+        supervised: Set if the JSON of each document has source_sentences and target_sentences.
 
     Raises:
         InputError: With every error, and nothing written: tars that cannot be read or are incomplete, that disagree
-        about
-            embed_dim or dtype, or hold concepts that are not finite; an output that is a dataset already or not a
-            folder; `pipe:`, which would run a shell.
+            about embed_dim or dtype, or hold concepts that are not finite; an output that is a dataset already or not
+            a folder; `pipe:`, which would run a shell.
     """
     output = Path(output)
     locations = _locations(shards)
