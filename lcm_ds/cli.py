@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lcm_ds import __version__
-from lcm_ds.errors import InputError, nearest
+from lcm_ds.errors import InputError, did_you_mean
 from lcm_ds.evaluate import add_arguments as add_evaluation
 from lcm_ds.processes import exit_with
 from lcm_ds.terminal import hide_warnings
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.get_default("commands")
     name = arguments[0]
     if name not in commands and not name.startswith("-"):
-        suggestion = nearest(name, commands, "; `lcm-ds --help` lists the commands")
+        suggestion = did_you_mean(name, commands, "; `lcm-ds --help` lists the commands")
         print(f"lcm-ds: unknown command {name!r}{suggestion}", file=sys.stderr)
         return 2
     # argparse accepts overrides in one place only; those that follow further options are left in `rest`.
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = next(text for text in arguments if text in commands)
         known = commands[name]._option_string_actions
         for option in unknown:
-            suggestion = nearest(option.partition("=")[0], known, f"; `lcm-ds {name} --help` lists the options")
+            suggestion = did_you_mean(option.partition("=")[0], known, f"; `lcm-ds {name} --help` lists the options")
             print(f"lcm-ds {name}: unknown option {option}{suggestion}", file=sys.stderr)
         return 2
     if hasattr(parsed, "overrides"):
@@ -155,7 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--processes", type=int, metavar="N", help="number of processes; default: one per GPU")
 
     add = _add_command(commands, "generate", generate, "continue a text, concept by concept",
-                       "lcm-ds generate runs/quickstart --prompt 'Lists are mutable. They grow.'",
+                       "lcm-ds generate runs/quickstart --prompt 'The sea was calm. We set sail at dawn.'",
                        ).add_argument  # fmt: skip
     add("run", metavar="RUN|FOLDER", help="a run, or an exported model")
     add("--prompt", action="append", default=[], metavar="TEXT", help="repeat for several prompts")

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lcm_ds import resources
-from lcm_ds.errors import InputError, first_line, nearest
+from lcm_ds.errors import InputError, did_you_mean, first_line
 
 
 class Schema(BaseModel):
@@ -429,7 +429,7 @@ def validation_error(schema: type[BaseModel], item: Any, hidden: Container[str] 
     if item["type"] == "extra_forbidden":
         *block, name = location
         fields = [field for field in _fields_at(schema, block) if ".".join(map(str, [*block, field])) not in hidden]
-        return f"{key}: unknown key{nearest(str(name), fields)}"
+        return f"{key}: unknown key{did_you_mean(str(name), fields)}"
     if item["type"] == "missing":
         return f"{key}: is missing"
     message = item["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")

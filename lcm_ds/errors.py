@@ -69,7 +69,7 @@ class Collector:
             raise kind(dict.fromkeys(self.errors))
 
 
-def nearest(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+def did_you_mean(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
     """'; did you mean X?' if a known name is similar; else `otherwise`, or the known names in brackets."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)

@@ -13,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from lcm_ds.errors import InputError, nearest
+from lcm_ds.errors import InputError, did_you_mean
 from lcm_ds.files import write_whole
 
 FOLDERS = ("configs", "ds_configs", "launch")
@@ -64,7 +64,7 @@ def _settings(mapping: dict[str, Any]) -> str:
 
 def missing_file(path: str | Path) -> str:
     """The error for a file that neither exists nor ships with lcm-ds."""
-    others = nearest(Path(path).as_posix(), names(), "; `lcm-ds configs` lists the shipped ones")
+    others = did_you_mean(Path(path).as_posix(), names(), "; `lcm-ds configs` lists the shipped ones")
     return f"{path}: no such file here or in lcm-ds{others}"
 
 

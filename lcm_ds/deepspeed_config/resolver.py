@@ -15,7 +15,7 @@ from typing import Any
 
 from lcm_ds import resources
 from lcm_ds.config import TrainConfig, validation_error
-from lcm_ds.errors import Collector, InputError, nearest
+from lcm_ds.errors import Collector, InputError, did_you_mean
 
 # deepspeed takes seconds to import: only `check` and `resolve` do, when they are called.
 
@@ -151,11 +151,11 @@ def _optimizer_errors(mapping: dict[str, Any]) -> Iterator[str]:
         return
     known = optimizer_params(kind, params, offloads_optimizer(mapping))
     if known is None:
-        yield f"optimizer.type: unknown optimizer {kind!r}{nearest(kind, optimizer_types())}"
+        yield f"optimizer.type: unknown optimizer {kind!r}{did_you_mean(kind, optimizer_types())}"
         return
     for key in params:
         if key not in known:
-            yield f"optimizer.params.{key}: {kind} has no such argument{nearest(key, known)}"
+            yield f"optimizer.params.{key}: {kind} has no such argument{did_you_mean(key, known)}"
     if kind.lower() == "muon" and mapping.get("gradient_clipping") not in (None, 0, 0.0, "auto"):
         yield f"gradient_clipping: {MUON_CLIPPING}"
     if needs_permission(kind) and zero_stage(mapping) > 0 and not mapping.get("zero_allow_untested_optimizer"):

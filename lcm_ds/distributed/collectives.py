@@ -56,7 +56,7 @@ class Ranks:
         if self.size > 1 and error is None:
             dist.destroy_process_group()
 
-    def add_up(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce(self, tensors: Iterable[Tensor]) -> None:
         """Sum each tensor over all ranks, in place."""
         if self.size > 1:
             for tensor in tensors:

@@ -86,7 +86,7 @@ class Accumulator:
 
     def all_reduce(self, ranks: Ranks) -> None:
         """Add the sums of all other ranks; a collective call, with the same names on each rank."""
-        ranks.add_up([*self._means.values(), *self._vectors.values(), *(self._spectrum or ())])
+        ranks.all_reduce([*self._means.values(), *self._vectors.values(), *(self._spectrum or ())])
 
     @property
     def groups(self) -> Tensor:

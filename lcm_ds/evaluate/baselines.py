@@ -71,7 +71,7 @@ class NearestNeighbour:
             predicted = self._followers(self.concepts[block].float(), others)
             truth = self.normalizer.normalize(self.concepts[block + 1])
             sums += torch.stack([metrics.squared_error(predicted, truth).double().sum(), sums.new_tensor(len(block))])
-        ranks.add_up([sums])
+        ranks.all_reduce([sums])
         return float(sums[0] / sums[1]) if sums[1] else None
 
     def _followers(self, last: Tensor, among: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def fit_baselines(
     if not training:
         return Baselines({COPY: lambda targets: targets.last})
     targets = training_targets(reader, training, weights, normalizer, LINEAR_CONCEPTS)
-    sums = TrainingSums.from_targets(targets, len(normalizer.center), normalizer.center.device, ranks.add_up)
+    sums = TrainingSums.from_targets(targets, len(normalizer.center), normalizer.center.device, ranks.all_reduce)
     linear = sums.predictors()
     # Every rank keeps all neighbours: they are quick to read.
     nearest = NearestNeighbour(

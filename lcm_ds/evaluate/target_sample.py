@@ -124,5 +124,5 @@ def count_nearer(sample: TargetSample, candidates: Iterable[Tensor], ranks: Rank
         for part in parts:
             for name, predicted in sample.predicted.items():
                 nearer[name][part] += (compare(predicted[part], sample.truth[part], block) < 0).sum(1)
-    ranks.add_up(nearer.values())
+    ranks.all_reduce(nearer.values())
     return nearer

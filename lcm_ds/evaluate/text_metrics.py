@@ -127,7 +127,7 @@ class TextMetrics:
             contexts, truth = sentences_of(validation, sample.document[share].tolist(), sample.position[share].tolist())
             for name, texts in {**(sentences or {}), "truth": truth}.items():
                 values[name][MI] = _scatter(self.causal_lm.mutual_information(contexts, texts), share, len(sample))
-        ranks.add_up(each for by in values.values() for each in by.values())
+        ranks.all_reduce(each for by in values.values() for each in by.values())
         return values
 
     def _decode(self, concepts: dict[str, Tensor]) -> dict[str, list[str]] | None:

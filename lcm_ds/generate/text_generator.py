@@ -51,7 +51,7 @@ class TextGenerator:
     """A model with its encoder, splitter and decoder or datasets, loaded once.
 
     >>> generator = TextGenerator.from_pretrained("runs/quickstart")
-    >>> (result,) = generator.generate(["Lists are mutable. They grow."], max_concepts=4)
+    >>> (result,) = generator.generate(["The sea was calm. We set sail at dawn."], max_concepts=4)
     >>> print(result.text, result.reason)
     """
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from lcm_ds.config import ModelConfig
-from lcm_ds.errors import InputError, nearest
+from lcm_ds.errors import InputError, did_you_mean
 
 
 class BaseLCMConfig(PretrainedConfig):
@@ -129,7 +129,7 @@ def resolve_model(model: ModelConfig, origin: str = "model", pretrained: BaseLCM
     sizes: dict[str, Any] = {}
     if model.preset is not None:
         if model.preset not in PRESETS:
-            raise InputError(f"{origin}: model.preset: no preset {model.preset!r}{nearest(model.preset, PRESETS)}")
+            raise InputError(f"{origin}: model.preset: no preset {model.preset!r}{did_you_mean(model.preset, PRESETS)}")
         sizes.update(PRESETS[model.preset])
     sizes.update(model.model_dump(exclude={"preset", "init_from"}, exclude_none=True))
     if pretrained is not None:

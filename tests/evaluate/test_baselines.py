@@ -29,7 +29,7 @@ def made(n, seed, noise=0.1, dims=6, of_context=0.0, of_before=0.0):
 
 
 def trained(training):
-    return TrainingSums.from_targets(training, 6, CPU, Ranks().add_up)
+    return TrainingSums.from_targets(training, 6, CPU, Ranks().all_reduce)
 
 
 def mse(predicted, truth):
