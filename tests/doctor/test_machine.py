@@ -172,7 +172,7 @@ def test_the_hub_is_reached_if_it_answers_whatever_it_says(answering, closed, mo
 
 
 def test_few_open_files_are_told(monkeypatch):
-    monkeypatch.setattr(machine, "LEAST_FILES", resource.getrlimit(resource.RLIMIT_NOFILE)[1] + 1)
+    monkeypatch.setattr(machine, "MIN_OPEN_FILES", resource.getrlimit(resource.RLIMIT_NOFILE)[1] + 1)
     finding = rows(machine.limits())["open files"]
     assert finding.status == WARN
     assert "nofile" in finding.advice

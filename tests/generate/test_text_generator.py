@@ -178,7 +178,7 @@ def test_without_its_decoder_sonar_retrieves_sentences_and_notes_why(exported):
     with pytest.raises(InputError) as refused:
         TextGenerator.from_pretrained(folder, device="cpu")
     assert "no/such-decoder" in refused.value.errors[0]
-    assert "--dataset a dataset of this encoder" in refused.value.errors[1]
+    assert "a dataset of this encoder to retrieve sentences from with --dataset" in refused.value.errors[1]
 
 
 def test_a_decoder_that_is_named_has_to_be_there_and_to_fit(exported, tiny_sonar):

@@ -140,8 +140,8 @@ def lacks(name):
     device, text = get_accelerator(), (ROOT / "ds_configs" / f"{name}.json").read_text()
     quantizer = type(device.create_op_builder("QuantizerBuilder")).__name__
     has = {
-        "no float16 on this device": '"fp16"' not in text or device.is_fp16_supported(),
-        "no bfloat16 on this device": '"bf16"' not in text or device.is_bf16_supported(),
+        "support float16 on this device": '"fp16"' not in text or device.is_fp16_supported(),
+        "support bfloat16 on this device": '"bf16"' not in text or device.is_bf16_supported(),
         "needs libaio": "nvme" not in text or device.create_op_builder("AsyncIOBuilder").is_compatible(verbose=False),
         "no kernels for it": "zero_quantized" not in text or quantizer != "NotImplementedBuilder",
     }
