@@ -102,7 +102,7 @@ def test_a_run_continues_without_a_bad_shard_if_the_config_allows_it(make_config
     config = make_config(data={**data, "on_bad_shard": "skip"}, steps=None, epochs=2)
     code, out, err = finish(start("launch", "--local", 2, config))
     assert code == 0, out + err
-    lines = [line for line in (run_dir(config) / "log.txt").read_text().splitlines() if "skipped" in line]
+    lines = [line for line in (run_dir(config) / "log.txt").read_text().splitlines() if "skipped: " in line]
     assert len({line.split("skipped: ")[1] for line in lines}) == 1
     assert f"skipped: {shard}: has " in lines[0]
     (listed,) = [info for info in open_dataset(train, sizes=False).shards if info.name == shard.name]
