@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="lcm-ds",
         description="Pretrain Base-LCM concept models on DeepSpeed: from text to a trained model.",

@@ -104,7 +104,7 @@ class RunLog:
 
 
 def tag_of(key: str) -> str | None:
-    """A metric's tag in TensorBoard; None: it stays in metrics.jsonl alone."""
+    """A metric's tag in TensorBoard; None: it is only in metrics.jsonl."""
     if key in LOGGED:
         return LOGGED[key].tag or None
     return f"val/{key.removeprefix('val_')}" if key.startswith("val_") else None
