@@ -84,7 +84,12 @@ class ModelSource:
 
 
 def find_model(
-    path: str | Path, step: int | None = None, *, needs_info: bool = False, dataset: str | None = None
+    path: str | Path,
+    step: int | None = None,
+    *,
+    needs_info: bool = False,
+    dataset: str | None = None,
+    weights_only: bool = False,
 ) -> ModelSource:
     """Find the model of a run or of an exported folder.
 
@@ -93,25 +98,28 @@ def find_model(
         step: of a run's checkpoint; default: the newest.
         needs_info: require `info`: from concepts.json, or from dataset.json of the run's first training dataset.
         dataset: a dataset to take `info` from if neither is there.
+        weights_only: do not read what only evaluation and generation need: the run's config, and concepts.json.
 
     Raises:
         InputError: with every mistake: there is no model at `path`, no such checkpoint, or `info` cannot be read.
     """
     folder = Path(path)
     if (folder / "config.yaml").is_file():
-        return _from_run(folder, step, needs_info, dataset)
+        return _from_run(folder, step, needs_info, dataset, weights_only)
     if (folder / "config.json").is_file():
-        return _from_export(folder, step, needs_info, dataset)
+        return _from_export(folder, step, needs_info, dataset, weights_only)
     raise InputError(f"{path}: no run here (config.yaml is missing) and no exported model (config.json is missing)")
 
 
-def _from_run(run_dir: Path, step: int | None, needs_info: bool, dataset: str | None) -> ModelSource:
+def _from_run(
+    run_dir: Path, step: int | None, needs_info: bool, dataset: str | None, weights_only: bool
+) -> ModelSource:
     errors = Collector()
-    config = load(TrainConfig, run_dir / "config.yaml")
+    config = None if weights_only else load(TrainConfig, run_dir / "config.yaml")
     info, info_path = None, ""
     with errors:
         checkpoint = find(run_dir, step)
-    if needs_info:
+    if needs_info and config is not None:
         with errors:
             info, info_path = _info_of_run(config.data, dataset)
     errors.raise_if_any()
@@ -135,7 +143,9 @@ def _info_of_run(data: DataConfig, dataset: str | None) -> tuple[ConceptInfo, st
     return ConceptInfo.of(first, data.max_segment, others), f"{path}/{DATASET}"
 
 
-def _from_export(folder: Path, step: int | None, needs_info: bool, dataset: str | None) -> ModelSource:
+def _from_export(
+    folder: Path, step: int | None, needs_info: bool, dataset: str | None, weights_only: bool
+) -> ModelSource:
     errors = Collector()
     if step is not None:
         errors.errors.append(f"--step {step}: {folder} is an exported model, which has one step only")
@@ -143,7 +153,7 @@ def _from_export(folder: Path, step: int | None, needs_info: bool, dataset: str 
     with errors:
         config = _read_config(folder)
     with errors:
-        info = ConceptInfo.read(folder)
+        info = None if weights_only else ConceptInfo.read(folder)
         if info is None and needs_info:
             if dataset is None:
                 raise InputError(

@@ -118,16 +118,16 @@ def run_with_restarts(
             print(f"lcm-ds launch: no progress since the last restart (at {current}): giving up", file=sys.stderr)
             return code
         previous, seconds = current, min(backoff * 2**restart, MAX_BACKOFF_SECONDS)
-        print(f"lcm-ds launch: restart {restart + 1} of {max_restarts} in {seconds:g} s", file=sys.stderr, flush=True)
-        if _stop_signal_within(seconds):
+        if _stop_signal_within(seconds, f"lcm-ds launch: restart {restart + 1} of {max_restarts} in {seconds:g} s"):
             return STOPPED
     raise AssertionError("the last run returns")
 
 
-def _stop_signal_within(seconds: float) -> bool:
-    """Wait for a stop signal; returns whether one came."""
+def _stop_signal_within(seconds: float, message: str) -> bool:
+    """Print a message and wait for a stop signal; returns whether one came, from the message on."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
+        print(message, file=sys.stderr, flush=True)
         return signal.sigtimedwait(STOP_SIGNALS, seconds) is not None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -248,7 +248,10 @@ def _is_running(worker: Worker) -> bool:
     """Whether a worker runs. One that has ended is not reaped here: until it is, no other process gets its PID."""
     if worker.returncode is not None:
         return False
-    return os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    try:
+        return os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+    except ChildProcessError:  # the calling program ignores SIGCHLD, or has reaped it
+        return worker.poll() is None
 
 
 def _has_ended(worker: Worker) -> bool:

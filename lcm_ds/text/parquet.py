@@ -28,7 +28,7 @@ class ParquetFile:
     @classmethod
     def inspect(cls, columns: Columns, place: str, name: str) -> ParquetFile:
         """The file, from its footer. Raises InputError if it is not parquet or columns are missing."""
-        file = _opened(place, name)
+        file = open_parquet(place, name)
         columns.check_schema(name, file.schema_arrow)
         meta = file.metadata
         groups = [meta.row_group(index) for index in range(meta.num_row_groups)]
@@ -69,7 +69,7 @@ class ParquetFile:
             begin += rows
         if row is None:
             return
-        file = _opened(self.place, self.name)
+        file = open_parquet(self.place, self.name)
         try:
             batches = file.iter_batches(_ROWS, row_groups=groups, columns=self.columns.names, use_threads=False)
             for batch in batches:
@@ -85,9 +85,12 @@ class ParquetFile:
 
 
 @lru_cache(maxsize=4)
-def _opened(place: str, name: str) -> Any:
-    import pyarrow.parquet
-
+def open_parquet(place: str, name: str) -> Any:
+    """A parquet file at a path or URL, kept open; `name` is for messages. Raises InputError if it cannot be read."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f"{name}: reading parquet needs: pip install 'lcm-ds[prepare]'") from None
     try:
         if "://" not in place:
             return pyarrow.parquet.ParquetFile(place)

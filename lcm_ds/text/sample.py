@@ -8,6 +8,7 @@ from typing import Any
 from lcm_ds.config import SourceConfig
 from lcm_ds.files import sha256_of
 from lcm_ds.text.huggingface import HuggingFaceSource
+from lcm_ds.text.parquet import open_parquet
 
 BOOKS = Path(__file__).with_name("sample_text") / "books.parquet"
 
@@ -34,10 +35,8 @@ class SampleSource(HuggingFaceSource):
 
 def _documents_with(sentences: int) -> int:
     """The number of documents, from the first on, that together have at least `sentences`; all if there are too few."""
-    import pyarrow.parquet
-
     documents = 0
-    for count in pyarrow.parquet.read_table(BOOKS, columns=["sentences"])["sentences"].to_pylist():
+    for count in open_parquet(str(BOOKS), BOOKS.name).read(columns=["sentences"])["sentences"].to_pylist():
         if sentences <= 0:
             break
         documents, sentences = documents + 1, sentences - count

@@ -20,6 +20,7 @@ from lcm_ds.checkpoint.model_source import find_model
 from lcm_ds.config import ModelConfig
 from lcm_ds.convert.base_lcm import read_meta
 from lcm_ds.distributed.collectives import from_first
+from lcm_ds.errors import InputError
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
 
@@ -43,7 +44,12 @@ def resolve_init_from(model: ModelConfig) -> InitFrom:
         config, weights = read_meta(path, model.num_attention_heads)
         own = _has_normalizer(weights)
         return InitFrom(f"{path} (Meta's)", config, lambda: read_meta(path, model.num_attention_heads)[1], own)
-    source = find_model(path)
+    if not any((path / name).is_file() for name in ("config.yaml", "config.json")):
+        raise InputError(
+            f"{path}: neither a run (config.yaml is missing), nor an exported model (config.json is missing), "
+            "nor a file"
+        )
+    source = find_model(path, weights_only=True)
     if source.step is not None:
         return InitFrom(f"{path} (step {source.step})", source.config, source.weights, True)
     return InitFrom(str(path), source.config, source.weights, _folder_has_normalizer(path))

@@ -166,8 +166,8 @@ def _open(value: Any, key: str, data: dict[str, Any], path: str | Path, errors: 
     if not isinstance(value, str):
         return None
     cache_dir, cache_gb = data.get("cache_dir"), data.get("cache_gb")
-    length_limit = cache_gb if isinstance(cache_gb, int | float) else None
-    cache = Cache.of(cache_dir, length_limit) if isinstance(cache_dir, str) else None
+    cache_limit = cache_gb if isinstance(cache_gb, int | float) else None
+    cache = Cache.of(cache_dir, cache_limit) if isinstance(cache_dir, str) else None
     checksums, skip_bad = data.get("verify") != "size", data.get("on_bad_shard") == "skip"
     with errors:
         try:

@@ -68,7 +68,7 @@ def test_scancel_saves_and_ends_the_job_for_good(cluster, make_config):
     assert 20 <= step < STEPS
     assert max(losses(config)) == step
     assert not (run_dir(config) / "STOP").exists()
-    assert "(SIGTERM); a checkpoint is saved" in log(config)
+    assert "(SIGTERM); checkpoint saved" in log(config)
 
 
 @pytest.mark.slow

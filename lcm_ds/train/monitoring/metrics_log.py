@@ -89,7 +89,7 @@ class RunLog:
     def samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Predictions for fixed prompts after `step` steps, as text."""
         self._tensorboard.samples(step, samples)
-        self._tensorboard.flush()
+        self._tensorboard.flush(step)
 
     def validation_losses(self) -> dict[int, float]:
         """The finite losses of this run's validations so far, by step."""

@@ -86,22 +86,22 @@ class TensorBoardWriter:
             for i, sample in enumerate(samples):
                 writer.add_text(f"samples/{i}", sample_markdown(sample), step)
 
-    def flush(self) -> None:
-        """Write everything to disk."""
+    def flush(self, step: int) -> None:
+        """Write everything to disk, after the points of `step`."""
         if self._writers:
-            with self._writing(self._purge_step):
+            with self._writing(step):
                 for writer in self._writers.values():
                     writer.flush()
 
     def close(self, done: bool) -> None:
         """Write everything and close the files; done: whether the run has finished."""
-        with contextlib.suppress(OSError):
-            if self._about is not None:
-                if done:
-                    _add(self._about, _hparams(self._settings)[2])
-                self._about.close()
-            for writer in self._writers.values():
-                writer.close()
+        if self._about is not None and done:
+            with contextlib.suppress(OSError):
+                _add(self._about, _hparams(self._settings)[2])
+        for writer in (self._about, *self._writers.values()):
+            if writer is not None:
+                with contextlib.suppress(OSError):
+                    writer.close()
 
     @contextlib.contextmanager
     def _writing(self, step: int) -> Iterator[SummaryWriter]:
