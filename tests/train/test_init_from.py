@@ -137,7 +137,7 @@ def test_sizes_other_than_those_of_the_weights_are_reported_at_once(exported, ma
 
 def test_other_paths_are_refused_by_name(make_config, tmp_path):
     (tmp_path / "config.json").write_text("{")
-    for path, expected in ((tmp_path / "nowhere", "no run here"), (tmp_path, "config.json cannot be read")):
+    for path, expected in ((tmp_path / "nowhere", "neither a run"), (tmp_path, "config.json cannot be read")):
         with pytest.raises(InputError) as refused:
             build_job(make_config(model={"init_from": str(path)}), [], 1)
         (line,) = refused.value.errors
