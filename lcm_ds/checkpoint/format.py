@@ -1,9 +1,9 @@
 """Checkpoints on disk: complete, or not there.
 
-A save (save.py) writes into `step_XXXXXXXX.partial/`, last COMPLETE with the size and sha256 of every file, and renames
-the folder. A folder without COMPLETE, or with a file of another size, is not a checkpoint. Corrupt ones are moved to
-`.bad`; `.universal` is a checkpoint converted for another number of ranks (load.py). DeepSpeed reads its files with
-pickle: load only checkpoints that you trust; exports are safetensors.
+A save (save.py) writes into `step_XXXXXXXX.partial/`, last of all COMPLETE with the size and sha256 of every file, and
+then renames the folder. A folder without COMPLETE, or with a file of another size, is not a checkpoint. Corrupt ones
+are moved to `.bad`; `.universal` is a checkpoint converted for another number of ranks (load.py). DeepSpeed reads its
+files with pickle: load only checkpoints that you trust; exports are safetensors.
 """
 
 from __future__ import annotations

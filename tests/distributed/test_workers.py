@@ -12,7 +12,7 @@ import pytest
 from machine import patience
 from runs import ROOT, SUPPORT
 
-from lcm_ds.distributed.workers import run_with_restarts
+from lcm_ds.distributed.workers import _is_running, run_with_restarts
 
 
 def start(deeds, folder, processes=2, grace=5.0, **environment):
@@ -170,3 +170,9 @@ sys.exit(run_with_restarts(run, lambda: 1, max_restarts=3, backoff=60))
     _, err = launcher.communicate(timeout=patience(20))
     assert launcher.returncode == 75, err
     assert "restart" not in err
+
+
+def test_a_worker_that_the_calling_program_has_reaped_is_not_running():
+    worker = subprocess.Popen(["true"])
+    os.waitpid(worker.pid, 0)
+    assert not _is_running(worker)
