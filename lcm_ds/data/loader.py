@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import count
 from threading import Event
+from typing import TypeVar
 
 from lcm_ds.data.batch import Batch, BatchReader
 from lcm_ds.data.format import Dataset
@@ -19,6 +20,8 @@ from lcm_ds.data.open_shards import MIN_CACHED, MIN_OPEN, OpenShards, ShardPrefe
 from lcm_ds.data.plan import Plan
 from lcm_ds.data.supervised import source_of
 from lcm_ds.errors import InputError
+
+T = TypeVar("T")
 
 VALIDATION_SEED = 0
 VALIDATION_PREFETCH = 2  # batches
@@ -92,10 +95,18 @@ class Loader:
         self._prefetcher = ShardPrefetcher(datasets, plan, self.lanes, workers, self._stopped)
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.map(lambda batch: batch)
+
+    def map(self, function: Callable[[Batch], T]) -> Iterator[T]:
+        """The results of `function` for each batch, in order; it runs in the threads that read."""
+
+        def read(step: int, index: int) -> T:
+            return function(self.read(step, index))
+
         if self._pool is None:
-            yield from (self.read(step, index) for step, index in self._order())
+            yield from (read(*position) for position in self._order())
             return
-        yield from _read_ahead(self._pool, self._ahead, (partial(self.read, *position) for position in self._order()))
+        yield from _read_ahead(self._pool, self._ahead, (partial(read, *position) for position in self._order()))
 
     def read(self, step: int, index: int) -> Batch:
         """Micro-batch `index` of `step`."""
@@ -121,9 +132,9 @@ class Loader:
             yield from ((step, index) for index in range(self.micro_batches))
 
 
-def _read_ahead(pool: ThreadPoolExecutor, ahead: int, reads: Iterator[Callable[[], Batch]]) -> Iterator[Batch]:
+def _read_ahead(pool: ThreadPoolExecutor, ahead: int, reads: Iterator[Callable[[], T]]) -> Iterator[T]:
     """The results of `reads`, in order; threads of the pool are `ahead` batches ahead."""
-    pending: deque[Future[Batch]] = deque()
+    pending: deque[Future[T]] = deque()
     while True:
         for read in reads:
             pending.append(pool.submit(read))

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lcm_ds.model.fused import fused
+
 varlen_attn: Any = None  # flash kernels over segments: CUDA only, and not in every build
 if torch.cuda.is_available():  # because the import takes a second
     with contextlib.suppress(ImportError):
@@ -234,17 +236,47 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout) -> 
     return out.transpose(1, 2).reshape(rows, length, heads, width)
 
 
-def rotate(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+class Rope(NamedTuple):
+    """Rotations of RoPE by the positions in a batch."""
+
+    cis: Tensor  # complex64 [rows, row_length, 1, head_dim / 2]: cos + i sin
+    cos: Tensor  # fp32 [rows, row_length, 1, head_dim], each twice
+    sin: Tensor  # the same, the first of each pair negative
+
+    @classmethod
+    def of(cls, positions: Tensor, head_dim: int, theta: float) -> Rope:
+        """The rotations of a head's pairs of values.
+
+        Args:
+            positions: int [rows, row_length].
+            head_dim: Values of a head.
+            theta: Base of the angles' geometric series.
+        """
+        steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+        angles = (positions.float().unsqueeze(-1) * theta ** (-steps / head_dim)).unsqueeze(2)
+        cos, sin = angles.cos(), angles.sin()
+        of_pairs = torch.stack((cos, cos), dim=-1), torch.stack((-sin, sin), dim=-1)
+        return cls(torch.complex(cos, sin), *(table.flatten(-2) for table in of_pairs))
+
+
+@fused
+def rotate(query: Tensor, key: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
     """RoPE (arXiv 2104.09864) on interleaved pairs, as in fairseq2, in fp32.
 
-    tensor: [rows, row_length, heads, head_dim]; cos, sin: fp32 [rows, row_length, 1, head_dim / 2].
+    query, key, and the results: [rows, row_length, heads, head_dim].
     """
-    even, odd = tensor.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(tensor.dtype)
+    turn = _turn_compiled if torch.compiler.is_compiling() else _turn
+    return turn(query, rope), turn(key, rope)
 
 
-def rope_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [rows, row_length, 1, head_dim / 2], of positions [rows, row_length]."""
-    steps = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
-    angles = positions.float().unsqueeze(-1) * theta ** (-steps / head_dim)
-    return angles.cos().unsqueeze(2), angles.sin().unsqueeze(2)
+def _turn(x: Tensor, rope: Rope) -> Tensor:
+    """By one product of complex numbers, which is a kernel of its own everywhere."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope.cis).flatten(-2).to(x.dtype)
+
+
+def _turn_compiled(x: Tensor, rope: Rope) -> Tensor:
+    """The same to rounding, without complex numbers, for which the compiler makes no kernels."""
+    values = x.float()
+    swapped = values.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (values * rope.cos + swapped * rope.sin).to(x.dtype)

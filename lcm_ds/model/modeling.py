@@ -15,13 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lcm_ds.model.attention import Cache, SegmentLayout, attend, rope_tables, rotate
+from lcm_ds.model.attention import Cache, Rope, SegmentLayout, attend, rotate
 from lcm_ds.model.config import BaseLCMConfig
-from lcm_ds.model.dropout import Draw, drop
+from lcm_ds.model.counter_rng import Draw, DropoutDraws, add_dropped
 from lcm_ds.model.linear import project
 from lcm_ds.model.normalizer import Normalizer
-
-Rope = tuple[Tensor, Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -48,10 +46,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, layout: SegmentLayout, cache: Cache | None) -> Tensor:
         """[rows, row_length, hidden_size] → the same."""
-        projected = project(x, self.q_proj, self.k_proj, self.v_proj)
+        # Values are a product of their own: attention keeps them for backward, and with them all they are a part of.
+        projected = (*project(x, self.q_proj, self.k_proj), *project(x, self.v_proj))
         query, key, value = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
-        # If all three are one tensor, the values are copied: attention would otherwise keep all of it for backward.
-        query, key, value = rotate(query, *rope), rotate(key, *rope), value.contiguous()
+        query, key = rotate(query, key, rope)
         out = attend(query, key, value, layout) if cache is None else cache.attend(query, key, value, self.layer)
         return project(out.flatten(-2), self.o_proj)[0]
 
@@ -90,8 +88,8 @@ class DecoderLayer(nn.Module):
         cache: Cache | None = None,
     ) -> Tensor:
         """[rows, row_length, hidden_size] → the same; draws: for the dropout of each block's output."""
-        x = x + drop(self.self_attn(self.input_layernorm(x), rope, layout, cache), draws[0])
-        return x + drop(self.mlp(self.post_attention_layernorm(x)), draws[1])
+        x = add_dropped(x, self.self_attn(self.input_layernorm(x), rope, layout, cache), draws[0])
+        return add_dropped(x, self.mlp(self.post_attention_layernorm(x)), draws[1])
 
 
 class BaseLCM(PreTrainedModel):
@@ -148,15 +146,16 @@ class BaseLCM(PreTrainedModel):
         elif layout is None:
             layout = SegmentLayout.one_segment(concepts.shape[0], concepts.shape[1], concepts.device)
         layout = layout.prepared(hidden.device, hidden.dtype, self.config.head_dim)
-        rope = rope_tables(layout.positions, self.config.head_dim, self.config.rope_theta)
-        draw = None
+        rope = Rope.of(layout.positions, self.config.head_dim, self.config.rope_theta)
+        dropout = None
         if self.training and self.config.dropout > 0:
             if dropout_keys is None:
                 raise ValueError("training with dropout needs dropout_keys, a number for each row")
-            draw = Draw.of(dropout_keys, concepts.shape[1], self.config.hidden_size, self.config.dropout)
+            shape = concepts.shape[1], self.config.hidden_size
+            dropout = DropoutDraws.of(dropout_keys, 2 * len(self.layers), *shape, self.config.dropout)
         recompute = self.recompute if self.training else None
         for i, layer in enumerate(self.layers):
-            draws = (None, None) if draw is None else (draw.at(2 * i), draw.at(2 * i + 1))
+            draws = (None, None) if dropout is None else (dropout.at(2 * i), dropout.at(2 * i + 1))
             call = partial(layer, rope=rope, layout=layout, draws=draws, cache=cache)
             hidden = call(hidden) if recompute is None or i % self.recompute_every else recompute(call, hidden)
         return project(self.norm(hidden), self.post_net)[0]

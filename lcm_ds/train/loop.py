@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -46,7 +47,7 @@ from lcm_ds.train.reliability.run_lock import RunLock
 from lcm_ds.train.reliability.stop_signal import StopRequest
 from lcm_ds.train.reliability.watchdog import Watchdog
 from lcm_ds.train.run_metadata import identity, log_run_header, write_run_config
-from lcm_ds.train.step import StepOutcome, Stepper
+from lcm_ds.train.step import PendingStep, StepOutcome, Stepper
 from lcm_ds.train.validation import fit_ridge, validate
 
 logger = logging.getLogger("lcm_ds.train")
@@ -215,7 +216,8 @@ class Trainer:
         self.targets = 0  # of the last step
         self.had_targets: bool = state.get("learned", True)  # any step so far; not in checkpoints of earlier versions
         self.monitor = StepMonitor(self.job.config.guard, state["losses"])
-        self.save_due = False
+        self.pending: deque[tuple[int, PendingStep]] = deque()  # steps whose results were not read yet, at most two
+        self.save_due = self.stopping = False
         self.ridge: Linear | None = None  # from the first validation on, as `samples`
         self.samples: Samples | None = None
         self.started = self.last_save = time.monotonic()
@@ -230,43 +232,56 @@ class Trainer:
     def run(self) -> int:
         """Every step to the end of the run; returns the exit code. Raises Rollback."""
         config, total = self.job.config, self.job.total_steps
-        batches = iter(self.loader)
+        batches = self.loader.map(self.stepper.prepare)
         self.stop.steps_begin()
-        stopping = False
         for step in range(self.first_step, total):
             done = step + 1
             self.save_due |= _due(done, config.checkpoint.every, total)
             if any(step in steps for steps in self.skipped_steps):
+                self.read_results(done, all_of_them=True)
                 self.report(step)  # a line's losses are those of consecutive steps
                 if done < total:
                     continue
             else:
                 self.watchdog.beat(f"step {step}")
                 self.profiler.begin(step)
-                outcome = self.stepper.step(batches, step, self.rank_flags(), self.histogram_writer(done))
+                pending = self.stepper.step(batches, step, self.rank_flags(), self.histogram_writer(done))
+                self.pending.append((step, pending))
                 self.profiler.end(step)
-                self.count(outcome)
+                self.read_results(done)
                 self.show_bar(done)
-                self.check(step, outcome)
-                stops, saves, still_writing = outcome.rank_flags
-                if self.saver.pending and not still_writing:
-                    self.commit_save(done)
-                self.save_due |= saves > 0
-                stopping = stops > 0
-            last = stopping or done == total
+            last = self.stopping or done == total
             if done % config.log.every == 0 or last or self.save_now:
                 self.report(done)  # a resume would lose what is not reported before a save
             if done == total and not self.had_targets:  # before it is saved as done
                 error = f"{self.job.run_dir}: none of the {total} steps had a target: nothing was learned"
                 raise InputError([error] if self.env.rank == 0 else [])
-            if _due(done, config.evaluate.every, total) and self.job.validation is not None:
+            if self.validates_after(done):
                 self.validate(done)
             if (last or self.save_now) and not self.save(done, wait=last) and last:
                 return FAILED
-            if stopping:
+            if self.stopping:
                 break
         self.profiler.close()
         return self.finish(done, total)
+
+    def read_results(self, done: int, all_of_them: bool = False) -> None:
+        """Read the results of steps, a step late: the host prepares a step while the device still computes the last.
+
+        Without that step only if nothing else happens after `done` steps, which all ranks decide alike.
+        """
+        every = self.job.config.log.every
+        all_of_them |= done == self.job.total_steps or done % every == 0 or self.validates_after(done)
+        while self.pending and (all_of_them or self.save_due or self.stopping or len(self.pending) > 1):
+            step, pending = self.pending.popleft()
+            outcome = pending.read()
+            self.count(outcome)
+            self.check(step, outcome)
+            stops, saves, still_writing = outcome.rank_flags
+            if self.saver.pending and not still_writing:
+                self.commit_save(done)
+            self.save_due |= saves > 0
+            self.stopping |= stops > 0
 
     def rank_flags(self) -> tuple[bool, bool, bool]:
         """What the ranks sum up in a step: stop requested, save due by rank 0's clock, still writing a checkpoint."""
@@ -292,7 +307,7 @@ class Trainer:
         self.concepts_seen += outcome.concepts
         self.missing_concepts += outcome.missing
         self.losses.append(outcome.loss)
-        self.gradients.add(self.engine.get_global_grad_norm())
+        self.gradients.add(outcome.grad_norm)
         self.targets, self.had_targets = outcome.targets, self.had_targets or outcome.targets > 0
         self.speed.add(outcome.concepts, outcome.attended_pairs, outcome.waited)
 
@@ -361,6 +376,10 @@ class Trainer:
             self.run_log.samples(done, samples)
             console.line(validation_line(done, self.job.total_steps, values))
         self.speed.reset()
+
+    def validates_after(self, done: int) -> bool:
+        """Whether a validation is due after `done` steps."""
+        return self.job.validation is not None and _due(done, self.job.config.evaluate.every, self.job.total_steps)
 
     @property
     def save_now(self) -> bool:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lcm_ds.model.counter_rng import normal
+
 
 def squared_error(predictions: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """Sum over targets of the mean squared error over dimensions: divided by the number of targets it is the loss.
@@ -66,30 +68,27 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def dropout_keys(rows: int, seed: int, step: int, first_lane: int) -> Tensor:
-    """Dropout keys of one micro-batch: int64 [rows], below 2**32; row i belongs to lane first_lane + i."""
-    keys = [derive_seed(seed, "dropout", step, first_lane + row) & 0xFFFFFFFF for row in range(rows)]
-    return torch.tensor(keys, dtype=torch.int64)
+def row_keys(purpose: str, rows: int, seed: int, step: int, first_lane: int) -> Tensor:
+    """Keys for the random values of one micro-batch: int64 [rows].
 
-
-def input_noise(like: Tensor, std: float, seed: int, step: int, first_lane: int) -> Tensor | None:
-    """Gaussian noise for one micro-batch, fp32, in normalised space; None if `std` is 0.
-
-    A row's noise is a function of (seed, step, lane): the same for any world size and micro-batch.
+    A row's key is a function of (purpose, seed, step, lane): the same for any world size and micro-batch.
 
     Args:
-        like: [rows, row_length, embed_dim], for shape and device.
-        std: Standard deviation.
+        purpose: "noise" or "dropout".
+        rows: Of the micro-batch.
         seed: The run's.
         step: The optimizer step.
         first_lane: Row i belongs to lane first_lane + i.
     """
+    return torch.tensor([derive_seed(seed, purpose, step, first_lane + row) for row in range(rows)], dtype=torch.int64)
 
-    if std == 0:
-        return None
-    noise = torch.empty(like.shape, dtype=torch.float32, device=like.device)
-    generator = torch.Generator(device=like.device)
-    for row in range(like.shape[0]):
-        generator.manual_seed(derive_seed(seed, "noise", step, first_lane + row))
-        noise[row].normal_(std=std, generator=generator)
-    return noise
+
+def input_noise(like: Tensor, std: float, keys: Tensor) -> Tensor | None:
+    """Gaussian noise for one micro-batch, fp32, in normalised space; None if `std` is 0.
+
+    Args:
+        like: [rows, row_length, embed_dim], for the shape.
+        std: Standard deviation.
+        keys: int64 [rows], on the device of the result (see `row_keys`).
+    """
+    return None if std == 0 else normal(keys, *like.shape[1:]) * std

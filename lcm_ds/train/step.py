@@ -1,4 +1,8 @@
-"""One optimizer step: its loss and gradient do not depend on how the global batch's rows are split over devices."""
+"""One optimizer step: its loss and gradient do not depend on how the global batch's rows are split over devices.
+
+The host never waits for the device in a step: all that can be computed on the CPU is part of a `MicroBatch`, which the
+loader's threads make, and a step's results are copied to the host when they are there.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,29 @@ from dataclasses import dataclass
 import deepspeed
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lcm_ds.data.batch import Batch
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.train.engine import set_learning_rate
 from lcm_ds.train.job import TrainJob
-from lcm_ds.train.loss import dropout_keys, input_noise, squared_error
+from lcm_ds.train.loss import input_noise, row_keys, squared_error
 from lcm_ds.train.schedule import learning_rate_factor
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch with all that a step computes on the CPU; on a GPU's host in page-locked memory."""
+
+    concepts: Tensor  # as in `Batch`
+    layout: SegmentLayout
+    target_mask: Tensor  # bool [rows, row_length - 1]
+    keys: Tensor  # int64 [2, rows]: for noise and for dropout
+    targets: int
+    real_concepts: int
+    missing: int
+    attended_pairs: int  # (concept, concept that it attends to)
 
 
 @dataclass(frozen=True)
@@ -24,13 +43,44 @@ class StepOutcome:
     """What one optimizer step did, summed over all ranks: the same on each of them."""
 
     loss: float | None  # mean over targets; None without targets
+    grad_norm: float | None  # before clipping; None if DeepSpeed does not compute it
     targets: int
     applied: bool  # False: gradients were not finite, the weights are unchanged
     concepts: int
     missing: int  # concepts of shards that could not be read
-    attended_pairs: int  # (concept, concept that it attends to)
+    attended_pairs: int
     rank_flags: tuple[int, ...]  # for each flag, the number of ranks that raised it
     waited: float  # seconds this rank waited for data
+
+
+class PendingStep:
+    """A step whose results may still be computed by the device."""
+
+    def __init__(self, results: Tensor, counts: int, applied: bool, waited: float) -> None:
+        """Start copying results to the host.
+
+        Args:
+            results: float64: targets, concepts, missing concepts, attended pairs, flags; the loss summed over targets;
+                the gradient norm, if it is known.
+            counts: Number of results before the loss.
+            applied: As in `StepOutcome`.
+            waited: As in `StepOutcome`.
+        """
+        self._counts, self._applied, self._waited = counts, applied, waited
+        self._results = results.to("cpu", non_blocking=True)
+        self._copied = torch.cuda.Event() if results.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> StepOutcome:
+        """The outcome; waits until the device has finished the step."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        results = self._results.tolist()
+        targets, concepts, missing, pairs, *flags = map(int, results[: self._counts])
+        loss, *norms = results[self._counts :]
+        mean, norm = loss / targets if targets else None, norms[0] if norms else None
+        return StepOutcome(mean, norm, targets, self._applied, concepts, missing, pairs, tuple(flags), self._waited)
 
 
 class Stepper:
@@ -41,24 +91,23 @@ class Stepper:
 
     def step(
         self,
-        batches: Iterator[Batch],
+        batches: Iterator[MicroBatch],
         step: int,
         rank_flags: Sequence[bool] = (),
         on_gradients_ready: Callable[[], None] | None = None,
-    ) -> StepOutcome:
+    ) -> PendingStep:
         """One optimizer step over this rank's micro-batches.
 
         Args:
             batches: This rank's micro-batches; gradient_accumulation_steps of them are taken.
-            step: Its number, from 0, which sets learning rate, noise and dropout.
+            step: Its number, from 0, which sets the learning rate.
             rank_flags: Flags of this rank, to be summed over ranks.
             on_gradients_ready: Called after the last backward, before the weights change.
         """
         config, engine = self.job.config, self.engine
         started = time.perf_counter()
-        taken = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
+        micro_batches = [next(batches) for _ in range(engine.gradient_accumulation_steps())]
         waited = time.perf_counter() - started
-        micro_batches = [(batch, self.layout(batch)) for batch in taken]
         counts = self._global_counts(micro_batches, rank_flags)
         # DeepSpeed averages gradients over ranks: times their number, divided by all targets, gives the global mean.
         share = self.env.world_size / counts[0].clamp(min=1)
@@ -66,8 +115,8 @@ class Stepper:
         set_learning_rate(engine, self.job.ds["optimizer"]["params"], factor)
         engine.train()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch, layout in micro_batches:
-            predictions, targets, mask = self.predict(batch, layout, step)
+        for micro_batch in micro_batches:
+            predictions, targets, mask = self.predict(micro_batch, training=True)
             error = squared_error(predictions, targets, mask)
             # DeepSpeed skips a step, on all ranks, if a gradient is not finite; gradients of a loss that is not finite
             # may be.
@@ -78,53 +127,61 @@ class Stepper:
             engine.step()
             loss += error.detach()
         dist.all_reduce(loss)
-        target_count, concepts, missing, attended_pairs, *flags = counts.tolist()
-        mean = (loss / target_count).item() if target_count else None
-        applied = engine.was_step_applied()
-        return StepOutcome(mean, target_count, applied, concepts, missing, attended_pairs, tuple(flags), waited)
+        norm = engine.get_global_grad_norm()  # a number, a scalar tensor or None
+        norms = [] if norm is None else [torch.as_tensor(norm, dtype=loss.dtype).to(self.device, non_blocking=True)]
+        results = torch.cat([counts.to(loss.dtype), torch.stack([loss, *norms])])
+        return PendingStep(results, len(counts), engine.was_step_applied(), waited)
 
-    def _global_counts(
-        self, micro_batches: list[tuple[Batch, SegmentLayout]], rank_flags: Sequence[bool]
-    ) -> torch.Tensor:
+    def _global_counts(self, micro_batches: list[MicroBatch], rank_flags: Sequence[bool]) -> Tensor:
         """The one all-reduce before a step: targets, concepts, missing concepts, attended pairs, flags; int64."""
-        counts = torch.tensor(
-            [
-                sum(batch.targets for batch, _ in micro_batches),
-                sum(batch.real_concepts for batch, _ in micro_batches),
-                sum(batch.missing for batch, _ in micro_batches),
-                sum(int((layout.positions + 1)[batch.segment_ids >= 0].sum()) for batch, layout in micro_batches),
-                *rank_flags,
-            ],
-            dtype=torch.int64,
-            device=self.device,
-        )
+        columns = zip(*((m.targets, m.real_concepts, m.missing, m.attended_pairs) for m in micro_batches), strict=True)
+        counts = self._on_device(self._on_host(torch.tensor([*map(sum, columns), *rank_flags], dtype=torch.int64)))
         dist.all_reduce(counts)
         return counts
 
-    def layout(self, batch: Batch) -> SegmentLayout:
-        """The segments of a micro-batch, as attention needs them."""
-        return SegmentLayout.from_ids(batch.segment_ids, self.job.config.data.max_segment, self.job.model.attention)
+    def prepare(self, batch: Batch) -> MicroBatch:
+        """What a step needs of a batch, computed on the CPU: in training, by the loader's threads."""
+        config = self.job.config
+        layout = SegmentLayout.from_ids(batch.segment_ids, config.data.max_segment, self.job.model.attention)
+        mask, real = batch.target_mask, batch.segment_ids >= 0
+        draw = len(real), config.seed, batch.step, batch.first_lane
+        keys = torch.stack([row_keys("noise", *draw), row_keys("dropout", *draw)])
+        starts, positions, cu_seqlens, mask, keys = map(
+            self._on_host, (layout.starts, layout.positions, layout.cu_seqlens, mask, keys)
+        )
+        return MicroBatch(
+            batch.concepts,
+            layout._replace(starts=starts, positions=positions, cu_seqlens=cu_seqlens),
+            mask,
+            keys,
+            targets=int(mask.sum()),
+            real_concepts=int(real.sum()),
+            missing=batch.missing,
+            attended_pairs=int((layout.positions + 1)[real].sum()),
+        )
 
-    def predict(
-        self, batch: Batch, layout: SegmentLayout, step: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def predict(self, micro_batch: MicroBatch, training: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """The model's predictions for a micro-batch, with the targets.
 
         Args:
-            batch: Concepts in raw space.
-            layout: Of `layout(batch)`.
-            step: Seeds noise and dropout; None adds no noise.
+            micro_batch: Of `prepare`.
+            training: Whether noise is added and dropout has its keys.
 
         Returns:
             Predictions [rows, row_length, embed_dim]; clean concepts [rows, row_length - 1, embed_dim] from the second
             of each row on, fp32; which of them are targets, bool [rows, row_length - 1]. All in normalised space.
         """
-        config = self.job.config
-        raw = batch.concepts.to(self.device, non_blocking=True)
+        raw, mask = self._on_device(micro_batch.concepts), self._on_device(micro_batch.target_mask)
         noise = keys = None
-        if step is not None:
-            noise = input_noise(raw, config.noise_std, config.seed, step, batch.first_lane)
-            keys = dropout_keys(len(raw), config.seed, step, batch.first_lane).to(self.device)
-        mask = batch.target_mask.to(self.device, non_blocking=True)
-        predictions = self.engine(raw, layout, noise, keys)
+        if training:
+            of_noise, keys = self._on_device(micro_batch.keys)
+            noise = input_noise(raw, self.job.config.noise_std, of_noise)
+        predictions = self.engine(raw, micro_batch.layout, noise, keys)
         return predictions, self.engine.module.normalizer.normalize(raw[:, 1:]), mask
+
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        """In page-locked memory, if the device is a GPU, which then copies it without making this process wait."""
+        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)

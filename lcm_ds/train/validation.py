@@ -91,7 +91,7 @@ def validate(stepper: Stepper, dataset: Dataset, ridge: Linear, on_progress: Cal
         config.evaluate.rows,
         origins=True,
     ):
-        predictions, _, mask = stepper.predict(batch, stepper.layout(batch))
+        predictions, _, mask = stepper.predict(stepper.prepare(batch))
         rows = Rows.from_batch(batch, stepper.engine.module.normalizer, config.data.max_segment)
         positions = SegmentLayout.from_ids(batch.segment_ids, config.data.max_segment).positions[:, 1:]
         sums.add(

@@ -4,7 +4,16 @@ import pytest
 import torch
 from tolerance import rounding, rounding_of
 
-from lcm_ds.model.attention import SegmentLayout, attend, rope_tables, rotate, uses_varlen, varlen_takes
+from lcm_ds.model.attention import (
+    Rope,
+    SegmentLayout,
+    _turn,
+    _turn_compiled,
+    attend,
+    rotate,
+    uses_varlen,
+    varlen_takes,
+)
 
 
 def packed_ids(*rows):
@@ -154,21 +163,42 @@ def test_one_segment_a_row_is_the_layout_of_equal_ids():
 
 
 def test_rope_turns_interleaved_pairs_by_hand():
-    cos, sin = rope_tables(torch.tensor([[0, 3]]), head_dim=4, theta=100.0)
-    turned = rotate(torch.tensor([1.0, 0.0, 0.0, 1.0]).expand(1, 2, 1, 4), cos, sin)
-    assert turned[0, 0, 0].tolist() == [1, 0, 0, 1]
+    rope = Rope.of(torch.tensor([[0, 3]]), head_dim=4, theta=100.0)
+    pairs = torch.tensor([1.0, 0.0, 0.0, 1.0]).expand(1, 2, 1, 4)
     # pair 0 turns by 3, pair 1 by 3 / √100
     by_hand = torch.tensor([3.0, 3.0, 0.3, 0.3])
     expected = torch.stack([by_hand[0].cos(), by_hand[1].sin(), -by_hand[2].sin(), by_hand[3].cos()])
-    assert torch.allclose(turned[0, 1, 0], expected)
+    for turned in rotate(pairs, pairs, rope):
+        assert turned[0, 0, 0].tolist() == [1, 0, 0, 1]
+        assert torch.allclose(turned[0, 1, 0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rope_is_the_same_however_it_is_computed(dtype):
+    rope = Rope.of(torch.arange(20).view(2, 10), head_dim=8, theta=1e4)
+    # Heads of a product for queries and keys, as the model has them.
+    x = torch.randn(2, 10, 3, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    query, weights = x[..., :8].requires_grad_(), torch.randn(2, 10, 3, 8).to(dtype)
+    even, odd = query.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rope.cis.real, rope.cis.imag
+    written_out = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(dtype)
+    expected, compiled, eager = (
+        (turned, *torch.autograd.grad(turned, query, weights))
+        for turned in (written_out, _turn_compiled(query, rope), _turn(query, rope))
+    )
+    assert all(map(torch.equal, compiled, expected))
+    # Complex products may round once where the others round twice; then both round to the dtype.
+    rounding = 2 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps
+    for turned, exact, size in zip(eager, expected, (query, weights), strict=True):
+        assert (turned - exact).abs().max() <= rounding * 2 * size.abs().max()
 
 
 def test_only_distances_matter_to_rotated_products():
     query, key = torch.randn(2, 1, 1, 1, 8)
 
     def product(at_query, at_key):
-        q = rotate(query, *rope_tables(torch.tensor([[at_query]]), 8, 1e4))
-        k = rotate(key, *rope_tables(torch.tensor([[at_key]]), 8, 1e4))
+        q, _ = rotate(query, query, Rope.of(torch.tensor([[at_query]]), 8, 1e4))
+        _, k = rotate(key, key, Rope.of(torch.tensor([[at_key]]), 8, 1e4))
         return (q * k).sum()
 
     assert torch.allclose(product(5, 2), product(103, 100), atol=1e-4)

@@ -94,8 +94,8 @@ def weights(stepper):
 
 def steps(stepper, first, last):
     upcoming = [batch for batch in batches(stepper.env, CONFIG["batch"]["micro_batch_rows"]) if first <= batch.step]
-    upcoming = iter(upcoming)
-    return [stepper.step(upcoming, step).loss for step in range(first, last)]
+    upcoming = map(stepper.prepare, upcoming)
+    return [stepper.step(upcoming, step).read().loss for step in range(first, last)]
 
 
 def poisoned(stepper, step):
@@ -104,7 +104,7 @@ def poisoned(stepper, step):
     if stepper.env.rank == 1:
         upcoming[0].concepts[0, 3, 0] = torch.nan
     before = weights(stepper)
-    outcome = stepper.step(iter(upcoming), step)
+    outcome = stepper.step(map(stepper.prepare, upcoming), step).read()
     return str(outcome.loss), outcome.applied, weights(stepper) == before
 
 

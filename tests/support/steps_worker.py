@@ -102,9 +102,10 @@ def take_steps(changes, env, device, normalizer):
         step()
 
     engine.step = keep_gradients_and_step
-    upcoming, losses = batches(env, config.batch.micro_batch_rows), []
+    upcoming, losses = map(stepper.prepare, batches(env, config.batch.micro_batch_rows)), []
     for index in range(STEPS):
-        losses.append(stepper.step(upcoming, index, on_gradients_ready=on_gradients_ready if index == 0 else None).loss)
+        pending = stepper.step(upcoming, index, on_gradients_ready=on_gradients_ready if index == 0 else None)
+        losses.append(pending.read().loss)
     engine.destroy()
     torch._dynamo.reset()
     return losses, gradients, {group: asdict(histogram) for group, histogram in first_histograms.items()}

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcm_ds.data.batch import target_mask
 from lcm_ds.model.normalizer import Normalizer
-from lcm_ds.train.loss import input_noise, squared_error
+from lcm_ds.train.loss import input_noise, row_keys, squared_error
 
 
 def test_the_first_concept_of_a_segment_and_padding_are_not_targets():
@@ -74,8 +74,8 @@ def test_concepts_that_are_not_targets_have_no_gradient():
 
 
 def test_noise_of_a_lane_is_the_same_in_any_micro_batch():
-    noise = input_noise(torch.empty(4, 8, 16), 0.05, seed=3, step=7, first_lane=0)
-    part = input_noise(torch.empty(2, 8, 16), 0.05, seed=3, step=7, first_lane=2)
+    noise = input_noise(torch.empty(4, 8, 16), 0.05, row_keys("noise", 4, seed=3, step=7, first_lane=0))
+    part = input_noise(torch.empty(2, 8, 16), 0.05, row_keys("noise", 2, seed=3, step=7, first_lane=2))
     assert noise is not None
     assert part is not None
     assert torch.equal(noise[2:], part)
@@ -83,10 +83,10 @@ def test_noise_of_a_lane_is_the_same_in_any_micro_batch():
     assert abs(noise.std().item() - 0.05) < 0.01
 
 
-def test_noise_changes_with_step_and_seed():
-    draws = [input_noise(torch.empty(1, 2, 2), 1.0, seed, step, 0) for seed, step in ((1, 1), (1, 2), (2, 1))]
-    assert len({tuple(draw.flatten().tolist()) for draw in draws if draw is not None}) == 3
+def test_keys_change_with_purpose_step_and_seed():
+    changes = (("noise", 1, 1), ("noise", 1, 2), ("noise", 2, 1), ("dropout", 1, 1))
+    assert len({int(row_keys(purpose, 1, seed, step, 0)) for purpose, seed, step in changes}) == 4
 
 
 def test_no_noise_without_a_standard_deviation():
-    assert input_noise(torch.empty(1, 2, 2), 0.0, 1, 1, 0) is None
+    assert input_noise(torch.empty(1, 2, 2), 0.0, torch.tensor([1])) is None

@@ -21,7 +21,7 @@ from lcm_ds.data.batch import target_mask
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.config import resolve_model
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.train.loss import dropout_keys, input_noise
+from lcm_ds.train.loss import input_noise, row_keys
 from lcm_ds.train.monitoring.histograms import group_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -84,8 +84,8 @@ def one_at_a_time():
     center = torch.randn(EMBED_DIM, generator=generator) / 10
     model.normalizer.set(center.numpy(), (torch.rand(EMBED_DIM, generator=generator) + 0.5).numpy())
     concepts, ids = rows()
-    noise = input_noise(concepts, config.noise_std, config.seed, 0, 0)
-    keys = dropout_keys(ROWS, config.seed, 0, 0)
+    noise = input_noise(concepts, config.noise_std, row_keys("noise", ROWS, config.seed, 0, 0))
+    keys = row_keys("dropout", ROWS, config.seed, 0, 0)
     targets = int(target_mask(ids).sum())
     truth = (concepts.float() - model.normalizer.center) / model.normalizer.scale
     # Dropout depends on the position in the row: a segment keeps its position, in an otherwise empty row.

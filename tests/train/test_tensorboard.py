@@ -232,6 +232,7 @@ def track(log, folder, steps):
     found = Trackers(log, folder, {"optim.lr": 0.5})
     for step in steps:
         found.scalars(step, {"loss/train": 10.0 - step})
+    assert found._ready.wait(120)  # on a busy machine wandb starts in half a minute
     found.close(done=True)
     return json.loads((folder / "trackers.json").read_text())
 

@@ -6,7 +6,6 @@ An eps far above the gradients reduces every update, which no other metric shows
 from __future__ import annotations
 
 import math
-from typing import Any
 
 PAPER_EPS = 1e-5  # arXiv 2412.08821, section 2.4.1; for a loss summed over dimensions (see loss.py)
 MAX_EPS_SHARE = 0.5  # share of eps in Adam's denominator above which a warning is printed
@@ -26,9 +25,9 @@ class GradientMeter:
         self._norms: list[float | None] = []
         self._warned = False
 
-    def add(self, norm: Any) -> None:
-        """One step's norm: a number or a scalar tensor; None if DeepSpeed does not compute it."""
-        self._norms.append(None if norm is None else float(norm))
+    def add(self, norm: float | None) -> None:
+        """One step's norm; None if DeepSpeed does not compute it."""
+        self._norms.append(norm)
 
     def reset(self) -> None:
         """Start over after a report."""

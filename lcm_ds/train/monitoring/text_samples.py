@@ -78,7 +78,7 @@ class Samples:
         predicted = []
         for first in range(0, len(self._inputs), rows):
             batch = self._batch(self._inputs[first : first + rows])
-            predictions, _, _ = self.stepper.predict(batch, self.stepper.layout(batch))
+            predictions, _, _ = self.stepper.predict(self.stepper.prepare(batch))
             predicted.append(self.stepper.engine.module.normalizer.denormalize(predictions.float()).cpu())
         if not self._prompts:
             return []
