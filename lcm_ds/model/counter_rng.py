@@ -77,8 +77,8 @@ def drop(x: Tensor, draw: Draw | None) -> Tensor:
     if draw is None:
         return x
     # Compared as unsigned words: with the highest bit flipped their order is that of int32.
-    kept = mix(draw.indices ^ draw.keys) ^ -(2**31) >= int(draw.p * 2**32) - 2**31
-    return torch.where(kept, x / (1 - draw.p), 0.0)
+    dropped = mix(draw.indices ^ draw.keys) ^ -(2**31) < int(draw.p * 2**32) - 2**31
+    return (x / (1 - draw.p)).masked_fill(dropped, 0.0)
 
 
 @fused

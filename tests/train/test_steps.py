@@ -7,13 +7,15 @@ gradient's norm in fp32, where only the order of sums differs; 3 % and 5 % in bf
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from runs import launch_workers
 from safetensors.torch import load_file
-from steps_worker import CONFIG, EMBED_DIM, ROWS, rows
+from steps_worker import CONFIG, EMBED_DIM, ROWS, batches, rows
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
@@ -21,8 +23,10 @@ from lcm_ds.data.batch import target_mask
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.config import resolve_model
 from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.train.job import TrainJob
 from lcm_ds.train.loss import input_noise, row_keys
 from lcm_ds.train.monitoring.histograms import group_of
+from lcm_ds.train.step import Stepper
 
 ROOT = Path(__file__).parent.parent.parent
 SHIPPED = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
@@ -180,3 +184,84 @@ def test_every_shipped_config_is_valid_and_matches_its_name(name):
     assert f"zero{deepspeed_config.zero_stage(resolved)}" == what.replace("pp", "3")
     known = {"fp32": "float32", "fp16": "float16"}
     assert deepspeed_config.precision(resolved) == known.get(precision, "bfloat16")
+
+
+class EngineWithoutData:
+    """What a step calls of a DeepSpeed engine, around a model whose tensors have no data."""
+
+    def __init__(self, model, accumulated):
+        self.module, self.accumulated = model, accumulated
+        self.basic_optimizer = torch.optim.AdamW(model.parameters())
+
+    def __call__(self, *arguments):
+        return self.module(*arguments)
+
+    def train(self):
+        self.module.train()
+
+    def gradient_accumulation_steps(self):
+        return self.accumulated
+
+    def backward(self, loss, scale_wrt_gas):
+        loss.backward()
+
+    def step(self):
+        """Updates nothing."""
+
+    def get_global_grad_norm(self):
+        return torch.zeros((), device="meta")
+
+    def was_step_applied(self):
+        return True
+
+
+class Copies(TorchDispatchMode):
+    """Keeps, of each copy from the host to the device, the tensor's first address and whether it is asynchronous."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        source = next((arg for arg in reversed(args) if isinstance(arg, torch.Tensor)), None)
+        made = func(*args, **(kwargs or {}))
+        if (
+            func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+            and source.device.type == "cpu"
+            and made.device.type == "meta"
+        ):
+            self.made.append((source.data_ptr(), func is torch.ops.aten._to_copy.default and kwargs["non_blocking"]))
+        return made
+
+
+def test_the_host_never_waits_for_the_device_in_a_step(monkeypatch):
+    # The device "meta" has no data: whatever reads a value of it, as `item`, `if` or `nonzero` do, is an error.
+    config = TrainConfig.model_validate(CONFIG | {"noise_std": 0.1})
+    model_config = resolve_model(config.model)
+    with torch.device("meta"):
+        model = BaseLCM(model_config)
+    ds = {"optimizer": {"params": {"lr": 0.1}}}
+    job = TrainJob(config, ds, model_config, [], None, SimpleNamespace(steps=None), "")  # type: ignore[arg-type]
+    env = SimpleNamespace(world_size=1, rank=0)
+    stepper = Stepper(job, env, EngineWithoutData(model, accumulated=2), torch.device("meta"))
+    locked = set()
+
+    def page_locked(tensor):
+        kept.append(tensor)
+        locked.add(tensor.data_ptr())
+        return tensor
+
+    kept, results = [], []
+    monkeypatch.setattr(stepper, "_on_host", page_locked)
+    monkeypatch.setattr("lcm_ds.train.step.dist.all_reduce", lambda tensor: None)
+    monkeypatch.setattr("lcm_ds.train.step.PendingStep", lambda *arguments: results.append(arguments))
+    upcoming = [*map(stepper.prepare, batches(SimpleNamespace(world_size=1, rank=0), 4))]
+    locked |= {batch.concepts.data_ptr() for batch in upcoming}  # read into page-locked memory
+    with Copies() as copies:
+        stepper.step(iter(upcoming), 0, rank_flags=(True, False))
+    # Counts of the step; of each micro-batch concepts, target mask, keys and the three tensors of its layout.
+    assert len(copies.made) == 1 + 2 * 6
+    assert all(address in locked and asynchronous for address, asynchronous in copies.made)
+    ((values, counts, applied, _),) = results
+    assert values.shape == (counts + 2,) == (4 + 2 + 2,)
+    assert applied
