@@ -93,18 +93,15 @@ def normal(keys: Tensor, row_length: int, dims: int) -> Tensor:
     Returns:
         [rows, row_length, dims]; a value depends on (key, position · dims + dimension) only.
     """
-    count = row_length * dims
-    pairs = mix(torch.arange(-(-count // 2), dtype=torch.int32, device=keys.device))
+    indices = mix(torch.arange(row_length * dims, dtype=torch.int32, device=keys.device))
     # Two words that both depend on the complete key (a Feistel network of two rounds), so that no two rows share one.
     low, high = keys.to(torch.int32), (keys >> 32).to(torch.int32)
     high = high ^ mix(low)
     low = low ^ mix(high)
-    # Integers below 2**31; the half keeps the logarithm finite.
-    first, second = (((mix(pairs ^ mix(word).unsqueeze(1)) >> 1) & 0x7FFFFFFF).float() for word in (low, high))
+    # Integers below 2**31; the half keeps the logarithm finite. The sine, a second value, would cost a second kernel.
+    first, second = (((mix(indices ^ mix(word).unsqueeze(1)) >> 1) & 0x7FFFFFFF).float() for word in (low, high))
     radius = (((first + 0.5) * 2.0**-31).log() * -2).sqrt()
-    angle = second * (math.tau * 2.0**-31)
-    values = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-    return values.flatten(1)[:, :count].unflatten(1, (row_length, dims))
+    return (radius * (second * (math.tau * 2.0**-31)).cos()).unflatten(1, (row_length, dims))
 
 
 def mix(words: Tensor) -> Tensor:
