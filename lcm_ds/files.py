@@ -45,12 +45,12 @@ def write_named(option: str, path: str, data: str | bytes) -> None:
 def json_object(text: str | bytes, path: str | Path) -> dict[str, Any]:
     """The JSON object in the text of the file at `path`. Raises InputError if it is not one."""
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except ValueError as error:
         raise InputError(f"{path}: not JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise InputError(f"{path}: has to be a JSON object")
-    return found
+    return value
 
 
 def read_object(path: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -173,22 +173,22 @@ class TrainingSums:
         embed_dim, device = self.fit.xy.shape[1], self.fit.xx.device
         everything = self.all
         fit, choose = (self.fit, self.held_out) if self.chooses else (everything, everything)
-        found: dict[str, Linear] = {}
+        predictors: dict[str, Linear] = {}
         for name in names:
             if name == MEAN:
-                found[name] = Linear((), everything.mean()[-1:], choose.error(fit.mean()))
+                predictors[name] = Linear((), everything.mean()[-1:], choose.error(fit.mean()))
                 continue
             inputs = RIDGES.get(name, (LAST,))
             columns = torch.cat([index * embed_dim + torch.arange(embed_dim, device=device) for index in inputs])
             part, held_out, full = (sums.select(columns) for sums in (fit, choose, everything))
             if name == COPY:
                 weights = torch.eye(embed_dim + 1, embed_dim, dtype=torch.float64, device=device)
-                found[name] = Linear(inputs, weights, held_out.error(weights))
+                predictors[name] = Linear(inputs, weights, held_out.error(weights))
             else:
                 errors = {penalty: held_out.error(part.solve(penalty)) for penalty in PENALTIES}
                 penalty = min(errors, key=errors.__getitem__)
-                found[name] = Linear(inputs, full.solve(penalty), errors[penalty])
-        return found
+                predictors[name] = Linear(inputs, full.solve(penalty), errors[penalty])
+        return predictors
 
 
 def is_held_out(document: Tensor) -> Tensor:

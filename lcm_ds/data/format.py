@@ -239,8 +239,8 @@ def open_dataset(
             )
         if sizes and not skip_bad:
             errors.errors.extend(_missing_shards(folder, shards))
-        if info is not None and info.totals != (found := Totals.of(shards)):
-            raise InputError(f"{folder}: {DATASET} counts {info.totals}, the lines of {SHARDS} add up to {found}")
+        if info is not None and info.totals != (totals := Totals.of(shards)):
+            raise InputError(f"{folder}: {DATASET} counts {info.totals}, the lines of {SHARDS} add up to {totals}")
         if not any(shard.concepts for shard in shards):
             raise InputError(f"{folder}: holds no concepts")
     with errors:

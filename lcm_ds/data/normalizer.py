@@ -192,8 +192,8 @@ def draw(
     left = np.zeros(len(chosen), bool)
     groups = np.split(by_shard, begins[1:])
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(read, (shards[int(index)] for index in indices), groups)
-        for entries, concepts in found:
+        samples = pool.map(read, (shards[int(index)] for index in indices), groups)
+        for entries, concepts in samples:
             if sample is None and len(concepts):
                 sample = np.empty((len(chosen), concepts.shape[1]), concepts.dtype)
             if sample is not None:

@@ -150,11 +150,11 @@ class Shard:
     def members(self, document: int) -> dict[str, bytes]:
         """The document's files in the tar, by extension."""
         key = self.keys[document]
-        found = {self.extension: self._npys[document]}
+        files = {self.extension: self._npys[document]}
         for extension, members in (("json", self._metas), (self._text_extension, self._texts)):
             if key in members:
-                found[extension] = members[key]
-        return {extension: self._bytes(f"{key}.{extension}", *member) for extension, member in found.items()}
+                files[extension] = members[key]
+        return {extension: self._bytes(f"{key}.{extension}", *member) for extension, member in files.items()}
 
     def meta(self, document: int) -> dict[str, Any]:
         """The document's JSON, with `id`, `source` and `sentences`.
@@ -228,12 +228,12 @@ class Shard:
         """The JSON object in a member of the tar, given by offset and size."""
         location = f"{self.location}: {key}.{extension}"
         try:
-            found = json.loads(self._bytes(f"{key}.{extension}", *member))
+            meta = json.loads(self._bytes(f"{key}.{extension}", *member))
         except ValueError as error:
             raise InputError(f"{location}: not JSON: {error}") from None
-        if not isinstance(found, dict):
+        if not isinstance(meta, dict):
             raise InputError(f"{location}: has to be an object with a list of {self._field}")
-        return found
+        return meta
 
     def _bytes(self, name: str, offset: int, size: int) -> bytes:
         """Bytes of the tar; `name`, the member that they belong to, is for messages."""
@@ -274,10 +274,10 @@ class Shard:
             raise InputError(f"{self.location}: {twice}: two documents have this key")
         if orphans := self._metas.keys() - keys:
             raise InputError(f"{self.location}: {min(orphans)}: has a .json and no .{self.extension}")
-        found = (len(self), int(self.lengths.sum()))
-        if info is not None and found != (info.documents, info.concepts):
+        counts = (len(self), int(self.lengths.sum()))
+        if info is not None and counts != (info.documents, info.concepts):
             raise InputError(
-                f"{self.location}: has {found[0]} documents with {found[1]} concepts, "
+                f"{self.location}: has {counts[0]} documents with {counts[1]} concepts, "
                 f"{SHARDS} lists {info.documents} with {info.concepts}"
             )
         if info is not None and info.lengths not in (None, self.lengths.tolist()):
@@ -385,8 +385,8 @@ def _known(device: int, inode: int, changed: int) -> _Checksum:
 
 def _checksum(file: OpenFile) -> str:
     """The file's sha256, read once a process: epochs come back to the same shards."""
-    found = file.status()
-    return _known(found.st_dev, found.st_ino, found.st_mtime_ns).of(file)
+    status = file.status()
+    return _known(status.st_dev, status.st_ino, status.st_mtime_ns).of(file)
 
 
 def _hashed(file: OpenFile) -> str:
@@ -419,10 +419,10 @@ def _length(head: bytes, size: int, embed_dim: int | None, dtype: np.dtype | Non
     if embed_dim is None or dtype is None or 8 + width + int.from_bytes(head[8 : 8 + width], "little") != HEAD:
         return None
     try:
-        shape, fortran_order, found = _npy_header(head)
+        shape, fortran_order, stored_dtype = _npy_header(head)
     except ValueError:
         return None
-    usual = len(shape) == 2 and shape[0] >= 0 and shape[1] == embed_dim and found == dtype and not fortran_order
+    usual = len(shape) == 2 and shape[0] >= 0 and shape[1] == embed_dim and stored_dtype == dtype and not fortran_order
     return shape[0] if usual and HEAD + shape[0] * embed_dim * dtype.itemsize == size else None
 
 

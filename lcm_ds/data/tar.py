@@ -159,14 +159,14 @@ def _check_sums(blocks: np.ndarray, starts: list[int], location: str) -> None:
 
     blocks: uint8 [headers, 512 and more]; starts: the offset of each.
     """
-    found = (
+    checksums = (
         blocks[:, :BLOCK].sum(axis=1, dtype=np.uint32) - blocks[:, 148:156].sum(axis=1, dtype=np.uint32) + 8 * ord(" ")
     )
     digits = blocks[:, 148:154] - np.uint8(ord("0"))  # nearly always six octal digits
     usual = (digits < 8).all(axis=1) & (blocks[:, 154] == 0) & (blocks[:, 155] == ord(" "))
-    right = usual & (digits.astype(np.uint32) @ _OCTAL_POWERS == found)
+    right = usual & (digits.astype(np.uint32) @ _OCTAL_POWERS == checksums)
     for index in np.flatnonzero(~right).tolist():
-        if _number(blocks[index, 148:156].tobytes(), starts[index], location) != found[index]:
+        if _number(blocks[index, 148:156].tobytes(), starts[index], location) != checksums[index]:
             raise InputError(
                 f"{location}: is damaged: the member's header at byte {starts[index]} has another checksum"
             )

@@ -51,7 +51,7 @@ def nearest_sentences(concepts: np.ndarray, datasets: Sequence[Dataset], limit: 
     """
     queries = _directions(concepts)
     highest = np.full(len(queries), -np.inf, np.float32)
-    found: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)] * len(queries)
+    sources: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)] * len(queries)
     for block in _blocks(datasets, limit):
         cosines = queries @ _directions(block.concepts).T
         for query, index in enumerate(cosines.argmax(axis=1)):
@@ -59,10 +59,10 @@ def nearest_sentences(concepts: np.ndarray, datasets: Sequence[Dataset], limit: 
                 highest[query] = cosines[query, index]
                 document = int(np.searchsorted(block.ends, index, side="right"))
                 start = int(block.ends[document - 1]) if document else 0
-                found[query] = (block.dataset, block.shard, block.documents[document], int(index) - start)
+                sources[query] = (block.dataset, block.shard, block.documents[document], int(index) - start)
     return [
         _retrieved(datasets[dataset], shard, document, position, float(cosine))
-        for cosine, (dataset, shard, document, position) in zip(highest, found, strict=True)
+        for cosine, (dataset, shard, document, position) in zip(highest, sources, strict=True)
     ]
 
 

@@ -56,7 +56,7 @@ class HuggingFaceSource:
         elif config.dataset is not None:
             places = hub_files(config)
             self._commit = next(
-                (found[1] for place in places if (found := re.search(r"@([0-9a-f]{40})/", place))), None
+                (revision[1] for place in places if (revision := re.search(r"@([0-9a-f]{40})/", place))), None
             )
             if all(place.endswith(".parquet") for place in places):
                 names = [re.sub(r"^hf://datasets/|@[^/]+(?=/)", "", place) for place in places]
@@ -118,10 +118,10 @@ class HuggingFaceSource:
         keys = {"dataset", "config", "split", "revision", "paths", "id_column", "language_column", "filter", "skip",
                 "take", *texts}  # fmt: skip
         chosen = self.config.model_dump(include=keys, exclude_none=True)
-        found = {"files": len(self._files), "bytes": sum(file.size for file in self._files)} if self._files else {}
+        files = {"files": len(self._files), "bytes": sum(file.size for file in self._files)} if self._files else {}
         commit = {"revision": self._commit} if self._commit else {}
         chosen = {key: value for key, value in chosen.items() if value not in ([], {}, 0)}
-        return {"name": "huggingface", **chosen, **commit, **found}
+        return {"name": "huggingface", **chosen, **commit, **files}
 
     @property
     def sizes(self) -> dict[str, int]:

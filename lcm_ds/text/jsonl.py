@@ -66,9 +66,9 @@ class JsonlFile:
                     position += len(line)
         except Exception as error:  # an OSError, and what the libraries of compression and of remote places raise
             raise InputError(f"{name}: cannot be read: {first_line(error)}") from None
-        found = cls(columns, place, name, size, position, rows, marks, blanks)
-        found._check()
-        return found
+        reader = cls(columns, place, name, size, position, rows, marks, blanks)
+        reader._check()
+        return reader
 
     def _check(self) -> None:
         """Raise InputError if the first rows are not JSONL or lack columns."""

@@ -175,8 +175,8 @@ def _cost(sentence: str, position: int, aim: float) -> float:
     return distance if _CLAUSE_END.search(sentence, max(0, position - 3), position) else distance + 0.5
 
 
-def _boundary(text: str, start: int, found: int) -> tuple[int | None, int]:
-    """The end mark and the end of a sentence from `start`, if spaCy lets the next one begin at `found`.
+def _boundary(text: str, start: int, end: int) -> tuple[int | None, int]:
+    """The end mark and the end of a sentence from `start`, if spaCy lets the next one begin at `end`.
 
     The mark is None if there is none; an end at `start` means that the sentence continues.
 
@@ -184,19 +184,19 @@ def _boundary(text: str, start: int, found: int) -> tuple[int | None, int]:
     splits "os.PathLike" in two. Here the end is the first whitespace behind the last end mark, and without whitespace
     only a mark of a script that uses none ends a sentence.
     """
-    gap = found
+    gap = end
     while gap > start and not text[gap - 1].isalnum():
         gap -= 1
-    for position in range(found - 1, gap - 1, -1):
+    for position in range(end - 1, gap - 1, -1):
         if text[position] in _END_MARKS:
-            space = text.find(" ", position, found)
+            space = text.find(" ", position, end)
             if space >= 0:
                 closing = _SPACED_CLOSING.match(text, space + 1)
                 return position, closing.end() if closing else space + 1
             if text[position] in _UNSPACED_MARKS:
-                return position, found
+                return position, end
     # A pipeline that parses finds ends without any mark, as between a heading and what follows it.
-    return None, found if text[found - 1] == " " else start
+    return None, end if text[end - 1] == " " else start
 
 
 def _continues(text: str, mark: int, end: int, english: bool) -> bool:

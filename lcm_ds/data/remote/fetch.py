@@ -200,12 +200,12 @@ def _status(error: BaseException) -> int | None:
     """The HTTP status behind an error of aiohttp, botocore, gcsfs or huggingface_hub; None if there is none."""
     for cause in _causes(error):
         response = getattr(cause, "response", None)
-        found = [getattr(cause, "status", None), getattr(response, "status_code", None)]
+        statuses = [getattr(cause, "status", None), getattr(response, "status_code", None)]
         if not type(cause).__module__.startswith("aiohttp"):  # whose code need not be the server's
-            found.append(getattr(cause, "code", None))
+            statuses.append(getattr(cause, "code", None))
         if isinstance(response, dict):
-            found.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
-        for status in found:
+            statuses.append(response.get("ResponseMetadata", {}).get("HTTPStatusCode"))
+        for status in statuses:
             if str(status).isdigit() and 400 <= int(str(status)) < 600:
                 return int(str(status))
     return None

@@ -103,12 +103,12 @@ def _weighted(text: str) -> WeightedPath:
     if not separator:
         return WeightedPath(path=text, weight=1.0)
     try:
-        number = float(weight)
+        value = float(weight)
     except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
+        value = 0.0
+    if not 0 < value < float("inf"):
         raise InputError(f"{text}: the weight behind = has to be a number above 0, not {weight!r}")
-    return WeightedPath(path=path, weight=number)
+    return WeightedPath(path=path, weight=value)
 
 
 def _opener(dataset: Dataset) -> Callable[[ShardInfo], Shard]:

@@ -179,27 +179,27 @@ def _read(
     from rich.console import Console
     from rich.progress import Progress
 
-    found: tuple[int | None, str | None] = (None, None)
+    kind: tuple[int | None, str | None] = (None, None)
     lock = Lock()
 
     def read(location: str) -> tuple[Collector, ShardInfo | None]:
-        nonlocal found
+        nonlocal kind
         errors = Collector()
         info: ShardInfo | None = None
-        with errors, _open(location, output, reading, *found) as (shard, listed):
+        with errors, _open(location, output, reading, *kind) as (shard, listed):
             _check_type(shard, location, reading)
             _scan(shard, location, reading, sample, lock)
             info = listed
             if shard.supervised:  # raises if a document lacks one of its parts
                 info = replace(listed, lengths=shard.lengths.tolist(), given=shard.given.tolist())
             if shard.dtype is not None:
-                found = (shard.embed_dim, shard.dtype.name)
+                kind = (shard.embed_dim, shard.dtype.name)
         return errors, info
 
     results: list[tuple[Collector, ShardInfo | None]] = []
     with Progress(transient=True, disable=not Console().is_terminal) as progress, ThreadPoolExecutor(threads) as pool:
         task = progress.add_task("reading", total=len(locations))
-        while len(results) < len(locations) and found == (None, None):  # until one determines embed_dim and dtype
+        while len(results) < len(locations) and kind == (None, None):  # until one determines embed_dim and dtype
             results.append(read(locations[len(results)]))
             progress.advance(task)
         for result in pool.map(read, locations[len(results) :]):
@@ -209,7 +209,7 @@ def _read(
     for collected, _ in results:
         errors.add(collected)
     errors.raise_if_any()
-    return [info for _, info in results if info is not None], *found
+    return [info for _, info in results if info is not None], *kind
 
 
 @contextmanager
