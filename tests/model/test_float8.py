@@ -18,7 +18,9 @@ ROUNDING, SMALLEST = 2.0**-4, 2.0**-10 / 224
 # The usual error of a product, relative to it: each of two factors is off by up to 2⁻⁴ of its leading bit, usually by
 # 1 / √3 of that, and the leading bit is about 1 / √2 of a number.
 USUAL = 2**0.5 * 2**-4 / 3**0.5 / 2**0.5
-EMULATED = [True, False]  # CPUs compute real fp8 products, too, by torch's reference kernel
+NO_GPU = pytest.mark.skipif(device_without_float8() is not None, reason="needs a GPU with products in fp8")
+# CPUs compute products in fp8, too, by torch's reference kernel.
+DEVICES = [("cpu", True), ("cpu", False), pytest.param("cuda", False, marks=[pytest.mark.gpu, NO_GPU])]
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 
 
@@ -50,15 +52,15 @@ def product_and_bound(a, b):
     return exact, bound + 2 * torch.finfo(torch.bfloat16).eps * (exact.abs() + bound)
 
 
-@pytest.mark.parametrize("emulated", EMULATED)
+@pytest.mark.parametrize(("device", "emulated"), DEVICES)
 @pytest.mark.parametrize("size", [1.0, 1e-11], ids=["gradients of 1", "gradients of the loss's mean"])
-def test_a_product_and_its_gradients_are_as_exact_as_e4m3_allows(make_fp8, emulated, size):
+def test_a_product_and_its_gradients_are_as_exact_as_e4m3_allows(make_fp8, device, emulated, size):
     """The mean over targets and dimensions makes gradients small: no loss scale is needed."""
     _, model = make_fp8(emulated)
-    layer = model.layers[0].mlp.down_proj  # its bias is 0
-    spread = torch.logspace(-2, 1, 48).bfloat16()[:, None]  # rows that one scale for all would not fit
-    x = (torch.randn(48, 96).bfloat16() * spread).requires_grad_()
-    gradient = torch.randn(48, 64).bfloat16() * spread.flip(0) * size
+    layer = model.to(device).layers[0].mlp.down_proj  # its bias is 0
+    spread = torch.logspace(-3, 2, 48).bfloat16()[:, None]  # one scale for all rows would not fit
+    x = (torch.randn(48, 96).bfloat16() * spread).to(device).requires_grad_()
+    gradient = (torch.randn(48, 64).bfloat16() * spread * size).to(device)
     (y,) = project(x, layer)
     of_x, of_weight, of_bias = torch.autograd.grad(y, [x, layer.weight, layer.bias], gradient)
     x, weight = x.detach(), layer.weight.detach()
@@ -67,7 +69,7 @@ def test_a_product_and_its_gradients_are_as_exact_as_e4m3_allows(make_fp8, emula
         error = (found.detach() - exact).abs()
         assert bool((error <= bound).all())
         assert error.norm() / exact.norm() == pytest.approx(USUAL, rel=0.25)
-    assert torch.allclose(of_bias.double(), gradient.double().sum(0), rtol=2**-7, atol=2**-7 * size)
+    assert (of_bias - gradient.double().sum(0)).norm() < 2**-7 * gradient.double().norm()
 
 
 def test_emulation_and_fp8_products_agree_to_the_rounding_of_their_results(make_fp8):
@@ -137,6 +139,20 @@ def test_a_compiled_layer_converts_each_input_once_for_each_of_its_two_scales(ma
     assert count(forward, torch.ops.aten._scaled_mm.default) == linears
     assert count(backward, torch.ops.aten._scaled_mm.default) == 2 * linears
     assert casts == 2 * (linears + inputs + linears)  # weights, inputs, gradients of outputs
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_a_compiled_model_on_a_gpu_is_near_emulation(make_fp8):
+    (_, emulated), (_, real) = make_fp8(True), make_fp8(False)
+    real.compile_layers()
+    concepts = torch.randn(4, 32, 12, device="cuda")
+    gradients = []
+    for model in (emulated.to("cuda"), real.to("cuda")):
+        model(concepts)[:, :-1].float().sub(concepts[:, 1:]).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten().double() for p in model.parameters()]))
+    products = 2 * 4 * len(real.layers)
+    assert (gradients[0] - gradients[1]).norm() / gradients[0].norm() < USUAL * products**0.5
 
 
 class Gpu:
