@@ -71,6 +71,18 @@ def exported(config, folder):
     return folder
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_compiled_run_follows_an_uncompiled_one(make_config):
+    losses = []
+    for compiled in (False, True):
+        config = make_config(**{**EMULATED, "train": {"precision": "fp8-emulated", "compile": compiled}}, steps=4)
+        code, out, err = finish(start("launch", "--local", 1, config), timeout=400)
+        assert code == 0, out + err
+        losses.append(metrics(config, "loss"))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
