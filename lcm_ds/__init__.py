@@ -14,17 +14,29 @@ __version__ = "0.1.0"
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
-class _WithoutMlflow(importlib.abc.MetaPathFinder):
-    """Keeps DeepSpeed's autotuner, which lcm-ds does not use, from importing mlflow: a fifth of a rank's start."""
+class _WithoutUnused(importlib.abc.MetaPathFinder):
+    """Keeps libraries from importing what only parts that lcm-ds does not use would need, seconds of a rank's start.
+
+    These are mlflow, for DeepSpeed's autotuner, and torchao, for transformers' quantizers, which also prints warnings.
+    """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        """Raise ModuleNotFoundError for mlflow while the autotuner is being imported; it goes on without."""
+        """Raise ModuleNotFoundError for mlflow while the autotuner is being imported; it goes on without.
+
+        Before the quantizer for torchao is imported, let transformers find out, and remember, that there is no torchao.
+        """
+        if name == "transformers.quantizers.quantizer_torchao" and "torchao" not in sys.modules:
+            sys.modules["torchao"] = None  # type: ignore[assignment]
+            try:
+                getattr(sys.modules.get("transformers.utils"), "is_torchao_available", bool)()
+            finally:
+                del sys.modules["torchao"]
         autotuner = sys.modules.get("deepspeed.autotuning.autotuner")
         if name == "mlflow" and getattr(getattr(autotuner, "__spec__", None), "_initializing", False):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
-sys.meta_path.insert(0, _WithoutMlflow())
+sys.meta_path.insert(0, _WithoutUnused())
 
 
 def __getattr__(name: str) -> Any:

@@ -288,6 +288,9 @@ class StepConfig(Schema):
     """How a step is computed; this changes results only by rounding."""
 
     compile: bool = False  # torch.compile for each layer: a minute at the start, then faster; not under ZeRO-3
+    # of the decoder layers' products in training; default: that of the DeepSpeed JSON. fp8 needs bf16 there, ZeRO stage
+    # 0 to 2, `compile`, the extra fp8 and GPUs since Ada and Hopper; fp8-emulated rounds alike on any device, slowly
+    precision: Literal["fp8", "fp8-emulated"] | None = None
     # with activation_checkpointing in the DeepSpeed JSON: recompute the activations of every k-th layer
     recompute_every: int | None = Field(None, gt=0)
     profile_steps: tuple[int, int] | None = None  # (first, last) from 0: rank 0 writes a trace of torch's profiler

@@ -59,6 +59,8 @@ def accelerator() -> Iterator[Finding]:
     import torch
     from deepspeed.accelerator import get_accelerator
 
+    from lcm_ds.model.float8 import device_without_float8
+
     device = get_accelerator()
     kind, backend = device.device_name(), device.communication_backend_name()
     if kind == "cpu" and shutil.which("nvidia-smi") and not torch.cuda.is_available():
@@ -75,6 +77,7 @@ def accelerator() -> Iterator[Finding]:
         yield Finding(f"cuda:{index}", OK, f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     halves = (("bf16", device.is_bf16_supported), ("fp16", device.is_fp16_supported))
     supported = [name for name, is_supported in halves if is_supported()]
+    supported += ["fp8"] if device_without_float8() is None else []
     yield Finding("precisions", OK, ", ".join(["fp32", *supported]))
 
 

@@ -104,7 +104,7 @@ def _check_run(config_path: str | Path, overrides: Sequence[str], ranks: int, lo
     for line in _requirements(job, ranks):
         print(line)
     if local:
-        deepspeed_config.check_device(job.ds, str(job.config.deepspeed))
+        job.check_device(str(job.config.deepspeed))
     return job
 
 

@@ -137,13 +137,9 @@ def _check_devices(job: TrainJob, ranks: int) -> None:
     """Raise InputError if this host has fewer devices than ranks, or they lack the run's precision."""
     from deepspeed.accelerator import get_accelerator
 
-    from lcm_ds import deepspeed_config
-
     errors = Collector()
     with errors:
-        deepspeed_config.check_device(
-            job.ds, job.config.deepspeed if isinstance(job.config.deepspeed, str) else "deepspeed"
-        )
+        job.check_device(job.config.deepspeed if isinstance(job.config.deepspeed, str) else "deepspeed")
     device = get_accelerator()
     if device.device_name() != "cpu" and ranks > device.device_count():
         errors.errors.append(f"--local {ranks}: this host has {device.device_count()} {device.device_name()} devices")

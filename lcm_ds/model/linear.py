@@ -2,6 +2,7 @@
 
 If the layers' weights are adjacent in memory, as with ZeRO 1 and 2, they are used in place as one matrix; otherwise
 they are concatenated. In fp32 on a CPU the products are oneDNN's, on some processors twice as fast as PyTorch's (MKL).
+Layers with fp8 products (float8.py) compute these themselves in training.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ _onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     """The outputs [..., out_features] of layers, all with a bias, for x [..., in_features].
 
-    One product for all of them. One each in generation, whose few inputs are not worth concatenating weights, and under
-    ZeRO-3, which gathers a layer's parameters when the layer is called.
+    One product for all of them. One each in generation, whose few inputs are not worth concatenating weights; under
+    ZeRO-3, which gathers a layer's parameters when the layer is called; and in fp8.
     """
     if len(layers) > 1 and x.numel() < FEW * x.shape[-1] and not torch.is_grad_enabled():
         return tuple(project(x, layer)[0] for layer in layers)
-    plain = len(layers) == 1 and not _by_onednn(x)
-    if plain or any(hasattr(layer.weight, "ds_id") for layer in layers):
+    in_fp8 = layers[0].training and type(layers[0]) is not nn.Linear
+    if in_fp8 or any(hasattr(layer.weight, "ds_id") for layer in layers):
         return tuple(layer(x) for layer in layers)
+    if len(layers) == 1 and not _by_onednn(x):
+        return (F.linear(x, layers[0].weight, layers[0].bias),)
     weights = [layer.weight for layer in layers]
     y: Tensor = torch.ops.lcm_ds.linear(x, weights, [layer.bias for layer in layers])
     return y.split([layer.out_features for layer in layers], dim=-1)

@@ -34,7 +34,6 @@ def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False,
     try:
         env = detect_environment(os.environ)
         prints_errors = env.local_rank == 0  # every rank finds the errors below; one per host prints them
-        from lcm_ds import deepspeed_config
         from lcm_ds.train.job_builder import build_job
 
         job = build_job(config_path, overrides, ranks or env.world_size)
@@ -45,7 +44,7 @@ def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False,
             if env.rank == 0:
                 print_dry_run(job, ranks or env.world_size)
             return 0
-        deepspeed_config.check_device(job.ds, config_path)
+        job.check_device(config_path)
         from lcm_ds.train.loop import train
 
         prints_errors = True  # from here on only the rank that finds an error knows it

@@ -20,6 +20,7 @@ from lcm_ds.config import TrainConfig
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.distributed.rendezvous import wait_for_all_ranks
 from lcm_ds.model.config import BaseLCMConfig
+from lcm_ds.model.float8 import use_float8
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.parameter_groups import parameter_groups
 from lcm_ds.processes import keep_freed_memory, remove_left_over_locks
@@ -79,7 +80,7 @@ def build_model(
 
 
 def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """The DeepSpeed engine around `model`, with optimizer and activation checkpointing as configured.
+    """The DeepSpeed engine around `model`, with optimizer, fp8 and activation checkpointing as configured.
 
     Args:
         model: Of `build_model`.
@@ -90,6 +91,8 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
         deepspeed.checkpointing.configure(None, deepspeed_config=ds)
         model.recompute = deepspeed.checkpointing.checkpoint
         model.recompute_every = config.train.recompute_every or 1
+    if config.train.precision is not None:
+        use_float8(model, emulated=config.train.precision == "fp8-emulated")
     if config.train.compile and deepspeed_config.zero_stage(ds) == 3:
         logger.warning("train.compile: disabled: ZeRO-3 gathers parameters by hooks, which break compiled layers")
     elif config.train.compile:

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
 from lcm_ds.data.format import Dataset
 from lcm_ds.data.plan import Plan
+from lcm_ds.errors import Collector
 from lcm_ds.model.config import BaseLCMConfig
+from lcm_ds.model.float8 import CAPABILITY, device_without_float8
 from lcm_ds.train.init_from import InitFrom
 
 MAX_WARMUP_SHARE = 0.2  # of the run's steps
@@ -42,6 +45,22 @@ class TrainJob:
     def warmup_share(self) -> float:
         """The share of warm-up in the run's steps."""
         return self.config.optim.schedule.warmup_steps / self.total_steps
+
+    def check_device(self, origin: str | Path) -> None:
+        """Check that this machine's device, which trains, can do what the run wants.
+
+        origin: For messages. Raises InputError with a line for each thing that it cannot.
+        """
+        errors = Collector()
+        with errors:
+            deepspeed_config.check_device(self.ds, origin)
+        if self.config.train.precision == "fp8" and (device := device_without_float8()):
+            needed = ".".join(map(str, CAPABILITY))
+            errors.errors.append(
+                f"train.precision: fp8 needs NVIDIA GPUs of compute capability {needed} or higher (Ada, Hopper, "
+                f"Blackwell), not {device}; remove the key to train in bf16"
+            )
+        errors.raise_if_any()
 
     def length(self) -> str:
         """The length of the run, for display: concepts, epochs and warm-up."""

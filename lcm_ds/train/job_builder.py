@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lcm_ds.data.supervised import length_limit, missing_targets, source_of, tar
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import why_not_writable
 from lcm_ds.model.config import BaseLCMConfig, resolve_model
+from lcm_ds.model.float8 import MULTIPLE
 from lcm_ds.train.init_from import InitFrom, resolve_init_from, sizes_of_run
 from lcm_ds.train.job import TrainJob
 from lcm_ds.train.monitoring.trackers import missing_packages
@@ -144,7 +146,30 @@ def _step_errors(job: TrainJob, path: str | Path) -> list[str]:
         lines.append(
             f"{path}: train.profile_steps: {list(train.profile_steps)}: the run has steps 0 to {job.total_steps - 1}"
         )
-    return lines + [f"{path}: {line}" for line in missing_packages(job.config.log)]
+    return lines + [f"{path}: {line}" for line in (*_fp8_errors(job), *missing_packages(job.config.log))]
+
+
+def _fp8_errors(job: TrainJob) -> Iterator[str]:
+    """What the run lacks for products in fp8, if it wants them."""
+    train, dtype = job.config.train, deepspeed_config.precision(job.ds)
+    if train.precision is None:
+        return
+    if importlib.util.find_spec("torchao") is None:
+        yield f"train.precision: {train.precision} needs the package torchao: pip install 'lcm-ds[fp8]'"
+    if dtype != "bfloat16":
+        yield f"train.precision: {train.precision} needs bf16 in the DeepSpeed JSON, not {dtype}"
+    if deepspeed_config.zero_stage(job.ds) == 3:
+        yield f"train.precision: {train.precision} needs ZeRO 0 to 2: ZeRO-3 could not free gathered weights"
+    if train.precision == "fp8" and not train.compile:
+        yield "train.precision: fp8 needs train.compile: true: uncompiled, conversions cost more than fp8 saves"
+    sizes = {
+        "model.hidden_size": job.model.hidden_size,
+        "model.intermediate_size": job.model.intermediate_size,
+        "batch.micro_batch_rows · data.row_length": job.config.batch.micro_batch_rows * job.config.data.row_length,
+    }
+    for name, size in sizes.items():
+        if size % MULTIPLE:
+            yield f"train.precision: {train.precision} needs multiples of {MULTIPLE}, but {name} is {size}"
 
 
 def _read_ds(value: Any, path: Path) -> dict[str, Any] | None:

@@ -8,6 +8,8 @@ import hashlib
 import json
 import platform
 import subprocess
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,
         "transformers": transformers.__version__,
+        "torchao": "not installed" if find_spec("torchao") is None else version("torchao"),  # only used by fp8
     }
 
 
@@ -86,7 +89,8 @@ def log_run_header(
     )
     lines = [
         f"{job.run_dir}: {parameters:,} parameters, {env.world_size} rank(s), "
-        f"ZeRO {deepspeed_config.zero_stage(job.ds)}, {deepspeed_config.precision(job.ds)}",
+        f"ZeRO {deepspeed_config.zero_stage(job.ds)}, {deepspeed_config.precision(job.ds)}"
+        + (f", products in {job.config.train.precision}" if job.config.train.precision else ""),
         *([] if loaded is None else [loaded]),
         f"data: {data}",
         *target_coverage_lines(job),

@@ -58,6 +58,13 @@ def test_the_table_has_a_row_for_all_that_a_run_may_need_and_nothing_else_is_pri
     assert "HF_HUB_OFFLINE" in status["hub"]
 
 
+@pytest.mark.parametrize("lacking", [None, "NVIDIA A100 (8.0)"])
+def test_fp8_is_a_precision_of_devices_that_have_it(monkeypatch, lacking):
+    monkeypatch.setattr("lcm_ds.model.float8.device_without_float8", lambda: lacking)
+    precisions = rows(kernels.accelerator())["precisions"].value.split(", ")
+    assert ("fp8" in precisions) == (lacking is None)
+
+
 def test_where_torch_or_deepspeed_is_broken_the_table_comes_all_the_same_and_ends_with_2(tmp_path):
     (tmp_path / "deepspeed.py").write_text("raise ImportError('no such symbol')")
     done = run("lcm_ds.cli", "doctor", PYTHONPATH=str(tmp_path), PATH=str(tmp_path), COLUMNS="200")

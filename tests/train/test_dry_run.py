@@ -62,7 +62,9 @@ def test_a_dry_run_prints_how_many_targets_of_supervised_documents_are_reached(d
         )
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("mini", 1), ("150m", 8), ("400m", 8), ("1.6b", 32), ("7b", 64)])
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("mini", 1), ("150m", 8), ("400m", 8), ("1.6b", 32), ("1.6b_fp8", 32), ("7b", 64)]
+)
 def test_every_shipped_config_can_be_built(dry_run, name, ranks, synthetic_dataset, tmp_path):
     data = synthetic_dataset(documents=10, embed_dim=1024, lengths=(2, 8))
     places = [f"data.train={data}", f"data.validation={data}", f"run_dir={tmp_path / 'run'}"]

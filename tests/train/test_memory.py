@@ -6,6 +6,7 @@ import torch
 from lcm_ds.model import modeling
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.config import BaseLCMConfig
+from lcm_ds.model.float8 import use_float8
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.train.loss import squared_error
 from lcm_ds.train.memory import States, activations, count_parameters
@@ -32,14 +33,17 @@ class FusedNorm(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("every", [None, 1, 3])
-def test_activations_are_those_that_the_forward_pass_keeps(half, every, dropout, monkeypatch):
+def test_activations_are_those_that_the_forward_pass_keeps(precision, every, dropout, monkeypatch):
     sizes = {"embed_dim": 64, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 352}
     config = BaseLCMConfig(**sizes, num_hidden_layers=4, dropout=dropout)
     model = BaseLCM(config).initialize(0).train()
+    half = precision != "fp32"
     if half:
         model.bfloat16()
+    if precision == "fp8":
+        use_float8(model, emulated=True)
     rows, length = 8, 64
     concepts = torch.randn(rows, length, 64).half()
     layout = SegmentLayout.one_segment(rows, length, torch.device("cpu"))

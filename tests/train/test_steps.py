@@ -37,6 +37,19 @@ def zero(stage, **more):
     return {"zero_optimization": {"stage": stage}, **more}
 
 
+def fp8(stage=1, **more):
+    """deepspeed and train of a run with products in fp8."""
+    bf16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return {"deepspeed": zero(stage, **bf16, **more), "train": {"precision": "fp8-emulated"}}
+
+
+# Their gradients are compared with those of zero1_bf16.
+IN_FP8 = {
+    "fp8": fp8(),
+    "fp8, zero 2": fp8(2),
+    "fp8, accumulated over 2": {**fp8(), "batch": {"micro_batch_rows": 2}},
+    "fp8, recomputed": fp8(**RECOMPUTES),
+}
 VARIANTS = {
     "zero 0": {"deepspeed": zero(0)},
     "zero 1": {"deepspeed": zero(1)},
@@ -63,7 +76,7 @@ def results(tmp_path_factory):
     for name in SHIPPED:
         text = (ROOT / "ds_configs" / f"{name}.json").read_text().replace("/local_nvme", str(nvme))
         shipped[name] = {"deepspeed": json.loads(text)}
-    (folder / "variants.json").write_text(json.dumps({**VARIANTS, **shipped}))
+    (folder / "variants.json").write_text(json.dumps({**VARIANTS, **IN_FP8, **shipped}))
     outputs = [folder / "results.json", folder / "gradients.safetensors"]
     launch_workers("steps_worker.py", folder / "variants.json", *outputs)
     gradients = {}
@@ -112,6 +125,21 @@ def test_losses_and_gradients_agree(results, one_at_a_time, name):
     assert found[name]["losses"][0] == pytest.approx(loss, rel=1e-5)
     assert distance(gradients[name], expected) < 1e-4
     assert found[name]["losses"] == pytest.approx(found["zero 1"]["losses"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", IN_FP8)
+def test_products_in_fp8_change_a_step_by_their_rounding(results, name):
+    found, gradients = results
+    assert found[name]["losses"] == pytest.approx(found["zero1_bf16"]["losses"], rel=3e-2)
+    # A product is off by about 2⁻⁴ / √3 of itself (tests/model/test_float8.py). Up to four a layer follow each other in
+    # the forward pass, and in the backward pass; their errors are independent.
+    products = 2 * 4 * CONFIG["model"]["num_hidden_layers"]
+    assert 0.02 < distance(gradients[name], gradients["zero1_bf16"]) < products**0.5 * 2**-4 / 3**0.5
+    if name == "fp8, accumulated over 2":  # gradients of weights have a scale for each micro-batch
+        assert 0 < distance(gradients[name], gradients["fp8"]) < 0.02
+    else:
+        assert found[name]["losses"] == found["fp8"]["losses"]
+        assert distance(gradients[name], gradients["fp8"]) == 0
 
 
 @pytest.mark.parametrize(

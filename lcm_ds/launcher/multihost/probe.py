@@ -99,12 +99,11 @@ def _digest_of_sources() -> str:
 
 def _check_config(path: str, accelerated: bool) -> dict[str, Any]:
     """The fingerprints of the run's datasets on this host. Raises InputError."""
-    from lcm_ds import deepspeed_config
     from lcm_ds.train.job_builder import build_job
 
     job = build_job(path, (), 1)  # the launcher has checked the number of ranks
     if accelerated:
-        deepspeed_config.check_device(job.ds, path)
+        job.check_device(path)
     return {"fingerprint": job.fingerprint, "validation": job.validation.fingerprint if job.validation else None}
 
 
