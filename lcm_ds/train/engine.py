@@ -33,7 +33,9 @@ def init_distributed(env: DistEnv, stall_minutes: float | None = None) -> torch.
     stall_minutes: guard.stall_minutes, which collectives outlast. Raises TransientError if a rank does not join.
     """
     wait_for_all_ranks(env, "train")
-    os.environ.update(env.environment())
+    accelerator = get_accelerator()
+    devices = 0 if accelerator.device_name() == "cpu" else accelerator.device_count()
+    env.enter(os.environ, devices)
     # DeepSpeed uses the ninja on PATH: this environment's, although it may not be activated. Alternating between two
     # versions would recompile everything each time.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
@@ -41,14 +43,23 @@ def init_distributed(env: DistEnv, stall_minutes: float | None = None) -> torch.
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
         for lock in remove_left_over_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache))):
             logger.warning("%s: stale lock removed: the process that compiled there was killed", lock)
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        # Under srun --gpus-per-task=1 each process sees one device, whatever its local rank.
-        accelerator.set_device(env.local_rank % accelerator.device_count())
+    if devices:
+        accelerator.set_device(env.device_index(devices))
+        ask_cuda_for_free_memory(accelerator)
     else:
         keep_freed_memory()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=collective_timeout(stall_minutes))
     return torch.device(accelerator.current_device_name())
+
+
+def ask_cuda_for_free_memory(accelerator: Any) -> None:
+    """Have DeepSpeed's accelerator ask CUDA for the free memory of a device.
+
+    ZeRO 1 and 2 need it. If nvidia-ml-py is installed, DeepSpeed asks NVML, which numbers devices in another order, and
+    reads CUDA_VISIBLE_DEVICES as numbers: it fails on GPU-… and MIG-….
+    """
+    if accelerator.device_name() == "cuda":
+        accelerator.available_memory = lambda device_index=None: torch.cuda.mem_get_info(device_index)[0]
 
 
 def collective_timeout(stall_minutes: float | None) -> timedelta:
