@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from lcm_ds.distributed.rendezvous import wait_for_all_ranks
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.parameter_groups import parameter_groups
-from lcm_ds.processes import keep_freed_memory, remove_left_over_locks
+from lcm_ds.processes import keep_freed_memory, program_path, remove_left_over_locks
 
 logger = logging.getLogger("lcm_ds.train")
 
@@ -36,9 +35,7 @@ def init_distributed(env: DistEnv, stall_minutes: float | None = None) -> torch.
     accelerator = get_accelerator()
     devices = 0 if accelerator.device_name() == "cpu" else accelerator.device_count()
     env.enter(os.environ, devices)
-    # DeepSpeed uses the ninja on PATH: this environment's, although it may not be activated. Alternating between two
-    # versions would recompile everything each time.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    os.environ["PATH"] = program_path()
     if env.local_rank == 0:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
         for lock in remove_left_over_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache))):
