@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch._inductor import config as inductor_config
 
 from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
@@ -35,6 +36,7 @@ def init_distributed(env: DistEnv, stall_minutes: float | None = None) -> torch.
     accelerator = get_accelerator()
     devices = 0 if accelerator.device_name() == "cpu" else accelerator.device_count()
     env.enter(os.environ, devices)
+    share_compile_threads(env.local_world_size)
     os.environ["PATH"] = program_path()
     if env.local_rank == 0:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
@@ -47,6 +49,17 @@ def init_distributed(env: DistEnv, stall_minutes: float | None = None) -> torch.
         keep_freed_memory()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=collective_timeout(stall_minutes))
     return torch.device(accelerator.current_device_name())
+
+
+def share_compile_threads(local_ranks: int) -> None:
+    """Give each rank of this host its share of the processors for compiling kernels, unless the user chose a number.
+
+    Each would start 32 processes or as many as there are processors. Inductor's config may have been imported before.
+    """
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        threads = max(1, min(32, len(os.sched_getaffinity(0)) // local_ranks))
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(threads)
+        inductor_config.compile_threads = threads
 
 
 def ask_cuda_for_free_memory(accelerator: Any) -> None:

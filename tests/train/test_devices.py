@@ -12,6 +12,7 @@ import torch
 from deepspeed.accelerator import cuda_accelerator
 from deepspeed.runtime import engine as deepspeed_engine
 from deepspeed.runtime.zero import partition_parameters
+from torch._inductor.async_compile import get_compile_threads
 
 from lcm_ds.config import EncoderConfig
 from lcm_ds.distributed import collectives
@@ -67,6 +68,7 @@ def on_gpus(monkeypatch):
 def join(monkeypatch, place: DistEnv) -> tuple[torch.device, torch.device]:
     """The device that `init_distributed` returns, and the one that DeepSpeed binds the process group to."""
     bound = []
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     monkeypatch.setattr(engine, "wait_for_all_ranks", lambda env, purpose: None)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
@@ -164,3 +166,26 @@ def test_zero_finds_the_free_memory_of_a_device_that_has_a_uuid(on_gpus, monkeyp
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (free[device], 1000))
     join(monkeypatch, DistEnv(1, 2, 1, 2, "127.0.0.1", 29500))
     assert (accelerator.available_memory(), accelerator.available_memory(0)) == (200, 100)
+
+
+@pytest.mark.parametrize(
+    ("processors", "ranks", "chosen", "threads"),
+    [(96, 8, None, 12), (256, 4, None, 32), (2, 8, None, 1), (96, 8, "5", None)],
+)
+def test_ranks_of_a_host_share_its_processors_for_compiling(processors, ranks, chosen, threads, monkeypatch):
+    monkeypatch.setattr(engine.os, "sched_getaffinity", lambda _: range(processors))
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", chosen or "")  # restored after the test
+    if chosen is None:
+        monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+    with engine.inductor_config.patch(compile_threads=7):
+        engine.share_compile_threads(ranks)
+        assert get_compile_threads() == (threads or 7)
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == (chosen or str(threads))
+
+
+def test_a_worker_shares_them_when_it_joins(on_gpus, monkeypatch):
+    on_gpus(8)
+    shared = []
+    monkeypatch.setattr(engine, "share_compile_threads", shared.append)
+    join(monkeypatch, DistEnv(3, 16, 3, 8, "127.0.0.1", 29500))
+    assert shared == [8]
