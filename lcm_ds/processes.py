@@ -90,6 +90,14 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+def program_path() -> str:
+    """PATH with this environment's programs first, although it may not be activated.
+
+    DeepSpeed uses the ninja that it finds there. Alternating between two versions would recompile everything each time.
+    """
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+
 def remove_left_over_locks(folder: Path) -> list[Path]:
     """Remove stale `lock` files of torch's JIT builds from `folder`; returns them.
 

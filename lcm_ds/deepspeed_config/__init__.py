@@ -1,9 +1,9 @@
 """DeepSpeed JSON: validated, and every "auto" filled in from the run's config."""
 
+from lcm_ds.deepspeed_config.device import check_device
 from lcm_ds.deepspeed_config.resolver import (
     accumulation_steps,
     check,
-    check_device,
     find,
     layout,
     offloads_optimizer,

@@ -323,34 +323,6 @@ def without_owned(mapping: dict[str, Any]) -> dict[str, Any]:
     return rest
 
 
-def check_device(mapping: dict[str, Any], origin: str | Path) -> None:
-    """Check that this machine's device, which trains, supports precision, NVMe offload and quantized communication.
-
-    Raises InputError with a line for each that it does not.
-    """
-    from deepspeed.accelerator import get_accelerator
-
-    device = get_accelerator()
-    errors = []
-    supported = {"float16": device.is_fp16_supported, "bfloat16": device.is_bf16_supported}
-    dtype = precision(mapping)
-    if dtype in supported and not supported[dtype]():
-        alternative = "fp32" if dtype == "bfloat16" else "bf16 or fp32"
-        errors.append(f"DeepSpeed does not support {dtype} on this device ({device.device_name()}); use {alternative}")
-    zero = _block(mapping, "zero_optimization")
-    for key in ("offload_optimizer", "offload_param"):
-        on_disk = _block(zero, key).get("device") == "nvme"
-        if on_disk and not device.create_op_builder("AsyncIOBuilder").is_compatible(verbose=False):
-            errors.append(f"zero_optimization.{key}.device: 'nvme' needs libaio with its headers (libaio-dev)")
-    for key in ("zero_quantized_weights", "zero_quantized_gradients"):
-        if zero.get(key) and type(device.create_op_builder("QuantizerBuilder")).__name__ == "NotImplementedBuilder":
-            errors.append(
-                f"zero_optimization.{key}: DeepSpeed has no kernels for it on this device ({device.device_name()})"
-            )
-    if errors:
-        raise InputError([f"{origin}: {error}" for error in errors])
-
-
 def _validate_with_deepspeed(resolved: dict[str, Any], origin: str | Path) -> None:
     """Let DeepSpeed parse the resolved JSON, for its assertions across blocks."""
     from deepspeed.runtime.config import DeepSpeedConfig

@@ -36,16 +36,13 @@ class Ranks:
     def __init__(self, env: DistEnv | None = None) -> None:
         self.env = env or DistEnv.local(0, 1, 0)
         self.rank, self.size = self.env.rank, self.env.world_size
-        if torch.cuda.is_available():
-            # Under srun --gpus-per-task=1 each process sees one device, whatever its local rank.
-            self.device = torch.device("cuda", self.env.local_rank % torch.cuda.device_count())
-        else:
-            self.device = torch.device("cpu")
+        self.devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        self.device = torch.device("cuda", self.env.device_index(self.devices)) if self.devices else torch.device("cpu")
 
     def __enter__(self) -> Ranks:
         if self.size > 1:
             wait_for_all_ranks(self.env, "evaluate")
-            os.environ.update(self.env.environment())
+            self.env.enter(os.environ, self.devices)
             dist.init_process_group("gloo", timeout=TIMEOUT)
         return self
 

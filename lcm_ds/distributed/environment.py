@@ -10,7 +10,7 @@ import contextlib
 import random
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 
 from lcm_ds.errors import InputError, RunFailedError
@@ -47,6 +47,21 @@ class DistEnv:
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
         }
+
+    def device_index(self, devices: int) -> int:
+        """This process's device among those that it sees, which under srun --gpus-per-task=1 is one for every rank."""
+        return self.local_rank % devices
+
+    def enter(self, environ: MutableMapping[str, str], devices: int = 0) -> None:
+        """Set this process's variables for torch.distributed and DeepSpeed.
+
+        devices: Number of GPUs that this process sees; 0 on CPUs. In several places DeepSpeed takes LOCAL_RANK for the
+        index of its device, and it asserts that Open MPI's variable is the same.
+        """
+        environ.update(self.environment())
+        if devices:
+            environ["LOCAL_RANK"] = str(self.device_index(devices))
+            environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)
 
     def apply_to(self, environ: Mapping[str, str]) -> dict[str, str]:
         """The variables for a process of this rank: `environ` without those of an outer torchrun."""

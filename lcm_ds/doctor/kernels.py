@@ -11,10 +11,8 @@ import json
 import os
 import shutil
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 from lcm_ds.doctor.machine import MISSING, NONE, OK, WARN, Finding
 
@@ -127,6 +125,8 @@ def _operator(operator: str, purpose: str) -> Iterator[Finding]:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
 
+    from lcm_ds.deepspeed_config.device import missing_to_compile
+
     device, name = get_accelerator(), f"DeepSpeed {operator}"
     builder = device.create_op_builder(f"{operator}Builder")
     if builder is None or type(builder).__name__ == "NotImplementedBuilder":
@@ -138,23 +138,10 @@ def _operator(operator: str, purpose: str) -> Iterator[Finding]:
             "apt install libaio-dev: libaio with its headers" if operator == "AsyncIO" else "ds_report shows the reason"
         )
         yield Finding(name, WARN, f"cannot be built here ({purpose})", needs)
-    elif lacking := _compiler_lacks(device.device_name()):
-        yield Finding(name, WARN, f"cannot be compiled ({purpose})", f"install {', '.join(lacking)}")
+    elif lacking := missing_to_compile(builder):
+        yield Finding(name, WARN, f"cannot be compiled ({purpose})", f"needs {', '.join(lacking)}")
     else:
         yield Finding(name, OK, f"compiled when first used ({purpose})")
-
-
-def _compiler_lacks(kind: str) -> list[str]:
-    """What is missing to compile DeepSpeed's operators."""
-    from torch.utils import cpp_extension
-
-    lacking = [] if shutil.which(os.environ.get("CXX", "g++")) else ["g++"]
-    lacking += [] if cpp_extension.is_ninja_available() else ["ninja"]
-    lacking += (
-        [] if Path(sysconfig.get_paths()["include"], "Python.h").is_file() else ["Python's headers (python3-dev)"]
-    )
-    lacking += ["the CUDA toolkit (nvcc)"] if kind == "cuda" and cpp_extension.CUDA_HOME is None else []
-    return lacking
 
 
 def main() -> None:

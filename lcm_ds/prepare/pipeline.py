@@ -372,7 +372,7 @@ def _load(config: PrepareConfig, env: DistEnv) -> Encoder:
     """This rank's encoder, on its own device."""
     encoder = config.encoder
     if encoder.device is None and torch.cuda.is_available():
-        device = f"cuda:{env.local_rank % torch.cuda.device_count()}"
+        device = f"cuda:{env.device_index(torch.cuda.device_count())}"
         encoder = encoder.model_copy(update={"device": device})
     return load_encoder(encoder)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from torch._inductor import config as inductor_config
 
 from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
@@ -23,7 +23,7 @@ from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.float8 import use_float8
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.parameter_groups import parameter_groups
-from lcm_ds.processes import keep_freed_memory, remove_left_over_locks
+from lcm_ds.processes import keep_freed_memory, program_path, remove_left_over_locks
 
 logger = logging.getLogger("lcm_ds.train")
 
@@ -34,22 +34,43 @@ def init_distributed(env: DistEnv, stall_minutes: float | None = None) -> torch.
     stall_minutes: guard.stall_minutes, which collectives outlast. Raises TransientError if a rank does not join.
     """
     wait_for_all_ranks(env, "train")
-    os.environ.update(env.environment())
-    # DeepSpeed uses the ninja on PATH: this environment's, although it may not be activated. Alternating between two
-    # versions would recompile everything each time.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    accelerator = get_accelerator()
+    devices = 0 if accelerator.device_name() == "cpu" else accelerator.device_count()
+    env.enter(os.environ, devices)
+    share_compile_threads(env.local_world_size)
+    os.environ["PATH"] = program_path()
     if env.local_rank == 0:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
         for lock in remove_left_over_locks(Path(os.environ.get("TORCH_EXTENSIONS_DIR", cache))):
             logger.warning("%s: stale lock removed: the process that compiled there was killed", lock)
-    accelerator = get_accelerator()
-    if accelerator.device_name() != "cpu":
-        # Under srun --gpus-per-task=1 each process sees one device, whatever its local rank.
-        accelerator.set_device(env.local_rank % accelerator.device_count())
+    if devices:
+        accelerator.set_device(env.device_index(devices))
+        ask_cuda_for_free_memory(accelerator)
     else:
         keep_freed_memory()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=collective_timeout(stall_minutes))
     return torch.device(accelerator.current_device_name())
+
+
+def share_compile_threads(local_ranks: int) -> None:
+    """Give each rank of this host its share of the processors for compiling kernels, unless the user chose a number.
+
+    Each would start 32 processes or as many as there are processors. Inductor's config may have been imported before.
+    """
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        threads = max(1, min(32, len(os.sched_getaffinity(0)) // local_ranks))
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(threads)
+        inductor_config.compile_threads = threads
+
+
+def ask_cuda_for_free_memory(accelerator: Any) -> None:
+    """Have DeepSpeed's accelerator ask CUDA for the free memory of a device.
+
+    ZeRO 1 and 2 need it. If nvidia-ml-py is installed, DeepSpeed asks NVML, which numbers devices in another order, and
+    reads CUDA_VISIBLE_DEVICES as numbers: it fails on GPU-… and MIG-….
+    """
+    if accelerator.device_name() == "cuda":
+        accelerator.available_memory = lambda device_index=None: torch.cuda.mem_get_info(device_index)[0]
 
 
 def collective_timeout(stall_minutes: float | None) -> timedelta:

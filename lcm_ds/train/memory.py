@@ -1,4 +1,7 @@
-"""Memory of a device in training, by arithmetic; tests/train/test_memory.py compares it with what PyTorch allocates."""
+"""Memory of a device in training, by arithmetic; tests/train/test_memory.py compares it with what PyTorch allocates.
+
+Not counted: CUDA's context, NCCL's buffers, and what the allocator loses to fragmentation.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
@@ -19,28 +24,60 @@ class States(NamedTuple):
     """Bytes of a rank without activations."""
 
     parameters: float
-    gradients: float
+    gradients: float  # accumulated between micro-batches
     optimizer: float
+    communication: float  # buffers in the backward pass, beside gradients and activations
+    step: float  # gradients and their copies in the optimizer's step
 
     @classmethod
-    def of(cls, parameters: int, stage: int, ranks: int, half: bool, fp32_gradients: bool) -> States:
-        """Under ZeRO and AdamW, by the ZeRO paper (arXiv 1910.02054, section 3.1).
+    def of(cls, parameters: int, stage: int, ranks: int, ds: dict[str, Any]) -> States:
+        """Under ZeRO and AdamW: the ZeRO paper (arXiv 1910.02054, section 3.1), and what DeepSpeed 0.19.8 adds to it.
 
         A parameter takes 2 bytes in half precision and 4 in fp32, its gradient the same (4 if accumulated in fp32), its
-        master weight (which DeepSpeed keeps in fp32 runs, too) and two moments 12. Stage 1 partitions the optimizer's
-        states among the ranks, stage 2 also the gradients, stage 3 also the parameters.
+        master weight and two moments 12. Stage 1 partitions the optimizer's states among the ranks, stage 2 also the
+        gradients, stage 3 also the parameters. DeepSpeed adds buckets, copies, and under stage 1 with bf16 and
+        accumulation in fp32 (BF16_Optimizer) a complete fp32 gradient beside the bf16 one, on every rank.
 
         Args:
             parameters: Of the model.
             stage: 0 to 3.
             ranks: Number of ranks.
-            half: Parameters in half precision.
-            fp32_gradients: Gradients accumulate in fp32.
+            ds: The resolved DeepSpeed JSON, but for its stage.
         """
-        shares = [parameters / (ranks if stage >= first else 1) for first in (3, 2, 1)]
-        return cls(
-            shares[0] * (2 if half else 4), shares[1] * (2 if half and not fp32_gradients else 4), shares[2] * 12
-        )
+        half = deepspeed_config.precision(ds) != "float32"
+        size, share = (2.0 if half else 4.0), parameters / ranks
+        in_fp32 = half and ds.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+        accumulated, accumulates = (4.0 if in_fp32 else size), ds.get("gradient_accumulation_steps", 1) > 1
+        zero = DeepSpeedZeroConfig(**{**ds.get("zero_optimization", {}), "stage": stage})
+        bucket = size * min(parameters, zero.reduce_bucket_size)
+        reduced = size * min(parameters, MEMORY_OPT_ALLREDUCE_SIZE)  # without buckets of ZeRO
+        if stage == 0:
+            # torch's own optimizer in fp32, without master weights; FP16_UnfusedOptimizer copies gradients to fp32.
+            step = parameters * (size + 4 if half else size)
+            return cls(parameters * size, parameters * size, parameters * (12.0 if half else 8.0), reduced, step)
+        if stage == 1 and in_fp32 and deepspeed_config.precision(ds) == "bfloat16":
+            gradients = parameters * (size + 4)
+            return cls(parameters * size, gradients, share * 12, reduced, gradients)
+        if stage == 3:
+            # Parameters stay gathered that are needed again before so many others, in the backward pass.
+            gathered = min(parameters, zero.max_reuse_distance // 2 + zero.prefetch_bucket_size) if ranks > 1 else 0
+            group = min(share, zero.sub_group_size)  # its gradients in fp32, beside those in half precision
+            copies = group * (6 if half and not in_fp32 else 4)
+            gradients = share * accumulated
+            step = gradients + copies + bucket
+            return cls(share * size, gradients, share * 12, 2 * bucket + size * gathered, step)
+        gradients = (parameters if stage == 1 else share) * accumulated
+        buckets = 3 if zero.overlap_comm else 2
+        if accumulates and stage == 1:
+            buckets += 1
+        elif accumulates and not in_fp32:
+            gradients += share * size  # those of the last micro-batch
+        copies = 4 if in_fp32 else 2 * size + 4 if half else 2 * size
+        return cls(parameters * size, gradients, share * 12, buckets * bucket, share * copies)
+
+    def peak(self, activations: float) -> float:
+        """The most that exists at once: in the backward pass or in the optimizer's step."""
+        return self.parameters + self.optimizer + max(self.gradients + self.communication + activations, self.step)
 
 
 def count_parameters(config: BaseLCMConfig) -> int:
@@ -85,23 +122,24 @@ def memory_lines(config: TrainConfig, model: BaseLCMConfig, ds: dict[str, Any], 
     """
     parameters = count_parameters(model)
     half = deepspeed_config.precision(ds) != "float32"
-    fp32_gradients = ds.get("data_types", {}).get("grad_accum_dtype") == "fp32"
     concepts = config.batch.micro_batch_rows * config.data.row_length
     every = (config.train.recompute_every or 1) if "activation_checkpointing" in ds else None
     kept = activations(model, concepts, half, every)
     zero = ds.get("zero_optimization", {})
     offload_blocks = {"parameters": "offload_param", "optimizer": "offload_optimizer"}
     for stage in range(4):
-        states = States.of(parameters, stage, ranks, half, fp32_gradients)
+        states = States.of(parameters, stage, ranks, ds)
         this = stage == deepspeed_config.zero_stage(ds)
-        parts, on_device = [], float(kept)
+        parts = []
         for name, size in states._asdict().items():
             offload = zero.get(offload_blocks.get(name), {}) if this else {}
             target = offload.get("device", "none")
-            on_device += size if target == "none" else 0
             parts.append(f"{name} {size / GIB:.3g}" + ("" if target == "none" else f" on {target}"))
+            if target != "none":
+                states = states._replace(**{name: 0.0})
+        parts.insert(-1, f"activations {kept / GIB:.3g}")
         yield (
-            f"ZeRO {stage}        {on_device / GIB:.3g} GiB per rank ({', '.join(parts)}, activations {kept / GIB:.3g})"
+            f"ZeRO {stage}        {states.peak(kept) / GIB:.3g} GiB per rank ({', '.join(parts)})"
             + ("  <- this run" if this else "")
         )
     yield (

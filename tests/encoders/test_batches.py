@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,18 +102,6 @@ def test_bfloat16_is_as_good_as_float32(sentences: list[str]) -> None:
     close = cosine(minilm(dtype="bfloat16").encode(sentences), minilm(dtype="float32").encode(sentences))
     assert close.min() >= 0.9999
     assert close.min() < 0.999999  # it was bfloat16
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_on_a_gpu_is_as_good_as_float32(
-    sentences: list[str], tiny_sonar: tuple[Path, Path], dtype: str
-) -> None:
-    for make in (minilm, partial(sonar, tiny_sonar)):
-        exact = make(dtype="float32", device="cpu").encode(sentences)
-        half = make(dtype=dtype, device="cuda").encode(sentences)
-        assert cosine(half, exact).min() >= 0.9999
 
 
 def test_odd_texts_have_concepts_and_none_has_none(tiny_sonar: tuple[Path, Path]) -> None:

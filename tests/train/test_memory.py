@@ -1,8 +1,17 @@
 """The predicted memory of a run is that of the ZeRO paper, and that which PyTorch allocates."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from machine import patience
+from memory_worker import PARAMETERS, PRECISIONS, SHIPPED
+from runs import SUPPORT
 
+from lcm_ds.distributed.environment import DistEnv, free_port
 from lcm_ds.model import modeling
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.config import BaseLCMConfig
@@ -11,11 +20,57 @@ from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.train.loss import squared_error
 from lcm_ds.train.memory import States, activations, count_parameters
 
+HALF = {"bf16": {"enabled": True}}
+
 
 def test_states_are_those_of_the_zero_paper():
     # section 3.1 and figure 1: 7.5 B parameters, 64 devices, gradients in half precision; its GB are 10⁹ bytes
-    gigabytes = [sum(States.of(7_500_000_000, stage, 64, half=True, fp32_gradients=False)) / 1e9 for stage in range(4)]
+    states = [States.of(7_500_000_000, stage, 64, HALF) for stage in range(4)]
+    gigabytes = [(each.parameters + each.gradients + each.optimizer) / 1e9 for each in states]
     assert gigabytes == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
+
+
+def test_zero_1_with_fp32_accumulation_holds_22_bytes_a_parameter_on_one_device():
+    """bf16: parameter 2, gradient 2 and its reduction 2; fp32: gradient 4, master weight and moments 12."""
+    in_fp32 = {**HALF, "data_types": {"grad_accum_dtype": "fp32"}}
+    assert States.of(1_000_000, 1, 1, in_fp32).peak(0) / 1_000_000 == 22
+    assert States.of(10**9, 1, 1, in_fp32).peak(0) / 10**9 == 21  # reduced 500 million elements at a time
+
+
+@pytest.mark.parametrize(
+    ("ranks", "precisions"),
+    [
+        pytest.param(1, [SHIPPED], id="1"),
+        pytest.param(1, sorted({*PRECISIONS} - {SHIPPED}), id="1 other", marks=pytest.mark.slow),
+        pytest.param(2, sorted(PRECISIONS), id="2", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.timeout(600)
+def test_the_peak_of_a_step_is_what_deepspeed_allocates(ranks, precisions, tmp_path):
+    out = tmp_path / "measured.jsonl"
+    port = free_port()
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, str(SUPPORT / "memory_worker.py"), str(out), *precisions]
+    workers = [
+        subprocess.Popen(
+            command,
+            env=DistEnv.local(rank, ranks, port).apply_to(env),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(ranks)
+    ]
+    for worker in workers:
+        _, err = worker.communicate(timeout=patience(500))
+        assert worker.returncode == 0, err.decode()
+    lines = out.read_text().splitlines()
+    assert len(lines) == sum(6 if precision == SHIPPED else 8 for precision in precisions)
+    for line in lines:
+        measured = json.loads(line)
+        ds, peak = measured["ds"], measured["peak"]
+        expected = States.of(PARAMETERS, ds["zero_optimization"]["stage"], ranks, ds).peak(0)
+        low, high = (0.96, 1.15) if ranks == 1 else (0.87, 1.25)  # gloo copies what it sends
+        assert low * peak < expected < high * peak, f"{peak / PARAMETERS:.2f} ≠ {expected / PARAMETERS:.2f}: {ds}"
 
 
 class FusedNorm(torch.autograd.Function):

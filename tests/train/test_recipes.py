@@ -1,13 +1,19 @@
 """The shipped configs: the paper's recipe in the scale of our loss, and runs as long as their comments say."""
 
+import contextlib
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig, load
-from lcm_ds.model.config import PRESETS
+from lcm_ds.deepspeed_config import accumulation_steps
+from lcm_ds.errors import InputError
+from lcm_ds.model.config import PRESETS, BaseLCMConfig
 from lcm_ds.train.loss import squared_error
+from lcm_ds.train.memory import States, activations, count_parameters
 from lcm_ds.train.monitoring.gradient_scale import GradientMeter
 
 CONFIGS = Path(__file__).parents[2] / "configs/train"
@@ -76,6 +82,32 @@ def test_1_6b_is_as_long_as_the_papers_run():
     assert config.steps == 250_000
     assert config.batch.rows_per_step * config.data.row_length == 32 * 7168
     assert config.optim.schedule.warmup_steps == 10_000
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_config_names_the_world_sizes_that_it_takes(path):
+    config = load(TrainConfig, path)
+    (named,) = re.findall(r"# World sizes: ([\d, ]+)", path.read_text())
+    taken = []
+    for ranks in range(1, 130):
+        with contextlib.suppress(InputError):
+            accumulation_steps(config.batch.rows_per_step, config.batch.micro_batch_rows, ranks, path)
+            taken.append(ranks)
+    assert [int(ranks) for ranks in named.split(",")] == taken
+    if path.stem == "1.6b":
+        assert taken == [1, 2, 4, 8, 16, 32, 64]
+
+
+@pytest.mark.parametrize(("rows", "gigabytes", "ranks"), [(16, 80, 16), (32, 141, 8)])
+def test_larger_micro_batches_of_1_6b_fit_the_devices_that_its_comment_names(rows, gigabytes, ranks):
+    config = load(TrainConfig, CONFIGS / "1.6b.yaml", [f"batch.micro_batch_rows={rows}"])
+    assert f" {rows} (up to {ranks} ranks) on {gigabytes} GB" in (CONFIGS / "1.6b.yaml").read_text()
+    for world_size in (1, ranks):
+        assert accumulation_steps(config.batch.rows_per_step, rows, world_size, "1.6b.yaml")
+        model = BaseLCMConfig(**PRESETS["1.6b"])
+        ds = deepspeed_config.resolve(deepspeed_config.read(config.deepspeed), config, world_size, "json")
+        kept = activations(model, rows * config.data.row_length, half=True)
+        assert States.of(count_parameters(model), 1, world_size, ds).peak(kept) < 0.92 * gigabytes * 1e9
 
 
 # --- metrics and warning -----------------------------------------------------------------------------------------

@@ -5,9 +5,12 @@ import pytest
 from lcm_ds.train.monitoring.throughput import peak_of
 
 # As torch.cuda.get_device_name has them. Datasheets: NVIDIA H100 (SXM 1,979, NVL 1,671, PCIe 1,513), H200 (SXM 1,979,
-# NVL 1,671), GH200 (1,979), HGX B200 (36,000 of 8 GPUs) and GB200 NVL72 (360,000 of 72) with sparsity; A100 (312), L40S
+# NVL 1,671), GH200 (1,979), HGX B200 and B300 (36,000 of 8 GPUs), GB200 and GB300 NVL72
+# (360,000 of 72) with sparsity; A100 (312), L40S
 # (362.05) and AMD MI300X (1,307.4) without.
 NAMES = {
+    "NVIDIA GB300": 360_000 / 72 / 2,
+    "NVIDIA B300 SXM6 AC": 36_000 / 8 / 2,
     "NVIDIA GB200": 360_000 / 72 / 2,
     "NVIDIA B200": 36_000 / 8 / 2,
     "NVIDIA GH200 480GB": 1979 / 2,
