@@ -159,7 +159,7 @@ def to_device(batch: TokenBatch, device: torch.device) -> tuple[Tensor, Tensor |
     ids = _to(batch.inputs["input_ids"], device).long()
     if "lengths" not in batch.inputs:
         return ids, None
-    return ids, torch.arange(ids.shape[1], device=device) < _to(batch.inputs["lengths"], device)[:, None]
+    return ids, torch.arange(ids.shape[1], device=device) < _to(batch.inputs["lengths"], device).unsqueeze(1)
 
 
 def _to(array: np.ndarray, device: torch.device) -> Tensor:
