@@ -82,45 +82,53 @@ class Embedding:
     Args:
         encoder: Whose `embed` computes them.
         batch: Its texts.
+        before: The one started before it, if any.
     """
 
-    def __init__(self, encoder: Encoder, batch: TokenBatch) -> None:
+    def __init__(self, encoder: Encoder, batch: TokenBatch, before: Embedding | None = None) -> None:
         self.batch = batch
         self.seconds = 0.0  # of the device; known when the result is
-        self._start = _event(getattr(encoder, "device", None))
-        started = time.perf_counter()
+        self.waited = 0.0  # seconds in which the device had nothing to do before it; known when the result is
+        device: torch.device | None = getattr(encoder, "device", None)
+        self._before: torch.cuda.Event | float | None = None if before is None else before._end
+        self._start = _now(device)
         concepts = encoder.embed(batch)
-        self._end: torch.cuda.Event | None = None
         if isinstance(concepts, Tensor):
             device, concepts = concepts.device, _to_host(concepts)
-            self._end = _event(device)
         self._concepts = concepts
-        if self._end is None:
-            self.seconds = time.perf_counter() - started
+        self._end: torch.cuda.Event | float = _now(device)
 
     def result(self) -> np.ndarray:
         """The concepts, float32 [len(batch.rows), embed_dim]."""
-        if self._end is not None:
+        if not isinstance(self._end, float):
             self._end.synchronize()
-            if self._start is not None:
-                self.seconds = self._start.elapsed_time(self._end) / 1000
+        self.seconds = _between(self._start, self._end)
+        if self._before is not None:
+            self.waited = _between(self._before, self._start)
         return self._concepts.numpy() if isinstance(self._concepts, Tensor) else self._concepts
 
 
-def _event(device: torch.device | None) -> torch.cuda.Event | None:
-    """An event of a GPU's stream behind everything that was started on it."""
+def _now(device: torch.device | None) -> torch.cuda.Event | float:
+    """An event of a GPU's stream behind everything that was started on it; for another device the time."""
     if device is None or device.type != "cuda":
-        return None
+        return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record(torch.cuda.current_stream(device))
     return event
+
+
+def _between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    """Seconds; 0 if they are of different clocks, as if an encoder on a GPU has no `device`."""
+    if isinstance(start, float) or isinstance(end, float):
+        return end - start if isinstance(start, float) and isinstance(end, float) else 0.0
+    return start.elapsed_time(end) / 1000
 
 
 def embeddings(encoder: Encoder, batches: Iterable[TokenBatch]) -> Iterator[Embedding]:
     """The embeddings of batches in their order, each handed out once the next one was started."""
     previous: Embedding | None = None
     for batch in batches:
-        current = Embedding(encoder, batch)
+        current = Embedding(encoder, batch, previous)
         if previous is not None:
             yield previous
         previous = current

@@ -45,6 +45,7 @@ class Figures:
     tokens: int = 0
     padded_tokens: int = 0  # with padding
     busy: float = 0.0  # seconds of the device
+    waited: float = 0.0  # seconds in which it had nothing to do, from its first batch to its last
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,7 @@ class _Device:
         self._rank, self._write = rank, write
         self._units: deque[_Concepts] = deque()  # not complete
         self._started: deque[tuple[_Concepts, TokenBatch, Embedding | None]] = deque()  # None: it failed
+        self._last: Embedding | None = None
         self._reported = time.monotonic()
 
     def encode(self, unit: TokenizedUnit) -> None:
@@ -187,7 +189,8 @@ class _Device:
 
     def _start(self, batch: TokenBatch) -> Embedding | None:
         try:
-            return Embedding(self._rank.encoder, batch)
+            self._last = Embedding(self._rank.encoder, batch, self._last)
+            return self._last
         except torch.OutOfMemoryError:
             raise _too_large(batch) from None
         except Exception:
@@ -201,6 +204,7 @@ class _Device:
             if embedding is not None:
                 unit.concepts[batch.rows] = embedding.result()
                 figures.busy += embedding.seconds
+                figures.waited += embedding.waited
         except torch.OutOfMemoryError:
             raise _too_large(batch) from None
         except Exception:

@@ -11,7 +11,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -67,13 +67,16 @@ class TokenizedUnit:
 class Reader:
     """Reads units of a source."""
 
-    def __init__(self, config: PrepareConfig, source: Source) -> None:
+    def __init__(
+        self, config: PrepareConfig, source: Source, make_splitter: Callable[[], Splitter] | None = None
+    ) -> None:
         self.config, self.source = config, source
+        self._make_splitter = make_splitter or partial(Splitter, config.sentences)
 
     @cached_property
     def splitter(self) -> Splitter:
-        """Splits texts into sentences; its construction takes seconds."""
-        return Splitter(self.config.sentences)
+        """Splits texts into sentences; its construction takes seconds, and lists of sentences need none."""
+        return self._make_splitter()
 
     def read(self, unit: WorkUnit) -> list[SplitDocument]:
         """The documents of a unit in order; none if the source has ended. Raises InputError."""
@@ -206,9 +209,7 @@ def _splitter() -> Splitter:
 
 @cache
 def _reader() -> Reader:
-    reader = open_reader(_config)
-    reader.splitter = _splitter()
-    return reader
+    return open_reader(_config, _splitter)
 
 
 @cache
@@ -239,7 +240,7 @@ def tokenized(unit: TokenizedUnit, tokenize: Tokenizer | None) -> TokenizedUnit:
     return replace(unit, batches=batches)
 
 
-def open_reader(config: PrepareConfig) -> Reader:
+def open_reader(config: PrepareConfig, make_splitter: Callable[[], Splitter] | None = None) -> Reader:
     """The reader of a preparation that has started: rank 0 has written the source's index to its output."""
     index = json.loads((Path(config.output) / SOURCE).read_text(encoding="utf-8"))
-    return Reader(config, open_source(config.source, config.sentences.language, index))
+    return Reader(config, open_source(config.source, config.sentences.language, index), make_splitter)

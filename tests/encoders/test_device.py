@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_concepts_come_from_a_gpu_into_page_locked_memory_without_waiting(monkey
 
     encoder: Any = OnGPU()
     events = []
-    monkeypatch.setattr(base, "_event", lambda device: events.append(device))
+    monkeypatch.setattr(base, "_now", lambda device: events.append(device))
     with FakeTensorMode(), Operators() as operators:
         found = Embedding(encoder, TokenBatch([0, 1, 2], {}, 3, 3))._concepts
     assert isinstance(found, torch.Tensor)
@@ -114,7 +115,7 @@ class LazyDevice:
         self.device = torch.device("cpu")
         self.log: list[str] = []
         self._launched: list[Callable[[], None]] = []
-        monkeypatch.setattr(base, "_event", self._event)
+        monkeypatch.setattr(base, "_now", self._event)
 
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
         return [TokenBatch([row], {"value": float(text)}, 1, 1) for row, text in enumerate(texts)]
@@ -137,8 +138,10 @@ class LazyDevice:
             def synchronize(self) -> None:
                 launched[-1]()
 
+            number = len(launched)
+
             def elapsed_time(self, end: Any) -> float:
-                return 40.0
+                return {1: 40.0, 0: 7.0}[end.number - self.number]  # of a batch; between two of them
 
         return Event()
 
@@ -150,11 +153,36 @@ def test_the_next_batch_is_started_before_the_one_before_is_waited_for(monkeypat
     assert encoder.log == ["start 5", "start 6", "wait 5", "start 7", "wait 6", "wait 7"]
 
 
-def test_the_time_of_a_batch_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_of_a_batch_is_the_devices_and_so_is_the_time_between_two(monkeypatch: pytest.MonkeyPatch) -> None:
     encoder: Any = LazyDevice(monkeypatch)
-    (embedding,) = embeddings(encoder, encoder.tokenize(["5"]))
-    embedding.result()
-    assert embedding.seconds == 0.04
+    found = []
+    for embedding in embeddings(encoder, encoder.tokenize(["5", "6", "7"])):
+        embedding.result()
+        found.append((embedding.seconds, embedding.waited))
+    assert found == [(0.04, 0.0), (0.04, 0.007), (0.04, 0.007)]
+
+
+def test_on_a_cpu_the_time_between_two_batches_is_that_of_the_host() -> None:
+    class Slow:
+        embed_dim = 1
+
+        def embed(self, batch: TokenBatch) -> np.ndarray:
+            time.sleep(0.02)
+            return np.zeros((1, 1), np.float32)
+
+    def batches() -> Iterator[TokenBatch]:
+        for _ in range(2):
+            time.sleep(0.05)
+            yield TokenBatch([0], {}, 1, 1)
+
+    encoder: Any = Slow()
+    times = []
+    for embedding in embeddings(encoder, batches()):
+        embedding.result()
+        times.append((embedding.seconds, embedding.waited))
+    assert min(seconds for seconds, _ in times) >= 0.02
+    assert times[0][1] == 0
+    assert times[1][1] >= 0.05
 
 
 def test_an_encoder_may_give_arrays_and_need_not_name_its_device() -> None:
@@ -170,6 +198,7 @@ def test_an_encoder_may_give_arrays_and_need_not_name_its_device() -> None:
     encoder: Any = Plain()
     assert base.encode(encoder, ["a", "abc"]).tolist() == [[1], [3]]
     (embedding,) = embeddings(encoder, encoder.tokenize(["a"]))
+    embedding.result()
     assert embedding.seconds > 0
 
 

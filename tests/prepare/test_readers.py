@@ -11,6 +11,7 @@ import threading
 import numpy as np
 import psutil
 import pytest
+from machine import patience
 from preparing import HashEncoder, written
 from test_limits import config_of, write_lines
 
@@ -153,7 +154,7 @@ def test_no_process_stays_if_it_ends_before_the_tokenizers_are_taken(lines, tmp_
     config.write_text(json.dumps(config_of(lines, tmp_path / "out", split_workers=2).model_dump(mode="json")))
     support = os.path.dirname(sys.modules["preparing"].__file__)
     command = [sys.executable, "-c", code, support, str(config)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(60), check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "closed\n"
 
