@@ -4,6 +4,7 @@ python benchmarks/encode.py [--encoder minilm | sonar-random] [--ways NAME …] 
 
 - Plain: the published SONAR pipeline, batches of 10 sentences in their order, padded to the longest, fp32.
 - Device only: the batches of one unit, tokenized before.
+- Reading only: units are read, split and tokenized in other processes. Counted from when each has read one.
 - All the way: units are read, split and tokenized in other processes, encoded, and written as shards, by the code of
   `lcm-ds prepare`. Counted from the second unit on, when reading is ahead, to the last batch.
 
@@ -25,8 +26,8 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def main() -> None:
     card = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} CPU threads"
     print(f"{arguments.encoder} on {card}, torch {torch.__version__}, transformers {transformers.__version__}, Python "
           f"{platform.python_version()}; {tokens:.1f} tokens a sentence; all the way {len(sentences):,} sentences"
-          f"{'' if SPACY else ', not split'}, in units of {per_unit(sentences):,}; at most {arguments.repeats} runs; "
+          f"{'' if SPACY else ', not split'}, in units of {unit_size(sentences):,}; at most {arguments.repeats} runs; "
           f"{time.perf_counter() - began:.0f} s in all\n")  # fmt: skip
     print_table(times, arguments)
 
@@ -198,12 +199,16 @@ def ways_of(
             batches = fast.tokenize(unit)
             list_of_results(fast, [batches[0], batches[-1]])
             ways[name] = lambda fast=fast, batches=batches: on_the_device(fast, batches)  # type: ignore[misc]
-    name = f"all the way, {best}, {arguments.split_workers} reading processes"
+    workers = arguments.split_workers
+    name = f"reading only, {workers} processes"
+    if any(part in name for part in wanted):
+        ways[name] = lambda: reading_only(encoder(best), sentences, workers)
+    name = f"all the way, {best}, {workers} reading processes"
     if any(part in name for part in wanted):
         whole = encoder(best)
         batches = whole.tokenize(unit)
         list_of_results(whole, [batches[0], batches[-1]])
-        ways[name] = lambda: replace(all_the_way(whole, sentences, arguments.split_workers), batches=batches)
+        ways[name] = lambda: replace(all_the_way(whole, sentences, workers), batches=batches)
     return ways
 
 
@@ -309,34 +314,68 @@ class Snapshots(Coordinator):
         return super().claim()
 
 
-def all_the_way(encoder: Any, sentences: list[str], split_workers: int) -> Measured:
-    """Read, split, tokenize, encode and write units of sentences, as a rank of prepare does."""
+@contextmanager
+def source_of(
+    sentences: list[str], split_workers: int, per_unit: int
+) -> Iterator[tuple[PrepareConfig, list[WorkUnit]]]:
+    """A preparation of sentences that has started, with so many of them in a unit: its config and its units."""
     with tempfile.TemporaryDirectory() as folder:
-        config = write_source(Path(folder), sentences, split_workers)
+        config = write_source(Path(folder), sentences, split_workers, per_unit)
         out = Path(config.output)
         for name in (*SPLITS, IDS):
             (out / name).mkdir(parents=True)
         source = open_source(config.source)
         (out / SOURCE).write_text(json.dumps(source.index()), encoding="utf-8")
-        units = [WorkUnit(n, start, stop) for n, (start, stop) in enumerate(source.units(config.documents_per_shard))]
+        yield config, [WorkUnit(n, *unit) for n, unit in enumerate(source.units(config.documents_per_shard))]
+
+
+def reading_only(encoder: Any, sentences: list[str], split_workers: int) -> Measured:
+    """Read, split and tokenize units, and drop them; counted from when each process has read one."""
+    processes = max(1, split_workers)
+    per_unit = max(SENTENCES_PER_DOCUMENT, len(sentences) // (8 * processes))
+    with source_of(sentences, split_workers, per_unit) as (config, units), closing(Readers(config)) as readers:
+        readers.start(encoder)
+        futures = [readers.submit(unit) for unit in units]
+        warm = [future.result() for future in futures[:processes]]
+        started = time.perf_counter()
+        batches = [batch for future in futures[len(warm) :] for batch in future.result().batches]
+        seconds = time.perf_counter() - started
+    return Measured(sum(len(batch.rows) for batch in batches), seconds, None, batches)
+
+
+def all_the_way(encoder: Any, sentences: list[str], split_workers: int) -> Measured:
+    """Read, split, tokenize, encode and write units of sentences, as a rank of prepare does."""
+    with (
+        source_of(sentences, split_workers, unit_size(sentences)) as (config, units),
+        closing(Readers(config)) as readers,
+    ):
         figures = Figures()
         coordinator = Snapshots(figures)
         end_of_text = encoder.encode([config.end_of_text])[0]
         rank = WorkerContext(config, encoder, end_of_text, None, coordinator, figures)
-        with closing(Readers(config)) as readers:
-            encode_units(rank, readers, iter(units))
-        first = next(taken for taken in coordinator.taken if taken.encoded)
-        waited = figures.waited - first.waited
-        return Measured(figures.encoded - first.encoded, figures.busy - first.busy + waited, waited, [])
+        encode_units(rank, readers, iter(units))
+    first = next(taken for taken in coordinator.taken if taken.encoded)
+    waited = figures.waited - first.waited
+    return Measured(figures.encoded - first.encoded, figures.busy - first.busy + waited, waited, [])
 
 
-def per_unit(sentences: list[str]) -> int:
-    """Sentences of a unit: enough units that most are read while others are encoded."""
+def unit_size(sentences: list[str]) -> int:
+    """Sentences of a unit all the way: as many as in a preparation, or fewer, so that there are four units."""
     return min(UNIT, max(1, len(sentences) // 4 // SENTENCES_PER_DOCUMENT) * SENTENCES_PER_DOCUMENT)
 
 
-def write_source(folder: Path, sentences: list[str], split_workers: int) -> PrepareConfig:
-    """A JSONL file of documents, texts if they can be split here and otherwise lists of sentences; its config."""
+def write_source(folder: Path, sentences: list[str], split_workers: int, per_unit: int) -> PrepareConfig:
+    """A JSONL file of documents, texts if they can be split here and otherwise lists of sentences.
+
+    Args:
+        folder: Where it is written.
+        sentences: Of the documents.
+        split_workers: As in PrepareConfig.
+        per_unit: Sentences of a unit.
+
+    Returns:
+        The config of its preparation.
+    """
     path = folder / "documents.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for number, first in enumerate(range(0, len(sentences), SENTENCES_PER_DOCUMENT)):
@@ -349,7 +388,7 @@ def write_source(folder: Path, sentences: list[str], split_workers: int) -> Prep
         source=SourceConfig(name="huggingface", paths=[str(path)], **columns),
         encoder=EncoderConfig(name="sonar", model="random"),
         split_workers=split_workers,
-        documents_per_shard=max(1, per_unit(sentences) // SENTENCES_PER_DOCUMENT),
+        documents_per_shard=max(1, per_unit // SENTENCES_PER_DOCUMENT),
         validation=0.0,
     )
 

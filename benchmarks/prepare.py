@@ -4,7 +4,7 @@ python benchmarks/prepare.py [--parquet GLOB] [--config CONFIG] [--repeats 3] [k
 
 Plain encoding is that of the published SONAR pipeline: fixed batches of 10 sentences in their order, fp32, one process.
 Memory is the largest sum over all processes of a call, for a tenth of the documents and for all of them. The processor
-time is that of the first process, which encodes and does not read or split; without its start it is what encoding costs.
+time is that of the first process, its start included; others read and split.
 """
 
 from __future__ import annotations

@@ -170,6 +170,14 @@ def to_device(batch: TokenBatch, device: torch.device) -> tuple[Tensor, Tensor |
     return ids, torch.arange(ids.shape[1], device=device) < _to(batch.inputs["lengths"], device).unsqueeze(1)
 
 
+def pair_mask(mask: Tensor) -> Tensor:
+    """bool [n, 1, length, length]: for each query, the keys that are not padding; of `mask`, bool [n, length].
+
+    transformers takes it as it is. Of a mask [n, length] it asks whether all of it is True, and waits for the device.
+    """
+    return mask.unsqueeze(1).unsqueeze(1).expand(-1, 1, mask.shape[1], -1)
+
+
 def _to(array: np.ndarray, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
     if device.type != "cuda":

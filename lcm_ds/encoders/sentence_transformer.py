@@ -18,6 +18,7 @@ from lcm_ds.encoders.base import (
     commit_of,
     compute_in,
     encode,
+    pair_mask,
     resolve_device,
     resolve_dtype,
     resolve_tokens_per_batch,
@@ -69,6 +70,7 @@ class SentenceTransformerEncoder:
         self._model = model.eval()
         if config.compile:
             transformer.compile(dynamic=True)
+        self._attention: dict[str, Tensor | None] = {}  # what the transformer gets instead, while `embed` calls it
         expected = self._model.encode(_PROBE)
         self.embed_dim: int = expected.shape[1]
         # The model's tokenizer, if token ids and their mask are all that the model needs: anything else (a prompt,
@@ -81,6 +83,23 @@ class SentenceTransformerEncoder:
             self.tokenizer = BatchTokenizer(tokenizer, self.max_tokens, tokens_per_batch, padding)
             if not np.allclose(self.encode(_PROBE), expected, atol=0.01 * expected.std()):
                 self.tokenizer = texts_only
+            elif not config.compile:  # compiled, it does not wait
+                self._attend_without_waiting(transformer)
+
+    def _attend_without_waiting(self, transformer: torch.nn.Module) -> None:
+        """Give the transformer the mask of `pair_mask`, if the concepts are the same: not every model takes it."""
+        expected = self.encode(_PROBE)
+
+        def replace_mask(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, kwargs | self._attention
+
+        hook = transformer.register_forward_pre_hook(replace_mask, with_kwargs=True)
+        try:
+            same = np.array_equal(self.encode(_PROBE), expected)
+        except Exception:  # of any kind: it is a model of others
+            same = False
+        if not same:
+            hook.remove()
 
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
         """Texts as batches of token ids; texts longer than `max_tokens` are truncated.
@@ -99,7 +118,11 @@ class SentenceTransformerEncoder:
             return found.astype(np.float32, copy=False)
         ids, mask = to_device(batch, self.device)
         attended = torch.ones_like(ids) if mask is None else mask.long()
-        concepts: Tensor = self._model({"input_ids": ids, "attention_mask": attended})["sentence_embedding"].float()
+        self._attention = {"attention_mask": None if mask is None else pair_mask(mask)}
+        try:
+            concepts: Tensor = self._model({"input_ids": ids, "attention_mask": attended})["sentence_embedding"].float()
+        finally:
+            self._attention = {}
         return concepts
 
     def encode(self, texts: list[str]) -> np.ndarray:

@@ -24,6 +24,7 @@ from lcm_ds.encoders.base import (
     commit_of,
     compute_in,
     encode,
+    pair_mask,
     resolve_device,
     resolve_dtype,
     resolve_tokens_per_batch,
@@ -172,8 +173,7 @@ def embed(model: Any, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns:
         The concepts.
     """
-    # For each query. Of a mask [n, length], transformers asks whether all of it is True, and waits for the device.
-    pairs = None if mask is None else mask[:, None, None].expand(-1, 1, mask.shape[1], -1)
+    pairs = None if mask is None else pair_mask(mask)
     hidden = model(input_ids=input_ids, attention_mask=pairs).last_hidden_state.float()
     if mask is None:
         return hidden.mean(dim=1)

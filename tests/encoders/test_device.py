@@ -40,15 +40,40 @@ class Operators(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("texts", [PADDED, ["It rains."] * 3])
-def test_starting_a_batch_of_sonar_waits_for_nothing(tiny_sonar: tuple[Path, Path], texts: list[str]) -> None:
-    encoder = sonar(tiny_sonar)
+@pytest.mark.parametrize("kind", ["minilm", "sonar"])
+def test_starting_a_batch_waits_for_nothing(tiny_sonar: tuple[Path, Path], kind: str, texts: list[str]) -> None:
+    encoder: Any = minilm() if kind == "minilm" else sonar(tiny_sonar)
     (batch,) = encoder.tokenize(texts)
     assert ("lengths" in batch.inputs) == (texts is PADDED)
     with Operators() as operators:
         encoder.embed(batch)
     names = {name for name, *_ in operators.calls}
-    assert "scaled_dot_product_attention" in str(names) or "_scaled_dot_product_flash_attention_for_cpu" in names
+    assert "scaled_dot_product_attention" in names
     assert names.isdisjoint(WAITING)
+
+
+def test_a_model_of_sentence_transformers_gives_the_bytes_of_its_library_with_and_without_padding() -> None:
+    encoder, plain = minilm(dtype="float32"), minilm(dtype="float32")
+    plain._model[0]._forward_pre_hooks.clear()  # its mask is that of the library then
+    for texts in (PADDED, ["It rains."] * 3):
+        assert np.array_equal(encoder.encode(texts), plain.encode(texts))
+        np.testing.assert_allclose(encoder._model.encode(texts), plain._model.encode(texts), rtol=0, atol=0)
+
+
+def test_a_model_that_does_not_take_the_mask_of_pairs_keeps_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import BertModel
+
+    forward = BertModel.forward
+
+    def strict(self: Any, *args: Any, attention_mask: torch.Tensor, **kwargs: Any) -> Any:
+        assert attention_mask.dim() == 2
+        return forward(self, *args, attention_mask=attention_mask, **kwargs)
+
+    expected = minilm(dtype="float32").encode(PADDED)
+    monkeypatch.setattr(BertModel, "forward", strict)
+    encoder = minilm(dtype="float32")
+    assert not encoder._model[0]._forward_pre_hooks
+    assert np.array_equal(encoder.encode(PADDED), expected)
 
 
 def test_token_ids_go_to_a_gpu_from_page_locked_memory_without_waiting(
