@@ -19,7 +19,7 @@ from lcm_ds.encoders import base, load_encoder
 from lcm_ds.errors import RunFailedError
 from lcm_ds.prepare import encode
 from lcm_ds.prepare.pipeline import prepare
-from lcm_ds.prepare.readers import Readers, WorkUnit, open_reader
+from lcm_ds.prepare.readers import Reader, Readers, WorkUnit, distinct, open_reader
 from lcm_ds.prepare.state import SOURCE
 
 
@@ -157,6 +157,25 @@ def test_no_process_stays_if_it_ends_before_the_tokenizers_are_taken(lines, tmp_
     done = subprocess.run(command, capture_output=True, text=True, timeout=patience(60), check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "closed\n"
+
+
+def test_lists_of_sentences_need_no_splitter(tmp_path):
+    from lcm_ds.text.open import open_source
+
+    lines = [{"id": "a", "given": ["It rains.", "It rains."], "rest": ["Rain."]}]
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = {"name": "huggingface", "paths": [str(tmp_path / "lists.jsonl")]}
+    config = config_of("", tmp_path, source={**source, "source_column": "given", "target_column": "rest"})
+
+    def no_splitter():
+        raise ModuleNotFoundError("spacy")
+
+    reader = Reader(config, open_source(config.source), no_splitter)
+    (document,) = reader.read(WorkUnit(0, 0, 1))
+    assert document.sentences == ["It rains.", "It rains.", "[MODEL]:", "Rain."]
+    unit = distinct(WorkUnit(0, 0, 1), [document])
+    assert unit.sentences == ["It rains.", "[MODEL]:", "Rain."]
+    assert unit.rows.tolist() == [0, 0, 1, 2]
 
 
 # --- one batch on the device --------------------------------------------------------------------------------------
