@@ -1,180 +1,244 @@
-"""Sentences per second of an encoder, compared with plain batching of the same sentences.
+"""Sentences per second of an encoder: on the device only, and all the way from texts to shards.
 
-python benchmarks/encode.py [--encoder minilm | sonar-random] [--parquet FILE …] [--sentences N] [--repeats 3]
+python benchmarks/encode.py [--encoder minilm | sonar-random] [--ways NAME …] [--sentences N] [--parquet FILE …]
 
-Plain batching is that of the published SONAR pipeline: batches of 10 sentences in their order, padded to the longest,
-fp32, one process with all cores. `sonar-random` has SONAR's architecture (24 layers, width 1024, vocabulary 256,206),
-random weights, and random token ids instead of a tokenizer, in proportion to the sentence's length, 27 on average,
-which is enough to measure speed. TFLOP/s count real tokens without padding.
+- Plain: the published SONAR pipeline, batches of 10 sentences in their order, padded to the longest, fp32.
+- Device only: the batches of one unit, tokenized before.
+- Reading only: units are read, split and tokenized in other processes. Counted from when each has read one.
+- All the way: units are read, split and tokenized in other processes, encoded, and written as shards, by the code of
+  `lcm-ds prepare`. Counted from the second unit on, when reading is ahead, to the last batch.
+
+"Device waits" is the share of the time between the first batch and the last in which the device has nothing to do.
+`sonar-random` has SONAR's architecture (24 layers, width 1024, vocabulary 256,206) with random weights, which is enough
+to measure speed; its sentences are made of random words, 27 tokens on average as in FineWeb-Edu, and need neither spaCy
+nor pyarrow (without spaCy they are not split). TFLOP/s count real tokens without padding. Nothing is measured again
+after 90 seconds; compiled ways take minutes and are measured only if --ways names them.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
-import multiprocessing
+import json
 import os
 import platform
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 
-from lcm_ds.config import EncoderConfig, SentencesConfig, SourceConfig
-from lcm_ds.encoders import Encoder, load_encoder
+from lcm_ds.config import EncoderConfig, PrepareConfig, SentencesConfig, SourceConfig
+from lcm_ds.data.format import SPLITS
+from lcm_ds.distributed.environment import detect_environment
+from lcm_ds.encoders import load_encoder
 from lcm_ds.encoders.base import (
     TokenBatch,
     compute_in,
-    in_batches,
-    pad,
+    embeddings,
+    encode,
     resolve_device,
     resolve_dtype,
     resolve_tokens_per_batch,
+    to_device,
 )
 from lcm_ds.encoders.sonar import embed
+from lcm_ds.encoders.tokenizer import BatchTokenizer
+from lcm_ds.prepare.coordinator import Coordinator
+from lcm_ds.prepare.encode import Figures, WorkerContext, encode_units
+from lcm_ds.prepare.readers import Readers, WorkUnit
+from lcm_ds.prepare.state import IDS, SOURCE
 from lcm_ds.text.open import open_source
 from lcm_ds.text.splitter import Splitter
 
-PLAIN_BATCH = 10
-UNIT = 5000  # sentences sorted by length together
-SONAR_TOKENS = 27  # a sentence of FineWeb-Edu, on average
-LAYERS, WIDTH, INNER = 24, 1024, 8192  # of SONAR
+PLAIN_BATCH, PLAIN_SENTENCES = 10, 1000
+UNIT = 50_000  # sentences: as many as a unit of configs/prepare/fineweb_edu_10bt.yaml
+SENTENCES_PER_DOCUMENT = 10
+LAYERS, WIDTH, INNER, VOCABULARY = 24, 1024, 8192, 256_206  # of SONAR
+SECONDS = 90.0  # nothing is measured again after this time
+SPACY = importlib.util.find_spec("spacy") is not None
 
 
 class RandomSonar:
-    """SONAR's encoder with random weights; it uses only the length of texts, in units of `mean_length` characters."""
+    """SONAR's encoder with random weights, and a tokenizer made of the sentences."""
 
-    embed_dim = WIDTH
+    name, model, revision, embed_dim = "sonar", "random", None, WIDTH
 
-    def __init__(self, config: EncoderConfig, mean_length: float) -> None:
+    def __init__(self, config: EncoderConfig, tokenizer: Tokenizer, layers: int) -> None:
         from transformers import M2M100Config
         from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
         torch.manual_seed(0)
         self.device = resolve_device(config.device)
-        self.mean_length = mean_length
         architecture = M2M100Config(
-            vocab_size=256_206, d_model=WIDTH, encoder_layers=LAYERS, encoder_attention_heads=16, encoder_ffn_dim=INNER,
-            max_position_embeddings=1024, scale_embedding=True,
+            vocab_size=VOCABULARY if layers == LAYERS else tokenizer.get_vocab_size(), d_model=WIDTH,
+            encoder_layers=layers, encoder_attention_heads=16,
+            encoder_ffn_dim=INNER, max_position_embeddings=1024, scale_embedding=True,
         )  # fmt: skip
         with torch.device(self.device):
-            model = M2M100Encoder(architecture).eval()
-        compute_in(model, resolve_dtype(config.dtype, self.device), self.device)
-        self._run = torch.compile(model, dynamic=True) if config.compile else model
-        self._tokens_per_batch = resolve_tokens_per_batch(config, self.device)
+            encoder = M2M100Encoder(architecture).eval()
+        compute_in(encoder, resolve_dtype(config.dtype, self.device), self.device)
+        self._run = torch.compile(encoder, dynamic=True) if config.compile else encoder
+        self.tokenizer = BatchTokenizer(tokenizer, 512, resolve_tokens_per_batch(config, self.device), padding=1)
 
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
-        """Random tokens."""
-        lengths = [min(512, max(3, round(SONAR_TOKENS * len(text) / self.mean_length))) for text in texts]
-        tokens = np.random.default_rng(0).integers(4, 256_000, sum(lengths)).tolist()
-        ends = list(itertools.accumulate(lengths))
-        found = []
-        for rows in in_batches(lengths, self._tokens_per_batch):
-            ids, mask = pad([tokens[ends[row] - lengths[row] : ends[row]] for row in rows], 1)
-            inputs = {"input_ids": ids} if mask.all() else {"input_ids": ids, "attention_mask": mask}
-            found.append(TokenBatch(rows, inputs, sum(lengths[row] for row in rows), ids.numel()))
-        return found
+        """As SonarEncoder does."""
+        return self.tokenizer(texts)
 
     @torch.inference_mode()
-    def embed(self, batch: TokenBatch) -> np.ndarray:
-        """Concepts of a batch."""
-        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
-        found: np.ndarray = embed(self._run, **inputs).cpu().numpy()
-        return found
+    def embed(self, batch: TokenBatch) -> torch.Tensor:
+        """As SonarEncoder does."""
+        return embed(self._run, *to_device(batch, self.device))
 
-    def flops(self, batch: TokenBatch) -> float:
-        """FLOPs of the batch's real tokens: two per weight of the matrices, and attention over each sentence."""
-        matrices = 2 * batch.tokens * LAYERS * (4 * WIDTH * WIDTH + 2 * WIDTH * INNER)
-        mask = batch.inputs.get("attention_mask", torch.ones_like(batch.inputs["input_ids"]))
-        return matrices + 4 * LAYERS * WIDTH * float(mask.sum(1).double().square().sum())
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """As SonarEncoder does."""
+        return encode(self, texts)
+
+    def describe(self) -> dict[str, Any]:
+        """Not written anywhere."""
+        return {}
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way to encode all sentences."""
+class Measured:
+    """What one pass over sentences took."""
 
-    name: str
-    run: Callable[[], Any]
-    plain: bool = False
-
-
-def load(name: str, mean_length: float, **settings: Any) -> Any:
-    """An encoder of the benchmark by its name."""
-    if name == "sonar-random":
-        return RandomSonar(EncoderConfig(name="sonar", model="random", **settings), mean_length)
-    return load_encoder(EncoderConfig(name="sentence-transformers", model=name, **settings))
+    sentences: int
+    seconds: float
+    waited: float | None  # of the seconds, those in which the device had nothing to do
+    batches: list[TokenBatch]  # of the same sentences, for padding and FLOPs
 
 
 def main() -> None:
     """Measure the alternatives in turn, several times; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="minilm", help="minilm, sonar-random, or a model of sentence-transformers")
-    parser.add_argument("--parquet", nargs="*", help="text; default: the documentation of Python and PyTorch")
-    parser.add_argument("--sentences", type=int, help="default: 3000, on a GPU 20000")
+    parser.add_argument("--layers", type=int, default=LAYERS, help=f"of sonar-random (default: {LAYERS}, as SONAR)")
+    parser.add_argument("--ways", nargs="+", help="only alternatives whose name contains one of these")
+    parser.add_argument("--parquet", nargs="*", help="text; default: the sample, for sonar-random random words")
+    parser.add_argument("--sentences", type=int, help="all the way (default: 4000, on a GPU 250000)")
+    parser.add_argument("--split-workers", type=int, default=2, help="processes that read, split and tokenize")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device")
     arguments = parser.parse_args()
+    began = time.perf_counter()
     device = resolve_device(arguments.device)
     gpu = device.type == "cuda"
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(cores)
-    sentences = read(arguments.parquet, arguments.sentences or (20_000 if gpu else 3000))
-    mean_length = sum(map(len, sentences)) / len(sentences)
-
-    def make(dtype: str, **settings: Any) -> Any:
-        return load(arguments.encoder, mean_length, device=str(device), dtype=dtype, **settings)
-
-    exact = make("float32")
-    ways = [
-        Way(f"batches of {PLAIN_BATCH} in order, float32", lambda: encode_plainly(exact, sentences), plain=True),
-        Way("batches by tokens, float32", lambda: encode(exact, sentences)),
-    ]
-    for dtype in ("bfloat16", "float16") if gpu else ("bfloat16",):
-        half = make(dtype)
-        ways.append(Way(f"batches by tokens, {dtype}", lambda half=half: encode(half, sentences)))  # type: ignore[misc]
-    best = str(resolve_dtype("auto", device)).removeprefix("torch.")
-    pool = None
-    if gpu:
-        compiled = make(best, compile=True)
-        ways.append(Way(f"batches by tokens, {best}, compiled", lambda: encode(compiled, sentences)))
-    else:
-        pool = multiprocessing.get_context("spawn").Pool(cores, start, (arguments.encoder, mean_length, best))
-        parts = [sentences[part::cores] for part in range(cores)]
-        name = f"batches by tokens, {best}, {cores} processes of a thread each (as prepare)"
-        ways.append(Way(name, lambda: pool.map(encode_part, parts, chunksize=1)))
-    for way in ways:  # warm up: kernels are chosen, graphs compiled, processes loaded
-        way.run()
-    times: dict[str, list[float]] = {way.name: [] for way in ways}
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    count = arguments.sentences or (250_000 if gpu else 4000)
+    made = arguments.encoder == "sonar-random" and not arguments.parquet
+    sentences = random_sentences(count) if made else read(arguments.parquet, count)
+    ways = ways_of(arguments, device, sentences)
+    times: dict[str, list[Measured]] = {name: [] for name in ways}
     for _ in range(arguments.repeats):
-        for way in ways:
-            started = time.perf_counter()
-            way.run()
-            times[way.name].append(time.perf_counter() - started)
-    if pool is not None:
-        pool.terminate()
+        for name, run in ways.items():
+            if not times[name] or time.perf_counter() - began < SECONDS:
+                times[name].append(run())
+    batches = times[next(iter(ways))][0].batches
+    tokens = sum(batch.tokens for batch in batches) / sum(len(batch.rows) for batch in batches)
+    card = torch.cuda.get_device_name(device) if gpu else f"{torch.get_num_threads()} CPU threads"
+    print(f"{arguments.encoder} on {card}, torch {torch.__version__}, transformers {transformers.__version__}, Python "
+          f"{platform.python_version()}; {tokens:.1f} tokens a sentence; all the way {len(sentences):,} sentences"
+          f"{'' if SPACY else ', not split'}, in units of {unit_size(sentences):,}; at most {arguments.repeats} runs; "
+          f"{time.perf_counter() - began:.0f} s in all\n")  # fmt: skip
+    print_table(times, arguments)
 
-    batches = [batch for unit in units(sentences) for batch in exact.tokenize(unit)]
-    plain = [batch for ten in tens(sentences) for batch in exact.tokenize(ten)]
-    tokens = sum(batch.tokens for batch in batches)
-    name = torch.cuda.get_device_name(device) if gpu else f"{cores} CPU cores"
-    print(f"{arguments.encoder} on {name}, torch {torch.__version__}, transformers {transformers.__version__}, Python "
-          f"{platform.python_version()}; {len(sentences)} sentences of {tokens / len(sentences):.1f} tokens; "
-          f"medians of {arguments.repeats}\n")  # fmt: skip
-    flops = sum(map(exact.flops, batches)) if isinstance(exact, RandomSonar) else None
-    print("| way | sentences/s (median) | ratio | padding |" + (" TFLOP/s |" if flops else ""))
-    print("| --- | ---: | ---: | ---: |" + (" ---: |" if flops else ""))
-    base = statistics.median(times[ways[0].name])
-    for way in ways:
-        seconds = statistics.median(times[way.name])
-        padding = 1 - tokens / sum(batch.padded_tokens for batch in (plain if way.plain else batches))
-        line = f"| {way.name} | {len(sentences) / seconds:,.0f} | {base / seconds:.1f} | {padding:.1%} |"
-        print(line + (f" {flops / seconds / 1e12:.2f} |" if flops else ""))
+
+def ways_of(
+    arguments: argparse.Namespace, device: torch.device, sentences: list[str]
+) -> dict[str, Callable[[], Measured]]:
+    """The alternatives that are asked for, each warm.
+
+    Args:
+        arguments: Of the command line.
+        device: To encode on.
+        sentences: To encode all the way.
+
+    Returns:
+        What measures each, by its name.
+    """
+    unit, tokenizer = sentences[:UNIT], None
+    if arguments.encoder == "sonar-random":
+        tokenizer = train_tokenizer(unit[:10_000])
+    wanted: Sequence[str] = arguments.ways or [""]
+    best = str(resolve_dtype("auto", device)).removeprefix("torch.")
+    loaded: dict[tuple[str, bool], Any] = {}
+
+    def encoder(dtype: str, compiled: bool = False) -> Any:
+        key = (dtype, compiled)
+        if key not in loaded:
+            settings = {"device": str(device), "dtype": dtype, "compile": compiled}
+            if tokenizer is None:
+                config = EncoderConfig(name="sentence-transformers", model=arguments.encoder, **settings)
+                loaded[key] = load_encoder(config)
+            else:
+                config = EncoderConfig(name="sonar", model="random", **settings)
+                loaded[key] = RandomSonar(config, tokenizer, arguments.layers)
+        return loaded[key]
+
+    ways: dict[str, Callable[[], Measured]] = {}
+    name = f"plain: batches of {PLAIN_BATCH} in order, float32"
+    if any(part in name for part in wanted):
+        plain = encoder("float32")
+        plain.encode(unit[:PLAIN_BATCH])
+        ways[name] = lambda: encode_plainly(plain, unit[:PLAIN_SENTENCES])
+    kinds = [(dtype, False) for dtype in dict.fromkeys([best, "bfloat16", *([] if tokenizer else ["float32"])])]
+    for dtype, compiled in [*kinds, (best, True)]:
+        name = f"device only, {dtype}{', compiled' if compiled else ''}"
+        if any(part in name for part in wanted) and (arguments.ways or not compiled):
+            fast = encoder(dtype, compiled)
+            batches = fast.tokenize(unit)
+            list_of_results(fast, [batches[0], batches[-1]])
+            ways[name] = lambda fast=fast, batches=batches: on_the_device(fast, batches)  # type: ignore[misc]
+    workers = arguments.split_workers
+    name = f"reading only, {workers} processes"
+    if any(part in name for part in wanted):
+        ways[name] = lambda: reading_only(encoder(best), sentences, workers)
+    name = f"all the way, {best}, {workers} reading processes"
+    if any(part in name for part in wanted):
+        whole = encoder(best)
+        batches = whole.tokenize(unit)
+        list_of_results(whole, [batches[0], batches[-1]])
+        ways[name] = lambda: replace(all_the_way(whole, sentences, workers), batches=batches)
+    return ways
+
+
+def print_table(times: dict[str, list[Measured]], arguments: argparse.Namespace) -> None:
+    """The medians of all alternatives."""
+    sonar = arguments.encoder == "sonar-random"
+    print("| way | sentences/s (median) | from – to | ratio | device waits | padding |" + " TFLOP/s |" * sonar)
+    print("| --- | ---: | ---: | ---: | ---: | ---: |" + " ---: |" * sonar)
+    base = None
+    for name, found in times.items():
+        speeds = sorted(each.sentences / each.seconds for each in found)
+        speed = statistics.median(speeds)
+        base = base or speed
+        waits = [each.waited / each.seconds for each in found if each.waited is not None]
+        batches = found[0].batches
+        padding = 1 - sum(batch.tokens for batch in batches) / sum(batch.padded_tokens for batch in batches)
+        line = f"| {name} | {speed:,.0f} | {speeds[0]:,.0f} – {speeds[-1]:,.0f} | {speed / base:.1f} | "
+        line += f"{f'{statistics.median(waits):.1%}' if waits else ''} | {padding:.1%} |"
+        if sonar:
+            each = sum(flops(batch, arguments.layers) for batch in batches) / sum(len(batch.rows) for batch in batches)
+            line += f" {speed * each / 1e12:.2f} |"
+        print(line)
+
+
+def flops(batch: TokenBatch, layers: int) -> float:
+    """FLOPs of a batch's real tokens: two per weight of the matrices, and attention over each sentence."""
+    matrices = 2 * batch.tokens * layers * (4 * WIDTH * WIDTH + 2 * WIDTH * INNER)
+    ids = batch.inputs["input_ids"]
+    lengths = batch.inputs.get("lengths", np.full(len(ids), ids.shape[1]))
+    return matrices + 4 * layers * WIDTH * float(np.square(lengths.astype(np.float64)).sum())
 
 
 def read(parquet: Sequence[str] | None, count: int) -> list[str]:
@@ -185,44 +249,148 @@ def read(parquet: Sequence[str] | None, count: int) -> list[str]:
     return list(itertools.islice(every, count))
 
 
-def units(sentences: list[str]) -> list[list[str]]:
-    """The sentences sorted by length together."""
-    return [sentences[first : first + UNIT] for first in range(0, len(sentences), UNIT)]
+def random_sentences(count: int) -> list[str]:
+    """Sentences of random words, 20 on average, frequent and rare ones as in a language."""
+    draw = np.random.default_rng(0)
+    letters = np.array(list("etaoinshrdlucmwfgypbvk"))
+    lengths = np.minimum(12, 1 + draw.geometric(0.28, 20_000))
+    words = np.array(["".join(draw.choice(letters[:22], length)) for length in lengths])
+    share = 1 / np.arange(3, len(words) + 3)
+    sizes = np.clip(draw.lognormal(np.log(17), 0.55, count), 2, 60).astype(int)
+    every = words[draw.choice(len(words), int(sizes.sum()), p=share / share.sum())].tolist()
+    ends = np.cumsum(sizes).tolist()
+    starts = [0, *ends[:-1]]
+    return [" ".join(every[start:end]).capitalize() + "." for start, end in zip(starts, ends, strict=True)]
 
 
-def tens(sentences: list[str]) -> list[list[str]]:
-    """The sentences of plain batches."""
-    return [sentences[first : first + PLAIN_BATCH] for first in range(0, len(sentences), PLAIN_BATCH)]
+def train_tokenizer(sentences: list[str]) -> Tokenizer:
+    """Byte pairs of the sentences; a text is, as for SONAR, a token for the language, its own tokens, and </s>."""
+    special = ["<s>", "<pad>", "</s>", "<unk>", "eng_Latn"]
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.train_from_iterator(sentences, trainers.BpeTrainer(vocab_size=9000, special_tokens=special))
+    made.post_processor = processors.TemplateProcessing(
+        "eng_Latn $0 </s>", special_tokens=[("eng_Latn", 4), ("</s>", 2)]
+    )
+    made.enable_truncation(512)
+    return made
 
 
-def encode(encoder: Encoder, sentences: list[str]) -> None:
-    """Encode units, each tokenized in a thread while the one before it is encoded, as prepare does."""
-    with ThreadPoolExecutor(1) as tokenizer:
-        for batches in [tokenizer.submit(encoder.tokenize, unit) for unit in units(sentences)]:
-            for batch in batches.result():
-                encoder.embed(batch)
+def encode_plainly(encoder: Any, sentences: list[str]) -> Measured:
+    """Encode ten sentences at a time, in order, each waited for."""
+    batches: list[TokenBatch] = []
+    started = time.perf_counter()
+    for first in range(0, len(sentences), PLAIN_BATCH):
+        (batch,) = encoder.tokenize(sentences[first : first + PLAIN_BATCH])
+        list_of_results(encoder, [batch])
+        batches.append(batch)
+    return Measured(len(sentences), time.perf_counter() - started, None, batches)
 
 
-def encode_plainly(encoder: Encoder, sentences: list[str]) -> None:
-    """Encode ten sentences at a time, in order."""
-    for ten in tens(sentences):
-        for batch in encoder.tokenize(ten):
-            encoder.embed(batch)
+def list_of_results(encoder: Any, batches: list[TokenBatch]) -> list[np.ndarray]:
+    """The concepts of batches."""
+    return [embedding.result() for embedding in embeddings(encoder, batches)]
 
 
-_own: Any = None  # in a process of the pool: its encoder
+def on_the_device(encoder: Any, batches: list[TokenBatch]) -> Measured:
+    """Encode batches; their concepts are dropped."""
+    started, waited = time.perf_counter(), 0.0
+    for embedding in embeddings(encoder, batches):
+        embedding.result()
+        waited += embedding.waited
+    return Measured(sum(len(batch.rows) for batch in batches), time.perf_counter() - started, waited, batches)
 
 
-def start(name: str, mean_length: float, dtype: str) -> None:
-    """Load the encoder of a process."""
-    global _own
-    torch.set_num_threads(1)
-    _own = load(name, mean_length, device="cpu", dtype=dtype)
+class Snapshots(Coordinator):
+    """Keeps the figures of each moment at which the rank claims a unit: once a unit has been encoded."""
+
+    def __init__(self, figures: Figures) -> None:
+        super().__init__(detect_environment({}))
+        self.figures, self.taken = figures, [replace(figures)]
+
+    def claim(self) -> int:
+        """The next unit."""
+        self.taken.append(replace(self.figures))
+        return super().claim()
 
 
-def encode_part(sentences: list[str]) -> None:
-    """Encode one process's sentences."""
-    encode(_own, sentences)
+@contextmanager
+def source_of(
+    sentences: list[str], split_workers: int, per_unit: int
+) -> Iterator[tuple[PrepareConfig, list[WorkUnit]]]:
+    """A preparation of sentences that has started, with so many of them in a unit: its config and its units."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = write_source(Path(folder), sentences, split_workers, per_unit)
+        out = Path(config.output)
+        for name in (*SPLITS, IDS):
+            (out / name).mkdir(parents=True)
+        source = open_source(config.source)
+        (out / SOURCE).write_text(json.dumps(source.index()), encoding="utf-8")
+        yield config, [WorkUnit(n, *unit) for n, unit in enumerate(source.units(config.documents_per_shard))]
+
+
+def reading_only(encoder: Any, sentences: list[str], split_workers: int) -> Measured:
+    """Read, split and tokenize units, and drop them; counted from when each process has read one."""
+    processes = max(1, split_workers)
+    per_unit = max(SENTENCES_PER_DOCUMENT, len(sentences) // (8 * processes))
+    with source_of(sentences, split_workers, per_unit) as (config, units), closing(Readers(config)) as readers:
+        readers.start(encoder)
+        futures = [readers.submit(unit) for unit in units]
+        warm = [future.result() for future in futures[:processes]]
+        started = time.perf_counter()
+        batches = [batch for future in futures[len(warm) :] for batch in future.result().batches]
+        seconds = time.perf_counter() - started
+    return Measured(sum(len(batch.rows) for batch in batches), seconds, None, batches)
+
+
+def all_the_way(encoder: Any, sentences: list[str], split_workers: int) -> Measured:
+    """Read, split, tokenize, encode and write units of sentences, as a rank of prepare does."""
+    with (
+        source_of(sentences, split_workers, unit_size(sentences)) as (config, units),
+        closing(Readers(config)) as readers,
+    ):
+        figures = Figures()
+        coordinator = Snapshots(figures)
+        end_of_text = encoder.encode([config.end_of_text])[0]
+        rank = WorkerContext(config, encoder, end_of_text, None, coordinator, figures)
+        encode_units(rank, readers, iter(units))
+    first = next(taken for taken in coordinator.taken if taken.encoded)
+    waited = figures.waited - first.waited
+    return Measured(figures.encoded - first.encoded, figures.busy - first.busy + waited, waited, [])
+
+
+def unit_size(sentences: list[str]) -> int:
+    """Sentences of a unit all the way: as many as in a preparation, or fewer, so that there are four units."""
+    return min(UNIT, max(1, len(sentences) // 4 // SENTENCES_PER_DOCUMENT) * SENTENCES_PER_DOCUMENT)
+
+
+def write_source(folder: Path, sentences: list[str], split_workers: int, per_unit: int) -> PrepareConfig:
+    """A JSONL file of documents, texts if they can be split here and otherwise lists of sentences.
+
+    Args:
+        folder: Where it is written.
+        sentences: Of the documents.
+        split_workers: As in PrepareConfig.
+        per_unit: Sentences of a unit.
+
+    Returns:
+        The config of its preparation.
+    """
+    path = folder / "documents.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number, first in enumerate(range(0, len(sentences), SENTENCES_PER_DOCUMENT)):
+            some = sentences[first : first + SENTENCES_PER_DOCUMENT]
+            text = {"text": " ".join(some)} if SPACY else {"given": some[:1], "rest": some[1:] or some}
+            file.write(json.dumps({"id": str(number), **text}) + "\n")
+    columns = {} if SPACY else {"source_column": "given", "target_column": "rest"}
+    return PrepareConfig(
+        output=str(folder / "out"),
+        source=SourceConfig(name="huggingface", paths=[str(path)], **columns),
+        encoder=EncoderConfig(name="sonar", model="random"),
+        split_workers=split_workers,
+        documents_per_shard=max(1, per_unit // SENTENCES_PER_DOCUMENT),
+        validation=0.0,
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 python benchmarks/prepare.py [--parquet GLOB] [--config CONFIG] [--repeats 3] [key=value …]
 
 Plain encoding is that of the published SONAR pipeline: fixed batches of 10 sentences in their order, fp32, one process.
-Memory is the largest sum over all processes of a call, for a tenth of the documents and for all of them.
+Memory is the largest sum over all processes of a call, for a tenth of the documents and for all of them. The processor
+time is that of the first process, its start included; others read and split.
 """
 
 from __future__ import annotations
@@ -46,13 +47,14 @@ def main() -> None:
     if arguments.parquet:
         source = SourceConfig(name="huggingface", paths=arguments.parquet)
         config = config.model_copy(update={"source": source})
-    plain, speeds, lines, peaks = [], [], [], []
+    plain, speeds, lines, peaks, processor = [], [], [], [], []
     for _ in range(arguments.repeats):
         plain.append(plain_speed(config))
-        found, peak = prepared(config)
+        found, peak, seconds = prepared(config)
         speeds.append(float(found[2].replace(",", "")))
         lines.append(found)
         peaks.append(peak)
+        processor.append(seconds)
     documents = open_source(config.source, config.sentences.language).total
     assert documents is not None
     tenth, total = prepared(config, max(1, documents // 10))[1], max(peaks)
@@ -61,7 +63,8 @@ def main() -> None:
     print(f"| batches of {PLAIN_BATCH} in order, fp32, one process | {base:,.0f} | 1.0 |")
     print(f"| lcm-ds prepare, all of it | {statistics.median(speeds):,.0f} | {statistics.median(speeds) / base:.1f} |")
     print(f"\n{middle[0]} sentences in {middle[1]} s; encoder busy {middle[5]} %, padding {middle[4]} %, "
-          f"repeats spared {middle[3]} %")  # fmt: skip
+          f"repeats spared {middle[3]} %; processor time of the first process {statistics.median(processor):.1f} s "
+          f"({min(processor):.1f} to {max(processor):.1f})")  # fmt: skip
     print(f"memory: {tenth / 2**20:,.0f} MiB for {documents // 10} documents, {total / 2**20:,.0f} MiB for "
           f"{documents}: {total / tenth:.2f} ×")  # fmt: skip
 
@@ -80,8 +83,8 @@ def plain_speed(config: PrepareConfig) -> float:
     return len(sentences) / (time.perf_counter() - started)
 
 
-def prepared(config: PrepareConfig, take: int | None = None) -> tuple[tuple[str, ...], int]:
-    """The figures that a call prints, and the peak memory of its processes together, in bytes."""
+def prepared(config: PrepareConfig, take: int | None = None) -> tuple[tuple[str, ...], int, float]:
+    """The figures that a call prints, the peak memory of its processes in bytes, and processor seconds of the first."""
     with tempfile.TemporaryDirectory() as folder:
         source = config.source.model_copy(update={"take": take} if take else {})
         changed = config.model_copy(update={"output": f"{folder}/out", "source": source, "normalizer_samples": 2000})
@@ -89,16 +92,17 @@ def prepared(config: PrepareConfig, take: int | None = None) -> tuple[tuple[str,
         path.write_text(yaml.safe_dump(changed.model_dump(mode="json")), encoding="utf-8")
         command = [sys.executable, "-m", "lcm_ds.cli", "prepare", str(path)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        peak = 0
+        peak, seconds = 0, 0.0
         while process.poll() is None:
             peak = max(peak, memory_of(process.pid))
+            seconds = max(seconds, processor_seconds(process.pid))
             time.sleep(0.2)
         assert process.stdout is not None
         said = process.stdout.read()
         match = TOLD.search(said)
         if match is None:
             raise SystemExit(f"prepare ended with {process.returncode}: {said}")
-        return match.groups(), peak
+        return match.groups(), peak, seconds
 
 
 def memory_of(pid: int) -> int:
@@ -110,6 +114,15 @@ def memory_of(pid: int) -> int:
     except psutil.Error:
         return total
     return total
+
+
+def processor_seconds(pid: int) -> float:
+    """The processor time of a process, without its descendants; 0 once it has ended."""
+    try:
+        times = psutil.Process(pid).cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)
 
 
 if __name__ == "__main__":

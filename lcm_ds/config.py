@@ -139,7 +139,7 @@ class PrepareConfig(Schema):
     dtype: Literal["float16", "float32", "int8"] = "float16"
     # encoding processes without a launcher; default: one per GPU, on a CPU one per `encoder.threads` cores
     processes: int | None = Field(None, gt=0)
-    split_workers: int = Field(1, ge=0)  # processes per encoder that read and split texts; 0: a thread does
+    split_workers: int = Field(1, ge=0)  # processes per encoder that read, split and tokenize texts; 0: threads do
     documents_per_shard: int = Field(1000, gt=0)
     min_sentences: int = Field(2, ge=1)
     max_sentences: int | None = Field(None, ge=1)

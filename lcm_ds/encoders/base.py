@@ -1,11 +1,14 @@
-"""The interface of encoders, and what both kinds share: batches, device, arithmetic, revision of the weights."""
+"""The interface of encoders, and what both kinds share: batches, device, arithmetic, revision of the weights.
+
+To the device and back without waiting: an encoder's `embed` only starts the computation, `Embedding.result` waits.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,10 +29,17 @@ TOKENS_PER_BATCH = {"cuda": 32_768, "cpu": 1_024}
 class TokenBatch:
     """Texts that an encoder embeds at once."""
 
-    rows: list[int]  # which of the texts they are
-    inputs: dict[str, Any]  # what the model takes; tensors on the CPU
+    rows: Sequence[int] | np.ndarray  # which of the texts they are
+    inputs: dict[str, Any]  # what `embed` takes
     tokens: int  # of the texts
     padded_tokens: int  # padding included
+
+
+class Tokenizer(Protocol):
+    """`Encoder.tokenize` without the encoder: pickled, it works in other processes."""
+
+    def __call__(self, texts: list[str]) -> list[TokenBatch]:
+        """Batches of texts of similar length, each text in one of them."""
 
 
 class Encoder(Protocol):
@@ -37,6 +47,10 @@ class Encoder(Protocol):
 
     The batches of given texts are always the same. So are their concepts, to the last bit, on one kind of device and on
     a CPU with one number of threads: with another, AMX sums bf16 products in another order.
+
+    Two attributes are optional. `tokenizer`, a `Tokenizer`: `prepare` calls it instead of `tokenize`, in the processes
+    that read and split; without it, `tokenize` is called in a thread. `device`, a torch.device, is where `embed`
+    computes: on a GPU its time is measured there.
     """
 
     name: str  # of the kind, as in the config
@@ -47,8 +61,11 @@ class Encoder(Protocol):
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
         """Batches of texts of similar length, each text in one of them; the device is not used."""
 
-    def embed(self, batch: TokenBatch) -> np.ndarray:
-        """Concepts of the batch's texts, float32 [len(batch.rows), embed_dim]."""
+    def embed(self, batch: TokenBatch) -> np.ndarray | Tensor:
+        """Concepts of the batch's texts, float32 [len(batch.rows), embed_dim].
+
+        A tensor on a GPU may still be being computed: the next batch is then started before this one is waited for.
+        """
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts."""
@@ -57,11 +74,73 @@ class Encoder(Protocol):
         """Everything that determines a concept, under the keys of EncoderConfig, for dataset.json."""
 
 
+class Embedding:
+    """A batch on the device: started when it is constructed, and `result` waits for its concepts.
+
+    They are copied into page-locked memory behind the computation, so that the host waits nowhere else.
+
+    Args:
+        encoder: Whose `embed` computes them.
+        batch: Its texts.
+        before: The one started before it, if any.
+    """
+
+    def __init__(self, encoder: Encoder, batch: TokenBatch, before: Embedding | None = None) -> None:
+        self.batch = batch
+        self.seconds = 0.0  # of the device; known when the result is
+        self.waited = 0.0  # seconds in which the device had nothing to do before it; known when the result is
+        device: torch.device | None = getattr(encoder, "device", None)
+        self._before: torch.cuda.Event | float | None = None if before is None else before._end
+        self._start = _now(device)
+        concepts = encoder.embed(batch)
+        if isinstance(concepts, Tensor):
+            device, concepts = concepts.device, _to_host(concepts)
+        self._concepts = concepts
+        self._end: torch.cuda.Event | float = _now(device)
+
+    def result(self) -> np.ndarray:
+        """The concepts, float32 [len(batch.rows), embed_dim]."""
+        if not isinstance(self._end, float):
+            self._end.synchronize()
+        self.seconds = _between(self._start, self._end)
+        if self._before is not None:
+            self.waited = _between(self._before, self._start)
+        return self._concepts.numpy() if isinstance(self._concepts, Tensor) else self._concepts
+
+
+def _now(device: torch.device | None) -> torch.cuda.Event | float:
+    """An event of a GPU's stream behind everything that was started on it; for another device the time."""
+    if device is None or device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> float:
+    """Seconds; 0 if they are of different clocks, as if an encoder on a GPU has no `device`."""
+    if isinstance(start, float) or isinstance(end, float):
+        return end - start if isinstance(start, float) and isinstance(end, float) else 0.0
+    return start.elapsed_time(end) / 1000
+
+
+def embeddings(encoder: Encoder, batches: Iterable[TokenBatch]) -> Iterator[Embedding]:
+    """The embeddings of batches in their order, each handed out once the next one was started."""
+    previous: Embedding | None = None
+    for batch in batches:
+        current = Embedding(encoder, batch, previous)
+        if previous is not None:
+            yield previous
+        previous = current
+    if previous is not None:
+        yield previous
+
+
 def encode(encoder: Encoder, texts: list[str]) -> np.ndarray:
     """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts, batch by batch."""
     concepts = np.empty((len(texts), encoder.embed_dim), np.float32)
-    for batch in encoder.tokenize(texts):
-        concepts[batch.rows] = encoder.embed(batch)
+    for embedding in embeddings(encoder, encoder.tokenize(texts)):
+        concepts[embedding.batch.rows] = embedding.result()
     return concepts
 
 
@@ -80,13 +159,38 @@ def in_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]
     return batches
 
 
-def pad(rows: Sequence[Sequence[int]], value: int) -> tuple[Tensor, Tensor]:
-    """Token ids padded to the longest row, and the mask of the real ones, both int64 [n, length]."""
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    ids = torch.full(mask.shape, value)
-    ids[mask] = torch.tensor([*chain.from_iterable(rows)])
-    return ids, mask.long()
+def to_device(batch: TokenBatch, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """A batch's token ids, int64 [n, length], and bool [n, length] of those that are not padding, None if all are.
+
+    From page-locked memory, so that the host does not wait for a GPU.
+    """
+    ids = _to(batch.inputs["input_ids"], device).long()
+    if "lengths" not in batch.inputs:
+        return ids, None
+    return ids, torch.arange(ids.shape[1], device=device) < _to(batch.inputs["lengths"], device).unsqueeze(1)
+
+
+def pair_mask(mask: Tensor) -> Tensor:
+    """bool [n, 1, length, length]: for each query, the keys that are not padding; of `mask`, bool [n, length].
+
+    transformers takes it as it is. Of a mask [n, length] it asks whether all of it is True, and waits for the device.
+    """
+    return mask.unsqueeze(1).unsqueeze(1).expand(-1, 1, mask.shape[1], -1)
+
+
+def _to(array: np.ndarray, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    if device.type != "cuda":
+        return tensor.to(device)
+    locked = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(locked, non_blocking=True)
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    """A copy on the CPU; of a tensor on a GPU it is page-locked, and not complete before the stream has come to it."""
+    if tensor.device.type != "cuda":
+        return tensor.cpu()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def resolve_device(device: str | None) -> torch.device:

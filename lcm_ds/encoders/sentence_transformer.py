@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lcm_ds.config import EncoderConfig
 from lcm_ds.encoders.base import (
@@ -17,13 +18,14 @@ from lcm_ds.encoders.base import (
     commit_of,
     compute_in,
     encode,
-    in_batches,
-    pad,
+    pair_mask,
     resolve_device,
     resolve_dtype,
     resolve_tokens_per_batch,
+    to_device,
     unreachable,
 )
+from lcm_ds.encoders.tokenizer import BatchTokenizer, standalone
 from lcm_ds.errors import InputError
 from lcm_ds.terminal import silence_transformers
 
@@ -68,14 +70,36 @@ class SentenceTransformerEncoder:
         self._model = model.eval()
         if config.compile:
             transformer.compile(dynamic=True)
-        self._tokens_per_batch = resolve_tokens_per_batch(config, self.device)
+        self._attention: dict[str, Tensor | None] = {}  # what the transformer gets instead, while `embed` calls it
         expected = self._model.encode(_PROBE)
         self.embed_dim: int = expected.shape[1]
         # The model's tokenizer, if token ids and their mask are all that the model needs: anything else (a prompt,
         # types of tokens, a template) shows in the output.
-        self._tokenizer = model.tokenizer if isinstance(model.tokenizer, PreTrainedTokenizerBase) else None
-        if self._tokenizer is not None and not np.allclose(self.encode(_PROBE), expected, atol=0.01 * expected.std()):
-            self._tokenizer = None
+        tokens_per_batch = resolve_tokens_per_batch(config, self.device)
+        texts_only = BatchTokenizer(None, self.max_tokens, tokens_per_batch)
+        self.tokenizer = texts_only
+        if isinstance(model.tokenizer, PreTrainedTokenizerBase):
+            tokenizer, padding = standalone(model.tokenizer, self.max_tokens), model.tokenizer.pad_token_id or 0
+            self.tokenizer = BatchTokenizer(tokenizer, self.max_tokens, tokens_per_batch, padding)
+            if not np.allclose(self.encode(_PROBE), expected, atol=0.01 * expected.std()):
+                self.tokenizer = texts_only
+            elif not config.compile:  # compiled, it does not wait
+                self._attend_without_waiting(transformer)
+
+    def _attend_without_waiting(self, transformer: torch.nn.Module) -> None:
+        """Give the transformer the mask of `pair_mask`, if the concepts are the same: not every model takes it."""
+        expected = self.encode(_PROBE)
+
+        def replace_mask(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            return args, kwargs | self._attention
+
+        hook = transformer.register_forward_pre_hook(replace_mask, with_kwargs=True)
+        try:
+            same = np.array_equal(self.encode(_PROBE), expected)
+        except Exception:  # of any kind: it is a model of others
+            same = False
+        if not same:
+            hook.remove()
 
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
         """Texts as batches of token ids; texts longer than `max_tokens` are truncated.
@@ -83,33 +107,22 @@ class SentenceTransformerEncoder:
         If the library needs the texts themselves (models with a prompt or their own tokenizer), the batches hold texts,
         and four characters count as a token.
         """
-        if not texts:
-            return []
-        if self._tokenizer is None:
-            lengths = [min(self.max_tokens, len(text) // 4 + 1) for text in texts]
-        else:
-            tokens = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
-            lengths = [len(ids) for ids in tokens]
-        batches = []
-        for rows in in_batches(lengths, self._tokens_per_batch):
-            real, places = sum(lengths[row] for row in rows), lengths[rows[0]] * len(rows)
-            if self._tokenizer is None:
-                inputs: dict[str, Any] = {"texts": [texts[row] for row in rows]}
-            else:
-                ids, mask = pad([tokens[row] for row in rows], self._tokenizer.pad_token_id or 0)
-                inputs = {"input_ids": ids, "attention_mask": mask}
-            batches.append(TokenBatch(rows, inputs, real, places))
-        return batches
+        return self.tokenizer(texts)
 
     @torch.inference_mode()
-    def embed(self, batch: TokenBatch) -> np.ndarray:
-        """Concepts of a batch, float32 [n, embed_dim]."""
+    def embed(self, batch: TokenBatch) -> np.ndarray | Tensor:
+        """Concepts of a batch, float32 [n, embed_dim], on the device if the batch holds token ids."""
         if "texts" in batch.inputs:
             texts = batch.inputs["texts"]
             found: np.ndarray = self._model.encode(texts, batch_size=len(texts), show_progress_bar=False)
             return found.astype(np.float32, copy=False)
-        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
-        concepts: np.ndarray = self._model(inputs)["sentence_embedding"].float().cpu().numpy()
+        ids, mask = to_device(batch, self.device)
+        attended = torch.ones_like(ids) if mask is None else mask.long()
+        self._attention = {"attention_mask": None if mask is None else pair_mask(mask)}
+        try:
+            concepts: Tensor = self._model({"input_ids": ids, "attention_mask": attended})["sentence_embedding"].float()
+        finally:
+            self._attention = {}
         return concepts
 
     def encode(self, texts: list[str]) -> np.ndarray:

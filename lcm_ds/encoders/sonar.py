@@ -24,13 +24,14 @@ from lcm_ds.encoders.base import (
     commit_of,
     compute_in,
     encode,
-    in_batches,
-    pad,
+    pair_mask,
     resolve_device,
     resolve_dtype,
     resolve_tokens_per_batch,
+    to_device,
     unreachable,
 )
+from lcm_ds.encoders.tokenizer import BatchTokenizer, standalone
 from lcm_ds.errors import InputError
 from lcm_ds.terminal import silence_transformers
 
@@ -58,33 +59,25 @@ class SonarEncoder:
         self.revision = check_revision(config.model, config.revision, commit_of(self._model))
         self.embed_dim: int = self._model.config.d_model
         self.max_tokens = min(config.max_tokens, self._model.config.max_position_embeddings)
-        self._tokenizer = _load_tokenizer(config.model, config.revision, self._model.config.vocab_size)
-        check_language(self._tokenizer, config.language, "encoder.language")
-        self._tokenizer.src_lang = config.language
-        self._tokens_per_batch = resolve_tokens_per_batch(config, self.device)
-        self._padding: int = self._model.config.pad_token_id
+        tokenizer = _load_tokenizer(config.model, config.revision, self._model.config.vocab_size)
+        check_language(tokenizer, config.language, "encoder.language")
+        tokenizer.src_lang = config.language
+        self.tokenizer = BatchTokenizer(
+            standalone(tokenizer, self.max_tokens),
+            self.max_tokens,
+            resolve_tokens_per_batch(config, self.device),
+            self._model.config.pad_token_id,
+        )
         self._run = torch.compile(self._model, dynamic=True) if config.compile else self._model
 
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
         """Texts as batches of token ids; texts longer than `max_tokens` are truncated."""
-        if not texts:
-            return []
-        tokens = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]
-        lengths = [len(ids) for ids in tokens]
-        batches = []
-        for rows in in_batches(lengths, self._tokens_per_batch):
-            ids, mask = pad([tokens[row] for row in rows], self._padding)
-            # Without padding no mask is needed, and attention takes the faster kernels.
-            inputs = {"input_ids": ids} if mask.all() else {"input_ids": ids, "attention_mask": mask}
-            batches.append(TokenBatch(rows, inputs, sum(lengths[row] for row in rows), ids.numel()))
-        return batches
+        return self.tokenizer(texts)
 
     @torch.inference_mode()
-    def embed(self, batch: TokenBatch) -> np.ndarray:
-        """Concepts of a batch, float32 [n, embed_dim], in raw space."""
-        inputs = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.inputs.items()}
-        concepts: np.ndarray = embed(self._run, **inputs).cpu().numpy()
-        return concepts
+    def embed(self, batch: TokenBatch) -> Tensor:
+        """Concepts of a batch, float32 [n, embed_dim], in raw space, on the device."""
+        return embed(self._run, *to_device(batch, self.device))
 
     def encode(self, texts: list[str]) -> np.ndarray:
         """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts."""
@@ -169,12 +162,22 @@ class SonarDecoder:
         )
 
 
-def embed(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Concepts [n, embed_dim], float32, of token ids [n, length]: the mean of the outputs over all unmasked tokens."""
-    hidden = model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
-    if attention_mask is None:
+def embed(model: Any, input_ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Concepts [n, embed_dim], float32: the mean of the outputs over all tokens that are not padding.
+
+    Args:
+        model: SONAR's encoder.
+        input_ids: int64 [n, length].
+        mask: bool [n, length], True for tokens; None if nothing is padded: attention then takes faster kernels.
+
+    Returns:
+        The concepts.
+    """
+    pairs = None if mask is None else pair_mask(mask)
+    hidden = model(input_ids=input_ids, attention_mask=pairs).last_hidden_state.float()
+    if mask is None:
         return hidden.mean(dim=1)
-    weights = attention_mask.to(hidden.dtype)
+    weights = mask.to(hidden.dtype)
     return torch.einsum("nld,nl->nd", hidden, weights) / weights.sum(dim=1, keepdim=True)
 
 

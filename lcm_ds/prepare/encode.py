@@ -1,6 +1,7 @@
-"""One rank's work: units are read and split, tokenized, encoded and written, each stage ahead of the next.
+"""One rank's work: units are read, split and tokenized, encoded and written, each stage ahead of the next.
 
-The calling thread only encodes; everything that it could wait for happens in other threads and processes.
+The calling thread only encodes; everything that it could wait for happens in other processes and threads. It starts the
+next batch before it takes the concepts of the one before, so that the device has work while the host prepares.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import errno
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -22,11 +25,11 @@ from lcm_ds.data.format import SPLITS
 from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.encoders import Encoder
-from lcm_ds.encoders.base import TokenBatch
-from lcm_ds.errors import InputError
+from lcm_ds.encoders.base import Embedding, TokenBatch
+from lcm_ds.errors import InputError, RunFailedError
 from lcm_ds.prepare.coordinator import Coordinator
 from lcm_ds.prepare.deduplicate import write_ids
-from lcm_ds.prepare.readers import Readers, SplitDocument, WorkUnit
+from lcm_ds.prepare.readers import Readers, TokenizedUnit, WorkUnit
 from lcm_ds.prepare.state import UnitResult, shard_name
 
 REPORT_SECONDS = 1.0
@@ -41,7 +44,8 @@ class Figures:
     encoded: int = 0  # sentences that the encoder saw
     tokens: int = 0
     padded_tokens: int = 0  # with padding
-    busy: float = 0.0  # seconds in the encoder
+    busy: float = 0.0  # seconds of the device
+    waited: float = 0.0  # seconds in which it had nothing to do, from its first batch to its last
 
 
 @dataclass(frozen=True)
@@ -62,13 +66,15 @@ class WorkerContext:
 
 
 @dataclass
-class TokenizedUnit:
-    """A unit's documents, and its distinct sentences as batches."""
+class _Concepts:
+    """What a unit's sentences have become."""
 
-    unit: WorkUnit
-    documents: list[SplitDocument]
-    sentences: list[str]  # distinct, in the order of their first occurrence
-    batches: list[TokenBatch]
+    unit: TokenizedUnit
+    concepts: np.ndarray  # fp32 [sentences, embed_dim], raw space
+    batches_left: int
+    encoded: int = 0  # sentences, each once
+    counted: int = 0  # in Figures.sentences
+    failed: dict[int, str] = field(default_factory=dict)  # the error for each sentence that has none
 
 
 def encode_units(rank: WorkerContext, readers: Readers, pending: Iterator[WorkUnit]) -> None:
@@ -76,41 +82,66 @@ def encode_units(rank: WorkerContext, readers: Readers, pending: Iterator[WorkUn
 
     Args:
         rank: The parts of this rank.
-        readers: Read and split documents.
+        readers: Read, split and tokenize documents.
         pending: The units that are to be made, in the same order on all ranks; a rank claims an index into them.
 
     Raises:
         InputError: the source cannot be read, the disk is full, or a batch does not fit into the device's memory.
+        RunFailedError: a process of the readers has died.
     """
-    tokenized: deque[Future[TokenizedUnit]] = deque()
     writing: deque[Future[None]] = deque()
-    tokenizer = ThreadPoolExecutor(1, "lcm-ds-tokenizer")
     writer = ThreadPoolExecutor(1, "lcm-ds-writer")
+
+    def write(done: _Concepts) -> None:
+        while len(writing) >= _MAX_WRITING:
+            writing.popleft().result()
+        writing.append(writer.submit(_write, rank, done))
+
+    readers.start(rank.encoder)
+    device = _Device(rank, write)
     try:
-        units = _claimed(rank.coordinator, pending)
-        ended = False
-        while True:
-            while not ended and len(tokenized) < readers.ahead:
-                unit = next(units, None)
-                if unit is None:
-                    ended = True
-                else:
-                    tokenized.append(tokenizer.submit(_tokenize, rank.encoder, unit, readers.submit(unit)))
-            if not tokenized:
-                break
-            unit_tokens = tokenized.popleft().result()
-            if not unit_tokens.documents:  # the source has ended
-                ended = True
-                continue
-            concepts, failed = _embed(rank, unit_tokens)
-            while len(writing) >= _MAX_WRITING:
-                writing.popleft().result()
-            writing.append(writer.submit(_write, rank, unit_tokens, concepts, failed))
+        with closing(_read_ahead(rank, readers, pending)) as units:
+            for future in units:
+                if not future.done():
+                    device.take_all()
+                unit = future.result()
+                if not unit.documents:  # the source has ended
+                    break
+                device.encode(unit)
+            device.take_all()
         while writing:
             writing.popleft().result()
+    except BrokenProcessPool:
+        raise RunFailedError(
+            "split_workers: a process that reads, splits and tokenizes has died, probably because this host ran out of "
+            "memory: committed units are kept; use fewer split_workers or processes and start again to resume"
+        ) from None
     finally:
-        tokenizer.shutdown(wait=True, cancel_futures=True)
         writer.shutdown(wait=True, cancel_futures=True)
+
+
+def _read_ahead(
+    rank: WorkerContext, readers: Readers, pending: Iterator[WorkUnit]
+) -> Generator[Future[TokenizedUnit], None, None]:
+    """The units that this rank claims, each while the next ones are read.
+
+    Args:
+        rank: The parts of this rank.
+        readers: Of the units.
+        pending: The units to claim.
+    """
+    ahead: deque[Future[TokenizedUnit]] = deque()
+    units = _claimed(rank.coordinator, pending)
+    try:
+        while True:
+            while len(ahead) < readers.ahead and (unit := next(units, None)) is not None:
+                ahead.append(readers.submit(unit))
+            if not ahead:
+                return
+            yield ahead.popleft()
+    finally:
+        for future in ahead:
+            future.cancel()
 
 
 def _claimed(coordinator: Coordinator, pending: Iterator[WorkUnit]) -> Iterator[WorkUnit]:
@@ -125,50 +156,91 @@ def _claimed(coordinator: Coordinator, pending: Iterator[WorkUnit]) -> Iterator[
         yield unit
 
 
-def _tokenize(encoder: Encoder, unit: WorkUnit, future: Future[list[SplitDocument]]) -> TokenizedUnit:
-    documents = future.result()
-    # A sentence that occurs several times in a unit is encoded once.
-    sentences = list(dict.fromkeys(sentence for document in documents for sentence in document.sentences))
-    try:
-        batches = encoder.tokenize(sentences)
-    except Exception:  # because of some sentence, which shows when they are encoded one by one
-        batches = [TokenBatch(list(range(len(sentences))), {}, 0, 0)]
-    return TokenizedUnit(unit, documents, sentences, batches)
+class _Device:
+    """Encodes units batch by batch; one batch is on the device while the next one is prepared.
 
+    Args:
+        rank: The parts of this rank.
+        write: Called with each unit that is complete, in order.
+    """
 
-def _embed(rank: WorkerContext, unit: TokenizedUnit) -> tuple[np.ndarray, dict[int, str]]:
-    """The concepts of a unit's sentences, fp32 [n, embed_dim], raw space; and the error for each that has none."""
-    figures = rank.figures
-    concepts = np.empty((len(unit.sentences), rank.encoder.embed_dim), np.float32)
-    failed: dict[int, str] = {}
-    before, total, done = figures.sentences, sum(len(document.sentences) for document in unit.documents), 0
-    reported = time.monotonic()
-    for batch in unit.batches:
-        started = time.monotonic()
+    def __init__(self, rank: WorkerContext, write: Callable[[_Concepts], None]) -> None:
+        self._rank, self._write = rank, write
+        self._units: deque[_Concepts] = deque()  # not complete
+        self._started: deque[tuple[_Concepts, TokenBatch, Embedding | None]] = deque()  # None: it failed
+        self._last: Embedding | None = None
+        self._reported = time.monotonic()
+
+    def encode(self, unit: TokenizedUnit) -> None:
+        """Start all batches of a unit; the last of them is not waited for."""
+        concepts = np.empty((len(unit.sentences), self._rank.encoder.embed_dim), np.float32)
+        current = _Concepts(unit, concepts, len(unit.batches))
+        self._units.append(current)
+        for batch in unit.batches:
+            self._started.append((current, batch, self._start(batch)))
+            while len(self._started) > 1:
+                self._take()
+        self._write_complete()
+
+    def take_all(self) -> None:
+        """Wait for what is on the device."""
+        while self._started:
+            self._take()
+
+    def _start(self, batch: TokenBatch) -> Embedding | None:
         try:
-            concepts[batch.rows] = rank.encoder.embed(batch)
+            self._last = Embedding(self._rank.encoder, batch, self._last)
+            return self._last
         except torch.OutOfMemoryError:
-            raise InputError(
-                f"encoder.tokens_per_batch: a batch of {batch.padded_tokens:,} tokens is more than the device's "
-                "memory holds"
-            ) from None
+            raise _too_large(batch) from None
         except Exception:
-            failed |= _one_by_one(rank, unit.sentences, batch.rows, concepts)
-        now = time.monotonic()
-        done += len(batch.rows)
-        figures.busy += now - started
+            return None
+
+    def _take(self) -> None:
+        """Wait for the concepts of the batch that was started first."""
+        figures = self._rank.figures
+        unit, batch, embedding = self._started.popleft()
+        try:
+            if embedding is not None:
+                unit.concepts[batch.rows] = embedding.result()
+                figures.busy += embedding.seconds
+                figures.waited += embedding.waited
+        except torch.OutOfMemoryError:
+            raise _too_large(batch) from None
+        except Exception:
+            embedding = None
+        if embedding is None:
+            started = time.monotonic()
+            unit.failed |= _one_by_one(self._rank, unit.unit.sentences, batch.rows, unit.concepts)
+            figures.busy += time.monotonic() - started
+        unit.batches_left -= 1
+        unit.encoded += len(batch.rows)
         figures.encoded += len(batch.rows)
         figures.tokens += batch.tokens
         figures.padded_tokens += batch.padded_tokens
-        figures.sentences = before + total * done // len(unit.sentences)
-        if now - reported >= REPORT_SECONDS:
-            reported = now
-            rank.coordinator.report_progress(asdict(figures))
-            rank.coordinator.raise_if_failed()
-    return concepts, failed
+        counted = len(unit.unit.rows) * unit.encoded // max(1, len(unit.unit.sentences))
+        figures.sentences += counted - unit.counted
+        unit.counted = counted
+        if time.monotonic() - self._reported >= REPORT_SECONDS:
+            self._reported = time.monotonic()
+            self._rank.coordinator.report_progress(asdict(figures))
+            self._rank.coordinator.raise_if_failed()
+        self._write_complete()
+
+    def _write_complete(self) -> None:
+        while self._units and self._units[0].batches_left == 0:
+            self._write(self._units.popleft())
 
 
-def _one_by_one(rank: WorkerContext, sentences: list[str], rows: list[int], concepts: np.ndarray) -> dict[int, str]:
+def _too_large(batch: TokenBatch) -> InputError:
+    return InputError(
+        f"encoder.tokens_per_batch: a batch of {batch.padded_tokens:,} tokens is more than the device's memory holds"
+    )
+
+
+def _one_by_one(
+    rank: WorkerContext, sentences: list[str], rows: Sequence[int] | np.ndarray, concepts: np.ndarray
+) -> dict[int, str]:
     """Encode the sentences of a failed batch one by one; returns the error of each that fails again.
 
     Args:
@@ -178,7 +250,7 @@ def _one_by_one(rank: WorkerContext, sentences: list[str], rows: list[int], conc
         concepts: [len(sentences), embed_dim], filled in.
     """
     failed = {}
-    for row in rows:
+    for row in map(int, rows):
         try:
             concepts[row] = rank.encoder.encode([sentences[row]])[0]
         except Exception as error:
@@ -189,9 +261,9 @@ def _one_by_one(rank: WorkerContext, sentences: list[str], rows: list[int], conc
     return failed
 
 
-def _write(rank: WorkerContext, tokenized: TokenizedUnit, concepts: np.ndarray, failed: dict[int, str]) -> None:
+def _write(rank: WorkerContext, done: _Concepts) -> None:
     """Write the unit's shards and report them."""
-    unit, documents = _documents(rank, tokenized, concepts, failed)
+    unit, documents = _documents(rank, done)
     shards = {}
     name = shard_name(unit.unit)
     try:
@@ -215,24 +287,23 @@ def disk_error(out: Path, error: OSError) -> Exception:
     )
 
 
-def _documents(
-    rank: WorkerContext, tokenized: TokenizedUnit, concepts: np.ndarray, failed: dict[int, str]
-) -> tuple[UnitResult, dict[str, list[Document]]]:
+def _documents(rank: WorkerContext, done: _Concepts) -> tuple[UnitResult, dict[str, list[Document]]]:
     """The unit's counts, and its documents by split."""
-    config = rank.config
-    row_of = {sentence: row for row, sentence in enumerate(tokenized.sentences)}
+    config, tokenized, failed = rank.config, done.unit, done.failed
     unit = UnitResult(tokenized.unit.unit, given=len(tokenized.documents), encoded=len(tokenized.sentences))
+    end = 0
     refused: Counter[str] = Counter()
     documents: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for text in tokenized.documents:
+        rows = tokenized.rows[end : end + len(text.sentences)]
+        end += len(text.sentences)
         if text.refused is not None:
             refused[text.refused] += 1
             if text.problem is not None:
                 unit.unreadable.append(text.problem)
             continue
-        rows = [row_of[sentence] for sentence in text.sentences]
-        own = np.vstack([concepts[rows], rank.end_of_text])
-        reason = next((failed[row] for row in rows if row in failed), None)
+        own = np.vstack([done.concepts[rows], rank.end_of_text])
+        reason = next((failed[row] for row in rows.tolist() if row in failed), None) if failed else None
         if reason is None and not storable(own, config.dtype):
             reason = f"a concept that is not finite in {config.dtype}"
         if reason is not None:

@@ -1,21 +1,30 @@
-"""Reading and splitting the documents of a unit, in separate processes or in a thread."""
+"""Reading, splitting and tokenizing the documents of a unit, in separate processes or in threads.
+
+The interpreter of the process that encodes stays free to start work on the device.
+"""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from multiprocessing.queues import Queue
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lcm_ds.config import PrepareConfig
+from lcm_ds.encoders.base import Encoder, TokenBatch, Tokenizer
 from lcm_ds.prepare.state import SOURCE, split_of
 from lcm_ds.processes import set_parent_death_signal
 from lcm_ds.text.base import Source, TextDocument
@@ -44,16 +53,30 @@ class SplitDocument(NamedTuple):
     split: str = ""  # unless it is refused
 
 
+@dataclass(frozen=True)
+class TokenizedUnit:
+    """A unit's documents, and its distinct sentences as batches; one that occurs several times is encoded once."""
+
+    unit: WorkUnit
+    documents: list[SplitDocument]
+    sentences: list[str]  # distinct, in the order of their first occurrence
+    rows: np.ndarray  # int32: where each sentence of the documents, one after the other, is in `sentences`
+    batches: list[TokenBatch]
+
+
 class Reader:
     """Reads units of a source."""
 
-    def __init__(self, config: PrepareConfig, source: Source) -> None:
+    def __init__(
+        self, config: PrepareConfig, source: Source, make_splitter: Callable[[], Splitter] | None = None
+    ) -> None:
         self.config, self.source = config, source
+        self._make_splitter = make_splitter or partial(Splitter, config.sentences)
 
     @cached_property
     def splitter(self) -> Splitter:
-        """Splits texts into sentences; its construction takes seconds."""
-        return Splitter(self.config.sentences)
+        """Splits texts into sentences; its construction takes seconds, and lists of sentences need none."""
+        return self._make_splitter()
 
     def read(self, unit: WorkUnit) -> list[SplitDocument]:
         """The documents of a unit in order; none if the source has ended. Raises InputError."""
@@ -112,26 +135,48 @@ class Readers:
     def __init__(self, config: PrepareConfig) -> None:
         self.ahead = max(1, config.split_workers) + 1  # units that are read at the same time
         self._pool: Executor
+        self._tokenize: Tokenizer | None = None  # in this process
+        self._thread = ThreadPoolExecutor(1, "lcm-ds-tokenizer")
+        self._processes = config.split_workers
         if config.split_workers == 0:
             self._pool = ThreadPoolExecutor(1, "lcm-ds-reader")
             self._in_thread = cache(partial(open_reader, config))
             return
         context = multiprocessing.get_context("spawn")
-        arguments = (config.model_dump(mode="json"), os.getpid())
+        self._tokenizers: Queue[bytes] = context.Queue()  # each process takes one
+        arguments = (config.model_dump(mode="json"), os.getpid(), self._tokenizers)
         self._pool = ProcessPoolExecutor(config.split_workers, context, initializer=_initialize, initargs=arguments)
         with _no_main_module():
             for _ in range(config.split_workers):
                 self._pool.submit(_splitter)
 
-    def submit(self, unit: WorkUnit) -> Future[list[SplitDocument]]:
-        """The result of `Reader.read`."""
+    def start(self, encoder: Encoder) -> None:
+        """Tokenize for this encoder: in the processes if it has a `tokenizer`, otherwise in a thread. Called once."""
+        tokenizer: Tokenizer | None = getattr(encoder, "tokenizer", None)
+        if self._processes == 0 or tokenizer is None:
+            self._tokenize, tokenizer = encoder.tokenize, None
+        pickled = pickle.dumps(tokenizer)
+        for _ in range(self._processes):
+            self._tokenizers.put(pickled)
+
+    def submit(self, unit: WorkUnit) -> Future[TokenizedUnit]:
+        """Read, split and tokenize a unit; it has no documents if the source has ended."""
         if isinstance(self._pool, ThreadPoolExecutor):
-            return self._pool.submit(lambda: self._in_thread().read(unit))
-        return self._pool.submit(_read, unit)
+            found = self._pool.submit(lambda: distinct(unit, self._in_thread().read(unit)))
+        else:
+            found = self._pool.submit(_read, unit)
+        if self._tokenize is None:
+            return found
+        return self._thread.submit(lambda: tokenized(found.result(), self._tokenize))
 
     def close(self) -> None:
         """End the processes; units that they have not started are dropped."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._thread.shutdown(wait=True)
+        if self._processes:
+            self._tokenizers.close()
+            self._tokenizers.cancel_join_thread()  # some may not have been taken
 
 
 @contextmanager
@@ -146,13 +191,15 @@ def _no_main_module() -> Iterator[None]:
 
 
 _config: PrepareConfig  # in the processes of Readers
+_tokenizers: Queue[bytes]
 
 
-def _initialize(mapping: dict[str, Any], parent: int) -> None:
-    global _config
+def _initialize(mapping: dict[str, Any], parent: int, tokenizers: Queue[bytes]) -> None:
+    global _config, _tokenizers
     set_parent_death_signal(parent=parent)()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    _config = PrepareConfig(**mapping)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are what is parallel
+    _config, _tokenizers = PrepareConfig(**mapping), tokenizers
 
 
 @cache
@@ -162,16 +209,38 @@ def _splitter() -> Splitter:
 
 @cache
 def _reader() -> Reader:
-    reader = open_reader(_config)
-    reader.splitter = _splitter()
-    return reader
+    return open_reader(_config, _splitter)
 
 
-def _read(unit: WorkUnit) -> list[SplitDocument]:
-    return _reader().read(unit)
+@cache
+def _tokenizer() -> Tokenizer | None:
+    tokenizer: Tokenizer | None = pickle.loads(_tokenizers.get())
+    return tokenizer
 
 
-def open_reader(config: PrepareConfig) -> Reader:
+def _read(unit: WorkUnit) -> TokenizedUnit:
+    return tokenized(distinct(unit, _reader().read(unit)), _tokenizer())
+
+
+def distinct(unit: WorkUnit, documents: list[SplitDocument]) -> TokenizedUnit:
+    """A unit with its distinct sentences, not tokenized."""
+    row_of: dict[str, int] = {}
+    rows = [row_of.setdefault(sentence, len(row_of)) for document in documents for sentence in document.sentences]
+    return TokenizedUnit(unit, documents, list(row_of), np.array(rows, np.int32), [])
+
+
+def tokenized(unit: TokenizedUnit, tokenize: Tokenizer | None) -> TokenizedUnit:
+    """The unit with its batches; None leaves that to the process that encodes."""
+    if tokenize is None:
+        return unit
+    try:
+        batches = tokenize(unit.sentences)
+    except Exception:  # because of some sentence, which shows when they are encoded one by one
+        batches = [TokenBatch(range(len(unit.sentences)), {}, 0, 0)]
+    return replace(unit, batches=batches)
+
+
+def open_reader(config: PrepareConfig, make_splitter: Callable[[], Splitter] | None = None) -> Reader:
     """The reader of a preparation that has started: rank 0 has written the source's index to its output."""
     index = json.loads((Path(config.output) / SOURCE).read_text(encoding="utf-8"))
-    return Reader(config, open_source(config.source, config.sentences.language, index))
+    return Reader(config, open_source(config.source, config.sentences.language, index), make_splitter)

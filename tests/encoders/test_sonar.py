@@ -66,7 +66,7 @@ def test_texts_are_truncated_at_max_tokens_with_the_end_kept(tiny_sonar: tuple[P
     words = " ".join(["concept"] * 40)
     encoder = sonar(tiny_sonar[0], max_tokens=10)
     np.testing.assert_allclose(encoder.encode([words]), encoder.encode([words + " and more words"]), atol=CLOSE)
-    assert encoder._tokenizer(words, truncation=True, max_length=10)["input_ids"][-1] == 2
+    assert encoder.tokenize([words])[0].inputs["input_ids"][0, -1] == 2
     assert sonar(tiny_sonar[0]).max_tokens == 64  # the model's own limit is lower than 512
 
 
