@@ -290,6 +290,8 @@ class StepConfig(Schema):
     compile: bool = False  # torch.compile for each layer: a minute at the start, then faster; not under ZeRO-3
     # with activation_checkpointing in the DeepSpeed JSON: recompute the activations of every k-th layer
     recompute_every: int | None = Field(None, gt=0)
+    # the same bits on GPUs whenever a step is repeated: slower kernels for attention's gradients
+    deterministic: bool = False
     profile_steps: tuple[int, int] | None = None  # (first, last) from 0: rank 0 writes a trace of torch's profiler
 
     @field_validator("profile_steps")

@@ -51,6 +51,22 @@ def init_distributed(env: DistEnv, stall_minutes: float | None = None) -> torch.
     return torch.device(accelerator.current_device_name())
 
 
+def make_deterministic() -> None:
+    """Have every operation of this process give the same bits for the same inputs; call it before CUDA starts.
+
+    Operations that cannot do so raise an error.
+    """
+    from torch._inductor import config as inductor
+
+    # cuBLAS reads this when it starts; torch refuses products with other workspaces than these two.
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    inductor.deterministic = True  # choose no kernel by its measured time; torch 2.13's line above does this, too
+    # torch would fill all new memory, which costs time; nothing reads memory before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def collective_timeout(stall_minutes: float | None) -> timedelta:
     """Timeout of collectives: longer than the watchdog's, which reports where each rank hangs (None: no watchdog)."""
     return timedelta(minutes=stall_minutes + 10) if stall_minutes is not None else timedelta(days=1)
