@@ -23,6 +23,7 @@ from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.parameter_groups import parameter_groups
 from lcm_ds.processes import keep_freed_memory, remove_left_over_locks
+from lcm_ds.train.fused_norms import fuse_norms
 
 logger = logging.getLogger("lcm_ds.train")
 
@@ -120,9 +121,28 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed's have torch's default timeout
         set_timeout(collective_timeout(config.guard.stall_minutes), group)
+    fuse_norms(engine.optimizer)
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         skip_nonfinite_steps(engine.optimizer)
+    if deepspeed_config.offloads_optimizer(ds) and deepspeed_config.zero_stage(ds) in (1, 2):
+        forget_skipped_gradients(engine.optimizer)
     return engine
+
+
+def forget_skipped_gradients(optimizer: Any) -> None:
+    """Drop the gradients of a skipped step under ZeRO 1 and 2 with offload.
+
+    DeepSpeed 0.19.8 keeps them if it accumulates half-precision gradients in fp32, and adds those of the next step to
+    what is not finite: it would skip all steps from then on.
+    """
+    reset = optimizer.reset_cpu_buffers  # called when a step is skipped
+
+    def reset_and_forget() -> None:
+        reset()
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+
+    optimizer.reset_cpu_buffers = reset_and_forget
 
 
 def skip_nonfinite_steps(optimizer: torch.optim.Optimizer) -> None:
