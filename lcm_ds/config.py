@@ -288,8 +288,10 @@ class StepConfig(Schema):
     """How a step is computed; this changes results only by rounding."""
 
     compile: bool = False  # torch.compile for each layer: a minute at the start, then faster; not under ZeRO-3
-    # with activation_checkpointing in the DeepSpeed JSON: recompute the activations of every k-th layer
-    recompute_every: int | None = Field(None, gt=0)
+    # computed again in the backward pass, to save memory. swiglu: SwiGLU's output, for next to no work; layer: whole
+    # layers, for a third more; default: layer if the DeepSpeed JSON has a block activation_checkpointing, else nothing
+    recompute: Literal["swiglu", "layer"] | None = None
+    recompute_every: int | None = Field(None, gt=0)  # with layer: only every k-th layer
     # the same bits on GPUs whenever a step is repeated: slower kernels for attention's gradients
     deterministic: bool = False
     profile_steps: tuple[int, int] | None = None  # (first, last) from 0: rank 0 writes a trace of torch's profiler

@@ -107,6 +107,8 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
         deepspeed.checkpointing.configure(None, deepspeed_config=ds)
         model.recompute = deepspeed.checkpointing.checkpoint
         model.recompute_every = config.train.recompute_every or 1
+    for layer in model.layers if config.train.recompute == "swiglu" else ():
+        layer.mlp.recompute = True
     if config.train.compile and deepspeed_config.zero_stage(ds) == 3:
         logger.warning("train.compile: disabled: ZeRO-3 gathers parameters by hooks, which break compiled layers")
     elif config.train.compile:
