@@ -291,8 +291,12 @@ class StepConfig(Schema):
     # of the decoder layers' products in training; default: that of the DeepSpeed JSON. fp8 needs bf16 there, ZeRO stage
     # 0 to 2, `compile`, the extra fp8 and GPUs since Ada and Hopper; fp8-emulated rounds alike on any device, slowly
     precision: Literal["fp8", "fp8-emulated"] | None = None
-    # with activation_checkpointing in the DeepSpeed JSON: recompute the activations of every k-th layer
-    recompute_every: int | None = Field(None, gt=0)
+    # computed again in the backward pass, to save memory. swiglu: SwiGLU's output, for next to no work; layer: whole
+    # layers, for a third more; default: layer if the DeepSpeed JSON has a block activation_checkpointing, else nothing
+    recompute: Literal["swiglu", "layer"] | None = None
+    recompute_every: int | None = Field(None, gt=0)  # with layer: only every k-th layer
+    # the same bits on GPUs whenever a step is repeated: slower kernels for attention's gradients
+    deterministic: bool = False
     profile_steps: tuple[int, int] | None = None  # (first, last) from 0: rank 0 writes a trace of torch's profiler
 
     @field_validator("profile_steps")

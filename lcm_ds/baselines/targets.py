@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lcm_ds.config import DataConfig
@@ -55,13 +56,9 @@ class Rows:
         mask, origins = batch.target_mask.to(device), batch.origins.to(device)
         inputs = normalizer.normalize(concepts)
         layout = SegmentLayout.from_ids(batch.segment_ids, max_segment)
-        starts, positions = layout.starts.to(device), layout.positions.to(device)
-        # Running mean inside a segment: the running sum, less its value at the segment's start.
-        sums = inputs.double().cumsum(1)
-        shifted = torch.nn.functional.pad(sums, (0, 0, 1, 0))[:, :-1]
-        at_start = shifted.gather(1, starts.unsqueeze(-1).expand_as(shifted))
-        context = ((sums - at_start) / (positions + 1).unsqueeze(-1)).float()
-        before = torch.nn.functional.pad(inputs, (0, 0, 1, 0))[:, :-1] * (positions > 0).unsqueeze(-1)
+        positions = layout.positions.to(device)
+        context = running_mean(inputs, positions, layout.max_seqlen)
+        before = F.pad(inputs, (0, 0, 1, 0))[:, :-1] * (positions > 0).unsqueeze(-1)
         document, position = origins[:, 1:][mask].unbind(-1)
         truth, last, before, context = (
             vectors[mask] for vectors in (inputs[:, 1:], inputs[:, :-1], before[:, :-1], context[:, :-1])
@@ -73,6 +70,26 @@ class Rows:
         full = torch.zeros_like(self.concepts[:, 1:])
         full[self.mask] = vectors
         return context_cosine(full, self.concepts, self.segment_ids)[self.mask]
+
+
+def running_mean(vectors: Tensor, positions: Tensor, longest: int) -> Tensor:
+    """The mean of each vector and those before it in its segment, by sums in fp64.
+
+    torch.cumsum has no fixed order of additions on GPUs. Here the vectors that are summed double with each turn.
+
+    Args:
+        vectors: fp32 [rows, row_length, embed_dim].
+        positions: int64 [rows, row_length], from 0 in every segment.
+        longest: the length of a segment, at most.
+
+    Returns:
+        fp32 [rows, row_length, embed_dim].
+    """
+    sums, counts, summed = vectors.double(), (positions + 1).unsqueeze(-1), 1
+    while summed < longest:
+        sums[:, summed:] += torch.where(counts[:, summed:] > summed, sums[:, :-summed], 0.0)
+        summed *= 2
+    return (sums / counts).float()
 
 
 class TargetReader:

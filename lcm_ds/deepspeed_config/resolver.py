@@ -251,6 +251,13 @@ def resolve(
             block.pop(key)
             if hidden_size is not None:
                 block[key] = from_hidden_size(hidden_size)
+    if config.train.recompute == "layer":
+        resolved.setdefault("activation_checkpointing", {})
+    elif config.train.recompute == "swiglu" and "activation_checkpointing" in resolved:
+        errors.errors.append(
+            f'{config_path}: train.recompute: swiglu: contradicts "activation_checkpointing" in {origin}, which '
+            "recomputes whole layers; remove one of them"
+        )
     errors.raise_if_any()
     _validate_with_deepspeed(resolved, origin)
     return resolved

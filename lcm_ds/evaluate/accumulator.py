@@ -57,7 +57,8 @@ class Accumulator:
         known = ~values.isnan()
         index = documents % GROUPS * width + (0 if buckets is None else buckets)
         sums = torch.stack([values.nan_to_num().double(), known.double()], dim=1)
-        self._means[name].view(-1, 2).index_add_(0, index, sums)
+        # In one order on GPUs, too, unlike index_add_.
+        self._means[name].view(-1, 2).index_put_((index,), sums, accumulate=True)
 
     def add_vectors(self, name: str, vectors: Tensor, documents: Tensor) -> None:
         """Add vectors [n, embed_dim] to the variance `name`; documents: int64 [n]."""
@@ -66,7 +67,7 @@ class Accumulator:
             self._vectors[name] = torch.zeros(shape, dtype=torch.float64, device=self.device)
         exact = vectors.double()
         sums = torch.cat([torch.ones_like(exact[:, :1]), exact.square().sum(1, keepdim=True), exact], dim=1)
-        self._vectors[name].index_add_(0, documents % GROUPS, sums)
+        self._vectors[name].index_put_((documents % GROUPS,), sums, accumulate=True)
 
     def add_spectrum(self, vectors: Tensor, documents: Tensor) -> None:
         """Add vectors [n, embed_dim] to the effective rank; documents: int64 [n]."""

@@ -20,6 +20,7 @@ from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.counter_rng import Draw, DropoutDraws, add_dropped
 from lcm_ds.model.linear import project
 from lcm_ds.model.normalizer import Normalizer
+from lcm_ds.model.recompute import recomputed_swiglu
 
 
 class RMSNorm(nn.Module):
@@ -57,6 +58,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
+    recompute = False  # SwiGLU, in the backward pass
+
     def __init__(self, config: BaseLCMConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -66,6 +69,8 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[rows, row_length, hidden_size] → the same."""
         gate, up = project(x, self.gate_proj, self.up_proj)
+        if self.recompute:
+            return recomputed_swiglu(gate, up, lambda product: project(product, self.down_proj)[0])
         return project(F.silu(gate) * up, self.down_proj)[0]
 
 

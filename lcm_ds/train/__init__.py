@@ -44,6 +44,10 @@ def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False,
             if env.rank == 0:
                 print_dry_run(job, ranks or env.world_size)
             return 0
+        if job.config.train.deterministic:
+            from lcm_ds.train.engine import make_deterministic
+
+            make_deterministic()
         job.check_device(config_path)
         from lcm_ds.train.loop import train
 

@@ -24,6 +24,7 @@ from lcm_ds.model.float8 import use_float8
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.parameter_groups import parameter_groups
 from lcm_ds.processes import keep_freed_memory, program_path, remove_left_over_locks
+from lcm_ds.train.fused_norms import fuse_norms
 
 logger = logging.getLogger("lcm_ds.train")
 
@@ -73,6 +74,22 @@ def ask_cuda_for_free_memory(accelerator: Any) -> None:
         accelerator.available_memory = lambda device_index=None: torch.cuda.mem_get_info(device_index)[0]
 
 
+def make_deterministic() -> None:
+    """Have every operation of this process give the same bits for the same inputs; call it before CUDA starts.
+
+    Operations that cannot do so raise an error.
+    """
+    from torch._inductor import config as inductor
+
+    # cuBLAS reads this when it starts; torch refuses products with other workspaces than these two.
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    inductor.deterministic = True  # choose no kernel by its measured time; torch 2.13's line above does this, too
+    # torch would fill all new memory, which costs time; nothing reads memory before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def collective_timeout(stall_minutes: float | None) -> timedelta:
     """Timeout of collectives: longer than the watchdog's, which reports where each rank hangs (None: no watchdog)."""
     return timedelta(minutes=stall_minutes + 10) if stall_minutes is not None else timedelta(days=1)
@@ -114,6 +131,8 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
         model.recompute_every = config.train.recompute_every or 1
     if config.train.precision is not None:
         use_float8(model, emulated=config.train.precision == "fp8-emulated")
+    for layer in model.layers if config.train.recompute == "swiglu" else ():
+        layer.mlp.recompute = True
     if config.train.compile and deepspeed_config.zero_stage(ds) == 3:
         logger.warning("train.compile: disabled: ZeRO-3 gathers parameters by hooks, which break compiled layers")
     elif config.train.compile:
@@ -128,9 +147,28 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed's have torch's default timeout
         set_timeout(collective_timeout(config.guard.stall_minutes), group)
+    fuse_norms(engine.optimizer)
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         skip_nonfinite_steps(engine.optimizer)
+    if deepspeed_config.offloads_optimizer(ds) and deepspeed_config.zero_stage(ds) in (1, 2):
+        forget_skipped_gradients(engine.optimizer)
     return engine
+
+
+def forget_skipped_gradients(optimizer: Any) -> None:
+    """Drop the gradients of a skipped step under ZeRO 1 and 2 with offload.
+
+    DeepSpeed 0.19.8 keeps them if it accumulates half-precision gradients in fp32, and adds those of the next step to
+    what is not finite: it would skip all steps from then on.
+    """
+    reset = optimizer.reset_cpu_buffers  # called when a step is skipped
+
+    def reset_and_forget() -> None:
+        reset()
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+
+    optimizer.reset_cpu_buffers = reset_and_forget
 
 
 def skip_nonfinite_steps(optimizer: torch.optim.Optimizer) -> None:

@@ -139,8 +139,7 @@ def _step_errors(job: TrainJob, path: str | Path) -> list[str]:
         )
     if train.recompute_every is not None and "activation_checkpointing" not in job.ds:
         lines.append(
-            f"{path}: train.recompute_every: {train.recompute_every}: has no effect without a block "
-            f'"activation_checkpointing": {{}} in {_ds_origin(job.config, path)}'
+            f"{path}: train.recompute_every: {train.recompute_every}: has no effect without train.recompute: layer"
         )
     if train.profile_steps is not None and train.profile_steps[0] >= job.total_steps:
         lines.append(

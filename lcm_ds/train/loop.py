@@ -1,8 +1,8 @@
 """The training loop, top to bottom in the order in which things happen.
 
-A run resumed on the same number of ranks is bit-identical to one that was never interrupted (same kind of device, same
-number of threads per rank); on another number of ranks it agrees to rounding. All ranks agree before any of them stops,
-saves or rolls back.
+A run resumed on the same number of ranks is bit-identical to one that was never interrupted (on CPUs with the same
+number of threads per rank, on GPUs of the same kind with `train.deterministic`); otherwise it agrees to rounding. All
+ranks agree before any of them stops, saves or rolls back.
 """
 
 from __future__ import annotations

@@ -86,7 +86,9 @@ def count_parameters(config: BaseLCMConfig) -> int:
         return sum(parameter.numel() for parameter in BaseLCM(config).parameters())
 
 
-def activations(config: BaseLCMConfig, concepts: int, half: bool, recompute_every: int | None = None) -> int:
+def activations(
+    config: BaseLCMConfig, concepts: int, half: bool, recompute_every: int | None = None, swiglu: bool = False
+) -> int:
     """Bytes that the forward pass keeps for the backward pass, without compilation.
 
     Args:
@@ -95,11 +97,12 @@ def activations(config: BaseLCMConfig, concepts: int, half: bool, recompute_ever
         half: Half precision.
         recompute_every: Every k-th layer, from the first on, keeps only its input; while it is recomputed, all
             activations of this one layer exist.
+        swiglu: SwiGLU's output is recomputed.
     """
     width, inner, size = config.hidden_size, config.intermediate_size, 2 if half else 4
     # Inputs of both norms, of both blocks' projections and of attention's output projection; queries, keys, values;
-    # attention's output. Gate, up, SiLU of the gate, input of the down projection.
-    layer = 8 * width * size + 4 * inner * size
+    # attention's output. Gate, up; SiLU of the gate, input of the down projection.
+    layer = 8 * width * size + (2 if swiglu else 4) * inner * size
     # The log-sum-exp of each head; the statistics of both norms.
     layer += 4 * config.num_attention_heads + 2 * 4
     layer += 2 * width if config.dropout > 0 else 0  # dropout masks
@@ -124,7 +127,7 @@ def memory_lines(config: TrainConfig, model: BaseLCMConfig, ds: dict[str, Any], 
     half = deepspeed_config.precision(ds) != "float32"
     concepts = config.batch.micro_batch_rows * config.data.row_length
     every = (config.train.recompute_every or 1) if "activation_checkpointing" in ds else None
-    kept = activations(model, concepts, half, every)
+    kept = activations(model, concepts, half, every, config.train.recompute == "swiglu")
     zero = ds.get("zero_optimization", {})
     offload_blocks = {"parameters": "offload_param", "optimizer": "offload_optimizer"}
     for stage in range(4):
@@ -145,5 +148,6 @@ def memory_lines(config: TrainConfig, model: BaseLCMConfig, ds: dict[str, Any], 
     yield (
         f"activations   of {concepts:,} concepts, "
         + ("every layer's" if every is None else f"one layer in {every} recomputed" if every > 1 else "all recomputed")
+        + (", SwiGLU recomputed" if config.train.recompute == "swiglu" else "")
         + ("; compiled layers keep less" if config.train.compile and deepspeed_config.zero_stage(ds) < 3 else "")
     )

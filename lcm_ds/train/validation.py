@@ -131,8 +131,9 @@ class _ValidationSums:
         self.totals[3] += metrics.squared_error(targets.last, truth).sum()
         self.totals[4] += metrics.squared_error(of_ridge, truth).sum()
         self.totals[5] += len(truth)
-        self.by_position[0].index_add_(0, positions, errors)
-        self.by_position[1].index_add_(0, positions, torch.ones_like(errors))
+        # In one order on GPUs, too, unlike index_add_.
+        sums = torch.stack([errors, torch.ones_like(errors)], dim=1)
+        self.by_position.T.index_put_((positions,), sums, accumulate=True)
         for index, values in enumerate((predicted, truth)):
             self.moments[2 * index] += values.sum(0)
             self.moments[2 * index + 1] += values.double().square().sum(0)

@@ -176,6 +176,26 @@ def test_recomputed_activations_give_the_same_gradients(make_model):
         assert torch.equal(gradient, gradients[1][name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by_module", [False, True])  # as under ZeRO-3
+def test_recomputed_swiglu_gives_the_same_bits(make_model, dtype, by_module):
+    model = make_model(dropout=0.3).train().to(dtype)
+    if by_module:
+        for layer in model.layers:
+            layer.mlp.down_proj.weight.ds_id = 0
+    concepts, keys = torch.randn(2, 6, 12), torch.tensor([1, 2])
+    results = []
+    for recompute in (False, True):
+        for layer in model.layers:
+            layer.mlp.recompute = recompute
+        model.zero_grad()
+        predictions = model(concepts, dropout_keys=keys)
+        predictions.float().square().sum().backward()
+        results.append([predictions, *(parameter.grad for parameter in model.parameters())])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+
+
 # --- the normaliser, saving and loading -------------------------------------------------------------------------------
 
 

@@ -183,8 +183,12 @@ def test_step_settings_without_effect_are_refused(refused, make_config):
     config = make_config(train={"recompute_every": 2, "profile_steps": [50, 60]})
     lines = refused("train", config)
     assert len(lines) == 2
-    assert "train.recompute_every: 2: has no effect without a block" in lines[0]
+    assert lines[0].endswith("train.recompute_every: 2: has no effect without train.recompute: layer")
     assert "train.profile_steps: [50, 60]: the run has steps 0 to 39" in lines[1]
+    block = {"zero_optimization": {"stage": 1}, "activation_checkpointing": {}}
+    both = make_config(train={"recompute": "swiglu"}, deepspeed=block)
+    expected = f'contradicts "activation_checkpointing" in {both}: deepspeed, which recomputes whole layers'
+    assert refused("train", both) == [f"{both}: train.recompute: swiglu: {expected}; remove one of them"]
     lines = refused(
         "train", config, "train.profile_steps=[9,3]", "optim.max_grad_norm=1", "deepspeed=ds_configs/zero1_muon.json"
     )

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from allocations import Allocations
 from machine import patience
 from memory_worker import PARAMETERS, PRECISIONS, SHIPPED
 from runs import SUPPORT
@@ -21,6 +22,7 @@ from lcm_ds.train.loss import squared_error
 from lcm_ds.train.memory import States, activations, count_parameters
 
 HALF = {"bf16": {"enabled": True}}
+SIZES = {"embed_dim": 64, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 352}
 
 
 def test_states_are_those_of_the_zero_paper():
@@ -91,8 +93,7 @@ class FusedNorm(torch.autograd.Function):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 @pytest.mark.parametrize("every", [None, 1, 3])
 def test_activations_are_those_that_the_forward_pass_keeps(precision, every, dropout, monkeypatch):
-    sizes = {"embed_dim": 64, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 352}
-    config = BaseLCMConfig(**sizes, num_hidden_layers=4, dropout=dropout)
+    config = BaseLCMConfig(**SIZES, num_hidden_layers=4, dropout=dropout)
     model = BaseLCM(config).initialize(0).train()
     half = precision != "fp32"
     if half:
@@ -121,9 +122,46 @@ def test_activations_are_those_that_the_forward_pass_keeps(precision, every, dro
         squared_error(predictions, truth, torch.ones(rows, length - 1, dtype=torch.bool))
     expected = activations(config, rows * length, half, every)
     if every is not None:  # a recomputed layer is kept in the backward pass
-        fewer = BaseLCMConfig(**sizes, num_hidden_layers=3, dropout=dropout)
+        fewer = BaseLCMConfig(**SIZES, num_hidden_layers=3, dropout=dropout)
         expected -= activations(config, rows * length, half) - activations(fewer, rows * length, half)
     assert sum(kept.values()) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_recomputed_swiglu_keeps_as_much_less_as_predicted(half, dropout):
+    config = BaseLCMConfig(**SIZES, num_hidden_layers=4, dropout=dropout)
+    model = BaseLCM(config).initialize(0).train()
+    if half:
+        model.bfloat16()
+    concepts, kept = torch.randn(8, 64, 64), []
+    for recompute in (False, True):
+        for layer in model.layers:
+            layer.mlp.recompute = recompute
+        with Allocations() as allocations:
+            predictions = model(concepts, dropout_keys=torch.arange(8))
+        kept.append(allocations.alive())
+        del predictions
+    predicted = [activations(config, 8 * 64, half, swiglu=swiglu) for swiglu in (False, True)]
+    assert kept[0] - kept[1] == predicted[0] - predicted[1] > 0
+
+
+def test_compiled_layers_that_recompute_swiglu_keep_only_gate_and_up():
+    model = BaseLCM(BaseLCMConfig(**SIZES, num_hidden_layers=2, dropout=0.1)).initialize(0).train().bfloat16()
+    for layer in model.layers:
+        layer.mlp.recompute = True
+    model.compile_layers()
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-1] == model.config.intermediate_size and not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.randn(8, 64, 64), dropout_keys=torch.arange(8)).float().sum().backward()
+    assert sum(kept.values()) == 2 * 2 * (8 * 64) * model.config.intermediate_size * 2  # layers, tensors, …, bytes
+    torch._dynamo.reset()
 
 
 def test_parameters_are_counted_without_memory():

@@ -62,6 +62,10 @@ VARIANTS = {
     "recomputed": {"deepspeed": zero(1, **RECOMPUTES)},
     "every second recomputed": {"deepspeed": zero(2, **RECOMPUTES), "train": {"recompute_every": 2}},
     "recomputed, zero 3": {"deepspeed": zero(3, **RECOMPUTES)},
+    "recomputed by the key": {"train": {"recompute": "layer", "recompute_every": 2}},
+    "SwiGLU recomputed": {"train": {"recompute": "swiglu"}},
+    "SwiGLU recomputed, zero 3": {"deepspeed": zero(3), "train": {"recompute": "swiglu"}},
+    "SwiGLU recomputed, compiled": {"train": {"recompute": "swiglu", "compile": True}},
     "recomputed, compiled": {"deepspeed": zero(1, **RECOMPUTES), "train": {"compile": True}},
 }
 

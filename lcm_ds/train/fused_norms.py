@@ -1,0 +1,110 @@
+"""DeepSpeed's gradient norms and overflow checks with a few kernels, and one wait for the device, a step.
+
+DeepSpeed 0.19 starts up to eleven kernels for each gradient, and waits for the device once for the norm, the clipping
+and each parameter group (with offload or under ZeRO 0 once for each gradient). Here the norms of all gradients of a
+group are computed together, and DeepSpeed is given the vector of these norms in place of the gradients: its norm is the
+same. What ranks exchange and when a step is skipped stays DeepSpeed's. Parts that DeepSpeed has renamed are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero import stage3, stage_1_and_2
+from deepspeed.runtime.zero.utils import get_norm_dtype
+from torch import Tensor
+
+
+def fuse_norms(optimizer: Any) -> None:
+    """Have one of DeepSpeed's optimizers compute norms and overflow checks over lists of gradients."""
+    _replace(bf16_optimizer, "get_global_norm_of_tensors", _global_norm)
+    _replace(bf16_optimizer, "clip_tensors_by_global_norm", _clip)
+    for module in (stage_1_and_2, stage3):
+        _replace(module, "combine_grad_norm_groups", _combined)
+    if isinstance(optimizer, stage_1_and_2.DeepSpeedZeroOptimizer | stage3.DeepSpeedZeroOptimizer_Stage3):
+        _replace(optimizer, "get_grad_norm_direct", _norm_of_group)
+        _replace(optimizer, "complete_grad_norm_calculation_for_cpu_offload", partial(_norm_with_offload, optimizer))
+    if isinstance(optimizer, stage_1_and_2.DeepSpeedZeroOptimizer):
+        _replace(optimizer, "has_overflow_partitioned_grads_serial", partial(_overflow, optimizer))
+    if isinstance(optimizer, FP16_UnfusedOptimizer):
+        _replace(optimizer.overflow_checker, "has_overflow_serial", _overflow_of_parameters)
+
+
+def _replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
+    """Have `function` called in place of owner.name, with the original as its first argument."""
+    original = getattr(owner, name, None)
+    if original is not None and not isinstance(original, partial):  # a partial: replaced for an earlier engine
+        setattr(owner, name, partial(function, original))
+
+
+def _norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """The 2-norm of each tensor, computed in `dtype` (default: their own): [len(tensors)]."""
+    return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
+
+
+# --- BF16_Optimizer ---------------------------------------------------------------------------------------------------
+
+
+def _global_norm(original: Any, input_tensors: Sequence[Tensor], norm_type: float = 2, **more: Any) -> Tensor:
+    tensors = [_norms(input_tensors, torch.float32)] if norm_type == 2 and input_tensors else input_tensors
+    norm: Tensor = original(input_tensors=tensors, norm_type=norm_type, **more)
+    return norm.cpu()  # the host decides by it whether to skip the step, and whether to clip
+
+
+def _clip(
+    original: Any, input_tensors: Sequence[Tensor], max_norm: float, global_norm: Tensor, eps: float = 1e-6, **more: Any
+) -> Tensor:
+    coefficient = float(max_norm / (global_norm + eps))
+    if coefficient < 1:
+        torch._foreach_mul_(list(input_tensors), coefficient)
+    return global_norm
+
+
+# --- ZeRO -------------------------------------------------------------------------------------------------------------
+
+
+def _combined(original: Any, norm_groups: Sequence[Any], **more: Any) -> Tensor:
+    norm: Tensor = original(norm_groups, **more)
+    return norm.cpu()  # the host decides by it whether to skip the step, and computes from it how to clip
+
+
+def _norm_of_group(original: Any, gradients: Sequence[Tensor], params: Sequence[Any], norm_type: float = 2) -> Any:
+    real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+    if norm_type != 2 or not real:
+        return original(gradients, params, norm_type)
+    return original([_norms(real, get_norm_dtype())], params[:1], norm_type)
+
+
+def _norm_with_offload(optimizer: Any, original: Any, params: Sequence[Any]) -> Any:
+    by_parameter = optimizer.norm_for_param_grads
+    on_device = [key for key, norm in by_parameter.items() if norm.device.type != "cpu"]
+    if on_device:
+        by_parameter.update(zip(on_device, torch.stack([by_parameter[key] for key in on_device]).cpu(), strict=True))
+    return original(params)
+
+
+def _overflow(optimizer: Any, original: Any) -> Tensor:
+    del original
+    groups = (optimizer.averaged_gradients[group] for group in range(len(optimizer.bit16_groups)))
+    return _any_nonfinite([gradient for group in groups for gradient in group if gradient is not None])
+
+
+# --- ZeRO 0 in half precision -----------------------------------------------------------------------------------------
+
+
+def _overflow_of_parameters(original: Any, params: Sequence[Any]) -> bool:
+    del original
+    return bool(_any_nonfinite([parameter.grad for parameter in params if parameter.grad is not None]))
+
+
+def _any_nonfinite(gradients: Sequence[Tensor]) -> Tensor:
+    """bool [1], on the device."""
+    if not gradients:  # of a rank without parameters
+        return torch.zeros(1, dtype=torch.bool, device=get_accelerator().current_device_name())
+    return ~_norms(gradients, get_norm_dtype()).isfinite().all(dim=0, keepdim=True)  # no fp64 norm overflows

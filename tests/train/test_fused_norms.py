@@ -1,0 +1,75 @@
+"""Norms and overflow checks over lists of gradients: DeepSpeed's values and skipped steps, in a few operations."""
+
+import json
+
+import pytest
+from deepspeed.accelerator import get_accelerator
+from norms_worker import NONFINITE
+from runs import launch_workers
+
+ADAM = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True, "fused": True}}}
+FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "initial_scale_power": 4}}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+JSONS = {
+    "BF16_Optimizer": {"zero_optimization": {"stage": 1}, **BF16, **FP32, **ADAM},
+    "zero 1": {"zero_optimization": {"stage": 1}, **ADAM},
+    "zero 2 bf16": {"zero_optimization": {"stage": 2}, **BF16, **FP32, **ADAM},
+    "zero 2 offload": {"zero_optimization": {"stage": 2, **OFFLOAD}, **BF16, **FP32},
+    "zero 0 bf16": {"zero_optimization": {"stage": 0}, **BF16, **ADAM},
+    # Last, because DeepSpeed replaces F.linear for ZeRO-3 and leaves it so.
+    "zero 3 bf16": {"zero_optimization": {"stage": 3}, **BF16, **FP32, **ADAM},
+    "zero 3 offload": {"zero_optimization": {"stage": 3, **OFFLOAD}, **BF16, **FP32},
+}
+if get_accelerator().is_fp16_supported():
+    JSONS = {"zero 2 fp16": {"zero_optimization": {"stage": 2}, **FP16, **FP32, **ADAM}, **JSONS}
+DEEP = ("BF16_Optimizer", "zero 2 bf16", "zero 3 bf16")  # also with twice as many layers
+# What a norm, a check or clipping calls for each gradient in DeepSpeed.
+CALLS = ("linalg_vector_norm", "_foreach_norm", "amax", "amin", "logical_and", "mul_", "_foreach_mul_")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """DeepSpeed's and lcm-ds's, as norms_worker.py writes them."""
+    folder = tmp_path_factory.mktemp("norms")
+    variants = {name: {"deepspeed": ds, "optim": {"max_grad_norm": 0.05}} for name, ds in JSONS.items()}
+    for name in DEEP:
+        variants[name + ", deep"] = {**variants[name], "model": {"num_hidden_layers": 6}}
+    (folder / "variants.json").write_text(json.dumps(variants))
+    found = []
+    for whose in ("deepspeed", "lcm-ds"):
+        launch_workers("norms_worker.py", whose, folder / "variants.json", folder / whose)
+        found.append(json.loads((folder / whose).read_text()))
+    return found
+
+
+def finite(values):
+    return [value for index, value in enumerate(values) if index != NONFINITE]
+
+
+@pytest.mark.parametrize("name", JSONS)
+def test_the_values_are_those_of_deepspeed(results, name):
+    theirs, ours = (found[name] for found in results)
+    # In bf16 the last bit of a norm may round a weight to another value in the next step.
+    tolerance = 1e-3 if "BF16" in name else 1e-6
+    assert ours["norms"][0] == pytest.approx(theirs["norms"][0], rel=1e-6)
+    assert min(finite(theirs["norms"])) > 0.05  # all steps are clipped
+    assert finite(ours["norms"]) == pytest.approx(finite(theirs["norms"]), rel=tolerance)
+    assert finite(ours["losses"]) == pytest.approx(finite(theirs["losses"]), rel=tolerance)
+    assert ours["weights"] == pytest.approx(theirs["weights"], rel=tolerance)
+
+
+@pytest.mark.parametrize("name", JSONS)
+def test_a_step_whose_gradient_is_not_finite_on_one_rank_is_skipped_and_no_other(results, name):
+    for found in results:
+        assert found[name]["skipped"] == 1
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_calls_do_not_grow_with_the_number_of_gradients(results, name):
+    theirs, ours = (
+        [sum(found[name + depth]["calls"].get(call, 0) for call in CALLS) for depth in ("", ", deep")]
+        for found in results
+    )
+    assert theirs[1] - theirs[0] >= 3 * 16  # one for each gradient of the further layers at least
+    assert ours[1] == ours[0] < 12
