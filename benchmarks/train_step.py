@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from lcm_ds.config import ModelConfig
 from lcm_ds.data.batch import target_mask
-from lcm_ds.model.attention import SegmentLayout, rope_tables, rotate
+from lcm_ds.model.attention import Rope, SegmentLayout, rotate
 from lcm_ds.model.config import BaseLCMConfig, resolve_model
 from lcm_ds.model.flops import training_flops
 from lcm_ds.model.modeling import BaseLCM
@@ -159,10 +159,10 @@ class PlainLayer(nn.Module):
         self.q, self.k, self.v, self.o = (nn.Linear(size, size) for _ in range(4))
         self.gate, self.up, self.down = nn.Linear(size, inner), nn.Linear(size, inner), nn.Linear(inner, size)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], layout: SegmentLayout) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, layout: SegmentLayout) -> Tensor:
         y = self.norm(x)
         q, k, v = (project(y).unflatten(-1, (-1, self.head_dim)) for project in (self.q, self.k, self.v))
-        q, k, v = (tensor.transpose(1, 2) for tensor in (rotate(q, *rope), rotate(k, *rope), v))
+        q, k, v = (tensor.transpose(1, 2) for tensor in (*rotate(q, k, rope), v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, is_causal=layout.mask is None)
         x = x + self.o(y.transpose(1, 2).flatten(-2))
         y = self.mlp_norm(x)
@@ -196,7 +196,7 @@ class Plain(Ends):
     def decode(self, hidden: Tensor, layout: SegmentLayout) -> Tensor:
         layout = layout._replace(max_seqlen=hidden.shape[1])  # one mask over the row
         layout = layout.prepared(hidden.device, torch.float32, self.config.head_dim)
-        rope = rope_tables(layout.positions, self.config.head_dim, self.config.rope_theta)
+        rope = Rope.of(layout.positions, self.config.head_dim, self.config.rope_theta)
         for layer in self.layers:
             hidden = layer(hidden, rope, layout)
         return self.norm(hidden)

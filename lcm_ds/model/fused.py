@@ -6,11 +6,14 @@ a compiled layer the functions are part of its graph.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch.utils._triton import has_triton
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -22,6 +25,12 @@ def enable_fusion(enabled: bool = True) -> None:
     """Let `fused` functions be compiled from now on, in this process; they need a working torch.compile."""
     global _enabled
     _enabled = enabled
+
+
+def gpu_compiles() -> bool:
+    """Whether this process has a GPU and what torch.compile needs to make kernels for it: Triton and a C compiler."""
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]
+    return torch.cuda.is_available() and has_triton() and any(map(shutil.which, compilers))
 
 
 def fused(function: Callable[P, T]) -> Callable[P, T]:

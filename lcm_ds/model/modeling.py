@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lcm_ds.model.attention import Cache, Rope, SegmentLayout, attend, rotate
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.counter_rng import Draw, DropoutDraws, add_dropped
+from lcm_ds.model.fused import fused
 from lcm_ds.model.linear import project
 from lcm_ds.model.normalizer import Normalizer
 from lcm_ds.model.recompute import recomputed_swiglu
@@ -71,7 +72,13 @@ class MLP(nn.Module):
         gate, up = project(x, self.gate_proj, self.up_proj)
         if self.recompute:
             return recomputed_swiglu(gate, up, lambda product: project(product, self.down_proj)[0])
-        return project(F.silu(gate) * up, self.down_proj)[0]
+        return project(swiglu(gate, up), self.down_proj)[0]
+
+
+@fused
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, [rows, row_length, intermediate_size]."""
+    return F.silu(gate) * up
 
 
 class DecoderLayer(nn.Module):

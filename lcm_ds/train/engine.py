@@ -21,6 +21,7 @@ from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.distributed.rendezvous import wait_for_all_ranks
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.float8 import use_float8
+from lcm_ds.model.fused import enable_fusion, gpu_compiles
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.parameter_groups import parameter_groups
 from lcm_ds.processes import keep_freed_memory, program_path, remove_left_over_locks
@@ -134,9 +135,10 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
     for layer in model.layers if config.train.recompute == "swiglu" else ():
         layer.mlp.recompute = True
     if config.train.compile and deepspeed_config.zero_stage(ds) == 3:
-        logger.warning("train.compile: disabled: ZeRO-3 gathers parameters by hooks, which break compiled layers")
+        logger.warning("train.compile: no layers: ZeRO-3 gathers parameters by hooks, which break compiled layers")
     elif config.train.compile:
         model.compile_layers()
+    enable_fusion(config.train.compile or gpu_compiles())
     groups: Any = parameter_groups(model, config.optim, ds["optimizer"]["type"])
     optimizer = None
     if ds["optimizer"]["type"].lower() == "muon":

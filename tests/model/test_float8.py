@@ -8,7 +8,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.compilers import nop
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
-from lcm_ds.model.attention import SegmentLayout
+from lcm_ds.model.attention import Rope, SegmentLayout
 from lcm_ds.model.float8 import device_without_float8, use_float8
 from lcm_ds.model.linear import project
 
@@ -127,7 +127,7 @@ def test_a_compiled_layer_converts_each_input_once_for_each_of_its_two_scales(ma
     layer = torch.compile(model.layers[0], backend=backend, fullgraph=True)
     x = torch.randn(2, 16, 64, dtype=torch.bfloat16, requires_grad=True)
     layout = SegmentLayout.one_segment(2, 16, x.device).prepared(x.device, x.dtype, 16)
-    rope = tuple(torch.ones(2, 16, 1, 16 // 2) for _ in range(2))
+    rope = Rope.of(layout.positions, 16, 1e4)
     layer(x, rope, layout).sum().backward()
     forward, backward = graphs
 

@@ -10,6 +10,7 @@ from torch._inductor.utils import run_and_get_code
 from lcm_ds.model import fused
 from lcm_ds.model.attention import Rope, rotate
 from lcm_ds.model.counter_rng import DropoutDraws, add_dropped, normal
+from lcm_ds.model.modeling import swiglu
 
 ROWS, LENGTH, HEADS, WIDTH = 2, 8, 2, 16
 
@@ -42,6 +43,9 @@ def test_each_function_is_one_kernel_forward_and_one_backward(fusion):
     query, key = (leaf(ROWS, LENGTH, HEADS, WIDTH) for _ in range(2))
     rope = Rope.of(torch.arange(LENGTH).repeat(ROWS, 1), WIDTH, 1e4)
     assert kernels(lambda: rotate(query, key, rope)) == (1, 1)
+
+    gate, up = (leaf(ROWS, LENGTH, WIDTH) for _ in range(2))
+    assert kernels(lambda: [swiglu(gate, up)]) == (1, 1)
 
     keys = torch.tensor([4, 5])
     draw = DropoutDraws.of(keys, 3, LENGTH, WIDTH, 0.1).at(2)

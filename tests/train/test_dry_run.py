@@ -84,4 +84,4 @@ def test_steps_are_traced_for_perfetto(trained):
     events = json.loads(path.read_text())["traceEvents"]
     products = sum(event.get("name") == "aten::scaled_dot_product_attention" for event in events)
     assert products == 3 * 2  # steps and layers
-    assert "train.compile: disabled: ZeRO-3" in (run_dir(config) / "log.txt").read_text()
+    assert "train.compile: no layers: ZeRO-3" in (run_dir(config) / "log.txt").read_text()
