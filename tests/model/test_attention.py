@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch._inductor import config as inductor_config
 from tolerance import rounding, rounding_of
+from torch._inductor import config as inductor_config
 
 from lcm_ds.model.attention import SegmentLayout, attend, rope_tables, rotate, uses_varlen, varlen_takes
 
