@@ -84,12 +84,13 @@ def test_the_runs_for_a_gpu_are_of_valid_configs_and_the_first_parts_fit():
 
 
 def test_a_wrong_kernel_fails_the_checks():
-    code = "import sys; sys.path.insert(0, 'benchmarks/gpu'); import check; check.drop = lambda x, draw: x * 2; "
-    code += "check.attention = check.noise = check.model = lambda: (); sys.exit(check.main())"
+    code = "import sys; sys.path.insert(0, 'benchmarks/gpu'); import check; check.attend = lambda q, k, v, layout: q + k + v; "
+    code += "check.dropout = check.noise = check.model = lambda: (); sys.exit(check.main())"
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "TORCH_COMPILE_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "| dropout, eager | WRONG |" in done.stdout
+    assert done.stdout.count("| WRONG |") == 3, done.stdout
+    assert "| ok |" not in done.stdout
 
 
 @pytest.mark.slow

@@ -49,14 +49,9 @@ def parts(on_gpu: bool) -> list[Part]:
     check = Part("check", 160, [str(HERE / "check.py")])
     encode = str(ROOT / "benchmarks/encode.py")
     if not on_gpu:
-        sizes = (
-            "preset=null",
-            "hidden_size=32",
-            "num_hidden_layers=1",
-            "num_attention_heads=2",
-            "intermediate_size=64",
-        )
-        small = [*(f"model.{size}" for size in sizes), "model.embed_dim=32", "data.row_length=64", "data.workers=1"]
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        small = ["model.preset=null", *(f"model.{key}={value}" for key, value in {**sizes, "embed_dim": 32}.items())]
+        small += ["data.row_length=64", "data.workers=1"]
         return [
             check,
             train("small", 300, "quickstart", 6, *small),
@@ -92,9 +87,8 @@ def main() -> int:
         if left < LEAST:
             print(f"\n{part.name}: left out, {max(0, left):.0f} s are left", flush=True)
             continue
-        failed += not run(
-            part, min(part.seconds, left), arguments.out / f"{part.name.replace(', ', '_').replace(' ', '_')}.log"
-        )
+        log = arguments.out / f"{part.name.replace(',', '').replace(' ', '_')}.log"
+        failed += not run(part, min(part.seconds, left), log)
     print(f"\n{time.monotonic() - started:.0f} s; complete output in {arguments.out}")
     return 1 if failed else 0
 

@@ -105,10 +105,8 @@ def row(lines: list[dict[str, Any]]) -> str:
     rate, step, wait = (statistics.median(line[key] for line in measured) for key in keys)
     mfu = [line["mfu"] for line in measured if line.get("mfu") is not None]
     loss = f"{lines[0]['loss']:.4f} to {lines[-1]['loss']:.4f}"
-    return (
-        f"{rate:,.0f} | {step * 1e3:.1f} | {f'{statistics.median(mfu):.1%}' if mfu else 'unknown'} | {wait / step:.1%} | "
-        f"{lines[-1]['memory']:.1f} | {loss}"
-    )
+    share = f"{statistics.median(mfu):.1%}" if mfu else "unknown"
+    return f"{rate:,.0f} | {step * 1e3:.1f} | {share} | {wait / step:.1%} | {lines[-1]['memory']:.1f} | {loss}"
 
 
 def profile_lines(run: Path) -> list[str]:
