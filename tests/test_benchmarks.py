@@ -84,7 +84,8 @@ def test_the_runs_for_a_gpu_are_of_valid_configs_and_the_first_parts_fit():
 
 
 def test_a_wrong_kernel_fails_the_checks():
-    code = "import sys; sys.path.insert(0, 'benchmarks/gpu'); import check; check.attend = lambda q, k, v, layout: q + k + v; "
+    code = "import sys; sys.path.insert(0, 'benchmarks/gpu'); import check; "
+    code += "check.attend = lambda query, key, value, layout: query + key + value; "
     code += "check.dropout = check.noise = check.model = lambda: (); sys.exit(check.main())"
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "TORCH_COMPILE_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
