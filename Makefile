@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart test test-slow test-multinode test-newest check docs format clean
+.PHONY: install quickstart test test-slow test-multinode test-newest gpu check docs format clean
 
 install: $(INSTALLED)
 
@@ -47,6 +47,11 @@ test-newest:
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[quickstart,dev]'
 	$(NEWEST)/bin/python -m pip list | grep -i -E '^(torch|deepspeed|transformers|numpy) '
 	$(NEWEST)/bin/python -m pytest -m 'not slow and not hub' --ignore=tests/multinode
+
+# Whether a GPU computes what it should, and how fast it trains and encodes, in nine minutes: prints tables to send. Without
+# one everything runs on the CPU, with small sizes.
+gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu/run.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

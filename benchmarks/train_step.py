@@ -6,19 +6,17 @@ python benchmarks/train_step.py --preset 1.6b --rows 7 --row-length 1024 --docum
 The plain model is the same decoder written with nn.Linear and scaled_dot_product_attention, in fp32. Ours is measured
 bare (model, loss, AdamW over fp32 master weights) and as `lcm-ds train` with ZeRO-1 on one rank, including loader,
 noise and logging: that row's step is the one a run logs. --documents packs documents with FineWeb-Edu's lengths and
-also measures padded batches (one document per row of 128). On a GPU the rate of the largest bf16 product, LlamaModel of
-transformers (sdpa, compiled) and the design of dame-cell/BaseLCM (nn.TransformerDecoderLayer that attends to its own
-input), of the same size, are measured as well; on a CPU these two only on request (--ways).
+also measures padded batches (one document per row of 128). Base-LCM and `lcm-ds train` have dropout as in training
+(--dropout), the others none, and the run is killed before it saves. On a GPU the rate of the largest bf16 product,
+LlamaModel of transformers (sdpa, compiled) and the design of dame-cell/BaseLCM (nn.TransformerDecoderLayer that attends
+to its own input), of the same size, are measured as well; on a CPU these two only on request. --ways chooses by name
+what a short loan of a GPU has time for: --ways 'lcm-ds train, bf16, compiled' Llama.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from gpu.train import steps_of
 from loader import write_dataset
 from torch import Tensor, nn
 
@@ -79,12 +78,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--row-length", type=int, default=128)
     parser.add_argument("--documents", action="store_true", help="FineWeb-Edu's lengths; default: a document per row")
+    parser.add_argument("--dropout", type=float, default=0.1, help="of Base-LCM and lcm-ds train (default: 0.1)")
     parser.add_argument("--steps", type=int, default=10, help="measured steps, after three for warm-up")
     parser.add_argument("--ways", nargs="+", help="only alternatives whose name contains one of these")
     arguments = parser.parse_args()
-    config = BaseLCMConfig(**SMALL)
+    config = BaseLCMConfig(**SMALL, dropout=arguments.dropout)
     if arguments.preset:
-        config = resolve_model(ModelConfig(preset=arguments.preset, dropout=0.0))
+        config = resolve_model(ModelConfig(preset=arguments.preset, dropout=arguments.dropout))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     if device.type == "cpu":
@@ -293,9 +293,10 @@ def bare(model: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devic
     optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
     mask = target_mask(batch.ids.to(device))
     share = 1 / int(mask.sum())
+    dropout = {"dropout_keys": torch.arange(len(batch.ids), device=device)} if isinstance(model, BaseLCM) else {}
 
     def step() -> None:
-        predictions = model(batch.concepts, batch.layout)
+        predictions = model(batch.concepts, batch.layout, **dropout)
         (squared_error(predictions, batch.concepts[:, 1:].float(), mask) * share).backward()
         if masters is not parameters:
             for master, parameter in zip(masters, parameters, strict=True):
@@ -336,29 +337,18 @@ def trained(config: BaseLCMConfig, arguments: argparse.Namespace, precision: str
         # Documents as long as a row, or of 5 to 100 concepts.
         exact = None if arguments.documents else arguments.row_length
         write_dataset(Path(folder, "data"), 50_000, config.embed_dim, 100, exact)
-        run = Path(folder, "run")
         settings = {
-            "run_dir": run,
-            "data.train": Path(folder, "data"),
-            "data.validation": "null",
             "data.row_length": arguments.row_length,
             "batch.rows_per_step": arguments.rows,
             "batch.micro_batch_rows": arguments.rows,
-            "steps": arguments.steps + 3,
-            "optim.schedule.warmup_steps": 0,
-            "log.every": 1,
-            "checkpoint.every": "null",
             "train.compile": str(compiled).lower(),
             "deepspeed": f"ds_configs/zero1_{precision}.json",
             **{f"model.{name}": getattr(config, name) for name in SMALL},
-            "model.dropout": 0,
+            "model.dropout": config.dropout,
         }
-        root = Path(__file__).parent.parent
-        command = [sys.executable, "-m", "lcm_ds.train", root / "configs/train/quickstart.yaml"]
-        command += [f"{key}={value}" for key, value in settings.items()]
-        subprocess.run(list(map(str, command)), check=True, cwd=root, stdout=subprocess.DEVNULL, env={**os.environ})
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        steps = [line for line in lines if "step_time" in line]  # the last line is the run's summary
+        overrides = [f"{key}={value}" for key, value in settings.items()]
+        config_path = Path(__file__).parent.parent / "configs/train/quickstart.yaml"
+        steps = steps_of(config_path, Path(folder, "data"), Path(folder, "run"), arguments.steps + 3, overrides)
         return [line["step_time"] for line in steps], steps[-1]["memory"]
 
 

@@ -1,6 +1,7 @@
 """Every benchmark runs, with small sizes."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 from machine import patience
+
+from lcm_ds.config import TrainConfig, load
+from lcm_ds.deepspeed_config import accumulation_steps
 
 ROOT = Path(__file__).parent.parent
 # script → the options of each call, with small sizes
@@ -46,6 +50,48 @@ SHOWN = {
 def test_every_benchmark_has_a_small_run():
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
     assert scripts == set(RUNS) == set(SHOWN)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_runs_on_a_gpu_runs_whole_on_a_cpu_with_small_sizes(tmp_path):
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "benchmarks/gpu/run.py", "--out", str(tmp_path), "--seconds", str(patience(600))]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=patience(800))
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = re.findall(r"^## (\w+): (\w+)", done.stdout, re.MULTILINE)
+    assert parts == [("check", "done"), ("small", "done"), ("encode", "done")]
+    assert "WRONG" not in done.stdout
+    for kind in ("attention, 16 x 128", "dropout, compiled", "noise, compared", "model, attention: row, compiled"):
+        assert f"| {kind}" in done.stdout
+    assert re.search(r"^\| small \| [\d,]+ \| [\d.]+ \| ", done.stdout, re.MULTILINE)
+    assert "sentences/s" in done.stdout
+
+
+def test_the_runs_for_a_gpu_are_of_valid_configs_and_the_first_parts_fit():
+    sys.path.insert(0, str(ROOT / "benchmarks/gpu"))
+    try:
+        import run as gpu
+    finally:
+        sys.path.pop(0)
+    runs = [part.command[1:] for part in gpu.parts(True) if part.command[0].endswith("train.py")]
+    assert len(runs) == 6
+    for _, path, steps, *overrides in runs:
+        config = load(TrainConfig, path, overrides)
+        assert accumulation_steps(config.batch.rows_per_step, config.batch.micro_batch_rows, 1, path)
+        assert int(steps) > 3
+    assert sum(part.seconds for part in gpu.parts(True)[:5]) < 600
+
+
+def test_a_wrong_kernel_fails_the_checks():
+    code = "import sys; sys.path.insert(0, 'benchmarks/gpu'); import check; "
+    code += "check.attend = lambda query, key, value, layout: query + key + value; "
+    code += "check.dropout = check.noise = check.model = lambda: (); sys.exit(check.main())"
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "TORCH_COMPILE_DISABLE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout.count("| WRONG |") == 3, done.stdout
+    assert "| ok |" not in done.stdout
 
 
 @pytest.mark.slow
