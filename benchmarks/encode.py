@@ -6,7 +6,8 @@ python benchmarks/encode.py [--encoder minilm | sonar-random] [--ways NAME …] 
 - Device only: the batches of one unit, tokenized before.
 - Reading only: units are read, split and tokenized in other processes. Counted from when each has read one.
 - All the way: units are read, split and tokenized in other processes, encoded, and written as shards, by the code of
-  `lcm-ds prepare`. Counted from the second unit on, when reading is ahead, to the last batch.
+  `lcm-ds prepare`. Counted from the second unit on, when reading is ahead, to the last batch. (On a CPU, prepare has a
+  process per core: benchmarks/prepare.py.)
 
 "Device waits" is the share of the time between the first batch and the last in which the device has nothing to do.
 `sonar-random` has SONAR's architecture (24 layers, width 1024, vocabulary 256,206) with random weights, which is enough
