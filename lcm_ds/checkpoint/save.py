@@ -1,13 +1,12 @@
 """Saving: DeepSpeed's files, random states and state.json, then COMPLETE; older checkpoints go once all ranks agree.
 
-Training pauses while the state is copied into host memory. A thread of each rank writes the copy, and the ranks commit
-the checkpoint at the first step at which all have written. A failed write does not end the run: it is logged as an
-error, its files are deleted, and existing checkpoints stay.
+Training pauses while the state is copied into host memory (host_copy.py). A thread of each rank writes the copy, and
+the ranks commit the checkpoint at the first step at which all have written. A failed write does not end the run: it is
+logged as an error, its files are deleted, and existing checkpoints stay.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import json
@@ -30,6 +29,7 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from lcm_ds import deepspeed_config
 from lcm_ds.checkpoint import format as checkpoints
 from lcm_ds.checkpoint.format import PARTIAL, Checkpoint, folder_name
+from lcm_ds.checkpoint.host_copy import HostBuffer
 from lcm_ds.config import CheckpointConfig
 from lcm_ds.distributed.collectives import from_first
 from lcm_ds.files import sha256_of, sync, write_whole
@@ -125,6 +125,7 @@ class Saver:
         """End the thread; a checkpoint that is not committed is abandoned."""
         if self._writer is not None:
             self._writer.shutdown(wait=True)
+        self._files.host_buffer.release()
 
     def _final(self, step: int) -> Path:
         return self._run_dir / "checkpoints" / folder_name(step)
@@ -166,12 +167,15 @@ class HashingCheckpointEngine(CheckpointEngine):
         super().__init__()
         self.name = type(self).__name__
         self.errors: list[str] = []
+        self.host_buffer = HostBuffer()  # for the background
         self._writer = writer
         self._written: dict[str, dict[str, Any]] = {}
         self._writes: list[Future[None]] = []
 
     def start(self, folder: Path, first: bool) -> None:
         """Begin a checkpoint in `folder`, which the `first` rank creates, empty."""
+        self.result()  # nothing is written from the buffer any more
+        self.host_buffer.rewind()
         self._written, self.errors, self._writes = {}, [], []
         if first:
             shutil.rmtree(folder, ignore_errors=True)
@@ -182,7 +186,7 @@ class HashingCheckpointEngine(CheckpointEngine):
         if self._writer is None:
             self._write(state_dict, Path(path))
         else:
-            self._writes.append(self._writer.submit(self._write, on_host(state_dict, {}), Path(path)))
+            self._writes.append(self._writer.submit(self._write, self.host_buffer.copy_of(state_dict), Path(path)))
 
     def save_text(self, text: str, path: Path) -> None:
         """Write a text."""
@@ -249,27 +253,6 @@ class _Hashed(io.RawIOBase):
         self.sha256.update(data)
         self.bytes += len(data)
         return self._file.write(data)
-
-
-def on_host(value: Any, known: dict[int, Any]) -> Any:
-    """A copy of a state with all its tensors in host memory, each with a storage of its own size.
-
-    known: copies by the id of the original, for objects that occur twice.
-    """
-    if id(value) in known:
-        return known[id(value)]
-    copied: Any
-    if isinstance(value, torch.Tensor):
-        copied = value.detach().to("cpu", copy=True)
-    elif type(value) in (list, tuple):
-        copied = type(value)(on_host(item, known) for item in value)
-    elif isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections"):
-        copied = copy.copy(value)
-        copied.update((key, on_host(item, known)) for key, item in value.items())
-    else:
-        copied = copy.deepcopy(value)
-    known[id(value)] = copied
-    return copied
 
 
 def _cause(error: BaseException) -> str:

@@ -23,6 +23,8 @@ from lcm_ds.model.linear import project
 from lcm_ds.model.normalizer import Normalizer
 from lcm_ds.model.recompute import recomputed_swiglu
 
+CHUNK = 2**22  # initial values that are drawn at a time
+
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm (arXiv 1910.07467), statistics in fp32, with a scale and without a bias."""
@@ -200,9 +202,10 @@ class BaseLCM(PreTrainedModel):
         The values depend only on (seed, config), not on dtype, device, world size or ZeRO stage.
         """
         for name, module in self.named_modules():
-            # RMSNorm's scales are already 1.
             if isinstance(module, nn.Linear):
                 yield list(module.parameters()), self._filler(seed, name, module)
+            elif isinstance(module, RMSNorm):
+                yield [module.weight], partial(self._fill_with_ones, module.weight)
 
     def initialize(self, seed: int) -> BaseLCM:
         """Fill all parameters from a seed; returns the model."""
@@ -210,15 +213,23 @@ class BaseLCM(PreTrainedModel):
             fill()
         return self
 
+    @staticmethod
+    def _fill_with_ones(weight: nn.Parameter) -> None:
+        nn.init.ones_(weight)
+
     def _filler(self, seed: int, name: str, linear: nn.Linear) -> Callable[[], None]:
         def fill() -> None:
             digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
             # Drawn in fp32 on the CPU and then rounded and moved, so that all devices and dtypes start from the same.
-            weight = torch.empty(linear.weight.shape, dtype=torch.float32, device="cpu")
-            weight.normal_(std=self._std(linear), generator=generator)
             with torch.no_grad():
-                linear.weight.copy_(weight)
+                weight, first = linear.weight.view(-1), 0
+                while first < len(weight):
+                    # normal_ draws 16 values at a time: parts that are multiples of 16 get what the whole would get.
+                    size = CHUNK if len(weight) - first >= CHUNK + 16 else len(weight) - first
+                    part = torch.empty(size, dtype=torch.float32, device="cpu")
+                    weight[first : first + size] = part.normal_(std=self._std(linear), generator=generator)
+                    first += size
                 linear.bias.zero_()
 
         return fill

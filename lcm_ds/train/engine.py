@@ -99,7 +99,9 @@ def collective_timeout(stall_minutes: float | None) -> timedelta:
 def build_model(
     config: BaseLCMConfig, normalizer: tuple[np.ndarray, np.ndarray], seed: int | None, ds: dict[str, Any]
 ) -> BaseLCM:
-    """A Base-LCM with fresh weights; partitioned on creation under ZeRO-3.
+    """A Base-LCM with fresh weights on this rank's device, in the dtype of training; partitioned under ZeRO-3.
+
+    Host memory holds a few MB of it at a time: the ranks of a node would otherwise need 4 bytes per parameter each.
 
     Args:
         config: Its sizes.
@@ -109,8 +111,14 @@ def build_model(
         ds: The resolved DeepSpeed JSON.
     """
     partitioned = deepspeed_config.zero_stage(ds) == 3
-    with deepspeed.zero.Init(config_dict_or_path=ds, enabled=partitioned):
-        model = BaseLCM(config)
+    if partitioned:
+        with deepspeed.zero.Init(config_dict_or_path=ds):
+            model = BaseLCM(config)
+    else:
+        with torch.device("meta"):
+            model = BaseLCM(config)
+        model.to(dtype=getattr(torch, deepspeed_config.precision(ds)))  # type: ignore[call-arg]
+        model.to_empty(device=get_accelerator().current_device_name())
     for parameters, fill in model.initialization(seed) if seed is not None else ():
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=partitioned):
             fill()

@@ -13,6 +13,7 @@ from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from lcm_ds import deepspeed_config
+from lcm_ds.checkpoint.save import saves_in_background
 from lcm_ds.config import TrainConfig
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
@@ -114,8 +115,24 @@ def activations(
     return concepts * (kept + ends)
 
 
+def background_copy(parameters: int, ds: dict[str, Any], ranks: int) -> float:
+    """Bytes of host memory that a rank keeps for saves in the background: a copy of what it writes.
+
+    Only rank 0 writes parameters, and none does under ZeRO 3. Under ZeRO 0 the other ranks write nothing.
+
+    Args:
+        parameters: Of the model.
+        ds: The resolved DeepSpeed JSON.
+        ranks: Number of ranks.
+    """
+    stage, half = deepspeed_config.zero_stage(ds), deepspeed_config.precision(ds) != "float32"
+    states = 12 if half or stage else 8  # torch's own optimizer in fp32 has no master weights
+    size = 0 if stage == 3 else 2 if half else 4
+    return parameters * (size + states / (ranks if stage else 1))
+
+
 def memory_lines(config: TrainConfig, model: BaseLCMConfig, ds: dict[str, Any], ranks: int) -> Iterator[str]:
-    """A rank's memory: a line for each ZeRO stage, the run's own marked, and one for activations.
+    """A rank's memory: a line for each ZeRO stage, the run's own marked, one for activations, one for background saves.
 
     Args:
         config: The run.
@@ -151,3 +168,6 @@ def memory_lines(config: TrainConfig, model: BaseLCMConfig, ds: dict[str, Any], 
         + (", SwiGLU recomputed" if config.train.recompute == "swiglu" else "")
         + ("; compiled layers keep less" if config.train.compile and deepspeed_config.zero_stage(ds) < 3 else "")
     )
+    if saves_in_background(config.checkpoint, ds):
+        copied = background_copy(parameters, ds, ranks) / GIB
+        yield f"host memory   at most {copied:.3g} GiB per rank for saves in the background (checkpoint.background)"

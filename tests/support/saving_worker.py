@@ -30,6 +30,7 @@ from lcm_ds.model.config import resolve_model
 from lcm_ds.processes import exit_with
 from lcm_ds.train.engine import build_engine, build_model, init_distributed
 from lcm_ds.train.job import TrainJob
+from lcm_ds.train.memory import background_copy, count_parameters
 from lcm_ds.train.run_metadata import identity
 from lcm_ds.train.step import Stepper
 
@@ -120,6 +121,8 @@ def variant(name, folder, env, device):
     goes_on = Event()
     saver._writer.submit(goes_on.wait)  # nothing is written before the weights have changed
     saver.save_async(SAVED_AT, {"step": SAVED_AT, **identity(stepper.job, env)})
+    copied, parameters = saver._files.host_buffer.copied, count_parameters(stepper.job.model)
+    result["copied"] = copied / background_copy(parameters, stepper.job.ds, env.world_size)
     result["went on"] = steps(stepper, SAVED_AT, LAST)
     result["busy"] = saver.busy()
     goes_on.set()
