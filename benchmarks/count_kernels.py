@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lcm_ds.model import modeling
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
@@ -43,7 +45,7 @@ def stand_in(name: str) -> Callable[..., torch.Tensor]:
     return lambda *inputs: forward(list(inputs))
 
 
-ATTENTION, NORM = stand_in("attention"), stand_in("norm")
+ATTENTION, NORM, ROPE, DROPOUT, SWIGLU = map(stand_in, ("attention", "norm", "rope", "dropout", "swiglu"))
 
 
 class Kernels(TorchDispatchMode):
@@ -82,14 +84,23 @@ def step(model: BaseLCM) -> None:
     model(concepts, SegmentLayout.from_ids(ids, LENGTH), None, keys).float().square().mean().backward()
 
 
-def eager_kernels(layers: int, dropout: float = 0.1) -> int:
-    """Kernels of an eager forward and backward."""
+def eager_kernels(layers: int, dropout: float = 0.1, fused: bool = False) -> int:
+    """Kernels of an eager forward and backward; fused: of a run on a GPU, whose `fused` functions are a kernel each."""
     model = model_of(layers, "meta", dropout)
     as_on_cuda = {
         "scaled_dot_product_attention": lambda query, key, value, **_: ATTENTION(query, key, value),
         "rms_norm": lambda x, shape, weight, eps: NORM(x, weight),
     }
-    with patch.multiple(torch.nn.functional, **as_on_cuda), Kernels() as kernels:
+    as_fused = {
+        "rotate": lambda query, key, rope: (ROPE(query, key), key),
+        "add_dropped": lambda residual, x, draw: DROPOUT(residual, x),
+        "swiglu": SWIGLU,
+    }
+    with ExitStack() as stack:
+        stack.enter_context(patch.multiple(torch.nn.functional, **as_on_cuda))
+        if fused:
+            stack.enter_context(patch.multiple(modeling, **as_fused))
+        kernels = stack.enter_context(Kernels())
         step(model)
     return kernels.count
 
@@ -112,11 +123,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     layers = parser.parse_args().layers
-    total, without = eager_kernels(layers), eager_kernels(layers, dropout=0.0)
-    of_layer = (total - eager_kernels(1)) / (layers - 1)
-    print(
-        f"eager, {layers} layers: {total} kernels a micro-batch, {of_layer:.0f} a layer; {total - without} for dropout"
-    )
+    for way, fused in (("eager", False), ("eager, as on a GPU", True)):
+        total, one = (eager_kernels(count, fused=fused) for count in (layers, 1))
+        print(f"{way}, {layers} layers: {total} kernels a micro-batch, {(total - one) / (layers - 1):.0f} a layer")
+    print(f"dropout, eager: {eager_kernels(layers) - eager_kernels(layers, dropout=0.0)} of them")
     print(f"compiled layer: {compiled_kernels()} generated kernels")
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from lcm_ds.data.batch import target_mask
 from lcm_ds.model.attention import SegmentLayout, attend, uses_varlen
 from lcm_ds.model.config import BaseLCMConfig
-from lcm_ds.model.dropout import Draw, drop
+from lcm_ds.model.counter_rng import DropoutDraws, drop
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.train.loss import input_noise, squared_error
+from lcm_ds.train.loss import input_noise, row_keys, squared_error
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -95,7 +95,7 @@ def dropout() -> Iterator[Check]:
     values, keys = torch.ones(2, LENGTH, 256), torch.tensor([3, 4])
 
     def dropped(values: Tensor, keys: Tensor) -> Tensor:
-        return drop(values, Draw.of(keys, LENGTH, 256, 0.1).at(5))
+        return drop(values, DropoutDraws.of(keys, 6, LENGTH, 256, 0.1).at(5))
 
     expected = dropped(values, keys)
     for name, function in (("eager", dropped), ("compiled", torch.compile(dropped))):
@@ -108,7 +108,8 @@ def noise() -> Iterator[Check]:
     """A row's noise is that of the CPU and does not depend on the rows beside it."""
 
     def drawn(rows: int, device: torch.device, first_lane: int = 0) -> Tensor:
-        made = input_noise(torch.zeros(rows, LENGTH, DIMS, device=device), 1.0, 1, 3, first_lane)
+        keys = row_keys("noise", rows, seed=1, step=3, first_lane=first_lane).to(device)
+        made = input_noise(torch.zeros(rows, LENGTH, DIMS, device=device), 1.0, keys)
         assert made is not None
         return made.cpu()
 

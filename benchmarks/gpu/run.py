@@ -63,6 +63,7 @@ def parts(on_gpu: bool) -> list[Part]:
         check,
         Part("tests", 60, tests),
         train("1.6b, 8 rows", 150, "1.6b", 16, *batch(8, 8), profiled),
+        train("1.6b, 8 rows, fp8", 90, "1.6b_fp8", 10, *batch(8, 8)),
         train("1.6b, 4 x 8 rows", 80, "1.6b", 10, *batch(32, 8)),
         Part("encode", 120, [encode, "--encoder", "sonar-random", "--repeats", "1"]),
         train("1.6b, 2 x 16 rows", 90, "1.6b", 9, *batch(32, 16)),
