@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 # script → the options of each call, with small sizes
 RUNS = {
     "checkpoint": ["--preset quickstart --ranks 1 --stages 1 --folder {folder}"],
+    "count_kernels": ["--layers 2"],
     "encode": ["--sentences 40 --repeats 1", "--encoder sonar-random --layers 1 --sentences 40 --repeats 1 --ways way"],
     "generate": ["--preset quickstart --concepts 8 --batches 1 2 --repeats 1 --rounds 1"],
     "loader": ["--concepts 20000 --embed-dim 16 --seconds 0.05", "--plan"],
@@ -31,6 +32,7 @@ RUNS = {
 # script → text in its tables: one alternative of each kind
 SHOWN = {
     "checkpoint": ["| 1 | waiting |", "| 1 | in the background |"],
+    "count_kernels": ["eager, as on a GPU, 2 layers", "generated kernels"],
     "encode": ["in order, float32", "device only, float32", "device only, bfloat16", "all the way", "sonar-random on"],
     "generate": ["| 2 | recomputing |", "| 2 | cached |", "| 2 | 512 |"],
     "loader": ["webdataset .decode(), 2 workers", "Loader, 2 threads, first epoch", "cold", "plan ready in"],
