@@ -46,7 +46,7 @@ test-newest:
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[quickstart,dev]'
 	$(NEWEST)/bin/python -m pip list | grep -i -E '^(torch|deepspeed|transformers|numpy) '
-	$(NEWEST)/bin/python -m pytest -m 'not slow and not hub' --ignore=tests/multinode
+	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile -m 'not slow and not hub' --ignore=tests/multinode
 
 # Whether a GPU computes what it should, and how fast it trains and encodes, in nine minutes: prints tables to send. Without
 # one everything runs on the CPU, with small sizes.
