@@ -123,11 +123,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
     layers = parser.parse_args().layers
-    for way, fused in (("eager", False), ("eager, as on a GPU", True)):
-        total, one = (eager_kernels(count, fused=fused) for count in (layers, 1))
-        print(f"{way}, {layers} layers: {total} kernels a micro-batch, {(total - one) / (layers - 1):.0f} a layer")
-    print(f"dropout, eager: {eager_kernels(layers) - eager_kernels(layers, dropout=0.0)} of them")
+    total, without = eager_kernels(layers), eager_kernels(layers, dropout=0.0)
+    print(f"eager, {layers} layers: {total} kernels a micro-batch, {total - without} of them for dropout")
+    print(f"eager: {(total - eager_kernels(1)) / (layers - 1):.0f} kernels a layer")
     print(f"compiled layer: {compiled_kernels()} generated kernels")
+    total, one = eager_kernels(layers, fused=True), eager_kernels(1, fused=True)
+    print(f"eager on a GPU: {total} kernels a micro-batch, {(total - one) / (layers - 1):.0f} a layer")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ RUNS = {
 # script → text in its tables: one alternative of each kind
 SHOWN = {
     "checkpoint": ["| 1 | waiting |", "| 1 | in the background |"],
-    "count_kernels": ["eager, as on a GPU, 2 layers", "generated kernels"],
+    "count_kernels": ["eager, 2 layers", "generated kernels", "eager on a GPU"],
     "encode": ["in order, float32", "device only, float32", "device only, bfloat16", "all the way", "sonar-random on"],
     "generate": ["| 2 | recomputing |", "| 2 | cached |", "| 2 | 512 |"],
     "loader": ["webdataset .decode(), 2 workers", "Loader, 2 threads, first epoch", "cold", "plan ready in"],

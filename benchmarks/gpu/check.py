@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from lcm_ds.data.batch import target_mask
-from lcm_ds.model.attention import SegmentLayout, attend, uses_varlen
+from lcm_ds.model.attention import SegmentLayout, attend, varlen_takes
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.counter_rng import DropoutDraws, drop
+from lcm_ds.model.fused import enable_fusion
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.train.loss import input_noise, row_keys, squared_error
 
@@ -74,9 +75,10 @@ def attention() -> Iterator[Check]:
         )
         real = (ids >= 0).to(DEVICE)
         errors = [distance(one[real], other[real]) for one, other in zip(found, exact, strict=True)]
-        flash = layout.varlen == (ON_GPU and uses_varlen(DEVICE, dtype, head_dim))
+        wants_flash = ON_GPU and torch.cuda.get_device_capability() >= (8, 0) and varlen_takes(dtype, head_dim)
         name = f"attention, {heads} x {head_dim}, segments to {longest}, {str(dtype).removeprefix('torch.')}"
-        right = max(errors) < MAX_ATTENTION_ERROR and flash and all(each[real].isfinite().all() for each in found)
+        finite = all(each[real].isfinite().all() for each in found)
+        right = max(errors) < MAX_ATTENTION_ERROR and layout.varlen == wants_flash and finite
         figures = ", ".join(f"{error:.1e}" for error in errors)
         yield Check(name, right, f"errors {figures}; {'flash' if layout.varlen else 'SDPA'}")
 
@@ -114,29 +116,34 @@ def noise() -> Iterator[Check]:
         return made.cpu()
 
     found, alone = drawn(2, DEVICE), drawn(1, DEVICE, first_lane=1)
-    yield Check(
-        "noise of a row by itself", torch.equal(found[1], alone[0]), f"standard deviation {float(found.std()):.4f}"
-    )
-    error = distance(found, drawn(2, torch.device("cpu")))
-    yield Check("noise, compared with the CPU", error < MAX_NOISE_ERROR, f"error {error:.1e}; 1.4: another draw")
+    same, deviation = torch.equal(found[1], alone[0]), float(found.std())
+    yield Check("noise of a row in another batch", same, f"standard deviation {deviation:.4f}")
+    expected = drawn(2, torch.device("cpu"))
+    for name, fused in (("eager", False), ("fused", True)):
+        enable_fusion(fused)
+        error = distance(drawn(2, DEVICE), expected)
+        yield Check(f"noise, {name}", error < MAX_NOISE_ERROR, f"error {error:.1e} to the CPU's; 1.4: another draw")
+    enable_fusion(False)
 
 
 def model() -> Iterator[Check]:
-    """Loss and gradients in bf16, eager and compiled, in both kinds of attention."""
+    """Loss and gradients in bf16: eager, with fused functions, and compiled; in both kinds of attention."""
     for kind in ("document", "row"):
         exact = loss_and_gradient(fresh(kind), torch.device("cpu"), torch.float32, kind)
-        for compiled in (False, True):
+        for way in ("eager", "fused", "compiled"):
             made = fresh(kind)
-            if compiled:
+            enable_fusion(way != "eager")
+            if way == "compiled":
                 made.compile_layers()
             started = time.perf_counter()
             found = loss_and_gradient(made, DEVICE, torch.bfloat16, kind)
             errors = [distance(one, other) for one, other in zip(found, exact, strict=True)]
             yield Check(
-                f"model, attention: {kind}, {'compiled' if compiled else 'eager'}",
+                f"model, attention: {kind}, {way}",
                 errors[0] < MAX_LOSS_ERROR and errors[1] < MAX_GRADIENT_ERROR,
                 f"loss {errors[0]:.1e}, gradient {errors[1]:.1e}; {time.perf_counter() - started:.0f} s",
             )
+            enable_fusion(False)
 
 
 def fresh(attention: str) -> BaseLCM:

@@ -54,7 +54,7 @@ def parts(on_gpu: bool) -> list[Part]:
         small += ["data.row_length=64", "data.workers=1"]
         return [
             check,
-            train("small", 300, "quickstart", 6, *small),
+            train("small", 300, "quickstart", 8, *small),
             Part("encode", 160, [encode, "--sentences", "20", "--repeats", "1"]),
         ]
     tests = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests/model", "tests/encoders"]
@@ -63,13 +63,13 @@ def parts(on_gpu: bool) -> list[Part]:
         check,
         Part("tests", 60, tests),
         train("1.6b, 8 rows", 150, "1.6b", 16, *batch(8, 8), profiled),
-        train("1.6b, 8 rows, fp8", 90, "1.6b_fp8", 10, *batch(8, 8)),
-        train("1.6b, 4 x 8 rows", 80, "1.6b", 10, *batch(32, 8)),
+        train("1.6b, 8 rows, fp8", 90, "1.6b_fp8", 12, *batch(8, 8)),
+        train("1.6b, 4 x 8 rows", 80, "1.6b", 12, *batch(32, 8)),
         Part("encode", 120, [encode, "--encoder", "sonar-random", "--repeats", "1"]),
-        train("1.6b, 2 x 16 rows", 90, "1.6b", 9, *batch(32, 16)),
-        train("1.6b, 32 rows", 90, "1.6b", 9, *batch(32, 32)),
-        train("150m, 8 rows", 60, "150m", 30, *batch(8, 8)),
-        train("1.6b, 8 rows, not compiled", 60, "1.6b", 8, *batch(8, 8), "train.compile=false"),
+        train("1.6b, 2 x 16 rows", 90, "1.6b", 12, *batch(32, 16)),
+        train("1.6b, 32 rows", 90, "1.6b", 12, *batch(32, 32)),
+        train("150m, 8 rows", 60, "150m", 32, *batch(8, 8)),
+        train("1.6b, 8 rows, not compiled", 60, "1.6b", 12, *batch(8, 8), "train.compile=false"),
         Part("doctor", 60, ["-m", "lcm_ds.doctor.kernels"]),
     ]
 

@@ -2,7 +2,7 @@
 
 python benchmarks/gpu/train.py NAME CONFIG STEPS [key=value …]
 
-The run trains on random concepts and is killed after STEPS steps, before it writes a checkpoint. With
+The run trains on random concepts and is killed after STEPS steps, a multiple of 4, before it writes a checkpoint. With
 train.profile_steps=[N,N] the longest kernels of that step follow the row.
 """
 
@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-WARM_UP = 3  # steps that compile and allocate
+EVERY = 4  # steps of a line of metrics.jsonl; in between the host does not wait for a step's results
+WARM_UP = 1  # lines of steps that compile and allocate
 LONGEST = 12  # kernels shown of a profiled step
 HEADER = """\
 | run | concepts/s | step (ms) | MFU | waiting for data | memory (GiB) | loss | start (s) |
@@ -49,7 +50,7 @@ def main() -> int:
         write_dataset(Path(folder, "data"), max(20_000, concepts), resolve_model(config.model).embed_dim, 100)
         started = time.perf_counter()
         try:
-            lines = steps_of(path, Path(folder, "data"), Path(folder, "run"), int(steps), overrides)
+            lines = steps_of(path, Path(folder, "data"), Path(folder, "run"), int(steps) // EVERY, overrides, EVERY)
         except TrainingFailed as error:
             print(error, file=sys.stderr)
             print(f"| {name} | failed: {str(error).strip().splitlines()[-1]} | | | | | | |")
@@ -61,8 +62,10 @@ def main() -> int:
     return 0
 
 
-def steps_of(config: str | Path, data: Path, run: Path, steps: int, overrides: list[str]) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl of a run's first steps, one a step; the run is then killed.
+def steps_of(
+    config: str | Path, data: Path, run: Path, steps: int, overrides: list[str], every: int = 1
+) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl of a run's first steps; the run is then killed.
 
     Args:
         config: A train config.
@@ -70,11 +73,12 @@ def steps_of(config: str | Path, data: Path, run: Path, steps: int, overrides: l
         run: Folder of the run.
         steps: Number of lines to wait for.
         overrides: `key=value` of the config.
+        every: Steps of a line.
 
     Raises:
         TrainingFailed: The run ended before.
     """
-    places = [f"run_dir={run}", f"data.train={data}", "data.validation=null", "log.every=1"]
+    places = [f"run_dir={run}", f"data.train={data}", "data.validation=null", f"log.every={every}"]
     endless = ["steps=100000", "epochs=null", "checkpoint.every=null", "checkpoint.every_minutes=null"]
     command = [sys.executable, "-m", "lcm_ds.train", str(config), *places, *endless, *overrides]
     metrics = run / "metrics.jsonl"

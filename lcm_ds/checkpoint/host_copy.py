@@ -6,6 +6,7 @@ page fault every 4 KiB, and the driver copies every byte twice.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Callable, Mapping
@@ -24,16 +25,18 @@ ALIGNMENT = 64  # bytes
 class HostBuffer:
     """Host memory in blocks, which grows to what a save needs and stays.
 
-    page_lock, page_unlock: for a block, uint8 [bytes]; default: by CUDA's driver on GPUs, else nothing.
+    page_lock, page_unlock: for a block, uint8 [bytes]; page_lock returns whether the block is locked now. Default: by
+    CUDA's driver on GPUs, else nothing.
     """
 
     def __init__(
-        self, page_lock: Callable[[Tensor], None] | None = None, page_unlock: Callable[[Tensor], None] | None = None
+        self, page_lock: Callable[[Tensor], bool] | None = None, page_unlock: Callable[[Tensor], None] | None = None
     ) -> None:
         on_cuda = get_accelerator().device_name() == "cuda"
-        self._page_lock = page_lock or (_page_lock if on_cuda else _nothing)
-        self._page_unlock = page_unlock or (_page_unlock if on_cuda else _nothing)
+        self._page_lock = page_lock or (_page_lock if on_cuda else lambda block: False)
+        self._page_unlock = page_unlock or _page_unlock
         self._blocks: list[Tensor] = []
+        self._locked: list[Tensor] = []
         self._used: list[int] = []  # bytes of each block
         self._copied = 0
 
@@ -53,9 +56,9 @@ class HostBuffer:
 
     def release(self) -> None:
         """Free the memory."""
-        for block in self._blocks:
+        for block in self._locked:
             self._page_unlock(block)
-        self._blocks, self._used = [], []
+        self._blocks, self._locked, self._used = [], [], []
 
     def copy_of(self, value: Any) -> Any:
         """A copy of a state with all its tensors in this memory, each with a storage of its own size."""
@@ -90,7 +93,8 @@ class HostBuffer:
                 break
         else:
             index, block = len(self._blocks), torch.empty(max(size, BLOCK), dtype=torch.uint8, device="cpu")
-            self._page_lock(block)
+            if self._page_lock(block):
+                self._locked.append(block)
             self._blocks.append(block)
             self._used.append(0)
         first = self._used[index]
@@ -99,16 +103,15 @@ class HostBuffer:
         return torch.from_numpy(block.numpy()[first : first + size]).view(dtype).view(shape)
 
 
-def _page_lock(block: Tensor) -> None:
+def _page_lock(block: Tensor) -> bool:
     # Not torch's pin_memory: it rounds sizes up to a power of two.
-    error = torch.cuda.cudart().cudaHostRegister(block.data_ptr(), len(block), 0)
-    if int(error):
-        logger.warning("%d bytes for checkpoints could not be page-locked: CUDA error %d", len(block), int(error))
+    error = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), len(block), 0))
+    if error:
+        logger.warning("%d bytes for checkpoints could not be page-locked: CUDA error %d", len(block), error)
+        with contextlib.suppress(RuntimeError):  # takes the error back, which the next kernel would raise
+            torch.zeros(1, device="cuda")
+    return not error
 
 
 def _page_unlock(block: Tensor) -> None:
     torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
-
-
-def _nothing(block: Tensor) -> None:
-    pass

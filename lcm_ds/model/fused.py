@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -18,7 +21,7 @@ from torch.utils._triton import has_triton
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_enabled = False
+_enabled = _training = False
 
 
 def enable_fusion(enabled: bool = True) -> None:
@@ -28,19 +31,34 @@ def enable_fusion(enabled: bool = True) -> None:
 
 
 def gpu_compiles() -> bool:
-    """Whether this process has a GPU and what torch.compile needs to make kernels for it: Triton and a C compiler."""
+    """Whether this process has a GPU and what Triton needs to make kernels: a C compiler and Python's headers."""
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]
-    return torch.cuda.is_available() and has_triton() and any(map(shutil.which, compilers))
+    headers = Path(sysconfig.get_paths()["include"], "Python.h")
+    return torch.cuda.is_available() and has_triton() and any(map(shutil.which, compilers)) and headers.is_file()
+
+
+@contextmanager
+def training_pass(training: bool) -> Iterator[None]:
+    """Marks the forward pass of a model; with `training` its functions are fused even without gradients.
+
+    Such is the first pass through layers that are recomputed: it has to round as the second one does.
+    """
+    global _training
+    before, _training = _training, training
+    try:
+        yield
+    finally:
+        _training = before
 
 
 def fused(function: Callable[P, T]) -> Callable[P, T]:
-    """Compile a function by itself in training, if that is enabled; generation, with its many shapes, stays eager."""
+    """Compile a function separately in training, if that is enabled; generation, with its many shapes, stays eager."""
     compiled = torch.compile(function, dynamic=False)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if _enabled and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return compiled(*args, **kwargs)
-        return function(*args, **kwargs)
+        if torch.compiler.is_compiling() or not _enabled:
+            return function(*args, **kwargs)
+        return (compiled if _training or torch.is_grad_enabled() else function)(*args, **kwargs)
 
     return call

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from lcm_ds.model.attention import Cache, Rope, SegmentLayout, attend, rotate
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.counter_rng import Draw, DropoutDraws, add_dropped
-from lcm_ds.model.fused import fused
+from lcm_ds.model.fused import fused, training_pass
 from lcm_ds.model.linear import project
 from lcm_ds.model.normalizer import Normalizer
 from lcm_ds.model.recompute import recomputed_swiglu
@@ -168,10 +168,11 @@ class BaseLCM(PreTrainedModel):
             shape = concepts.shape[1], self.config.hidden_size
             dropout = DropoutDraws.of(dropout_keys, 2 * len(self.layers), *shape, self.config.dropout)
         recompute = self.recompute if self.training else None
-        for i, layer in enumerate(self.layers):
-            draws = (None, None) if dropout is None else (dropout.at(2 * i), dropout.at(2 * i + 1))
-            call = partial(layer, rope=rope, layout=layout, draws=draws, cache=cache)
-            hidden = call(hidden) if recompute is None or i % self.recompute_every else recompute(call, hidden)
+        with training_pass(self.training):
+            for i, layer in enumerate(self.layers):
+                draws = (None, None) if dropout is None else (dropout.at(2 * i), dropout.at(2 * i + 1))
+                call = partial(layer, rope=rope, layout=layout, draws=draws, cache=cache)
+                hidden = call(hidden) if recompute is None or i % self.recompute_every else recompute(call, hidden)
         return project(self.norm(hidden), self.post_net)[0]
 
     def compile_layers(self) -> None:

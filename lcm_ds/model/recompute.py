@@ -16,7 +16,8 @@ Kept = Tensor | tuple[Callable[[], Tensor], Size, tuple[int, ...]]
 def recomputed_swiglu(gate: Tensor, up: Tensor, use: Callable[[Tensor], Tensor]) -> Tensor:
     """use(silu(gate) · up), of which only gate and up are kept, and what `use` keeps apart from its argument.
 
-    Values and gradients are those without it, for two more elementwise operations; bit for bit if not compiled.
+    Values and gradients are those without it, for two more elementwise operations: bit for bit if SwiGLU is not
+    compiled.
 
     Args:
         gate: [..., intermediate_size].

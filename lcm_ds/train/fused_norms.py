@@ -1,9 +1,10 @@
-"""DeepSpeed's gradient norms and overflow checks with a few kernels, and one wait for the device, a step.
+"""DeepSpeed's gradient norms and overflow checks with a few kernels a step.
 
 DeepSpeed 0.19 starts up to eleven kernels for each gradient, and waits for the device once for the norm, the clipping
 and each parameter group (with offload or under ZeRO 0 once for each gradient). Here the norms of all gradients of a
 group are computed together, and DeepSpeed is given the vector of these norms in place of the gradients: its norm is the
-same. What ranks exchange and when a step is skipped stays DeepSpeed's. Parts that DeepSpeed has renamed are left alone.
+same. The host waits for the norm, by which it decides whether to skip the step, and in fp16 for the overflow check.
+What ranks exchange and when a step is skipped stays DeepSpeed's. Parts that DeepSpeed has renamed are left alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime import bf16_optimizer, utils
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.utils import get_norm_dtype
@@ -25,6 +26,8 @@ def fuse_norms(optimizer: Any) -> None:
     """Have one of DeepSpeed's optimizers compute norms and overflow checks over lists of gradients."""
     _replace(bf16_optimizer, "get_global_norm_of_tensors", _global_norm)
     _replace(bf16_optimizer, "clip_tensors_by_global_norm", _clip)
+    for module in (utils, stage_1_and_2, stage3):
+        _replace(module, "mask_nan_or_inf_with_val_inplace", _mask_nonfinite)
     for module in (stage_1_and_2, stage3):
         _replace(module, "combine_grad_norm_groups", _combined)
     if isinstance(optimizer, stage_1_and_2.DeepSpeedZeroOptimizer | stage3.DeepSpeedZeroOptimizer_Stage3):
@@ -46,6 +49,11 @@ def _replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
 def _norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """The 2-norm of each tensor, computed in `dtype` (default: their own): [len(tensors)]."""
     return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
+
+
+def _mask_nonfinite(original: Any, norm: Tensor, device: Any = None, val: float = -1.0) -> None:
+    """In place, without a value that has to be copied to the device first."""
+    norm.masked_fill_(~norm.isfinite(), val)
 
 
 # --- BF16_Optimizer ---------------------------------------------------------------------------------------------------

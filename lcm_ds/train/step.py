@@ -1,7 +1,8 @@
 """One optimizer step: its loss and gradient do not depend on how the global batch's rows are split over devices.
 
-The host never waits for the device in a step: all that can be computed on the CPU is part of a `MicroBatch`, which the
-loader's threads make, and a step's results are copied to the host when they are there.
+In a step the host waits for the device only where DeepSpeed's optimizer decides whether to skip it. All that can be
+computed on the CPU is part of a `MicroBatch`, which the loader's threads make, and a step's results are copied to the
+host when they are there.
 """
 
 from __future__ import annotations
@@ -56,17 +57,16 @@ class StepOutcome:
 class PendingStep:
     """A step whose results may still be computed by the device."""
 
-    def __init__(self, results: Tensor, counts: int, applied: bool, waited: float) -> None:
+    def __init__(self, results: Tensor, grad_norm: float | None, applied: bool, waited: float) -> None:
         """Start copying results to the host.
 
         Args:
-            results: float64: targets, concepts, missing concepts, attended pairs, flags; the loss summed over targets;
-                the gradient norm, if it is known.
-            counts: Number of results before the loss.
+            results: float64: targets, concepts, missing concepts, attended pairs, flags; the loss summed over targets.
+            grad_norm: As in `StepOutcome`.
             applied: As in `StepOutcome`.
             waited: As in `StepOutcome`.
         """
-        self._counts, self._applied, self._waited = counts, applied, waited
+        self._grad_norm, self._applied, self._waited = grad_norm, applied, waited
         self._results = results.to("cpu", non_blocking=True)
         self._copied = torch.cuda.Event() if results.is_cuda else None
         if self._copied is not None:
@@ -76,11 +76,19 @@ class PendingStep:
         """The outcome; waits until the device has finished the step."""
         if self._copied is not None:
             self._copied.synchronize()
-        results = self._results.tolist()
-        targets, concepts, missing, pairs, *flags = map(int, results[: self._counts])
-        loss, *norms = results[self._counts :]
-        mean, norm = loss / targets if targets else None, norms[0] if norms else None
-        return StepOutcome(mean, norm, targets, self._applied, concepts, missing, pairs, tuple(flags), self._waited)
+        *counts, loss = self._results.tolist()
+        targets, concepts, missing, pairs, *flags = map(int, counts)
+        return StepOutcome(
+            loss / targets if targets else None,
+            self._grad_norm,
+            targets,
+            self._applied,
+            concepts,
+            missing,
+            pairs,
+            tuple(flags),
+            self._waited,
+        )
 
 
 class Stepper:
@@ -127,10 +135,10 @@ class Stepper:
             engine.step()
             loss += error.detach()
         dist.all_reduce(loss)
-        norm = engine.get_global_grad_norm()  # a number, a scalar tensor or None
-        norms = [] if norm is None else [torch.as_tensor(norm, dtype=loss.dtype).to(self.device, non_blocking=True)]
-        results = torch.cat([counts.to(loss.dtype), torch.stack([loss, *norms])])
-        return PendingStep(results, len(counts), engine.was_step_applied(), waited)
+        results = torch.cat([counts.to(loss.dtype), loss.unsqueeze(0)])
+        # The host knows the norm, because DeepSpeed decides by it whether to skip the step.
+        norm = engine.get_global_grad_norm()
+        return PendingStep(results, None if norm is None else float(norm), engine.was_step_applied(), waited)
 
     def _global_counts(self, micro_batches: list[MicroBatch], rank_flags: Sequence[bool]) -> Tensor:
         """The one all-reduce before a step: targets, concepts, missing concepts, attended pairs, flags; int64."""

@@ -105,7 +105,7 @@ def test_a_host_copy_has_its_own_storage_of_the_tensors_size():
 def test_host_memory_is_page_locked_once_and_reused_by_every_save(monkeypatch):
     monkeypatch.setattr(host_copy, "BLOCK", 1000)
     locked, unlocked = [], []
-    buffer = HostBuffer(locked.append, unlocked.append)
+    buffer = HostBuffer(lambda block: locked.append(block) is None, unlocked.append)
     state = {"large": torch.arange(1000.0), "small": [torch.arange(5), torch.ones(3, dtype=torch.bool)]}
     for number in range(3):
         state["large"].add_(number)
@@ -125,3 +125,11 @@ def test_host_memory_is_page_locked_once_and_reused_by_every_save(monkeypatch):
     buffer.release()
     assert [block.data_ptr() for block in unlocked] == [block.data_ptr() for block in locked]
     assert buffer.bytes == 0
+
+
+def test_what_cannot_be_page_locked_is_used_as_it_is_and_never_unlocked():
+    unlocked = []
+    buffer = HostBuffer(lambda block: False, unlocked.append)
+    assert torch.equal(buffer.copy_of(torch.arange(5)), torch.arange(5))
+    buffer.release()
+    assert unlocked == []

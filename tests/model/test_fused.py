@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch._inductor import metrics
 from torch._inductor.utils import run_and_get_code
+from torch.utils.checkpoint import checkpoint
 
 from lcm_ds.model import fused
 from lcm_ds.model.attention import Rope, rotate
+from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.counter_rng import DropoutDraws, add_dropped, normal
-from lcm_ds.model.modeling import swiglu
+from lcm_ds.model.modeling import BaseLCM, swiglu
 
 ROWS, LENGTH, HEADS, WIDTH = 2, 8, 2, 16
 
@@ -68,3 +70,15 @@ def test_compiled_rope_loads_each_value_twice_and_each_angle_once(fusion):
     body = code[code.index('extern "C"') :].partition("{")[2]
     # queries, keys, both with their pairs exchanged, cosines and sines
     assert len(re.findall(r"\bin_ptr\d+( \+|\[)", body)) == 6
+
+
+def test_recomputed_layers_round_as_those_that_are_kept(fusion):
+    config = BaseLCMConfig(
+        embed_dim=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, dropout=0.1
+    )
+    model = BaseLCM(config).initialize(1).bfloat16().train()
+    concepts, keys = torch.randn(2, 8, 8), torch.tensor([4, 5])
+    kept = model(concepts, dropout_keys=keys)
+    # As DeepSpeed's: the first pass through a layer is without gradients.
+    model.recompute = lambda call, x: checkpoint(call, x, use_reentrant=True)
+    assert torch.equal(model(concepts, dropout_keys=keys), kept)

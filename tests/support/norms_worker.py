@@ -63,7 +63,7 @@ def take_steps(changes, env, device):
     for index in range(STEPS // 2):
         if index == NONFINITE:
             upcoming = with_infinity(upcoming)
-        losses.append(stepper.step(upcoming, index).loss)
+        losses.append(stepper.step(map(stepper.prepare, upcoming), index).read().loss)
         norms.append(float(engine.get_global_grad_norm()))
     weights = {
         name: (parameter if (full := safe_get_full_fp32_param(parameter)) is None else full).double().norm().item()
