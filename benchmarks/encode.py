@@ -89,11 +89,11 @@ class RandomSonar:
             encoder = M2M100Encoder(architecture).eval()
         compute_in(encoder, resolve_dtype(config.dtype, self.device), self.device)
         self._run = torch.compile(encoder, dynamic=True) if config.compile else encoder
-        self.tokenizer = BatchTokenizer(tokenizer, 512, resolve_tokens_per_batch(config, self.device), padding=1)
+        self.batch_tokenizer = BatchTokenizer(tokenizer, 512, resolve_tokens_per_batch(config, self.device), padding=1)
 
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
         """As SonarEncoder does."""
-        return self.tokenizer(texts)
+        return self.batch_tokenizer(texts)
 
     @torch.inference_mode()
     def embed(self, batch: TokenBatch) -> torch.Tensor:

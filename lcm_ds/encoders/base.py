@@ -48,8 +48,9 @@ class Encoder(Protocol):
     The batches of given texts are always the same. So are their concepts, to the last bit, on one kind of device and on
     a CPU with one number of threads: with another, AMX sums bf16 products in another order.
 
-    Two attributes are optional. `tokenizer`, a `Tokenizer`: `prepare` calls it instead of `tokenize`, in the processes
-    that read and split; without it, `tokenize` is called in a thread. `device`, a torch.device, is where `embed`
+    Two attributes are optional. `batch_tokenizer`, a `Tokenizer`: `prepare` calls it instead of `tokenize`, in the
+    processes that read and split; without it, or if it cannot be pickled or is of a class of the main module,
+    `tokenize` is called in a thread. `device`, a torch.device, is where `embed`
     computes: on a GPU its time is measured there.
     """
 

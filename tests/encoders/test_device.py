@@ -247,8 +247,8 @@ def test_token_ids_are_those_of_the_library_also_after_pickling(tiny_sonar: tupl
     encoder.encode(PADDED)
     if kind == "minilm":
         encoder._model.encode(PADDED)  # the library changes its tokenizer's settings, which are not ours
-    assert type(encoder.tokenizer.tokenizer).__module__ == "tokenizers"
-    for tokenize in (encoder.tokenize, encoder.tokenizer, pickle.loads(pickle.dumps(encoder.tokenizer))):
+    assert type(encoder.batch_tokenizer.tokenizer).__module__ == "tokenizers"
+    for tokenize in (encoder.tokenize, encoder.batch_tokenizer, pickle.loads(pickle.dumps(encoder.batch_tokenizer))):
         found: dict[int, list[int]] = {}
         for batch in tokenize(texts):
             arrays = [batch.rows, *batch.inputs.values()]
@@ -276,7 +276,7 @@ class Capitals(Letters):
 
 
 def test_a_tokenizer_that_is_more_than_the_one_inside_is_used_as_it_is() -> None:
-    inside = minilm().tokenizer.tokenizer
+    inside = minilm().batch_tokenizer.tokenizer
     for tokenizer in (Letters(), Capitals(inside)):
         assert standalone(tokenizer, 5) is tokenizer
         (batch,) = BatchTokenizer(standalone(tokenizer, 5), 5, 100)(["ab", "abcdefg"])
