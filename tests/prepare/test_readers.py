@@ -232,12 +232,12 @@ class LazyDevice(Encoder):
         self.log = []
         device = self
 
-        class Embedding(base.Embedding):
+        class PendingBatch(base.PendingBatch):
             def result(self):
                 device.log.append(("wait", self.batch.inputs["texts"]))
                 return super().result()
 
-        monkeypatch.setattr(encode, "Embedding", Embedding)
+        monkeypatch.setattr(encode, "PendingBatch", PendingBatch)
 
     def embed(self, batch):
         self.log.append(("start", batch.inputs["texts"]))
@@ -284,14 +284,14 @@ def test_a_unit_that_is_not_read_yet_leaves_nothing_on_the_device(lines, tmp_pat
 
 def test_an_error_that_shows_only_when_a_result_is_waited_for_is_of_its_batch(lines, tmp_path, monkeypatch):
     encoder = LazyDevice(monkeypatch)
-    result = encode.Embedding.result
+    result = encode.PendingBatch.result
 
     def fails(embedding):
         if "Sentence 2 of document 33 is no other's." in embedding.batch.inputs["texts"]:
             raise RuntimeError("device-side assert")
         return result(embedding)
 
-    monkeypatch.setattr(encode.Embedding, "result", fails)
+    monkeypatch.setattr(encode.PendingBatch, "result", fails)
     prepare(config_of(lines, tmp_path / "out"), encoder)
     prepare(config_of(lines, tmp_path / "expected"), HashEncoder())
     assert written(tmp_path / "out") == written(tmp_path / "expected")
