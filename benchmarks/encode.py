@@ -323,7 +323,7 @@ def reading_only(encoder: Any, sentences: list[str], split_workers: int) -> Meas
     with source_of(sentences, split_workers, per_unit) as (config, units), closing(Readers(config)) as readers:
         readers.start(encoder)
         futures = [readers.submit(unit) for unit in units]
-        warm = [future.result() for future in futures[:processes]]
+        warm = [future.result() for future in futures[: min(processes, len(units) // 2)]]
         started = time.perf_counter()
         batches = [batch for future in futures[len(warm) :] for batch in future.result().batches]
         seconds = time.perf_counter() - started
