@@ -4,12 +4,14 @@ python benchmarks/encode.py [--encoder minilm | sonar-random] [--ways NAME …] 
 
 - Plain: the published SONAR pipeline, batches of 10 sentences in their order, padded to the longest, fp32.
 - Device only: the batches of one unit, tokenized before.
-- Reading only: units are read, split and tokenized in other processes. Counted from when each has read one.
+- Reading only: units are read, split and tokenized in other processes. Counted from when as many units as processes are
+  read: all processes have started, unless one read several units while another still started.
 - All the way: units are read, split and tokenized in other processes, encoded, and written as shards, by the code of
   `lcm-ds prepare`. Counted from the second unit on, when reading is ahead, to the last batch. (On a CPU, prepare has a
   process per core: benchmarks/prepare.py.)
 
-"Device waits" is the share of the time between the first batch and the last in which the device has nothing to do.
+"Device waits" is the share of the time between the first batch and the last that lies between two batches. Gaps within
+a batch, where the host starts kernels more slowly than the device computes them, are not counted.
 `sonar-random` has SONAR's architecture (24 layers, width 1024, vocabulary 256,206) with random weights, which is enough
 to measure speed; its sentences are made of random words, 27 tokens on average as in FineWeb-Edu, and need neither spaCy
 nor pyarrow (without spaCy they are not split). TFLOP/s count real tokens without padding. Nothing is measured again
@@ -46,13 +48,11 @@ from lcm_ds.encoders.base import (
     TokenBatch,
     compute_in,
     embeddings,
-    encode,
     resolve_device,
     resolve_dtype,
     resolve_tokens_per_batch,
-    to_device,
 )
-from lcm_ds.encoders.sonar import embed
+from lcm_ds.encoders.sonar import SonarEncoder
 from lcm_ds.encoders.tokenizer import BatchTokenizer
 from lcm_ds.prepare.coordinator import Coordinator
 from lcm_ds.prepare.encode import Figures, WorkerContext, encode_units
@@ -65,48 +65,34 @@ PLAIN_BATCH, PLAIN_SENTENCES = 10, 1000
 UNIT = 50_000  # sentences: as many as a unit of configs/prepare/fineweb_edu_10bt.yaml
 SENTENCES_PER_DOCUMENT = 10
 LAYERS, WIDTH, INNER, VOCABULARY = 24, 1024, 8192, 256_206  # of SONAR
+MAX_TOKENS = 512
 SECONDS = 90.0  # nothing is measured again after this time
 SPACY = importlib.util.find_spec("spacy") is not None
 
 
-class RandomSonar:
+class RandomSonar(SonarEncoder):
     """SONAR's encoder with random weights, and a tokenizer made of the sentences."""
-
-    name, model, revision, embed_dim = "sonar", "random", None, WIDTH
 
     def __init__(self, config: EncoderConfig, tokenizer: Tokenizer, layers: int) -> None:
         from transformers import M2M100Config
         from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
         torch.manual_seed(0)
+        self.config, self.embed_dim, self.max_tokens = config, WIDTH, MAX_TOKENS
+        self.model, self.revision = config.model, None
         self.device = resolve_device(config.device)
+        self.dtype = resolve_dtype(config.dtype, self.device)
         architecture = M2M100Config(
             vocab_size=VOCABULARY if layers == LAYERS else tokenizer.get_vocab_size(), d_model=WIDTH,
             encoder_layers=layers, encoder_attention_heads=16,
             encoder_ffn_dim=INNER, max_position_embeddings=1024, scale_embedding=True,
         )  # fmt: skip
         with torch.device(self.device):
-            encoder = M2M100Encoder(architecture).eval()
-        compute_in(encoder, resolve_dtype(config.dtype, self.device), self.device)
-        self._run = torch.compile(encoder, dynamic=True) if config.compile else encoder
-        self.tokenizer = BatchTokenizer(tokenizer, 512, resolve_tokens_per_batch(config, self.device), padding=1)
-
-    def tokenize(self, texts: list[str]) -> list[TokenBatch]:
-        """As SonarEncoder does."""
-        return self.tokenizer(texts)
-
-    @torch.inference_mode()
-    def embed(self, batch: TokenBatch) -> torch.Tensor:
-        """As SonarEncoder does."""
-        return embed(self._run, *to_device(batch, self.device))
-
-    def encode(self, texts: list[str]) -> np.ndarray:
-        """As SonarEncoder does."""
-        return encode(self, texts)
-
-    def describe(self) -> dict[str, Any]:
-        """Not written anywhere."""
-        return {}
+            self._model = M2M100Encoder(architecture).eval()
+        compute_in(self._model, self.dtype, self.device)
+        self._run = torch.compile(self._model, dynamic=True) if config.compile else self._model
+        tokens_per_batch = resolve_tokens_per_batch(config, self.device)
+        self.batch_tokenizer = BatchTokenizer(tokenizer, MAX_TOKENS, tokens_per_batch, padding=1)
 
 
 @dataclass(frozen=True)
@@ -115,7 +101,7 @@ class Measured:
 
     sentences: int
     seconds: float
-    waited: float | None  # of the seconds, those in which the device had nothing to do
+    waited: float | None  # of the seconds, those between two batches
     batches: list[TokenBatch]  # of the same sentences, for padding and FLOPs
 
 
@@ -273,7 +259,7 @@ def train_tokenizer(sentences: list[str]) -> Tokenizer:
     made.post_processor = processors.TemplateProcessing(
         "eng_Latn $0 </s>", special_tokens=[("eng_Latn", 4), ("</s>", 2)]
     )
-    made.enable_truncation(512)
+    made.enable_truncation(MAX_TOKENS)
     return made
 
 
@@ -303,16 +289,16 @@ def on_the_device(encoder: Any, batches: list[TokenBatch]) -> Measured:
 
 
 class Snapshots(Coordinator):
-    """Keeps the figures of each moment at which the rank claims a unit: once a unit has been encoded."""
+    """Keeps the figures of the moment at which the first unit was complete."""
 
-    def __init__(self, figures: Figures) -> None:
+    def __init__(self) -> None:
         super().__init__(detect_environment({}))
-        self.figures, self.taken = figures, [replace(figures)]
+        self.first: Figures | None = None
 
-    def claim(self) -> int:
-        """The next unit."""
-        self.taken.append(replace(self.figures))
-        return super().claim()
+    def report_progress(self, figures: dict[str, Any]) -> None:
+        """A unit is complete, or a second is over."""
+        if self.first is None and figures["units"]:
+            self.first = Figures(**figures)
 
 
 @contextmanager
@@ -331,13 +317,13 @@ def source_of(
 
 
 def reading_only(encoder: Any, sentences: list[str], split_workers: int) -> Measured:
-    """Read, split and tokenize units, and drop them; counted from when each process has read one."""
+    """Read, split and tokenize units, and drop them; counted from when as many as processes are read."""
     processes = max(1, split_workers)
     per_unit = max(SENTENCES_PER_DOCUMENT, len(sentences) // (8 * processes))
     with source_of(sentences, split_workers, per_unit) as (config, units), closing(Readers(config)) as readers:
         readers.start(encoder)
         futures = [readers.submit(unit) for unit in units]
-        warm = [future.result() for future in futures[:processes]]
+        warm = [future.result() for future in futures[: min(processes, len(units) // 2)]]
         started = time.perf_counter()
         batches = [batch for future in futures[len(warm) :] for batch in future.result().batches]
         seconds = time.perf_counter() - started
@@ -351,11 +337,11 @@ def all_the_way(encoder: Any, sentences: list[str], split_workers: int) -> Measu
         closing(Readers(config)) as readers,
     ):
         figures = Figures()
-        coordinator = Snapshots(figures)
+        coordinator = Snapshots()
         end_of_text = encoder.encode([config.end_of_text])[0]
         rank = WorkerContext(config, encoder, end_of_text, None, coordinator, figures)
         encode_units(rank, readers, iter(units))
-    first = next(taken for taken in coordinator.taken if taken.encoded)
+    first = coordinator.first if coordinator.first and figures.units > 1 else Figures()
     waited = figures.waited - first.waited
     return Measured(figures.encoded - first.encoded, figures.busy - first.busy + waited, waited, [])
 

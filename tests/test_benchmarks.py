@@ -19,7 +19,10 @@ ROOT = Path(__file__).parent.parent
 RUNS = {
     "checkpoint": ["--preset quickstart --ranks 1 --stages 1 --folder {folder}"],
     "count_kernels": ["--layers 2"],
-    "encode": ["--sentences 40 --repeats 1", "--encoder sonar-random --layers 1 --sentences 40 --repeats 1 --ways way"],
+    "encode": [
+        "--sentences 40 --repeats 1 --split-workers 5",
+        "--encoder sonar-random --layers 1 --sentences 40 --repeats 1 --ways way",
+    ],
     "generate": ["--preset quickstart --concepts 8 --batches 1 2 --repeats 1 --rounds 1"],
     "loader": ["--concepts 20000 --embed-dim 16 --seconds 0.05", "--plan"],
     "prepare": ["--config {folder}/prepare.yaml --repeats 1"],

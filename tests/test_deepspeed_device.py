@@ -1,6 +1,7 @@
 """What a machine lacks for a DeepSpeed JSON is said before a model is built, in one line for each key."""
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -9,12 +10,12 @@ import deepspeed.accelerator
 import pytest
 import torch
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
-from deepspeed.ops.op_builder.builder import OpBuilder
+from deepspeed.ops.op_builder.builder import MissingCUDAException, OpBuilder
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch.utils import cpp_extension
 
 from lcm_ds.deepspeed_config import check_device
-from lcm_ds.deepspeed_config.device import operators
+from lcm_ds.deepspeed_config.device import _is_compiled, missing_to_compile, operators
 from lcm_ds.errors import InputError
 
 JSONS = {path.stem: json.loads(path.read_text()) for path in Path(__file__).parents[1].glob("ds_configs/*.json")}
@@ -105,6 +106,71 @@ def test_nor_a_compiler_if_it_was_compiled_before(without_compilers, monkeypatch
     assert line.endswith("cannot be compiled without ninja (pip install ninja)")
     (tmp_path / "ninja").touch(0o755)
     assert errors_of(mapping) == []
+
+
+@pytest.fixture
+def compiled_before(tmp_path):
+    """compiled_before(NAME, …): operators that torch's cache of extensions has."""
+
+    def compiled(*names):
+        for name in names:
+            (tmp_path / "extensions" / name).mkdir(parents=True)
+            (tmp_path / "extensions" / name / f"{name}.so").touch()
+
+    return compiled
+
+
+@pytest.mark.parametrize(
+    ("name", "asks"), [("Quantizer", True), ("AsyncIO", True), ("FusedAdam", False), ("FusedLamb", False)]
+)
+def test_compiled_before_it_needs_nvcc_if_deepspeed_asks_for_its_version_at_each_load(
+    name, asks, on_gpu, compiled_before, monkeypatch
+):
+    on_gpu(nvcc="")  # a CUDA_HOME without nvcc
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder(f"{name}Builder")
+    compiled_before(builder.NAME, "pin_memory")
+    lacking = missing_to_compile(builder)
+    assert [line.split(" which")[0] for line in lacking] == (["nvcc,"] if asks else [])
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    builder.jit_mode = True
+    if asks:
+        with pytest.raises(MissingCUDAException):
+            builder.nvcc_args()
+    else:
+        builder.nvcc_args()
+
+
+def test_async_io_is_not_compiled_without_the_operator_that_it_loads_first(
+    on_gpu, compiled_before, monkeypatch, tmp_path
+):
+    on_gpu("13.0")
+    monkeypatch.setattr("lcm_ds.deepspeed_config.device.program_path", lambda: str(tmp_path))
+    (tmp_path / "ninja").touch(0o755)
+    builder = deepspeed.accelerator.get_accelerator().create_op_builder("AsyncIOBuilder")
+    loaded = []
+    monkeypatch.setattr(OpBuilder, "load", lambda self, verbose=True: loaded.append(self.NAME))
+    monkeypatch.delattr(sys, "_deepspeed_pin_memory_op_module", raising=False)
+    builder.load()
+    assert loaded == ["pin_memory", "async_io"]
+    monkeypatch.delattr(sys, "_deepspeed_pin_memory_op_module")
+    compiled_before("async_io")
+    assert missing_to_compile(builder) == ["g++ (apt install g++)"]
+    compiled_before("pin_memory")
+    assert missing_to_compile(builder) == []
+
+
+@pytest.mark.parametrize("cuda", [None, "13.0"])
+def test_compiled_is_what_torch_would_load_with_this_python(cuda, monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: str(tmp_path))
+    for other in ("py37_cpu", "py311_cu118", "py36_cu130"):
+        other_python = tmp_path / other.replace("py311", f"py{sys.version_info.major}{sys.version_info.minor}")
+        (other_python / "fused_adam").mkdir(parents=True)
+        (other_python / "fused_adam/fused_adam.so").touch()
+    assert not _is_compiled("fused_adam")
+    Path(cpp_extension._get_build_directory("fused_adam", verbose=False), "fused_adam.so").touch()
+    assert _is_compiled("fused_adam")
 
 
 def test_every_key_that_asks_too_much_has_its_line(on_gpu):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,8 +72,16 @@ def operators(mapping: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def missing_to_compile(builder: Any) -> list[str]:
     """What this machine lacks to compile an operator, given DeepSpeed's builder of it, and how to get it.
 
-    Empty if the operator is built into DeepSpeed. One that was compiled before needs only ninja, and CUDA's folder.
+    Empty if the operator is built into DeepSpeed. One that was compiled before needs only ninja and CUDA's folder, and
+    nvcc if DeepSpeed asks for its version at each load.
     """
+    from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
+
+    builders = [builder, *([PinMemoryBuilder()] if builder.NAME == "async_io" else [])]  # which its `load` loads first
+    return list(dict.fromkeys(lacking for each in builders for lacking in _missing(each)))
+
+
+def _missing(builder: Any) -> list[str]:
     from deepspeed.git_version_info import installed_ops
 
     if installed_ops.get(builder.NAME):
@@ -99,25 +108,32 @@ def _missing_cuda(builder: Any, compiled: bool) -> list[str]:
     wanted = torch.version.cuda or ""
     if cpp_extension.CUDA_HOME is None:
         return [f"nvcc (install the toolkit of CUDA {wanted}, and set CUDA_HOME)"]
+    asks_nvcc = type(builder).nvcc_args is CUDAOpBuilder.nvcc_args  # by DeepSpeed 0.19.8, at each load
+    if compiled and not asks_nvcc:
+        return []
     try:
-        found = [] if compiled else [*installed_cuda_version()]
+        found = [*installed_cuda_version()]
     except MissingCUDAException:
         return [
             f"nvcc, which {cpp_extension.CUDA_HOME}/bin lacks (install the toolkit of CUDA {wanted}, set CUDA_HOME)"
         ]
-    # Minor versions are compatible: torch only warns about them.
-    if found and str(found[0]) != wanted.split(".")[0] and os.environ.get("DS_SKIP_CUDA_CHECK") != "1":
+    # DeepSpeed 0.19.8 compares the versions only where operators are built in advance. One that is compiled at its
+    # first use is linked with the libcudart of CUDA_HOME: with one of another major version than torch's.
+    if not compiled and str(found[0]) != wanted.split(".")[0] and os.environ.get("DS_SKIP_CUDA_CHECK") != "1":
         here = ".".join(map(str, found))
         return [f"nvcc of CUDA {wanted}, torch's; CUDA_HOME={cpp_extension.CUDA_HOME} has {here}"]
     return []
 
 
 def _is_compiled(name: str) -> bool:
-    """Whether torch's cache of extensions has this one."""
+    """Whether torch's cache of extensions has this one, for this Python and torch's device."""
+    import torch
     from torch.utils import cpp_extension
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    pattern = f"{name}/{name}.so"
-    if root is not None:
-        return (Path(root) / pattern).is_file()
-    return any(Path(cpp_extension.get_default_build_root()).glob(f"*/{pattern}"))
+    if root is None:  # as torch.utils.cpp_extension._get_build_directory, which makes the folder
+        hip, cuda = torch.version.hip, torch.version.cuda
+        kind = f"rocm{hip}" if hip is not None else f"cu{cuda}" if cuda is not None else "cpu"
+        python = f"py{sys.version_info.major}{sys.version_info.minor}{sys.abiflags}"
+        root = f"{cpp_extension.get_default_build_root()}/{python}_{kind.replace('.', '')}"
+    return Path(root, name, f"{name}.so").is_file()

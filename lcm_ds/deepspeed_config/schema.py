@@ -93,7 +93,6 @@ class CheckpointWriterBlock(Block):
 class CheckpointBlock(Block):
     tag_validation: TagValidation = "WARN"
     load_universal: bool = False
-    use_node_local_storage: bool = False
     parallel_write: ParallelWriteBlock | None = None
     checkpoint_serialization: bool = True
     writer: CheckpointWriterBlock | None = None
@@ -189,6 +188,9 @@ REFUSED: dict[str, str] = {
     "seq_parallel_communication_data_type": "rows are not split over devices; leave it out",
     "vocabulary_size": "a concept model has no vocabulary; leave it out",
     "datastates_ckpt": "lcm-ds writes checkpoints itself; leave it out",
+    "checkpoint.use_node_local_storage": (
+        "names files by local rank, which is 0 on every rank that sees one device; leave it out"
+    ),
     "optimizer.params.max_grad_norm": "clipping is optim.max_grad_norm of the run's YAML; leave it out",
 }
 

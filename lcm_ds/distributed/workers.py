@@ -134,7 +134,7 @@ def _stop_signal_within(seconds: float, message: str) -> bool:
 
 
 def threads_per_worker(processes: int) -> str:
-    """OMP_NUM_THREADS unless the user has set it: this host's cores, divided among the workers."""
+    """OMP_NUM_THREADS unless the user has set it: the cores that the launcher may use, divided among the workers."""
     return str(max(1, len(os.sched_getaffinity(0)) // processes))
 
 

@@ -1,6 +1,6 @@
 """The interface of encoders, and what both kinds share: batches, device, arithmetic, revision of the weights.
 
-To the device and back without waiting: an encoder's `embed` only starts the computation, `Embedding.result` waits.
+To the device and back without waiting: an encoder's `embed` only starts the computation, `PendingBatch.result` waits.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ class Encoder(Protocol):
     The batches of given texts are always the same. So are their concepts, to the last bit, on one kind of device and on
     a CPU with one number of threads: with another, AMX sums bf16 products in another order.
 
-    Two attributes are optional. `tokenizer`, a `Tokenizer`: `prepare` calls it instead of `tokenize`, in the processes
-    that read and split; without it, `tokenize` is called in a thread. `device`, a torch.device, is where `embed`
+    Two attributes are optional. `batch_tokenizer`, a `Tokenizer`: `prepare` calls it instead of `tokenize`, in the
+    processes that read and split; without it, or if it cannot be pickled or is of a class of the main module,
+    `tokenize` is called in a thread. `device`, a torch.device, is where `embed`
     computes: on a GPU its time is measured there.
     """
 
@@ -74,7 +75,7 @@ class Encoder(Protocol):
         """Everything that determines a concept, under the keys of EncoderConfig, for dataset.json."""
 
 
-class Embedding:
+class PendingBatch:
     """A batch on the device: started when it is constructed, and `result` waits for its concepts.
 
     They are copied into page-locked memory behind the computation, so that the host waits nowhere else.
@@ -85,10 +86,10 @@ class Embedding:
         before: The one started before it, if any.
     """
 
-    def __init__(self, encoder: Encoder, batch: TokenBatch, before: Embedding | None = None) -> None:
+    def __init__(self, encoder: Encoder, batch: TokenBatch, before: PendingBatch | None = None) -> None:
         self.batch = batch
         self.seconds = 0.0  # of the device; known when the result is
-        self.waited = 0.0  # seconds in which the device had nothing to do before it; known when the result is
+        self.waited = 0.0  # seconds of the device between the one before and it; known when the result is
         device: torch.device | None = getattr(encoder, "device", None)
         self._before: torch.cuda.Event | float | None = None if before is None else before._end
         self._start = _now(device)
@@ -124,11 +125,11 @@ def _between(start: torch.cuda.Event | float, end: torch.cuda.Event | float) -> 
     return start.elapsed_time(end) / 1000
 
 
-def embeddings(encoder: Encoder, batches: Iterable[TokenBatch]) -> Iterator[Embedding]:
-    """The embeddings of batches in their order, each handed out once the next one was started."""
-    previous: Embedding | None = None
+def embeddings(encoder: Encoder, batches: Iterable[TokenBatch]) -> Iterator[PendingBatch]:
+    """Batches in their order, started, each handed out once the next one was started."""
+    previous: PendingBatch | None = None
     for batch in batches:
-        current = Embedding(encoder, batch, previous)
+        current = PendingBatch(encoder, batch, previous)
         if previous is not None:
             yield previous
         previous = current

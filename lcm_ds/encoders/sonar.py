@@ -62,7 +62,7 @@ class SonarEncoder:
         tokenizer = _load_tokenizer(config.model, config.revision, self._model.config.vocab_size)
         check_language(tokenizer, config.language, "encoder.language")
         tokenizer.src_lang = config.language
-        self.tokenizer = BatchTokenizer(
+        self.batch_tokenizer = BatchTokenizer(
             standalone(tokenizer, self.max_tokens),
             self.max_tokens,
             resolve_tokens_per_batch(config, self.device),
@@ -72,7 +72,7 @@ class SonarEncoder:
 
     def tokenize(self, texts: list[str]) -> list[TokenBatch]:
         """Texts as batches of token ids; texts longer than `max_tokens` are truncated."""
-        return self.tokenizer(texts)
+        return self.batch_tokenizer(texts)
 
     @torch.inference_mode()
     def embed(self, batch: TokenBatch) -> Tensor:

@@ -54,12 +54,15 @@ def standalone(tokenizer: Any, max_tokens: int) -> Any:
 
     That one is twice as fast, because it makes no masks and dictionaries, and a process needs no transformers for it.
     """
-    expected = _by_transformers(tokenizer, _PROBES, max_tokens)  # which sets how it truncates
+    # Special tokens in a text are words of it for some tokenizers (split_special_tokens), for others themselves.
+    special = [f"It rains {token} today." for token in getattr(tokenizer, "all_special_tokens", ())]
+    probes = [*_PROBES, *special]
+    expected = _by_transformers(tokenizer, probes, max_tokens)  # which sets how it truncates
     inner: Any = getattr(tokenizer, "backend_tokenizer", None)
     if not hasattr(inner, "encode_batch_fast"):
         return tokenizer
     inner = type(inner).from_str(inner.to_str())  # its own: transformers changes the settings of the other
-    return inner if [found.ids for found in inner.encode_batch_fast(_PROBES)] == expected else tokenizer
+    return inner if [found.ids for found in inner.encode_batch_fast(probes)] == expected else tokenizer
 
 
 def _by_transformers(tokenizer: Any, texts: list[str], max_tokens: int) -> list[list[int]]:

@@ -25,7 +25,7 @@ from lcm_ds.data.format import SPLITS
 from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.encoders import Encoder
-from lcm_ds.encoders.base import Embedding, TokenBatch
+from lcm_ds.encoders.base import PendingBatch, TokenBatch
 from lcm_ds.errors import InputError, RunFailedError
 from lcm_ds.prepare.coordinator import Coordinator
 from lcm_ds.prepare.deduplicate import write_ids
@@ -40,12 +40,13 @@ _MAX_WRITING = 2  # units whose shards are being written while the next one is e
 class Figures:
     """A rank's progress, and how long its encoder was busy."""
 
+    units: int = 0  # whose sentences are all encoded
     sentences: int = 0  # done, each repetition counted
     encoded: int = 0  # sentences that the encoder saw
     tokens: int = 0
     padded_tokens: int = 0  # with padding
     busy: float = 0.0  # seconds of the device
-    waited: float = 0.0  # seconds in which it had nothing to do, from its first batch to its last
+    waited: float = 0.0  # seconds between two batches, from its first to its last
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,9 @@ def encode_units(rank: WorkerContext, readers: Readers, pending: Iterator[WorkUn
             writing.popleft().result()
     except BrokenProcessPool:
         raise RunFailedError(
-            "split_workers: a process that reads, splits and tokenizes has died, probably because this host ran out of "
-            "memory: committed units are kept; use fewer split_workers or processes and start again to resume"
+            "split_workers: a process that reads, splits and tokenizes has died: unless its error is above, this host "
+            "probably ran out of memory; committed units are kept: use fewer split_workers or processes and start "
+            "again to resume"
         ) from None
     finally:
         writer.shutdown(wait=True, cancel_futures=True)
@@ -167,8 +169,8 @@ class _Device:
     def __init__(self, rank: WorkerContext, write: Callable[[_Concepts], None]) -> None:
         self._rank, self._write = rank, write
         self._units: deque[_Concepts] = deque()  # not complete
-        self._started: deque[tuple[_Concepts, TokenBatch, Embedding | None]] = deque()  # None: it failed
-        self._last: Embedding | None = None
+        self._started: deque[tuple[_Concepts, TokenBatch, PendingBatch | None]] = deque()  # None: it failed
+        self._last: PendingBatch | None = None
         self._reported = time.monotonic()
 
     def encode(self, unit: TokenizedUnit) -> None:
@@ -187,9 +189,9 @@ class _Device:
         while self._started:
             self._take()
 
-    def _start(self, batch: TokenBatch) -> Embedding | None:
+    def _start(self, batch: TokenBatch) -> PendingBatch | None:
         try:
-            self._last = Embedding(self._rank.encoder, batch, self._last)
+            self._last = PendingBatch(self._rank.encoder, batch, self._last)
             return self._last
         except torch.OutOfMemoryError:
             raise _too_large(batch) from None
@@ -229,6 +231,8 @@ class _Device:
 
     def _write_complete(self) -> None:
         while self._units and self._units[0].batches_left == 0:
+            self._rank.figures.units += 1
+            self._rank.coordinator.report_progress(asdict(self._rank.figures))
             self._write(self._units.popleft())
 
 
@@ -273,7 +277,6 @@ def _write(rank: WorkerContext, done: _Concepts) -> None:
         write_ids(rank.out, unit.unit, [document.id for kept in documents.values() for document in kept])
     except OSError as error:
         raise disk_error(rank.out, error) from error
-    rank.coordinator.report_progress(asdict(rank.figures))
     rank.coordinator.report({"unit": asdict(unit), "shards": shards})
 
 

@@ -5,18 +5,19 @@ The interpreter of the process that encodes stays free to start work on the devi
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
 import pickle
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
-from multiprocessing.queues import Queue
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -138,33 +139,37 @@ class Readers:
         self._tokenize: Tokenizer | None = None  # in this process
         self._thread = ThreadPoolExecutor(1, "lcm-ds-tokenizer")
         self._processes = config.split_workers
+        self._pickled: Any = None  # a file with the tokenizer that the processes use
         if config.split_workers == 0:
             self._pool = ThreadPoolExecutor(1, "lcm-ds-reader")
             self._in_thread = cache(partial(open_reader, config))
             return
         context = multiprocessing.get_context("spawn")
-        self._tokenizers: Queue[bytes] = context.Queue()  # each process takes one
-        arguments = (config.model_dump(mode="json"), os.getpid(), self._tokenizers)
+        arguments = (config.model_dump(mode="json"), os.getpid())
         self._pool = ProcessPoolExecutor(config.split_workers, context, initializer=_initialize, initargs=arguments)
         with _no_main_module():
             for _ in range(config.split_workers):
                 self._pool.submit(_splitter)
 
     def start(self, encoder: Encoder) -> None:
-        """Tokenize for this encoder: in the processes if it has a `tokenizer`, otherwise in a thread. Called once."""
-        tokenizer: Tokenizer | None = getattr(encoder, "tokenizer", None)
-        if self._processes == 0 or tokenizer is None:
-            self._tokenize, tokenizer = encoder.tokenize, None
-        pickled = pickle.dumps(tokenizer)
-        for _ in range(self._processes):
-            self._tokenizers.put(pickled)
+        """Tokenize for this encoder: in the processes if they can take its `batch_tokenizer`, otherwise in a thread.
+
+        Called once.
+        """
+        pickled = portable(getattr(encoder, "batch_tokenizer", None)) if self._processes else None
+        if pickled is None:
+            self._tokenize = encoder.tokenize
+            return
+        self._pickled = tempfile.NamedTemporaryFile(prefix="lcm-ds-tokenizer-")  # noqa: SIM115
+        self._pickled.write(pickled)
+        self._pickled.flush()
 
     def submit(self, unit: WorkUnit) -> Future[TokenizedUnit]:
         """Read, split and tokenize a unit; it has no documents if the source has ended."""
         if isinstance(self._pool, ThreadPoolExecutor):
             found = self._pool.submit(lambda: distinct(unit, self._in_thread().read(unit)))
         else:
-            found = self._pool.submit(_read, unit)
+            found = self._pool.submit(_read, unit, None if self._pickled is None else self._pickled.name)
         if self._tokenize is None:
             return found
         return self._thread.submit(lambda: tokenized(found.result(), self._tokenize))
@@ -174,9 +179,30 @@ class Readers:
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._thread.shutdown(wait=True)
-        if self._processes:
-            self._tokenizers.close()
-            self._tokenizers.cancel_join_thread()  # some may not have been taken
+        if self._pickled is not None:
+            self._pickled.close()
+
+
+def portable(tokenizer: Tokenizer | None) -> bytes | None:
+    """A tokenizer pickled for another process; None if that is impossible: the main module is not imported there."""
+    if tokenizer is None:
+        return None
+    buffer = io.BytesIO()
+    try:
+        _PortablePickler(buffer).dump(tokenizer)
+    except Exception:  # any, of any object inside
+        return None
+    return buffer.getvalue()
+
+
+class _PortablePickler(pickle.Pickler):
+    """Refuses whatever the main module defines."""
+
+    def reducer_override(self, value: Any) -> Any:
+        for kind in (value, type(value)):
+            if getattr(kind, "__module__", None) == "__main__":
+                raise pickle.PicklingError(f"{kind!r} is of the main module")
+        return NotImplemented
 
 
 @contextmanager
@@ -191,15 +217,14 @@ def _no_main_module() -> Iterator[None]:
 
 
 _config: PrepareConfig  # in the processes of Readers
-_tokenizers: Queue[bytes]
 
 
-def _initialize(mapping: dict[str, Any], parent: int, tokenizers: Queue[bytes]) -> None:
-    global _config, _tokenizers
+def _initialize(mapping: dict[str, Any], parent: int) -> None:
+    global _config
     set_parent_death_signal(parent=parent)()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are what is parallel
-    _config, _tokenizers = PrepareConfig(**mapping), tokenizers
+    _config = PrepareConfig(**mapping)
 
 
 @cache
@@ -213,13 +238,13 @@ def _reader() -> Reader:
 
 
 @cache
-def _tokenizer() -> Tokenizer | None:
-    tokenizer: Tokenizer | None = pickle.loads(_tokenizers.get())
+def _tokenizer(pickled: str) -> Tokenizer:
+    tokenizer: Tokenizer = pickle.loads(Path(pickled).read_bytes())
     return tokenizer
 
 
-def _read(unit: WorkUnit) -> TokenizedUnit:
-    return tokenized(distinct(unit, _reader().read(unit)), _tokenizer())
+def _read(unit: WorkUnit, pickled: str | None) -> TokenizedUnit:
+    return tokenized(distinct(unit, _reader().read(unit)), None if pickled is None else _tokenizer(pickled))
 
 
 def distinct(unit: WorkUnit, documents: list[SplitDocument]) -> TokenizedUnit:

@@ -57,10 +57,11 @@ def init_distributed(env: DistEnv, stall_minutes: float | None = None) -> torch.
 def share_compile_threads(local_ranks: int) -> None:
     """Give each rank of this host its share of the processors for compiling kernels, unless the user chose a number.
 
-    Each would start 32 processes or as many as there are processors. Inductor's config may have been imported before.
+    Each would start 32 processes or as many as there are processors. A launcher may have bound this rank to its share,
+    which is not divided again. Inductor's config may have been imported before.
     """
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
-        threads = max(1, min(32, len(os.sched_getaffinity(0)) // local_ranks))
+        threads = max(1, min(32, len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // local_ranks))
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(threads)
         inductor_config.compile_threads = threads
 
@@ -80,13 +81,13 @@ def make_deterministic() -> None:
 
     Operations that cannot do so raise an error.
     """
-    from torch._inductor import config as inductor
-
     # cuBLAS reads this when it starts; torch refuses products with other workspaces than these two.
     if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    inductor.deterministic = True  # choose no kernel by its measured time; torch 2.13's line above does this, too
+    inductor_config.deterministic = (
+        True  # choose no kernel by its measured time; torch 2.13's line above does this, too
+    )
     # torch would fill all new memory, which costs time; nothing reads memory before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcm_ds.encoders import base
-from lcm_ds.encoders.base import Embedding, TokenBatch, embeddings
+from lcm_ds.encoders.base import PendingBatch, TokenBatch, embeddings
 from lcm_ds.encoders.sonar import SonarEncoder
 from lcm_ds.encoders.tokenizer import BatchTokenizer, standalone
 
@@ -50,6 +50,14 @@ def test_starting_a_batch_waits_for_nothing(tiny_sonar: tuple[Path, Path], kind:
     names = {name for name, *_ in operators.calls}
     assert "scaled_dot_product_attention" in names
     assert names.isdisjoint(WAITING)
+    # On the meta device: what is computed stays there, and nothing reads it.
+    encoder._model.to("meta")
+    encoder.device = torch.device("meta")
+    with Operators() as operators:
+        concepts = encoder.embed(batch)
+    assert isinstance(concepts, torch.Tensor)
+    assert concepts.device.type == "meta"
+    assert {name for name, *_ in operators.calls}.isdisjoint(WAITING)
 
 
 def test_a_model_of_sentence_transformers_gives_the_bytes_of_its_library_with_and_without_padding() -> None:
@@ -120,7 +128,7 @@ def test_concepts_come_from_a_gpu_into_page_locked_memory_without_waiting(monkey
     events = []
     monkeypatch.setattr(base, "_now", lambda device: events.append(device))
     with FakeTensorMode(), Operators() as operators:
-        found = Embedding(encoder, TokenBatch([0, 1, 2], {}, 3, 3))._concepts
+        found = PendingBatch(encoder, TokenBatch([0, 1, 2], {}, 3, 3))._concepts
     assert isinstance(found, torch.Tensor)
     assert (found.device.type, found.shape, found.dtype) == ("cpu", (3, 32), torch.float32)
     assert [name for name, *_ in operators.calls if name in ("empty", "copy_", "_to_copy")] == ["empty", "copy_"]
@@ -247,8 +255,8 @@ def test_token_ids_are_those_of_the_library_also_after_pickling(tiny_sonar: tupl
     encoder.encode(PADDED)
     if kind == "minilm":
         encoder._model.encode(PADDED)  # the library changes its tokenizer's settings, which are not ours
-    assert type(encoder.tokenizer.tokenizer).__module__ == "tokenizers"
-    for tokenize in (encoder.tokenize, encoder.tokenizer, pickle.loads(pickle.dumps(encoder.tokenizer))):
+    assert type(encoder.batch_tokenizer.tokenizer).__module__ == "tokenizers"
+    for tokenize in (encoder.tokenize, encoder.batch_tokenizer, pickle.loads(pickle.dumps(encoder.batch_tokenizer))):
         found: dict[int, list[int]] = {}
         for batch in tokenize(texts):
             arrays = [batch.rows, *batch.inputs.values()]
@@ -276,10 +284,26 @@ class Capitals(Letters):
 
 
 def test_a_tokenizer_that_is_more_than_the_one_inside_is_used_as_it_is() -> None:
-    inside = minilm().tokenizer.tokenizer
+    inside = minilm().batch_tokenizer.tokenizer
     for tokenizer in (Letters(), Capitals(inside)):
         assert standalone(tokenizer, 5) is tokenizer
         (batch,) = BatchTokenizer(standalone(tokenizer, 5), 5, 100)(["ab", "abcdefg"])
         assert batch.rows.tolist() == [1, 0]
         assert batch.inputs["input_ids"].tolist() == [[97, 98, 99, 100, 101], [97, 98, 0, 0, 0]]
         assert batch.inputs["lengths"].tolist() == [5, 2]
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_a_special_token_in_a_text_is_what_the_library_takes_it_for(split: bool) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["[UNK]", "a", "<", "/", "s", ">", "</s>", "</"]
+    inside = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    inside.pre_tokenizer = pre_tokenizers.Whitespace()
+    settings = {"unk_token": "[UNK]", "eos_token": "</s>", "split_special_tokens": split}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inside, **settings)
+    (batch,) = BatchTokenizer(standalone(tokenizer, 16), 16, 100)(["a </s> a"])
+    assert batch.inputs["input_ids"].tolist() == [[1, 7, 4, 5, 1] if split else [1, 6, 1]]
+    assert batch.inputs["input_ids"].tolist() == [tokenizer("a </s> a")["input_ids"]]
+    assert isinstance(standalone(tokenizer, 16), Tokenizer) == (not split)

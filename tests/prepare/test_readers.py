@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 
 import numpy as np
@@ -53,7 +54,7 @@ class Encoder(HashEncoder):
     def __init__(self, tokenizer):
         super().__init__()
         self.makers = set()
-        self.tokenizer = tokenizer
+        self.batch_tokenizer = tokenizer
 
     def embed(self, batch):
         self.makers.add(batch.inputs.get("maker"))
@@ -121,7 +122,7 @@ def test_what_arrives_is_int32_and_the_same_from_a_process(lines, tmp_path, work
 def test_a_text_that_cannot_be_tokenized_costs_no_other(lines, tmp_path, workers):
     encoder = Encoder(Breaks("Sentence 2 of document 33 is no other's."))
     if workers == 0:
-        encoder.tokenize = encoder.tokenizer
+        encoder.tokenize = encoder.batch_tokenizer
         encoder.encode = HashEncoder().encode
     prepare(config_of(lines, tmp_path / "out", split_workers=workers), encoder)
     prepare(config_of(lines, tmp_path / "expected"), HashEncoder())
@@ -141,12 +142,54 @@ def test_a_process_that_dies_is_one_line_and_what_is_committed_stays(lines, tmp_
     assert written(tmp_path / "out") == written(tmp_path / "expected")
 
 
+class OfTheScript(HashTokenizer):
+    """A class of the script that calls `prepare`; other processes do not import that."""
+
+    __module__, __qualname__ = "__main__", "OfTheScript"
+
+
+class Holder(HashTokenizer):
+    """Holds another tokenizer."""
+
+    def __init__(self, inside):
+        self.inside = inside
+
+
+def library_tokenizer():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, unk_token="?")), unk_token="?")
+
+
+@pytest.mark.parametrize(
+    ("attribute", "make"),
+    [
+        ("tokenizer", library_tokenizer),  # the encoder's own attribute, which is no `Tokenizer`
+        ("batch_tokenizer", OfTheScript),
+        ("batch_tokenizer", lambda: Holder(OfTheScript())),
+        ("batch_tokenizer", lambda: Holder(lambda texts: texts)),  # cannot be pickled
+    ],
+)
+def test_a_tokenizer_that_other_processes_cannot_take_leaves_it_to_a_thread(
+    attribute, make, lines, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys.modules["__main__"], "OfTheScript", OfTheScript, raising=False)
+    encoder = Encoder(None)
+    encoder.tokenize = HashTokenizer()
+    setattr(encoder, attribute, make())
+    prepare(config_of(lines, tmp_path / "out", split_workers=1), encoder)
+    assert encoder.makers - {(os.getpid(), "MainThread")} == {(os.getpid(), "lcm-ds-tokenizer_0")}
+    prepare(config_of(lines, tmp_path / "expected"), HashEncoder())
+    assert written(tmp_path / "out") == written(tmp_path / "expected")
+
+
 def test_no_process_stays_if_it_ends_before_the_tokenizers_are_taken(lines, tmp_path):
-    """A tokenizer larger than a pipe, whose processes are still busy when all is over."""
+    """A large tokenizer, whose processes are still busy when all is over."""
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from preparing import HashEncoder\n"
         "from lcm_ds.config import PrepareConfig, load; from lcm_ds.prepare.readers import Readers\n"
-        "encoder = HashEncoder(); encoder.tokenizer = bytes(5_000_000)\n"
+        "encoder = HashEncoder(); encoder.batch_tokenizer = bytes(5_000_000)\n"
         "readers = Readers(load(PrepareConfig, sys.argv[2])); readers.start(encoder); readers.close()\n"
         "print('closed')\n"
     )
@@ -189,12 +232,12 @@ class LazyDevice(Encoder):
         self.log = []
         device = self
 
-        class Embedding(base.Embedding):
+        class PendingBatch(base.PendingBatch):
             def result(self):
                 device.log.append(("wait", self.batch.inputs["texts"]))
                 return super().result()
 
-        monkeypatch.setattr(encode, "Embedding", Embedding)
+        monkeypatch.setattr(encode, "PendingBatch", PendingBatch)
 
     def embed(self, batch):
         self.log.append(("start", batch.inputs["texts"]))
@@ -241,22 +284,36 @@ def test_a_unit_that_is_not_read_yet_leaves_nothing_on_the_device(lines, tmp_pat
 
 def test_an_error_that_shows_only_when_a_result_is_waited_for_is_of_its_batch(lines, tmp_path, monkeypatch):
     encoder = LazyDevice(monkeypatch)
-    result = encode.Embedding.result
+    result = encode.PendingBatch.result
 
     def fails(embedding):
         if "Sentence 2 of document 33 is no other's." in embedding.batch.inputs["texts"]:
             raise RuntimeError("device-side assert")
         return result(embedding)
 
-    monkeypatch.setattr(encode.Embedding, "result", fails)
+    monkeypatch.setattr(encode.PendingBatch, "result", fails)
     prepare(config_of(lines, tmp_path / "out"), encoder)
     prepare(config_of(lines, tmp_path / "expected"), HashEncoder())
     assert written(tmp_path / "out") == written(tmp_path / "expected")
 
 
-def test_nothing_of_it_is_left_when_it_is_done(lines, tmp_path):
-    before = set(psutil.Process().children(recursive=True))
-    prepare(config_of(lines, tmp_path / "out", split_workers=2), Encoder(HashTokenizer()))
-    left = {process for process in psutil.Process().children(recursive=True) if process not in before}
-    assert not [process for process in left if "spawn_main" in " ".join(process.cmdline())]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("lcm-ds-")]
+class Large(HashTokenizer):
+    """More than a pipe holds."""
+
+    def __init__(self):
+        self.data = bytes(1_000_000)
+
+
+def test_nothing_of_it_is_left_when_it_is_done(lines, tmp_path, monkeypatch):
+    """Also with more processes than units, some of which take no tokenizer."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    left = []
+    for run in range(2):  # the first one starts what stays, such as multiprocessing's resource tracker
+        config = config_of(write_lines(tmp_path / f"{run}.jsonl", 20), tmp_path / f"{run}", split_workers=2)
+        prepare(config, Encoder(Large()))
+        children = [process.pid for process in psutil.Process().children(recursive=True)]
+        left.append((children, threading.enumerate(), sorted(os.listdir("/proc/self/fd"))))
+    assert left[0] == left[1]
+    assert not [thread for thread in left[1][1] if thread.name.startswith(("lcm-ds-", "Queue"))]
+    assert not list((tmp_path / "temporary").iterdir())

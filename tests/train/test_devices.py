@@ -169,11 +169,19 @@ def test_zero_finds_the_free_memory_of_a_device_that_has_a_uuid(on_gpus, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("processors", "ranks", "chosen", "threads"),
-    [(96, 8, None, 12), (256, 4, None, 32), (2, 8, None, 1), (96, 8, "5", None)],
+    ("bound", "processors", "ranks", "chosen", "threads"),
+    [
+        (96, 96, 8, None, 12),
+        (256, 256, 4, None, 32),
+        (2, 2, 8, None, 1),
+        (96, 96, 8, "5", None),
+        (8, 64, 8, None, 8),  # srun --cpus-per-task=8: the share of each rank
+        (4, 64, 8, None, 4),
+    ],
 )
-def test_ranks_of_a_host_share_its_processors_for_compiling(processors, ranks, chosen, threads, monkeypatch):
-    monkeypatch.setattr(engine.os, "sched_getaffinity", lambda _: range(processors))
+def test_ranks_of_a_host_share_its_processors_for_compiling(bound, processors, ranks, chosen, threads, monkeypatch):
+    monkeypatch.setattr(engine.os, "sched_getaffinity", lambda _: range(bound))
+    monkeypatch.setattr(engine.os, "cpu_count", lambda: processors)
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", chosen or "")  # restored after the test
     if chosen is None:
         monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
