@@ -11,7 +11,7 @@ python benchmarks/encode.py [--encoder minilm | sonar-random] [--ways NAME …] 
   process per core: benchmarks/prepare.py.)
 
 "Device waits" is the share of the time between the first batch and the last that lies between two batches. Gaps within
-a batch, where the host starts kernels more slowly than the device computes them, are not counted.
+a batch, which occur when the host starts kernels more slowly than the device computes them, are not counted.
 `sonar-random` has SONAR's architecture (24 layers, width 1024, vocabulary 256,206) with random weights, which is enough
 to measure speed; its sentences are made of random words, 27 tokens on average as in FineWeb-Edu, and need neither spaCy
 nor pyarrow (without spaCy they are not split). TFLOP/s count real tokens without padding. Nothing is measured again

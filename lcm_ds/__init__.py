@@ -15,15 +15,15 @@ logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to 
 
 
 class _WithoutUnused(importlib.abc.MetaPathFinder):
-    """Keeps libraries from importing what only parts that lcm-ds does not use would need, seconds of a rank's start.
+    """Keeps libraries from importing packages that lcm-ds does not need, which takes seconds at a rank's start.
 
-    These are mlflow, for DeepSpeed's autotuner, and torchao, for transformers' quantizers, which also prints warnings.
+    These are mlflow, which DeepSpeed's autotuner imports, and torchao, which transformers' quantizers import.
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        """Raise ModuleNotFoundError for mlflow while the autotuner is being imported; it goes on without.
+        """Raise ModuleNotFoundError for mlflow while the autotuner is being imported; it works without it.
 
-        Before the quantizer for torchao is imported, let transformers find out, and remember, that there is no torchao.
+        Before transformers imports its quantizer for torchao, have it conclude, for this process, that there is none.
         """
         if name == "transformers.quantizers.quantizer_torchao" and "torchao" not in sys.modules:
             sys.modules["torchao"] = None  # type: ignore[assignment]
