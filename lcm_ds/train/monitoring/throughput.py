@@ -13,8 +13,8 @@ from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.flops import training_flops
 
 # Dense bf16 peak of one device in TFLOP/s, by a part of its name; the first match wins, so longer names come first.
-# From the vendors' datasheets, those of B300 from resellers' pages; half of NVIDIA's since Hopper, which assume sparsity.
-# GB200 and GB300: one GPU of the two.
+# From the vendors' datasheets, those of B300 from resellers' pages; half of NVIDIA's since Hopper, which assume
+# sparsity. GB200 and GB300: one GPU of the two.
 PEAK_TFLOPS = {
     "GB300": 2500.0,  # GB300 NVL72: 360 PFLOPS, 72 GPUs
     "B300": 2250.0,  # HGX B300: 36 PFLOPS, 8 GPUs of two dies
