@@ -67,7 +67,7 @@ def test_what_runs_on_a_gpu_runs_whole_on_a_cpu_with_small_sizes(tmp_path):
     parts = re.findall(r"^## (\w+): (\w+)", done.stdout, re.MULTILINE)
     assert parts == [("check", "done"), ("small", "done"), ("encode", "done")]
     assert "WRONG" not in done.stdout
-    for kind in ("attention, 16 x 128", "dropout, compiled", "noise, compared", "model, attention: row, compiled"):
+    for kind in ("attention, 16 x 128", "dropout, compiled", "noise, fused", "model, attention: row, compiled"):
         assert f"| {kind}" in done.stdout
     assert re.search(r"^\| small \| [\d,]+ \| [\d.]+ \| ", done.stdout, re.MULTILINE)
     assert "sentences/s" in done.stdout
