@@ -188,14 +188,18 @@ class DataConfig(Schema):
     row_length: int = Field(1024, ge=2)
     max_segment: int = Field(128, ge=2)
     workers: int = Field(1, ge=0)  # prefetch threads
+    # shards whose documents are permuted together; default: as many as have 8 million documents, of remote datasets 32
+    shuffle_shards: int | None = Field(None, gt=0)
+    # groups that shards and rows are dealt to, so that a node fetches only its own rows' shards; for remote datasets
+    streams: int = Field(1, gt=0)
     # cache for shards of remote datasets, shared by all ranks of a node; on a local disk
     cache_dir: str | None = None
-    # size of the cache in 10⁹ bytes: for each rank of the node at least a shard per lane, one per worker and two for
-    # validation, at best three per lane; default: leaves a tenth of the disk free
+    # size of the cache in 10⁹ bytes: at least two blocks of shuffle_shards for each stream that the node reads, and two
+    # shards a rank for validation; default: leaves a tenth of the disk free
     cache_gb: float | None = Field(None, gt=0)
-    # always: verify a shard's checksum when a process first opens it; size: only its size
+    # always: compare every document that is read with its checksum; size: compare only the shards' sizes, at the start
     verify: Literal["always", "size"] = "always"
-    # skip: log a shard that cannot be read, replace it by rows without targets, and continue
+    # skip: log what cannot be read, replace it by padding, and continue
     on_bad_shard: Literal["stop", "skip"] = "stop"
 
     @field_validator("train", mode="before")

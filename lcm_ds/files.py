@@ -11,8 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lcm_ds.errors import InputError
 
 
@@ -155,12 +153,11 @@ class OpenFile:
     def __getitem__(self, part: slice) -> bytes:
         return os.pread(self.descriptor, part.stop - part.start, part.start)
 
-    def read_into(self, out: np.ndarray, offset: int) -> bool:
-        """Fill `out`, which is contiguous, with the bytes from `offset` on; False if the file ends sooner."""
-        done = os.preadv(self.descriptor, (out.data,), offset)
-        while done < out.nbytes:  # rare: a read may return less than requested
-            rest = out.reshape(-1).view(np.uint8)[done:]
-            if (count := os.preadv(self.descriptor, (rest.data,), offset + done)) == 0:
+    def read_into(self, out: memoryview, offset: int) -> bool:
+        """Fill `out`, plain bytes, with those from `offset` on; False if the file ends sooner."""
+        done = os.preadv(self.descriptor, (out,), offset)
+        while done < len(out):  # rare: a read may return less than requested
+            if (count := os.preadv(self.descriptor, (out[done:],), offset + done)) == 0:
                 return False
             done += count
         return True

@@ -107,8 +107,15 @@ def _quarantine(bad: list[tuple[Checkpoint, str]], older: list[Checkpoint], used
 def errors(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
     """Why a run with the identity `now` (run_metadata.py) cannot resume from a checkpoint: a line each, both values."""
     then = checkpoint.state()
+    if (order := then.get("order", 1)) != now["order"]:
+        return [
+            f"{checkpoint.path}: was trained in data order {order}, and this version of lcm-ds has only "
+            f"order {now['order']}: continue with the version that began it ({then['versions']['lcm_ds']}), or "
+            "start a new run with model.init_from"
+        ]
     names = {
-        "fingerprint": "the data plan's fingerprint (shards, seed, rows_per_step, row_length, max_segment)",
+        "fingerprint": "the data plan's fingerprint (shards, seed, rows_per_step, row_length, max_segment, "
+        "shuffle_shards, streams)",
         "model": "the model",
         "init_from": "model.init_from",
         "precision": "the precision",

@@ -1,19 +1,18 @@
-"""Batches: rows of the plan, copied together from the segments of open shards."""
+"""Batches: rows of the plan, read from open shards."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lcm_ds.data.buffers import Buffers
 from lcm_ds.data.open_shards import OpenShards
-from lcm_ds.data.plan import Piece
-from lcm_ds.data.rows import Row, clear, copy_segments
-from lcm_ds.errors import InputError
+from lcm_ds.data.plan import Plan
+from lcm_ds.data.rows import Rows, fill_rows
 
 
 def target_mask(segment_ids: Tensor, given: Tensor | None = None) -> Tensor:
@@ -62,23 +61,20 @@ class Batch:
 class BatchReader:
     """Assembles batches of `micro_batch_rows` rows. Safe to use from several threads."""
 
-    def __init__(self, shards: OpenShards, micro_batch_rows: int, pinned: bool = False) -> None:
-        self._shards, datasets = shards, shards.datasets
+    def __init__(self, shards: OpenShards, plan: Plan, micro_batch_rows: int, pinned: bool = False) -> None:
+        self._shards, self._plan, datasets = shards, plan, shards.datasets
         dtype = torch.float32 if any(d.info.dtype in ("float32", "bfloat16") for d in datasets) else torch.float16
-        shape = (micro_batch_rows, shards.plan.row_length, datasets[0].embed_dim)
-        self._buffers = Buffers(shape, dtype, pinned)
+        self._buffers = Buffers((micro_batch_rows, plan.row_length, datasets[0].embed_dim), dtype, pinned)
         self._supervised = any(dataset.info.supervised is not None for dataset in datasets)
         # Documents before each shard of a dataset.
-        self._before = [[*accumulate((s.documents for s in d.shards), initial=0)] for d in datasets]
+        self._before = [np.array([*accumulate((s.documents for s in d.shards), initial=0)]) for d in datasets]
 
-    def read(
-        self, rows: Sequence[tuple[int, int]], step: int, index: int, first_lane: int, origins: bool = False
-    ) -> Batch:
+    def read(self, step: int, lanes: range, index: int, first_lane: int, origins: bool = False) -> Batch:
         """A batch of rows of the plan.
 
         Args:
-            rows: The (step, lane) of each row.
-            step: As in `Batch`.
+            step: Of the plan.
+            lanes: One after another; if they are fewer than the batch's rows, the last rows are padding.
             index: As in `Batch`.
             first_lane: As in `Batch`.
             origins: Whether the batch has `origins`.
@@ -94,24 +90,6 @@ class BatchReader:
         segment_ids = torch.empty(shape, dtype=torch.int32)
         given = torch.empty(shape, dtype=torch.bool) if self._supervised else None
         origin = torch.empty(*shape, 2, dtype=torch.int64) if origins else None
-        arrays = Row(*(None if t is None else t.numpy() for t in (concepts, segment_ids, given, origin)))  # type: ignore[arg-type]
-        missing = 0
-        for i, (row_step, lane) in enumerate(rows):
-            missing += self._fill(self._shards.plan.pieces(row_step, lane), arrays.part(i))
+        rows = Rows(*(None if t is None else t.numpy() for t in (concepts, segment_ids, given, origin)))  # type: ignore[arg-type]
+        missing = fill_rows(self._plan.segments(step, lanes), rows, self._shards, self._before)
         return Batch(concepts, segment_ids, step, index, first_lane, missing, origin, given)
-
-    def _fill(self, pieces: Sequence[Piece], row: Row) -> int:
-        """Copy pieces to their row; returns how many of its concepts could not be read."""
-        filled = segments = missing = 0
-        for piece in pieces:
-            part = row.part(slice(filled, filled := filled + piece.stop - piece.start))
-            try:
-                segments = copy_segments(self._shards.segments(piece), part, segments)
-                if part.origins is not None:
-                    part.origins[:, 0] += self._before[piece.source][piece.shard]
-            except InputError as error:
-                self._shards.skip(piece, error)
-                clear(part)
-                missing += piece.stop - piece.start
-        clear(row.part(slice(filled, None)))
-        return missing

@@ -1,4 +1,4 @@
-"""The dataset on disk: dataset.json, shards.jsonl and normalizer.safetensors.
+"""The dataset on disk: dataset.json, shards.jsonl, documents.idx and normalizer.safetensors.
 
 A line of shards.jsonl commits a shard; dataset.json is written last and marks the dataset finished.
 """
@@ -9,8 +9,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from threading import Event
@@ -21,20 +21,19 @@ import safetensors.numpy
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from lcm_ds.config import DataConfig, Schema, validate
+from lcm_ds.config import Schema, validate
+from lcm_ds.data.document_index import INDEX, WORD, Count, DocumentIndex, IndexEntry
 from lcm_ds.data.quantization import BFloat16, Quantization
 from lcm_ds.data.remote import fetch as remote
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.files import OpenFile, json_object, sync, write_whole
+from lcm_ds.files import OpenFile, json_object, sha256_of, sync, write_whole
 
 FORMAT_VERSION = 1
 DATASET = "dataset.json"
 SHARDS = "shards.jsonl"
 NORMALIZER = "normalizer.safetensors"
 SPLITS = ("train", "validation")  # the datasets of one preparation, a folder each
-
-Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class ShardInfo:
     concepts: Count
     bytes: Count
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    # of a supervised dataset: concepts of each document, and how many of them are its source; earlier versions wrote
-    # neither
+    index: IndexEntry | None = None  # None in datasets of earlier versions
+    # Earlier versions listed a supervised shard's documents here; they are in its index now.
     lengths: list[Count] | None = None
     given: list[Count] | None = None
 
@@ -59,15 +58,19 @@ class ShardInfo:
         known = {key: value for key, value in asdict(self).items() if value is not None}
         return json.dumps(known, sort_keys=True, separators=(",", ":"))
 
-    def error(self) -> str | None:
-        """The error if the lists do not agree with the counts and with each other, else None."""
-        if self.lengths is None and self.given is None:
-            return None
-        lengths, given = self.lengths or [], self.given or []
-        fits = len(lengths) == len(given) == self.documents and sum(lengths) == self.concepts
-        if fits and all(part <= length for part, length in zip(given, lengths, strict=True)):
-            return None
-        return "lengths and given have to be of each document, and to add up to concepts"
+    def identity(self) -> str:
+        """`line` of its name, counts, size and checksum, from which the others follow."""
+        return (
+            f'{{"bytes":{self.bytes},"concepts":{self.concepts},"documents":{self.documents},'
+            f'"name":{json.dumps(self.name)},"sha256":"{self.sha256}"}}'
+        )
+
+
+class IndexFile(Schema):
+    """documents.idx, for whoever fetches it."""
+
+    bytes: Count
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class Totals(Schema):
@@ -125,6 +128,7 @@ class DatasetInfo(Schema):
     # JSON members have source_sentences and target_sentences instead of sentences
     supervised: Supervised | None = None
     totals: Totals = Totals(documents=0, concepts=0, shards=0, bytes=0)
+    index: IndexFile | None = None
     # its config, how many documents it gave, were kept, and were refused for what reason
     source: dict[str, Any] = Field(default_factory=dict)
 
@@ -137,8 +141,9 @@ class Dataset:
     info: DatasetInfo
     shards: tuple[ShardInfo, ...]
     cache: Cache | None = None  # for remote shards
-    checksums: bool = True  # whether a shard's sha256 is compared when this process first opens it
-    skip_bad: bool = False  # whether readers skip a shard that cannot be read, instead of stopping
+    checksums: bool = True  # whether the bytes that are read are compared with their checksums
+    skip_bad: bool = False  # whether readers skip what cannot be read, instead of stopping
+    index: DocumentIndex | None = field(default=None, compare=False, repr=False)  # see lcm_ds.data.indexing.indexed
 
     @property
     def embed_dim(self) -> int:
@@ -157,11 +162,8 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the lines of shards.jsonl in order of the shards' names; a supervised dataset has another.
-
-        Without the lists of its documents' lengths, which follow from its shards and may be missing.
-        """
-        lines = [replace(shard, lengths=None, given=None).line() for shard in self.shards]
+        """sha256 over what identifies its shards, in order of their names; a supervised dataset has another."""
+        lines = [shard.identity() for shard in self.shards]
         lines += ["supervised"] * (self.info.supervised is not None)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -251,13 +253,18 @@ def open_dataset(
             )
     errors.raise_if_any()
     assert info is not None
-    return Dataset(folder, info, tuple(shards), cache, checksums, skip_bad)
+    return Dataset(folder, info, tuple(shards), cache, checksums, skip_bad, read_index(folder, shards))
 
 
-def open_for_run(path: str, data: DataConfig) -> Dataset:
-    """The dataset at `path`, opened with the settings of a run's `data` block. Raises InputError as `open_dataset`."""
-    cache = Cache.of(data.cache_dir, data.cache_gb)
-    return open_dataset(path, cache, data.verify == "always", skip_bad=data.on_bad_shard == "skip")
+def read_index(folder: str, shards: Sequence[ShardInfo]) -> DocumentIndex | None:
+    """The index in a folder; None if it has none of all these shards. Raises InputError if it is damaged."""
+    path = remote.join(folder, INDEX)
+    if remote.is_remote(path) or any(shard.index is None for shard in shards) or not Path(path).is_file():
+        return None
+    try:
+        return DocumentIndex(OpenFile(path), shards)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def read_info(path: str | Path) -> DatasetInfo:
@@ -271,7 +278,9 @@ def finish(folder: str | Path, info: DatasetInfo) -> None:
     The normaliser has to exist already; the validation split has that of the training split.
     """
     read_normalizer(folder)
-    complete = info.model_copy(update={"totals": Totals.of(read_shards(folder))})
+    index = Path(folder) / INDEX
+    listed = IndexFile(bytes=index.stat().st_size, sha256=sha256_of(index)) if index.exists() else None
+    complete = info.model_copy(update={"totals": Totals.of(read_shards(folder)), "index": listed})
     write_whole(Path(folder) / DATASET, json.dumps(complete.model_dump(), indent=2, ensure_ascii=False) + "\n")
 
 
@@ -291,8 +300,6 @@ def read_shards(folder: str | Path) -> list[ShardInfo]:
             reasons = "; ".join(f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
             errors.append(f"{path}, line {number}: {reasons}")
             continue
-        if mismatch := shard.error():
-            errors.append(f"{path}, line {number}: {mismatch}")
         if shard.name in shards:
             errors.append(f"{path}, line {number}: {shard.name} is listed twice")
         shards[shard.name] = shard
@@ -304,18 +311,39 @@ def read_shards(folder: str | Path) -> list[ShardInfo]:
 def commit(folder: str | Path, shard: ShardInfo) -> None:
     """Append the shard's line to shards.jsonl and sync it: only then is the shard part of the dataset.
 
-    Any number of processes may commit at a time. A line cut off by a crash is removed first.
+    Its record, which the writer left beside it, is appended to the index before that. Any number of processes may
+    commit at a time. A line cut off by a crash is removed first; a record without a line is never read.
     """
     path = Path(folder) / SHARDS
+    record = record_path(folder, shard.name)
     new = not path.exists()
     with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         _remove_torn_line(file.fileno())
+        if record.exists():
+            shard = replace(shard, index=_append_record(path.with_name(INDEX), record.read_bytes(), shard.documents))
         file.write(shard.line().encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
     if new:
         sync(path.parent)
+    record.unlink(missing_ok=True)
+
+
+def record_path(folder: str | Path, name: str) -> Path:
+    """Where a shard's record in the index lies until the shard is committed."""
+    return Path(folder) / f"{name}.record"
+
+
+def _append_record(path: Path, record: bytes, documents: int) -> IndexEntry:
+    """Append a record to the index and sync it; a record cut off by a crash is left behind, padded to a word."""
+    with path.open("ab") as file:
+        file.write(bytes(-file.tell() % WORD))
+        at = file.tell() // WORD
+        file.write(record)
+        file.flush()
+        os.fsync(file.fileno())
+    return IndexEntry.of(record, at, documents)
 
 
 def write_normalizer(folder: str | Path, center: np.ndarray, scale: np.ndarray, statistics: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from typing import TypeVar
 
 from lcm_ds.data.batch import Batch, BatchReader
 from lcm_ds.data.format import Dataset
-from lcm_ds.data.open_shards import MIN_CACHED, MIN_OPEN, OpenShards, ShardPrefetcher
+from lcm_ds.data.indexing import indexed
+from lcm_ds.data.open_shards import OpenShards, ShardPrefetcher, check_cache
 from lcm_ds.data.plan import Plan
 from lcm_ds.data.supervised import source_of
 from lcm_ds.errors import InputError
@@ -59,17 +60,15 @@ class Loader:
             world_size: Number of ranks.
             micro_batch_rows: Rows of a batch.
             workers: Threads that read ahead, by as many batches as a step has for this rank, or by twice their number
-                and two if that is more. As many threads again prepare the coming shards of each lane. With 0, reads
-                happen on request.
+                and two if that is more. With 0, reads happen on request.
             start_step: The first step.
             pinned: Whether batches lie in page-locked memory.
-            local_ranks: Processes of this node, which share a cache: it has to hold a shard for each of their lanes and
-                workers, and two more per rank for validation.
+            local_ranks: Processes of this node, which share a cache: it has to hold two blocks of shards for each
+                stream that they read, and two more shards per rank for validation.
             skipped_steps: Steps to pass over.
 
         Raises:
-            InputError: rows_per_step does not divide, a cache is too small, or there are more lanes than files that
-                this process may open.
+            InputError: rows_per_step does not divide, a cache is too small, or this process may open too few files.
         """
         if plan.rows_per_step % (world_size * micro_batch_rows):
             raise InputError(
@@ -82,17 +81,12 @@ class Loader:
         self.lanes = range(rank * lanes, (rank + 1) * lanes)
         self.micro_batches = lanes // micro_batch_rows  # a step
         self._stopped = Event()
-        least = lanes + max(1, workers)
-        for dataset in datasets:
-            if dataset.any_remote and dataset.cache is not None:
-                # Of a mixture, as if all its shards were of this dataset's size.
-                largest = max(shard.bytes for shard in dataset.shards)
-                dataset.cache.check_room(local_ranks * (least + MIN_CACHED), largest)
-        shards = OpenShards(datasets, plan, max_segment, least, 2 * lanes, self._stopped)
-        self._reader = BatchReader(shards, micro_batch_rows, pinned)
+        most = check_cache(datasets, plan, self.lanes, local_ranks)
+        shards = OpenShards(datasets, most, self._stopped)
+        self._reader = BatchReader(shards, plan, micro_batch_rows, pinned)
         self._ahead = max(2 * workers + 2, self.micro_batches)
         self._pool = ThreadPoolExecutor(workers, "lcm-ds-loader") if workers else None
-        self._prefetcher = ShardPrefetcher(datasets, plan, self.lanes, workers, self._stopped)
+        self._prefetcher = ShardPrefetcher(datasets, plan, self.lanes, self._stopped)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.map(lambda batch: batch)
@@ -111,8 +105,7 @@ class Loader:
     def read(self, step: int, index: int) -> Batch:
         """Micro-batch `index` of `step`."""
         first_lane = self.lanes.start + index * self.micro_batch_rows
-        rows = [(step, first_lane + row) for row in range(self.micro_batch_rows)]
-        return self._reader.read(rows, step, index, first_lane)
+        return self._reader.read(step, range(first_lane, first_lane + self.micro_batch_rows), index, first_lane)
 
     def close(self) -> None:
         """End the threads and drop what they have read ahead.
@@ -177,17 +170,15 @@ def validation_batches(
     Raises:
         InputError: A shard cannot be read and is not skipped (see `OpenShards.skip`).
     """
-    plan = Plan([source_of(dataset, row_length, max_segment)], VALIDATION_SEED, 1, row_length, epochs=1)
-    assert plan.steps is not None
-    end = plan.steps
-    rows = end if rows is None else min(rows, end)
-    reader = BatchReader(OpenShards([dataset], plan, max_segment, MIN_CACHED, MIN_OPEN), micro_batch_rows)
+    dataset = indexed(dataset)
+    plan = Plan([source_of(dataset, row_length, max_segment)], VALIDATION_SEED, micro_batch_rows, row_length, epochs=1)
+    rows = plan.rows(0) if rows is None else min(rows, plan.rows(0))
+    reader = BatchReader(OpenShards([dataset]), plan, micro_batch_rows)
 
     def read(index: int) -> Batch:
-        first = (index * world_size + rank) * micro_batch_rows
-        # There is one lane, so a step is a row; steps from `end` on have no concepts.
-        lanes = [(row if row < rows else end, 0) for row in range(first, first + micro_batch_rows)]
-        return reader.read(lanes, 0, index, first, origins)
+        step = index * world_size + rank
+        lanes = range(max(0, min(micro_batch_rows, rows - step * micro_batch_rows)))
+        return reader.read(step, lanes, index, step * micro_batch_rows, origins)
 
     batches = range(-(-rows // (world_size * micro_batch_rows)))
     pool = ThreadPoolExecutor(1, "lcm-ds-validation")

@@ -1,4 +1,4 @@
-"""The shards that a reader of a plan has open or skips, and those that are prepared before they are read."""
+"""The files of shards that a reader of a plan has open, those it skips, and those that are fetched ahead."""
 
 from __future__ import annotations
 
@@ -6,86 +6,97 @@ import logging
 import resource
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from threading import Event, Lock
-from weakref import WeakValueDictionary
 
 from lcm_ds.data.format import Dataset
-from lcm_ds.data.plan import Piece, Plan, document_order
+from lcm_ds.data.plan import Plan
 from lcm_ds.data.remote.fetch import Stopped
-from lcm_ds.data.rows import Segment, ShuffledShard, iter_segments
-from lcm_ds.data.shard import Shard, open_shard, prefetch
-from lcm_ds.data.supervised import longest_segment
 from lcm_ds.errors import InputError, TransientError
+from lcm_ds.files import OpenFile
 
 logger = logging.getLogger(__name__)
 
-MIN_OPEN = 32  # shards of local datasets that may be open at a time
-MIN_CACHED = 2  # shards open at a time for a reader of one row after the other; each takes room in the cache
-PREFETCHED_PER_LANE = 2  # shards, the one that the lane is in included
+MAX_OPEN = 64  # shards; more if a dataset is remote and its blocks have more: an open one is not evicted from the cache
 FETCH_THREADS = 8
-MAX_BAD_SHARE = 0.05  # of the shards opened so far: if more are bad, something else must be wrong
+CACHED_FOR_VALIDATION = 2  # shards of each rank
+MAX_BAD_SHARE = 0.05  # of the shards read so far: if more are bad, something else must be wrong
 RETRY_SECONDS = 60.0  # until a shard whose server gave no answer is tried again
 
 
 class OpenShards:
-    """The shards of a plan's datasets, opened when they are needed; the least recently used is closed first.
+    """The files of a plan's datasets, opened when they are needed; the least recently used is closed first.
 
     Safe to use from several threads.
     """
 
-    def __init__(
-        self,
-        datasets: Sequence[Dataset],
-        plan: Plan,
-        max_segment: int,
-        least: int,
-        most: int,
-        stopped: Event | None = None,
-    ) -> None:
+    def __init__(self, datasets: Sequence[Dataset], most: int = MAX_OPEN, stopped: Event | None = None) -> None:
         """Prepare to read; nothing is opened yet.
 
         Args:
             datasets: Those of the plan.
-            plan: The order of data.
-            max_segment: Concepts of a segment, at most.
-            least: Shards that have to be open at a time; as many are, if a dataset is remote.
-            most: Shards that may be open at a time.
+            most: Files that may be open at a time.
             stopped: When set, fetching is given up with `Stopped`.
 
         Raises:
-            InputError: This process may not open `least` files.
+            InputError: This process may not open so many files.
         """
-        self.datasets, self.plan, self._stopped = datasets, plan, stopped
-        self._longest = [longest_segment(dataset, plan.row_length, max_segment) for dataset in datasets]
-        # Otherwise rows would cut supervised documents: targets without a source, unnoticed.
-        assert all(plan.packs(i) == (each.info.supervised is not None) for i, each in enumerate(datasets)), "source_of"
-        remote = any(dataset.any_remote for dataset in datasets)
-        self._most = _allow_open_files(least, least if remote else max(most, MIN_OPEN))
-        # Futures, so that a thread that needs a shard waits only for the thread that is opening it.
-        self._open: OrderedDict[tuple[int, int, int], Future[ShuffledShard]] = OrderedDict()
-        # The same shards by (source, shard): the next epoch of a small dataset finds them open.
-        self._shards: WeakValueDictionary[tuple[int, int], Shard] = WeakValueDictionary()
+        self.datasets, self._stopped, self._most = datasets, stopped, most
+        _allow_open_files(most)
+        # Futures, so that a thread that needs a file waits only for the thread that is fetching it.
+        self._open: OrderedDict[tuple[int, int], Future[OpenFile]] = OrderedDict()
         self._lock = Lock()
         self._tried = set[tuple[int, int]]()
         self._skipped: dict[tuple[int, int], InputError] = {}
         self._retry_at: dict[tuple[int, int], tuple[float, TransientError]] = {}  # and why not before
 
-    def segments(self, piece: Piece) -> Iterator[Segment]:
-        """The segments of a piece, in order. Raises InputError, TransientError if the server gives no answer."""
-        return iter_segments(self._shuffled(piece), piece.start, piece.stop, self._longest[piece.source])
+    def file(self, source: int, shard: int) -> OpenFile:
+        """The file of a shard.
 
-    def skip(self, piece: Piece, error: InputError) -> None:
-        """Log that the shard of a piece is skipped, once.
-
-        Raises `error` if the dataset does not skip bad shards, or if more than one and more than MAX_BAD_SHARE of the
-        shards opened are bad.
+        Raises InputError if it cannot be read, TransientError if its server gives no answer.
         """
-        if not self.datasets[piece.source].skip_bad:
+        key = (source, shard)
+        with self._lock:
+            future = self._open.get(key)
+            if future is not None and future.done() and future.exception() is not None:
+                future = None
+            if opener := future is None:
+                if len(self._open) >= self._most:
+                    self._close_one()
+                future = self._open[key] = Future()
+                self._tried.add(key)
+            self._open.move_to_end(key)
+        assert future is not None
+        if opener:
+            try:
+                future.set_result(self._opened(source, shard))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+    def changed(self, source: int, shard: int) -> bool:
+        """Close a file whose bytes are not the listed ones; whether it is a copy, which may be fetched again."""
+        with self._lock:
+            future = self._open.pop((source, shard), None)
+        dataset = self.datasets[source]
+        if not dataset.is_remote(shard):
+            return False
+        if future is not None and future.exception() is None:
+            assert dataset.cache is not None
+            dataset.cache.invalidate(future.result())
+        return True
+
+    def skip(self, source: int, shard: int, error: InputError) -> None:
+        """Log that documents of a shard are skipped, once.
+
+        Raises `error` if the dataset does not skip what is bad, or if more than one and more than MAX_BAD_SHARE of the
+        shards that were read are bad.
+        """
+        if not self.datasets[source].skip_bad:
             raise error
-        key = (piece.source, piece.shard)
+        key = (source, shard)
         with self._lock:
             before, self._skipped[key] = self._skipped.get(key), error
             bad, tried = len(self._skipped), len(self._tried)
@@ -98,100 +109,111 @@ class OpenShards:
         for line in error.errors:
             logger.error("skipped for now: %s" if isinstance(error, TransientError) else "skipped: %s", line)
 
-    def _shuffled(self, piece: Piece) -> ShuffledShard:
-        """The shard of a piece in the order of its epoch, opened if it is not; another one is closed for it."""
-        key = (piece.source, piece.epoch, piece.shard)
-        with self._lock:
-            future = self._open.get(key)
-            if future is not None and future.done() and isinstance(future.exception(), TransientError):
-                future = None
-            if opener := future is None:
-                if len(self._open) >= self._most:
-                    self._close_one()
-                future = self._open[key] = Future()
-            else:
-                self._open.move_to_end(key)
-        assert future is not None
-        if opener:
-            try:
-                shard = self._shard(piece.source, piece.shard)
-                order = document_order(self.plan.seed, piece.epoch, piece.source, piece.shard, len(shard))
-                future.set_result(ShuffledShard.of(shard, order))
-            except BaseException as error:
-                future.set_exception(error)
-        return future.result()
-
     def _close_one(self) -> None:
-        """Close the least recently used shard that is not being opened."""
+        """Forget the least recently used file that is not being opened; it is closed when nobody reads it any more."""
         oldest = next((key for key, future in self._open.items() if future.done()), None)
         if oldest is not None:
             del self._open[oldest]
 
-    def _shard(self, source: int, index: int) -> Shard:
-        key = (source, index)
-        with self._lock:
-            shard = self._shards.get(key)
-            self._tried.add(key)
-            retry_at, failure = self._retry_at.get(key, (0.0, None))
+    def _opened(self, source: int, shard: int) -> OpenFile:
+        key = (source, shard)
+        retry_at, failure = self._retry_at.get(key, (0.0, None))
         if failure is not None and time.monotonic() < retry_at:
             raise failure
-        if shard is None:
-            try:
-                shard = open_shard(self.datasets[source], index, self._stopped)
-            except TransientError as error:
-                self._retry_at[key] = time.monotonic() + RETRY_SECONDS, error
-                raise
+        try:
+            file = self.datasets[source].open_file(shard, self._stopped)
+        except TransientError as error:
+            self._retry_at[key] = time.monotonic() + RETRY_SECONDS, error
+            raise
+        if failure is not None:
             with self._lock:
-                self._shards[key] = shard
-                if self._retry_at.pop(key, None):
-                    self._skipped.pop(key, None)
-        return shard
+                self._retry_at.pop(key, None)
+                self._skipped.pop(key, None)
+        return file
 
 
-def _allow_open_files(least: int, most: int) -> int:
-    """The number of shards this process may have open, of `most` wanted: half of the files that it may open.
+def check_cache(datasets: Sequence[Dataset], plan: Plan, lanes: range, local_ranks: int) -> int:
+    """How many shards a rank may have open; more than MAX_OPEN only if they are remote: open, they are not evicted.
 
-    The soft limit is raised as far as it can be. Raises InputError if fewer than `least` may be open.
+    Args:
+        datasets: Those of the plan.
+        plan: The order of data.
+        lanes: Those of the rank.
+        local_ranks: Processes of this node, which share a cache.
+
+    Raises:
+        InputError: The cache of a dataset is too small for two blocks of each stream that the node reads.
+    """
+    most = MAX_OPEN
+    for source, dataset in enumerate(datasets):
+        if dataset.any_remote and dataset.cache is not None:
+            largest = max(shard.bytes for shard in dataset.shards)
+            own, all_streams, shards = plan.most_shards(source, lanes)
+            dataset.cache.check_room(
+                2 * shards * min(own * local_ranks, all_streams) + CACHED_FOR_VALIDATION * local_ranks, largest
+            )
+            most = max(most, 2 * own * shards)
+    return most
+
+
+def _allow_open_files(most: int) -> None:
+    """Raise the limit of files that this process may open, as far as it can be.
+
+    Raises InputError if twice `most` are too many: the process has other files, too.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:
-        hard = max(soft, 4 * most)
+        hard = max(soft, 2 * most)
     if soft < 2 * most and soft < hard:
         soft = min(2 * most, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    if soft // 2 < least:
+    if soft < 2 * most:
         raise InputError(
-            f"ulimit -n: this process may open {soft} files; it has {least} shards open at a time, one a lane and one "
-            f"a worker, and other files: at least {2 * least}"
+            f"ulimit -n: this process may open {soft} files; it has up to {most} shards open at a time, and other "
+            f"files: at least {2 * most}"
         )
-    return min(most, soft // 2)
 
 
 class ShardPrefetcher:
-    """Prepares the coming shards of lanes: fetches them if they are remote, and compares their checksums."""
+    """Fetches the shards of remote datasets before they are read: those of the block that is read, then the next one's.
 
-    def __init__(self, datasets: Sequence[Dataset], plan: Plan, lanes: range, workers: int, stopped: Event) -> None:
-        self.datasets, self.plan, self._stopped = datasets, plan, stopped
+    It also has the next blocks laid out.
+    """
+
+    def __init__(self, datasets: Sequence[Dataset], plan: Plan, lanes: range, stopped: Event) -> None:
+        self.datasets, self.plan, self.lanes, self._stopped = datasets, plan, lanes, stopped
         remote = any(dataset.any_remote for dataset in datasets)
-        self._pool = ThreadPoolExecutor(max(1, workers, FETCH_THREADS * remote), "lcm-ds-prefetch")
-        self._upcoming: dict[int, list[int]] = {lane: [] for lane in lanes}  # shards of each lane
-        self._failed: set[tuple[int, int]] = set()  # (lane, shard): to try again
+        self._pool = ThreadPoolExecutor(1 + FETCH_THREADS * remote, "lcm-ds-prefetch")
+        self._blocks: list[object] = []
+        self._wanted: dict[tuple[int, int], bool] = {}  # (source, shard) → whether it is requested or fetched
 
     def advance(self, step: int) -> None:
         """Request what the lanes read from `step` on."""
-        for lane, requested in self._upcoming.items():
-            self._upcoming[lane] = upcoming = self.plan.upcoming_shards(step, lane, PREFETCHED_PER_LANE)
-            for shard in upcoming:
-                if shard not in requested or (lane, shard) in self._failed:
-                    self._failed.discard((lane, shard))
-                    self._pool.submit(self._prefetch, lane, shard)
+        blocks = self.plan.blocks(step, self.lanes)
+        if blocks != self._blocks:
+            for block in blocks:
+                if block not in self._blocks:
+                    self._pool.submit(self.plan.lay_out, block)  # an error comes again when it is read
+            self._blocks = list(blocks)
+            shards = [
+                (source, shard)
+                for source, shards in map(self.plan.shards, blocks)
+                if self.datasets[source].any_remote
+                for shard in shards.tolist()
+            ]
+            self._wanted = {key: self._wanted.get(key, False) for key in shards}
+        for key, requested in list(self._wanted.items()):
+            if not requested:
+                self._wanted[key] = True
+                self._pool.submit(self._fetch, key)
 
-    def _prefetch(self, lane: int, shard: int) -> None:
+    def _fetch(self, key: tuple[int, int]) -> None:
+        source, shard = key
         with suppress(InputError, Stopped):  # an error comes again when the shard is read
-            if shard not in self._upcoming[lane] or self._stopped.is_set():  # the lane is past it
+            if key not in self._wanted or self._stopped.is_set():  # the lanes are past it
                 return
-            if not prefetch(self.datasets[self.plan.source_of(lane)], shard, self._stopped):
-                self._failed.add((lane, shard))
+            if self.datasets[source].open_file_ahead(shard, self._stopped) is None:
+                self._wanted[key] = False  # to be tried again
 
     def close(self) -> None:
         """End the threads."""

@@ -1,32 +1,37 @@
-"""The plan: which concepts step s, lane j holds, as a pure function of the shards' sizes, a seed and the batch.
+"""The plan: the concepts of each row of each step, a pure function of the documents' lengths, a seed and the batch.
 
-Nothing is replayed to find a step: a lane is a list of shards with prefix sums, extended an epoch at a time, and a row
-is a range of its concepts. The ends of rows do not cut supervised documents: the plan knows the lengths of their
-documents, and a shard fills complete rows. The plan does no I/O and knows neither world size nor micro-batch.
+The shards of an epoch are dealt to **blocks**. The documents of a block are permuted together and laid end to end,
+block after block and epoch after epoch: a **stream**, from which rows are cut one after another. A dataset of a mixture
+has a stream, or several (`streams`), each with its own shards and its own lanes: rows of every step.
+
+Where a block begins follows from the number of concepts in its shards, so that any step is found by arithmetic; only
+the blocks that it reads are laid out. The ends of rows do not cut supervised documents: their rows hold complete
+segments. The plan knows neither world size nor micro-batch.
 """
 
 from __future__ import annotations
 
 import hashlib
-import heapq
 import json
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
 from lcm_ds.errors import InputError
 
-# Part of every fingerprint, to be raised when the order changes; the second is for orders with a supervised dataset.
-ORDER, SUPERVISED_ORDER = 1, 2
-# Shards whose rows are cached, besides two per lane.
-ROWS_KEPT = 256
+ORDER = 2  # part of every fingerprint; to be raised when the order changes
+# Documents of a block, at most, unless the config says how many shards it has: laid out in a third of a second, and
+# 12 bytes each in memory.
+BLOCK_DOCUMENTS = 1 << 23
+BLOCKS_KEPT = 3  # of a stream: the one that is read, the one before and the next
 
 
 @dataclass(frozen=True)
@@ -34,30 +39,33 @@ class Source:
     """One dataset of a mixture, as the plan sees it."""
 
     concepts: Sequence[int]  # of each shard, in order of the shards' names
-    weight: float = 1.0  # share of the lanes
-    # of a supervised dataset: concepts of each document of each shard; and of a segment, at most
-    lengths: Sequence[Sequence[int]] | None = None
-    longest: int | None = None
+    documents: Sequence[int]  # likewise
+    lengths: Callable[[int], np.ndarray]  # shard → concepts of each of its documents, int [documents]
+    longest: int  # concepts of a segment, at most
+    weight: float = 1.0  # share of the rows
+    packs: bool = False  # rows hold complete segments, which therefore fit into a row: of a supervised dataset
+    shuffle_shards: int | None = None  # of a block; None: as many as have BLOCK_DOCUMENTS
+    streams: int = 1
 
 
-class Piece(NamedTuple):
-    """Concepts `start` to `stop` of a shard, counted through its documents in the order they have in that epoch."""
+class Segments(NamedTuple):
+    """Parts of documents that attend to one another, in the order of rows: arrays int64 [segments]."""
 
-    source: int
+    row: np.ndarray  # counted from the first row that was asked for
+    column: np.ndarray  # of the segment's first concept in its row
+    source: np.ndarray
+    shard: np.ndarray
+    document: np.ndarray  # in its shard, in the shard's own order
+    start: np.ndarray  # concepts, counted in the document
+    stop: np.ndarray
+
+
+class BlockId(NamedTuple):
+    """A block of a stream."""
+
+    stream: int
     epoch: int
-    shard: int
-    start: int
-    stop: int
-
-
-class Epoch(NamedTuple):
-    """The shards of an epoch of one source; lane j has those from bounds[j] to bounds[j + 1]."""
-
-    shards: np.ndarray  # int32 [shards], lane by lane, in the order of assignment
-    # the end of each shard in its lane, counted from the first epoch on; a view of int64 [shards], which bisect reads
-    # several times as fast as the array
-    ends: memoryview
-    bounds: list[int]  # [lanes + 1]
+    number: int  # in its epoch
 
 
 class Plan:
@@ -67,14 +75,9 @@ class Plan:
     """
 
     def __init__(
-        self,
-        sources: Sequence[Source],
-        seed: int,
-        rows_per_step: int,
-        row_length: int,
-        epochs: int | None = None,
+        self, sources: Sequence[Source], seed: int, rows_per_step: int, row_length: int, epochs: int | None = None
     ) -> None:
-        """Assign the lanes to the sources.
+        """Share out the lanes.
 
         Args:
             sources: The datasets.
@@ -84,57 +87,101 @@ class Plan:
             epochs: How often each source is read; None for endless.
 
         Raises:
-            InputError: A source has no concepts, or its weight gives it no lane.
+            InputError: A source has no concepts, its weight gives it no lane, or its lanes or shards cannot be dealt to
+                its streams.
         """
         self.seed, self.rows_per_step, self.row_length, self.epochs = seed, rows_per_step, row_length, epochs
         self.lanes_per_source = allocate_lanes([source.weight for source in sources], rows_per_step)
-        self._streams = [
-            _Stream(index, source, lanes, seed, epochs, row_length)
-            for index, (source, lanes) in enumerate(zip(sources, self.lanes_per_source, strict=True))
-        ]
-        self._stream_of_lane = [(s, lane) for s, lanes in enumerate(self.lanes_per_source) for lane in range(lanes)]
+        self._streams: list[_Stream] = []
+        self._first_lanes: list[int] = []  # of each stream
+        lane = 0
+        for index, (source, lanes) in enumerate(zip(sources, self.lanes_per_source, strict=True)):
+            if lanes % source.streams or source.streams > len(source.concepts):
+                raise InputError(
+                    f"data.streams: {source.streams} of dataset {index}, which has {lanes} rows of a step and "
+                    f"{len(source.concepts)} shards: has to divide the rows, and each needs a shard"
+                )
+            for shards in _dealt(len(source.concepts), source.streams, f"streams/{seed}/{index}"):
+                stream = _Stream(index, source, shards, lanes // source.streams, seed, epochs, row_length)
+                self._streams.append(stream)
+                self._first_lanes.append(lane)
+                lane += stream.lanes
 
-    def pieces(self, step: int, lane: int) -> list[Piece]:
-        """The row of `lane` (0 to rows_per_step − 1) in `step` (from 0), in order.
+    def segments(self, step: int, lanes: range) -> Segments:
+        """The segments of the rows of consecutive `lanes` (of 0 to rows_per_step − 1) in `step` (from 0), in order.
 
-        Together row_length concepts; fewer if the lane ends in this row, none after that. Of a supervised source, one
-        piece of complete segments; fewer concepts if the next segment would not have fitted.
+        A row has row_length concepts; fewer if its stream ends in it, none after that. A row of supervised documents
+        has fewer if the next segment would not have fitted. Raises InputError if an index cannot be read.
         """
-        source, own = self._stream_of_lane[lane]
-        return self._streams[source].pieces(own, step * self.row_length, (step + 1) * self.row_length)
+        found = []
+        for index, own in self._own(lanes):
+            stream, first = self._streams[index], self._first_lanes[index]
+            parts = stream.segments(step * stream.lanes + own.start - first, len(own))
+            parts.row[:] += own.start - lanes.start
+            found.append(parts)
+        return Segments(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+
+    def blocks(self, step: int, lanes: range) -> list[BlockId]:
+        """The block that each stream of `lanes` reads first in `step`, and the one after it, if there is one."""
+        blocks = []
+        for index, _ in self._own(lanes):
+            epoch, block = self._streams[index].block_of(step * self._streams[index].lanes)
+            for each in (epoch * self._streams[index].blocks + block + ahead for ahead in (0, 1)):
+                if self.epochs is None or each < self.epochs * self._streams[index].blocks:
+                    blocks.append(BlockId(index, *divmod(each, self._streams[index].blocks)))
+        return blocks
+
+    def lay_out(self, block: BlockId) -> None:
+        """Lay out a block, if it is not yet. Raises InputError as `segments`."""
+        self._streams[block.stream].block(block.epoch, block.number)
+
+    def shards(self, block: BlockId) -> tuple[int, np.ndarray]:
+        """The source of a block, and its shards: int64, ascending."""
+        stream = self._streams[block.stream]
+        return stream.source_index, stream.shards_of(block.epoch, block.number)
+
+    def most_shards(self, source: int, lanes: range) -> tuple[int, int, int]:
+        """Of a source: how many of its streams `lanes` read, how many it has, and the most shards of a block."""
+        streams = [i for i, stream in enumerate(self._streams) if stream.source_index == source]
+        own = sum(index in streams for index, _ in self._own(lanes))
+        return own, len(streams), max(self._streams[i].most_shards for i in streams)
 
     def source_of(self, lane: int) -> int:
         """The index of the source that a lane reads."""
-        return self._stream_of_lane[lane][0]
-
-    def upcoming_shards(self, step: int, lane: int, count: int) -> list[int]:
-        """The next `count` shards of its source, or fewer, that `lane` reads from the beginning of `step` on."""
-        source, own = self._stream_of_lane[lane]
-        return self._streams[source].upcoming_shards(own, step * self.row_length, count)
+        return self._streams[bisect_right(self._first_lanes, lane) - 1].source_index
 
     @cached_property
     def steps(self) -> int | None:
-        """Steps until the last lane ends; None if epochs are unlimited."""
+        """Steps until the last stream ends; None if epochs are unlimited."""
         if self.epochs is None:
             return None
-        return max(-(-stream.longest_lane() // self.row_length) for stream in self._streams)
+        return max(-(-stream.rows(self.epochs) // stream.lanes) for stream in self._streams)
+
+    def rows(self, source: int) -> int:
+        """Rows of an epoch of a source."""
+        return sum(stream.rows(1) for stream in self._streams if stream.source_index == source)
 
     def concepts(self, step: int) -> int:
-        """Concepts in the rows before `step`: a lane that has ended adds none."""
-        return sum(stream.concepts_up_to(step * self.row_length) for stream in self._streams)
+        """Concepts in the rows before `step`: a stream that has ended adds none."""
+        return sum(stream.concepts_before(step * stream.lanes) for stream in self._streams)
 
     def epoch(self, step: int) -> float:
         """Concepts in the rows before `step`, divided by all concepts."""
         return self.concepts(step) / sum(stream.total for stream in self._streams)
 
-    def packs(self, source: int) -> bool:
-        """Whether rows of a source hold complete segments, as for a supervised dataset."""
-        return self._streams[source].packs
-
     @cached_property
     def row_slots(self) -> int:
-        """Concepts that the rows of the first epoch have room for, padding included."""
-        return sum(int(stream.sizes(0).sum()) for stream in self._streams)
+        """Concepts that the rows of the first epoch have room for, padding of supervised documents included."""
+        return sum(
+            stream.rows(1) * self.row_length if stream.source.packs else stream.total for stream in self._streams
+        )
+
+    def _own(self, lanes: range) -> Iterator[tuple[int, range]]:
+        """The streams that read some of `lanes`, each with those lanes."""
+        for index, (stream, first) in enumerate(zip(self._streams, self._first_lanes, strict=True)):
+            own = range(max(first, lanes.start), min(first + stream.lanes, lanes.stop))
+            if own:
+                yield index, own
 
 
 def allocate_lanes(weights: Sequence[float], lanes: int) -> list[int]:
@@ -156,12 +203,7 @@ def allocate_lanes(weights: Sequence[float], lanes: int) -> list[int]:
     return counts
 
 
-def document_order(seed: int, epoch: int, source: int, shard: int, documents: int) -> np.ndarray:
-    """int64 [documents]: the documents of a shard in the order of an epoch."""
-    return _permutation(f"documents/{seed}/{epoch}/{source}/{shard}", documents)
-
-
-def rows_of(lengths: np.ndarray, longest: int, row_length: int) -> list[int]:
+def rows_of(lengths: np.ndarray, longest: int, row_length: int) -> np.ndarray:
     """Documents, packed into rows in their order: row i holds the concepts [i] to [i + 1], counted through them.
 
     A segment that would be cut by the end of a row begins the next one.
@@ -172,18 +214,15 @@ def rows_of(lengths: np.ndarray, longest: int, row_length: int) -> list[int]:
         row_length: concepts of a row, at most.
 
     Returns:
-        The begin of each row, and the end of the last one.
+        int64 [rows + 1]: the begin of each row, and the end of the last one.
     """
-    segments = -(-lengths // longest)
-    document = np.repeat(np.arange(len(lengths)), segments)
-    index = np.arange(len(document)) - (np.cumsum(segments) - segments)[document]  # of a segment in its document
-    begins = np.cumsum(lengths) - lengths
-    ends = (begins[document] + np.minimum((index + 1) * longest, lengths[document])).tolist()
+    _, _, ends = _cut_documents(lengths, longest)
+    ends = ends.tolist()
     rows, at = [0], 0
     while at < len(ends):
         at = bisect_right(ends, rows[-1] + row_length, at)
         rows.append(ends[at - 1])
-    return rows
+    return np.array(rows, np.int64)
 
 
 def fingerprint(
@@ -193,7 +232,8 @@ def fingerprint(
     rows_per_step: int,
     row_length: int,
     max_segment: int,
-    supervised: bool = False,
+    shuffle_shards: Sequence[int | None] = (None,),
+    streams: int = 1,
 ) -> str:
     """sha256 over all that determines the order of data.
 
@@ -206,7 +246,8 @@ def fingerprint(
         rows_per_step: lanes.
         row_length: concepts of a row.
         max_segment: concepts of a segment, at most.
-        supervised: whether one of the datasets is, so that rows are cut by their documents' lengths.
+        shuffle_shards: shards of a block of each dataset, as in `Source`.
+        streams: of each dataset.
 
     Returns:
         The checksum, in hexadecimal.
@@ -220,149 +261,275 @@ def fingerprint(
         "rows_per_step": rows_per_step,
         "row_length": row_length,
         "max_segment": max_segment,
+        "shuffle_shards": list(shuffle_shards),
+        "streams": streams,
     }
-    if supervised:
-        order["supervised_order"] = SUPERVISED_ORDER
     return hashlib.sha256(json.dumps(order, sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class _Block:
+    """The documents of some shards in the order in which an epoch reads them."""
+
+    shards: np.ndarray  # int64, ascending
+    firsts: np.ndarray  # int64: documents of the block before each shard
+    documents: np.ndarray  # int32 [documents]: counted through the shards, permuted
+    ends: np.ndarray  # [documents]: concepts up to the end of each, in that order
+    rows: np.ndarray | None  # if rows are packed: see `rows_of`
+
+    def cut(self, begin: int, end: int, bounds: np.ndarray, longest: int) -> tuple[np.ndarray, ...]:
+        """The segments of the concepts `begin` to `end`, counted through the permuted documents.
+
+        A document longer than `longest` is wrapped: cut at multiples of `longest`, counted from its first concept,
+        independent of where rows begin and end.
+
+        Args:
+            begin: the first concept.
+            end: behind the last one.
+            bounds: where rows end in between.
+            longest: concepts of a segment, at most.
+
+        Returns:
+            int64 [segments] each: the segment's first concept, its shard, its document in the shard, its first
+            concept in the document, and its last one there plus 1.
+        """
+        wanted = np.array([begin, end - 1], self.ends.dtype)  # of another type, it would copy all of them
+        first, last = np.searchsorted(self.ends, wanted, side="right").tolist()
+        ends = self.ends[first : last + 1].astype(np.int64)
+        before = int(self.ends[first - 1]) if first else 0
+        lengths = np.diff(ends, prepend=before)
+        begins, _, _ = _cut_documents(lengths, longest)
+        begins = begins + before
+        cuts = np.unique(np.concatenate([[begin], begins[(begins > begin) & (begins < end)], bounds]))
+        at = np.searchsorted(ends, cuts, side="right")
+        offsets = cuts - (ends - lengths)[at]
+        numbers = self.documents[first + at].astype(np.int64)
+        shard = np.searchsorted(self.firsts, numbers, side="right") - 1
+        starts, stops = offsets, offsets + np.diff(cuts, append=end)
+        return cuts, self.shards[shard], numbers - self.firsts[shard], starts, stops
+
+
+def _cut_documents(lengths: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Documents laid end to end, cut at multiples of `longest` in each: begin, document and end of each segment."""
+    counts = -(-lengths // longest)
+    document = np.repeat(np.arange(len(lengths)), counts)
+    index = np.arange(len(document)) - (np.cumsum(counts) - counts)[document]  # of a segment in its document
+    document_ends = np.cumsum(lengths)
+    begins = (document_ends - lengths)[document] + index * longest
+    return begins, document, np.minimum(begins + longest, document_ends[document])
+
+
 class _Stream:
-    """The lanes of one source, laid out epoch by epoch on demand.
+    """The rows of some lanes: shards of one source, block after block and epoch after epoch."""
 
-    Positions in a lane include the padding in rows of supervised documents.
-    """
-
-    def __init__(self, index: int, source: Source, lanes: int, seed: int, limit: int | None, row_length: int) -> None:
-        self.index, self.lanes, self.seed, self.limit, self.row_length = index, lanes, seed, limit, row_length
-        self.concepts = np.asarray(source.concepts, np.int64)
-        self.total = int(self.concepts.sum())
+    def __init__(
+        self,
+        source_index: int,
+        source: Source,
+        shards: np.ndarray,
+        lanes: int,
+        seed: int,
+        limit: int | None,
+        row_length: int,
+    ) -> None:
+        self.source_index, self.source, self.lanes = source_index, source, lanes
+        self._shards, self._limit, self._row_length = shards, limit, row_length
+        # The order of a stream depends on its shards, not on how many streams there are.
+        self._name = f"{seed}/{source_index}/{int(shards[0])}"
+        self._concepts = np.asarray(source.concepts, np.int64)[shards]
+        self.total = int(self._concepts.sum())
         if self.total == 0:
-            raise InputError(f"dataset {index} of the mixture holds no concepts")
-        self.packs = source.lengths is not None
-        self._lengths = [np.asarray(each, np.int64) for each in source.lengths or ()]
-        self._longest = min(source.longest or row_length, row_length)
-        self._rows = lru_cache(2 * lanes + ROWS_KEPT)(self._pack)
-        self._epochs: list[Epoch] = []
-        self._lane_ends = [[0] * lanes]  # before the first epoch, after the first epoch, …
-        self._extending = threading.Lock()
+            raise InputError(f"dataset {source_index} of the mixture holds no concepts")
+        if source.shuffle_shards is None:
+            documents = int(np.asarray(source.documents, np.int64)[shards].sum())
+            self.blocks = min(len(shards), max(1, -(-documents // BLOCK_DOCUMENTS)))
+        else:
+            self.blocks = -(-len(shards) // source.shuffle_shards)
+        self.most_shards = -(-len(shards) // self.blocks)  # of a block
+        self._epoch = lru_cache(4)(self._deal_epoch)
+        self._laid_out: OrderedDict[tuple[int, int], Future[_Block]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._row_ends = [0]  # packed rows up to the end of each block, epoch after epoch, as far as they are known
+        self._counting = threading.Lock()
 
-    def pieces(self, lane: int, start: int, stop: int) -> list[Piece]:
-        """The pieces from `start` to `stop` in a lane; of supervised documents, complete rows."""
-        self._extend(lane, stop)
-        pieces: list[Piece] = []
-        for epoch, shard, end in self._from(lane, start):
-            first = end - self._size(epoch, shard)
-            until = min(stop, end)
-            if until > start:  # a shard may be empty
-                pieces.append(self._piece(epoch, shard, start - first, until - first))
-                start = until
-            if start == stop:
-                break
-        return pieces
+    def segments(self, first: int, rows: int) -> Segments:
+        """The segments of `rows` rows from row `first` of the stream on."""
+        found: list[tuple[np.ndarray, ...]] = []
+        for epoch, index, begin, end in self._ranges(first, rows):
+            block = self.block(epoch, index)
+            if block.rows is not None:
+                own = block.rows[begin : end + 1]
+                cuts, *where = block.cut(int(own[0]), int(own[-1]), own[1:-1], self.source.longest)
+                row = np.searchsorted(own, cuts, side="right") - 1
+                column = cuts - own[row]
+                row += self._rows_before(epoch, index) + begin - first
+            else:
+                before = epoch * self.total + int(self._epoch(epoch)[1][index])  # the block's begin in the stream
+                length = self._row_length
+                bounds = np.arange(-(-(before + begin + 1) // length) * length, before + end, length) - before
+                cuts, *where = block.cut(begin, end, bounds, self.source.longest)
+                row, column = np.divmod(before + cuts, length)
+                row -= first
+            found.append((row, column, np.full_like(row, self.source_index), *where))
+        if not found:
+            return Segments(*(np.empty(0, np.int64) for _ in Segments._fields))
+        return Segments(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
 
-    def upcoming_shards(self, lane: int, start: int, count: int) -> list[int]:
-        """The first `count` shards of a lane from `start` on; fewer if it ends."""
-        stop = start + 1
-        while True:
-            self._extend(lane, stop)
-            shards = [shard for _, shard, _ in islice(self._from(lane, start), count)]
-            if len(shards) == count or len(self._epochs) == self.limit:
-                return shards
-            stop = self._lane_ends[-1][lane] + 1
+    def block(self, epoch: int, index: int) -> _Block:
+        """A block, laid out if it is not; the least recently used one is dropped for it."""
+        key = (epoch, index)
+        with self._lock:
+            future = self._laid_out.get(key)
+            if missing := future is None or (future.done() and future.exception() is not None):
+                while len(self._laid_out) >= BLOCKS_KEPT:
+                    self._laid_out.popitem(last=False)
+                future = self._laid_out[key] = Future()
+            self._laid_out.move_to_end(key)
+        assert future is not None
+        if missing:
+            try:
+                future.set_result(self._lay_out(epoch, index))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
 
-    def _from(self, lane: int, start: int) -> Iterator[tuple[int, int, int]]:
-        """The shards of a lane from `start` on: epoch, shard, and its end in the lane."""
-        epoch = bisect_right(self._lane_ends, start, key=lambda ends: ends[lane]) - 1
-        while epoch < len(self._epochs):
-            shards, ends, bounds = self._epochs[epoch]
-            first, last = bisect_right(ends, start, bounds[lane], bounds[lane + 1]), bounds[lane + 1]
-            for at in range(first, last):
-                yield epoch, int(shards[at]), ends[at]
-            epoch += 1
+    def block_of(self, row: int) -> tuple[int, int]:
+        """Epoch and index of the block that a row begins in; of the last one for a row behind the end."""
+        if self.source.packs:
+            at = self._find_packed(row)
+            return divmod(at, self.blocks)
+        epoch, position = divmod(row * self._row_length, self.total)
+        if self._limit is not None and epoch >= self._limit:
+            return self._limit - 1, self.blocks - 1
+        return epoch, bisect_right(self._epoch(epoch)[1], position) - 1
 
-    def longest_lane(self) -> int:
-        """The end of the longest lane after all epochs, whose number has to be limited."""
-        self._extend(0, None)
-        return max(self._lane_ends[-1])
+    def shards_of(self, epoch: int, index: int) -> np.ndarray:
+        """The shards of a block: int64, ascending."""
+        return self._shards[self._epoch(epoch)[0] == index]
 
-    def concepts_up_to(self, stop: int) -> int:
-        """Concepts of all lanes together, each up to `stop`."""
-        if self.packs:
-            return sum(self._read_before(lane, stop) for lane in range(self.lanes))
-        if self.limit is None:  # no lane ends
-            return stop * self.lanes
-        self._extend(0, None)
-        return int(np.minimum(self._lane_ends[-1], stop).sum())
+    def rows(self, epochs: int) -> int:
+        """Rows of the first `epochs` epochs."""
+        if not self.source.packs:
+            return -(-epochs * self.total // self._row_length)
+        self._count_rows(blocks=epochs * self.blocks)
+        return self._row_ends[epochs * self.blocks]
 
-    def _read_before(self, lane: int, stop: int) -> int:
-        """Concepts of a lane up to `stop`, without padding."""
-        read = 0
-        self._extend(lane, stop)
-        for epoch, (shards, ends, bounds) in enumerate(self._epochs):
-            last = bounds[lane + 1]
-            at = bisect_right(ends, stop, bounds[lane], last)
-            read += int(self.concepts[shards[bounds[lane] : at]].sum())
-            if at < last:
-                begin = ends[at] - self._size(epoch, int(shards[at]))
-                if stop > begin:
-                    read += self._piece(epoch, int(shards[at]), 0, stop - begin).stop
-                break
-        return read
+    def concepts_before(self, row: int) -> int:
+        """Concepts in the rows before `row`."""
+        if not self.source.packs:
+            concepts = row * self._row_length
+            return concepts if self._limit is None else min(concepts, self._limit * self.total)
+        at = self._find_packed(row)
+        epoch, index = divmod(at, self.blocks)
+        rows = self.block(epoch, index).rows
+        assert rows is not None
+        begin = int(self._epoch(epoch)[1][index])
+        return epoch * self.total + begin + int(rows[min(row - self._row_ends[at], len(rows) - 1)])
 
-    def sizes(self, epoch: int) -> np.ndarray:
-        """int64 [shards]: the length of each shard in its lane in an epoch."""
-        if not self.packs:
-            return self.concepts
-        return np.array([self._size(epoch, shard) for shard in range(len(self.concepts))], np.int64)
-
-    def _size(self, epoch: int, shard: int) -> int:
-        return self.row_length * (len(self._rows(epoch, shard)) - 1) if self.packs else int(self.concepts[shard])
-
-    def _piece(self, epoch: int, shard: int, start: int, stop: int) -> Piece:
-        """A part of a shard; start and stop are positions in its lane, and bounds of rows if it is packed."""
-        if self.packs:
-            rows = self._rows(epoch, shard)
-            start, stop = rows[start // self.row_length], rows[stop // self.row_length]
-        return Piece(self.index, epoch, shard, start, stop)
-
-    def _pack(self, epoch: int, shard: int) -> list[int]:
-        """The rows of a shard in the order of an epoch."""
-        lengths = self._lengths[shard]
-        order = document_order(self.seed, epoch, self.index, shard, len(lengths))
-        return rows_of(lengths[order], self._longest, self.row_length)
-
-    def _extend(self, lane: int, stop: int | None) -> None:
-        """Lay out epochs until the lane reaches `stop` (None: all of them)."""
-        if stop is not None and self._lane_ends[-1][lane] >= stop:
+    def _ranges(self, first: int, rows: int) -> Iterator[tuple[int, int, int, int]]:
+        """The parts of blocks that rows read: epoch, index, begin and end, in rows of the block if they are packed,
+        else in concepts."""
+        if self.source.packs:
+            at, row = self._find_packed(first), first
+            while row < first + rows and (self._limit is None or at < self._limit * self.blocks):
+                self._count_rows(blocks=at + 1)
+                begin, end = self._row_ends[at], self._row_ends[at + 1]
+                until = min(end, first + rows)
+                if row < until:
+                    yield *divmod(at, self.blocks), row - begin, until - begin
+                    row = until
+                at += 1
             return
-        with self._extending:
-            while len(self._epochs) != self.limit and (stop is None or self._lane_ends[-1][lane] < stop):
-                epoch, lane_ends = self._assign_shards(len(self._epochs), self._lane_ends[-1])
-                # In this order: a reader without the lock sees an end only with the epoch that reaches it.
-                self._epochs.append(epoch)
-                self._lane_ends.append(lane_ends)
+        start, stop = first * self._row_length, (first + rows) * self._row_length
+        if self._limit is not None:
+            stop = min(stop, self._limit * self.total)
+        while start < stop:
+            epoch, position = divmod(start, self.total)
+            begins = self._epoch(epoch)[1]
+            index = bisect_right(begins, position) - 1
+            until = min(begins[index + 1], position + stop - start)
+            yield epoch, index, position - begins[index], until - begins[index]
+            start += until - position
 
-    def _assign_shards(self, epoch: int, lane_ends: list[int]) -> tuple[Epoch, list[int]]:
-        """An epoch's shards, permuted, each to the lane that is the shortest so far (the lowest of equals)."""
-        order = _permutation(f"shards/{self.seed}/{epoch}/{self.index}", len(self.concepts))
-        heap = [(end, lane) for lane, end in enumerate(lane_ends)]
-        heapq.heapify(heap)
-        lanes = np.empty(len(order), np.int32)
-        ends = np.empty(len(order), np.int64)
-        for i, count in enumerate(self.sizes(epoch)[order].tolist()):
-            end, lane = heap[0]
-            heapq.heapreplace(heap, (end + count, lane))
-            lanes[i], ends[i] = lane, end + count
-        by_lane = np.argsort(lanes, kind="stable")
-        bounds = np.searchsorted(lanes[by_lane], np.arange(self.lanes + 1)).tolist()
-        assigned = Epoch(order[by_lane].astype(np.int32), ends[by_lane].data, bounds)
-        return assigned, [end for end, _ in sorted(heap, key=lambda item: item[1])]
+    def _deal_epoch(self, epoch: int) -> tuple[np.ndarray, list[int]]:
+        """The block of each shard of the stream in an epoch, and the concepts before each block, and before its end."""
+        blocks = _deal(len(self._shards), self.blocks, f"blocks/{self._name}/{epoch}")
+        sizes = np.zeros(self.blocks, np.int64)
+        np.add.at(sizes, blocks, self._concepts)
+        return blocks, [0, *np.cumsum(sizes).tolist()]
+
+    def _lay_out(self, epoch: int, index: int) -> _Block:
+        shards = self.shards_of(epoch, index)
+        lengths = [np.asarray(self.source.lengths(shard), np.int32) for shard in shards.tolist()]
+        counts = np.array([len(each) for each in lengths], np.int64)
+        together = np.concatenate(lengths)
+        documents = permutation(f"documents/{self._name}/{epoch}/{index}", len(together))
+        in_order = together[documents]
+        ends = np.cumsum(in_order, dtype=np.int64)
+        begins = self._epoch(epoch)[1]
+        assert (int(ends[-1]) if len(ends) else 0) == begins[index + 1] - begins[index], "lengths of documents"
+        rows = rows_of(in_order.astype(np.int64), self.source.longest, self._row_length) if self.source.packs else None
+        if len(ends) and ends[-1] < 1 << 32:
+            ends = ends.astype(np.uint32)
+        return _Block(shards, np.cumsum(counts) - counts, documents, ends, rows)
+
+    def _rows_before(self, epoch: int, index: int) -> int:
+        return self._row_ends[epoch * self.blocks + index]
+
+    def _find_packed(self, row: int) -> int:
+        """The block, counted over all epochs, that holds a row; the last one if all end before it."""
+        self._count_rows(row=row)
+        at = bisect_right(self._row_ends, row) - 1
+        return at if self._limit is None else min(at, self._limit * self.blocks - 1)
+
+    def _count_rows(self, row: int = -1, blocks: int = 0) -> None:
+        """Count the rows of packed blocks, up to that of `row` and for at least so many blocks."""
+        with self._counting:
+            while len(self._row_ends) <= blocks or self._row_ends[-1] <= row:
+                at = len(self._row_ends) - 1
+                if self._limit is not None and at >= self._limit * self.blocks:
+                    return
+                rows = self.block(*divmod(at, self.blocks)).rows
+                assert rows is not None
+                self._row_ends.append(self._row_ends[-1] + len(rows) - 1)
 
 
-def _permutation(name: str, n: int) -> np.ndarray:
-    """int64 [n]: a permutation that depends only on `name`, not on the version of numpy.
+def permutation(name: str, n: int) -> np.ndarray:
+    """int32 [n] (int64 if that is too small): a permutation that depends only on `name`, not on the version of numpy.
 
-    numpy guarantees the raw output of its bit generators, but not of its shuffles.
+    numpy guarantees the raw output of its bit generators, but not of its shuffles. Random numbers are sorted that have
+    the position in their last bits: no two are equal, so that any sort gives the same, and the fastest is taken.
     """
+    bits = max(1, (n - 1).bit_length())
+    keys = _random(name, n)
+    keys >>= np.uint64(bits)
+    keys <<= np.uint64(bits)
+    keys |= np.arange(n, dtype=np.uint64)
+    keys.sort()
+    keys &= np.uint64((1 << bits) - 1)
+    return keys.astype(np.int32 if bits < 32 else np.int64)
+
+
+def _random(name: str, n: int) -> np.ndarray:
+    """uint64 [n]: random numbers that depend only on `name`."""
     key = np.frombuffer(hashlib.blake2b(name.encode(), digest_size=16).digest(), "<u8")
-    return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
+    return np.random.Philox(key=key).random_raw(n)
+
+
+def _deal(n: int, hands: int, name: str) -> np.ndarray:
+    """int64 [n]: deal n shards to `hands`, a random one of each `hands` consecutive shards to each of them.
+
+    Shards that lie together are often alike: so each hand gets its share of everything.
+    """
+    if hands == 1:
+        return np.zeros(n, np.int64)
+    order = np.lexsort((_random(name, n), np.arange(n) // hands))
+    dealt = np.empty(n, np.int64)
+    dealt[order] = np.arange(n) % hands
+    return dealt
+
+
+def _dealt(n: int, hands: int, name: str) -> list[np.ndarray]:
+    """The shards of each hand, ascending."""
+    dealt = _deal(n, hands, name)
+    return [np.flatnonzero(dealt == hand) for hand in range(hands)]

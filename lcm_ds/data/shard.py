@@ -9,7 +9,7 @@ import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -35,7 +35,7 @@ SOURCE_SENTENCES, TARGET_SENTENCES = "source_sentences", "target_sentences"
 class Shard:
     """The documents of one tar, in its order.
 
-    keys: of each document; lengths: int64, concepts of each document.
+    keys: of each document; lengths: int64, concepts of each document; offsets: of each one's concepts in the tar.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Shard:
         self.location = str(path) if path.name == Path(self.name).name else f"{self.name} (kept as {path})"
         self.embed_dim = embed_dim
         self.storage, self.supervised = storage, supervised
-        self.dtype = None if dtype is None else np.dtype(_STORED.get(dtype, dtype)).newbyteorder("<")
+        self.dtype = None if dtype is None else stored_dtype(dtype)
         self.extension = extension
         text_extension, _, self._field = texts.partition(":")
         self._text_extension = text_extension.lower()
@@ -86,7 +86,7 @@ class Shard:
         self._metas: dict[str, tuple[int, int]] = {}
         self._texts: dict[str, tuple[int, int]] = {}
         self._npys: list[tuple[int, int]] = []
-        self._offsets: list[int] = []
+        self.offsets: list[int] = []
         lengths = []
         try:
             members = read_members(self.file, self.location)
@@ -101,14 +101,13 @@ class Shard:
                     begin, length = self._check(key, offset, size, head)
                 self.keys.append(key)
                 self._npys.append((offset, size))
-                self._offsets.append(offset + begin)
+                self.offsets.append(offset + begin)
                 lengths.append(length)
             elif kind == "json":
                 self._metas[key] = (offset, size)
             elif kind == self._text_extension:
                 self._texts[key] = (offset, size)
         self.lengths = np.array(lengths, np.int64)
-        self._listed_given = None if info is None else info.given
         self._check_counts(info)
 
     def __len__(self) -> int:
@@ -133,11 +132,11 @@ class Shard:
         out: contiguous. Raises InputError if the file cannot be read or has become shorter.
         """
         assert self.dtype is not None
-        offset = self._offsets[document] + start * out.shape[1] * self.dtype.itemsize
+        offset = self.offsets[document] + start * out.shape[1] * self.dtype.itemsize
         same = out.dtype == self.dtype and self.storage is None
         stored = out if same else np.empty(out.shape, self.dtype)
         try:
-            complete = self.file.read_into(stored, offset)
+            complete = self.file.read_into(stored.reshape(-1).view(np.uint8).data, offset)
         except OSError as error:
             raise InputError(f"{self.location}: {self.keys[document]}: cannot be read: {error.strerror}") from None
         if not complete:
@@ -146,6 +145,13 @@ class Shard:
             self.storage.decode(stored, out)
         elif not same:
             out[...] = stored
+
+    def stored(self, document: int) -> bytes:
+        """The bytes of the document's concepts, as they are stored. Raises InputError."""
+        assert self.dtype is not None
+        assert self.embed_dim is not None
+        size = int(self.lengths[document]) * self.embed_dim * self.dtype.itemsize
+        return self._bytes(self.keys[document], self.offsets[document], size)
 
     def members(self, document: int) -> dict[str, bytes]:
         """The document's files in the tar, by extension."""
@@ -181,10 +187,7 @@ class Shard:
         """
         if not self.supervised:
             return np.zeros(len(self), np.int64)
-        given = [self._given(document) for document in range(len(self))]
-        if self._listed_given not in (None, given):
-            raise InputError(f"{self.location}: its documents have other sources than {SHARDS} lists (given)")
-        return np.array(given, np.int64)
+        return np.array([self._given(document) for document in range(len(self))], np.int64)
 
     def _given(self, document: int) -> int:
         meta = self.meta(document)
@@ -280,8 +283,11 @@ class Shard:
                 f"{self.location}: has {counts[0]} documents with {counts[1]} concepts, "
                 f"{SHARDS} lists {info.documents} with {info.concepts}"
             )
-        if info is not None and info.lengths not in (None, self.lengths.tolist()):
-            raise InputError(f"{self.location}: its documents have other lengths than {SHARDS} lists")
+
+
+def stored_dtype(dtype: str) -> np.dtype:
+    """The type of the numbers in the shards of a dataset of `dtype`."""
+    return np.dtype(_STORED.get(dtype, dtype)).newbyteorder("<")
 
 
 def open_shard(dataset: Dataset, index: int, stopped: Event | None = None) -> Shard:
@@ -303,22 +309,6 @@ def open_shard(dataset: Dataset, index: int, stopped: Event | None = None) -> Sh
     )
     _compare(shard, sha256, listed)
     return shard
-
-
-def prefetch(dataset: Dataset, index: int, stopped: Event) -> bool:
-    """Do what takes long about opening a shard, and keep nothing open: fetch it, compare its checksum, have it read.
-
-    stopped: as of `open_shard`. False if that cannot be done now. Raises InputError.
-    """
-    file = dataset.open_file_ahead(index, stopped)
-    if file is None:
-        return False
-    if dataset.checksums:
-        _checksum(file)
-    else:
-        with suppress(OSError):  # reported when it is read
-            file.read_ahead()
-    return True
 
 
 def open_shard_once(dataset: Dataset, index: int) -> Shard:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from lcm_ds.data.format import Dataset
-from lcm_ds.data.open_shards import MIN_CACHED, OpenShards
+from lcm_ds.data.open_shards import OpenShards
 from lcm_ds.data.plan import Plan
-from lcm_ds.data.rows import Segment
+from lcm_ds.data.shard import Shard, open_shard
 from lcm_ds.errors import InputError
+
+SHARDS_KEPT = 256
 
 
 class TraceLine(NamedTuple):
@@ -27,7 +30,7 @@ class TraceLine(NamedTuple):
 
 
 def trace(
-    datasets: Sequence[Dataset], plan: Plan, max_segment: int, steps: range, lanes: range | None = None
+    datasets: Sequence[Dataset], plan: Plan, steps: range, lanes: range | None = None
 ) -> Iterator[tuple[int, list[TraceLine]]]:
     """The segments of steps.
 
@@ -36,7 +39,6 @@ def trace(
     Args:
         datasets: Those of the plan.
         plan: The order of data.
-        max_segment: Concepts of a segment, at most.
         steps: Which steps.
         lanes: Which lanes; None for all.
 
@@ -46,25 +48,34 @@ def trace(
     Raises:
         InputError: A shard cannot be read and is not skipped (see `OpenShards.skip`).
     """
-    shards = OpenShards(datasets, plan, max_segment, MIN_CACHED, plan.rows_per_step)
+    shards = _Shards(datasets)
+    lanes = lanes if lanes is not None else range(plan.rows_per_step)
     for step in steps:
-        yield step, [line for lane in lanes or range(plan.rows_per_step) for line in _trace_row(shards, step, lane)]
+        segments, lines, index = plan.segments(step, lanes), [], 0
+        order = zip(*(array.tolist() for array in segments), strict=True)
+        for row, column, source, shard, document, start, stop in order:
+            index = 0 if column == 0 else index
+            try:
+                opened = shards.get(source, shard)
+                lines.append(_trace_line(lanes[row], index, datasets[source].path, opened, document, start, stop))
+                index += 1
+            except InputError as error:
+                shards.open.skip(source, shard, error)
+        yield step, lines
 
 
-def _trace_row(shards: OpenShards, step: int, lane: int) -> list[TraceLine]:
-    lines: list[TraceLine] = []
-    for piece in shards.plan.pieces(step, lane):
-        dataset = shards.datasets[piece.source].path
-        try:
-            segments = enumerate(shards.segments(piece), start=len(lines))
-            lines += [_trace_line(lane, i, dataset, segment) for i, segment in segments]
-        except InputError as error:
-            shards.skip(piece, error)
-    return lines
+class _Shards:
+    """Shards with their headers parsed, of which the last few are kept."""
+
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        self.open = OpenShards(datasets)
+        self.get = lru_cache(SHARDS_KEPT)(self._get)
+
+    def _get(self, source: int, shard: int) -> Shard:
+        return open_shard(self.open.datasets[source], shard)
 
 
-def _trace_line(lane: int, index: int, dataset: str, segment: Segment) -> TraceLine:
-    shard, document, start, stop = segment
+def _trace_line(lane: int, index: int, dataset: str, shard: Shard, document: int, start: int, stop: int) -> TraceLine:
     meta = shard.meta(document)
     sentences = tuple(map(str, meta["sentences"][start:stop]))
     return TraceLine(lane, index, dataset, shard.name, shard.keys[document], str(meta["id"]), sentences, start, stop)

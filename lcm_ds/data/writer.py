@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from webdataset.writer import TarWriter
 
-from lcm_ds.data.format import ShardInfo
+from lcm_ds.data.document_index import record_of
+from lcm_ds.data.format import ShardInfo, record_path
 from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.shard import SOURCE_SENTENCES, TARGET_SENTENCES, Shard
 from lcm_ds.errors import InputError
-from lcm_ds.files import sha256_of, sync
+from lcm_ds.files import sha256_of, sync, write_whole
 
 # WebDataset splits key and extension at the first dot; names of this kind and length fit a plain ustar header.
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
@@ -76,47 +77,40 @@ def write_shard(
                 raise InputError(f"{location}: its key is there already")
             keys.add(document.key)
             embed_dim = stored.shape[1]
-            yield _Sample(document.key, {"npy": _npy(stored), "json": _meta(document)}, len(stored), document.given)
+            yield _Sample(document.key, {"npy": _npy(stored), "json": _meta(document)}, document.given is not None)
 
     return _write(target, samples())
 
 
 def copy_shard(shard: Shard, documents: Iterable[int], folder: str | Path, name: str) -> ShardInfo:
     """Write some documents of a shard as the shard `folder`/`name`, byte for byte; returns its line for `commit`."""
-    given = shard.given if shard.supervised else None
-    samples = (
-        _Sample(shard.keys[i], shard.members(i), int(shard.lengths[i]), None if given is None else int(given[i]))
-        for i in documents
-    )
-    return _write(Path(folder) / name, samples)
+    samples = (_Sample(shard.keys[i], shard.members(i), shard.supervised) for i in documents)
+    return _write(Path(folder) / name, samples, shard.extension)
 
 
 class _Sample(NamedTuple):
     key: str
     files: dict[str, bytes]  # by extension
-    length: int  # concepts
-    given: int | None  # of a supervised document: concepts of its source
+    supervised: bool
 
 
-def _write(target: Path, samples: Iterable[_Sample]) -> ShardInfo:
-    """Write the tar of samples."""
+def _write(target: Path, samples: Iterable[_Sample], extension: str = "npy") -> ShardInfo:
+    """Write the tar of samples, and beside it its record in the index."""
     # A name that no other process has, so that two of them never write one file.
     partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.partial")
-    lengths: list[int] = []
-    given: list[int] = []
+    supervised: set[bool] = set()
     try:
         with partial.open("wb") as file:
             # Times, owner and mode are fixed, so that a shard's bytes are a function of its documents.
             with TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
                 for sample in samples:
                     tar.write({"__key__": sample.key, **sample.files})
-                    lengths.append(sample.length)
-                    if sample.given is not None:
-                        given.append(sample.given)
+                    supervised.add(sample.supervised)
             file.flush()
             os.fsync(file.fileno())
-        parts = (lengths, given) if given and len(given) == len(lengths) else ()
-        info = ShardInfo(target.name, len(lengths), sum(lengths), partial.stat().st_size, sha256_of(partial), *parts)
+        shard = Shard(partial, extension=extension, supervised=supervised == {True})
+        info = ShardInfo(target.name, len(shard), int(shard.lengths.sum()), partial.stat().st_size, sha256_of(partial))
+        write_whole(record_path(target.parent, target.name), record_of(shard))
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

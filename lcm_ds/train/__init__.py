@@ -36,7 +36,7 @@ def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False,
         prints_errors = env.local_rank == 0  # every rank finds the errors below; one per host prints them
         from lcm_ds.train.job_builder import build_job
 
-        job = build_job(config_path, overrides, ranks or env.world_size)
+        job = build_job(config_path, overrides, ranks or env.world_size, sizes=env.rank == 0)
         if stop is None:
             from lcm_ds.train.dry_run import dry_run as print_dry_run
 

@@ -13,6 +13,7 @@ from lcm_ds import deepspeed_config
 from lcm_ds.checkpoint.format import candidates
 from lcm_ds.config import TrainConfig, read_yaml, validate
 from lcm_ds.data.format import NORMALIZER, Dataset, open_dataset, read_normalizer
+from lcm_ds.data.indexing import indexed
 from lcm_ds.data.plan import Plan, fingerprint
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.data.supervised import length_limit, missing_targets, source_of, target_reach
@@ -28,13 +29,14 @@ from lcm_ds.train.monitoring.trackers import missing_packages
 END_OF_TEXT_TOLERANCE = 0.1
 
 
-def build_job(path: str | Path, overrides: Sequence[str], world_size: int) -> TrainJob:
+def build_job(path: str | Path, overrides: Sequence[str], world_size: int, sizes: bool = True) -> TrainJob:
     """Read a train config and check it against its datasets, its DeepSpeed JSON and the number of ranks.
 
     Args:
         path: The YAML file.
         overrides: `key=value` with dotted keys.
         world_size: Number of ranks.
+        sizes: Whether the sizes of the datasets' shards are compared: one rank of a run is enough.
 
     Raises:
         InputError: With every error, one line each.
@@ -50,8 +52,8 @@ def build_job(path: str | Path, overrides: Sequence[str], world_size: int) -> Tr
         ds = _read_ds(mapping.get("deepspeed"), Path(path))
     data = mapping.get("data") if isinstance(mapping.get("data"), dict) else {}
     assert isinstance(data, dict)
-    datasets = [_open(entry, "data.train", data, path, errors) for entry in _train_paths(data)]
-    validation = _open(data.get("validation"), "data.validation", data, path, errors)
+    datasets = [_open(entry, "data.train", data, path, sizes, errors) for entry in _train_paths(data)]
+    validation = _open(data.get("validation"), "data.validation", data, path, sizes, errors)
     if config is None or ds is None:
         errors.raise_if_any()
     assert config is not None
@@ -101,12 +103,14 @@ def plan_of(config: TrainConfig, datasets: Sequence[Dataset]) -> tuple[Plan, str
     """The order in which a run reads its datasets, and the fingerprint of that order."""
     weights = [entry.weight for entry in config.data.train]
     rows, length, max_segment = config.batch.rows_per_step, config.data.row_length, config.data.max_segment
+    shards, streams = config.data.shuffle_shards, config.data.streams
     sources = [
-        source_of(dataset, length, max_segment, weight) for dataset, weight in zip(datasets, weights, strict=True)
+        source_of(dataset, length, max_segment, weight, shards, streams)
+        for dataset, weight in zip(datasets, weights, strict=True)
     ]
-    supervised = any(dataset.info.supervised is not None for dataset in datasets)
     fingerprints = [dataset.fingerprint for dataset in datasets]
-    order = fingerprint(fingerprints, weights, config.seed, rows, length, max_segment, supervised)
+    blocks = [source.shuffle_shards for source in sources]
+    order = fingerprint(fingerprints, weights, config.seed, rows, length, max_segment, blocks, streams)
     return Plan(sources, config.seed, rows, length, config.epochs), order
 
 
@@ -186,7 +190,9 @@ def _train_paths(data: dict[str, Any]) -> list[Any]:
     return [train]
 
 
-def _open(value: Any, key: str, data: dict[str, Any], path: str | Path, errors: Collector) -> Dataset | None:
+def _open(
+    value: Any, key: str, data: dict[str, Any], path: str | Path, sizes: bool, errors: Collector
+) -> Dataset | None:
     if not isinstance(value, str):
         return None
     cache_dir, cache_gb = data.get("cache_dir"), data.get("cache_gb")
@@ -195,7 +201,7 @@ def _open(value: Any, key: str, data: dict[str, Any], path: str | Path, errors: 
     checksums, skip_bad = data.get("verify") != "size", data.get("on_bad_shard") == "skip"
     with errors:
         try:
-            return open_dataset(value, cache, checksums, skip_bad=skip_bad)
+            return indexed(open_dataset(value, cache, checksums, sizes, skip_bad))
         except InputError as error:
             raise type(error)(f"{path}: {key}: {line}" for line in error.errors) from None
     return None

@@ -20,6 +20,7 @@ import transformers
 import lcm_ds
 from lcm_ds import deepspeed_config
 from lcm_ds.config import dump
+from lcm_ds.data.plan import ORDER
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.files import write_whole
 from lcm_ds.train.job import TrainJob
@@ -31,6 +32,7 @@ def identity(job: TrainJob, env: DistEnv) -> dict[str, Any]:
     """What a checkpoint has to match to be resumed (checkpoint/load.py), and how it was made."""
     return {
         "fingerprint": job.fingerprint,
+        "order": ORDER,
         "model": job.model.sizes(),
         "init_from": job.config.model.init_from,
         "precision": deepspeed_config.precision(job.ds),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lcm_ds.checkpoint.format import list_checkpoints
 from lcm_ds.config import TrainConfig, load
-from lcm_ds.data.format import open_for_run
+from lcm_ds.data.indexing import open_for_run
 from lcm_ds.data.trace import TraceLine
 from lcm_ds.data.trace import trace as trace_steps
 from lcm_ds.errors import Collector, InputError
@@ -60,7 +60,7 @@ def trace(
         raise InputError(f"--range {first} {last}: the last step comes before the first")
     losses = read_losses((Path(run) if is_run else Path(config.run_dir)) / "metrics.jsonl")
     traced = []
-    for step, lines in trace_steps(datasets, plan, config.data.max_segment, range(first, last + 1)):
+    for step, lines in trace_steps(datasets, plan, range(first, last + 1)):
         print(f"step {step}  loss {_format_loss(losses.get(step))}")
         for line in lines:
             _print(line, text, with_dataset=len(datasets) > 1)

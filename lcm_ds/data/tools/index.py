@@ -15,6 +15,7 @@ import numpy as np
 from webdataset.shardlists import expand_urls
 
 from lcm_ds.config import validate
+from lcm_ds.data.document_index import IndexWriter, record_of
 from lcm_ds.data.format import DATASET, SHARDS, DatasetInfo, ShardInfo, Supervised, finish, read_info, write_normalizer
 from lcm_ds.data.normalizer import Constants, UniformSample, fit
 from lcm_ds.data.quantization import BFloat16
@@ -87,8 +88,8 @@ def index(
     sample = UniformSample(samples)
     constants = Constants.of(about.get("end_of_text"), supervised)
     reading = Reading(extension.lower(), _checked(texts), bf16, supervised, constants)
-    with _folder(output):
-        infos, embed_dim, dtype = _read(locations, output, reading, sample, threads)
+    with _folder(output), IndexWriter(output) as records:
+        infos, embed_dim, dtype = _read(locations, output, reading, sample, threads, records)
         if embed_dim is None or dtype is None:
             raise InputError(f"{shards}: hold no documents: samples are <key>.{extension}")
         if like is not None and about["embed_dim"] != embed_dim:
@@ -108,6 +109,7 @@ def index(
         statistics = {"samples": min(samples, sample.count), "left_out": constants.names, "concepts": concepts}
         write_normalizer(output, center, scale, statistics)
         lines = sorted(infos, key=lambda info: info.name)
+        records.commit()
         write_whole(output / SHARDS, "".join(info.line() + "\n" for info in lines))
         finish(output, info)
     documents = sum(info.documents for info in infos)
@@ -173,7 +175,12 @@ def _folder(output: Path) -> Iterator[None]:
 
 
 def _read(
-    locations: Sequence[str], output: Path, reading: Reading, sample: UniformSample, threads: int
+    locations: Sequence[str],
+    output: Path,
+    reading: Reading,
+    sample: UniformSample,
+    threads: int,
+    records: IndexWriter,
 ) -> tuple[list[ShardInfo], int | None, str | None]:
     """Lines for shards.jsonl in order, embed_dim and dtype. Raises InputError with all that is wrong."""
     from rich.console import Console
@@ -182,34 +189,40 @@ def _read(
     kind: tuple[int | None, str | None] = (None, None)
     lock = Lock()
 
-    def read(location: str) -> tuple[Collector, ShardInfo | None]:
+    def read(location: str) -> tuple[Collector, ShardInfo | None, bytes]:
         nonlocal kind
         errors = Collector()
         info: ShardInfo | None = None
+        record = b""
         with errors, _open(location, output, reading, *kind) as (shard, listed):
             _check_type(shard, location, reading)
             _scan(shard, location, reading, sample, lock)
             info = listed
-            if shard.supervised:  # raises if a document lacks one of its parts
-                info = replace(listed, lengths=shard.lengths.tolist(), given=shard.given.tolist())
+            record = record_of(shard)  # raises if a supervised document lacks one of its parts
             if shard.dtype is not None:
                 kind = (shard.embed_dim, shard.dtype.name)
-        return errors, info
+        return errors, info, record
 
-    results: list[tuple[Collector, ShardInfo | None]] = []
+    infos: list[ShardInfo] = []
+    errors = Collector()
+    done = 0
+
+    def add(collected: Collector, info: ShardInfo | None, record: bytes) -> None:
+        nonlocal done
+        errors.add(collected)
+        if info is not None:
+            infos.append(replace(info, index=records.add(record, info.documents)))
+        done += 1
+        progress.advance(task)
+
     with Progress(transient=True, disable=not Console().is_terminal) as progress, ThreadPoolExecutor(threads) as pool:
         task = progress.add_task("reading", total=len(locations))
-        while len(results) < len(locations) and kind == (None, None):  # until one determines embed_dim and dtype
-            results.append(read(locations[len(results)]))
-            progress.advance(task)
-        for result in pool.map(read, locations[len(results) :]):
-            results.append(result)
-            progress.advance(task)
-    errors = Collector()
-    for collected, _ in results:
-        errors.add(collected)
+        while done < len(locations) and kind == (None, None):  # until one determines embed_dim and dtype
+            add(*read(locations[done]))
+        for result in pool.map(read, locations[done:]):
+            add(*result)
     errors.raise_if_any()
-    return [info for _, info in results if info is not None], *kind
+    return infos, *kind
 
 
 @contextmanager

@@ -183,7 +183,7 @@ def _documents(job: TrainJob, loader: Loader, step: int) -> list[dict[str, Any]]
         for row in range(len(batch.segment_ids))
         for segment in batch.segment_ids[row].unique()
     }
-    ((_, lines),) = trace(job.datasets, job.plan, job.config.data.max_segment, range(step, step + 1), loader.lanes)
+    ((_, lines),) = trace(job.datasets, job.plan, range(step, step + 1), loader.lanes)
     return [
         {
             "lane": line.lane,

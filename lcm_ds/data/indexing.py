@@ -1,0 +1,116 @@
+"""The index of a dataset that has none yet: made on first use, for datasets of earlier versions."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lcm_ds.config import DataConfig
+from lcm_ds.data.document_index import INDEX, DocumentIndex, IndexWriter, record_of
+from lcm_ds.data.format import SHARDS, Dataset, ShardInfo, finish, open_dataset, read_index, read_shards
+from lcm_ds.data.remote import fetch as remote
+from lcm_ds.data.remote.cache import Cache
+from lcm_ds.data.shard import open_shard_once
+from lcm_ds.files import OpenFile, why_not_writable, write_whole
+
+logger = logging.getLogger(__name__)
+
+THREADS = 4
+
+
+def open_for_run(path: str, data: DataConfig, sizes: bool = True) -> Dataset:
+    """The dataset at `path`, opened with the settings of a run's `data` block, and indexed.
+
+    Args:
+        path: A folder or URL.
+        data: The settings.
+        sizes: As in `open_dataset`.
+
+    Raises:
+        InputError: As `open_dataset`, or `indexed`.
+    """
+    cache = Cache.of(data.cache_dir, data.cache_gb)
+    skip = data.on_bad_shard == "skip"
+    return indexed(open_dataset(path, cache, data.verify == "always", sizes, skip))
+
+
+def indexed(dataset: Dataset) -> Dataset:
+    """The dataset with its index: fetched if it is remote, and made if it has none.
+
+    To make it every shard is read once, compared with its sha256. It is kept in the dataset's folder, or if that
+    cannot be written to, in the cache's; without a cache in a temporary folder, for as long as this process needs it.
+    Of several processes on a file system one makes it, and the others wait.
+
+    Raises:
+        InputError: A shard cannot be read, or the index is damaged.
+    """
+    if dataset.index is not None:
+        return dataset
+    listed, local = dataset.info.index, not remote.is_remote(dataset.path)
+    complete = all(shard.index is not None for shard in dataset.shards)
+    if listed is not None and complete and not local and dataset.cache is not None:
+        fetched = dataset.cache.open(remote.join(dataset.path, INDEX), listed.sha256, listed.bytes)
+        return replace(dataset, index=DocumentIndex(fetched, dataset.shards))
+    if local and why_not_writable(dataset.path) is None:
+        return _kept(dataset, Path(dataset.path))
+    if dataset.cache is not None:
+        folder = Path(dataset.cache.folder) / f"index-{dataset.fingerprint}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return _kept(dataset, folder)
+    with TemporaryDirectory(prefix="lcm-ds-index-") as temporary:  # the file stays readable when its name is gone
+        return _made(dataset, Path(temporary))
+
+
+def _kept(dataset: Dataset, folder: Path) -> Dataset:
+    """The dataset with the index in `folder`, made if there is none."""
+    with _locked(folder):
+        shards = read_shards(folder)
+        if [shard.identity() for shard in shards] == [shard.identity() for shard in dataset.shards]:
+            index = read_index(str(folder), shards)
+            if index is not None:
+                return replace(dataset, shards=tuple(shards), index=index)
+        made = _made(dataset, folder)
+        write_whole(folder / SHARDS, "".join(shard.line() + "\n" for shard in made.shards))
+        if folder == Path(dataset.path):
+            finish(folder, dataset.info)  # which lists the index, for those who fetch it
+        return made
+
+
+def _made(dataset: Dataset, folder: Path) -> Dataset:
+    """The dataset with an index that is made in `folder`."""
+    logger.warning(
+        "%s: has no %s yet, for it was made by an earlier version: %d shards are read once to make it, in %s",
+        dataset.path,
+        INDEX,
+        len(dataset.shards),
+        folder,
+    )
+    checked = replace(dataset, checksums=True)
+    shards: list[ShardInfo] = []
+    with IndexWriter(folder) as writer, ThreadPoolExecutor(THREADS) as pool:
+        records = pool.map(lambda index: record_of(open_shard_once(checked, index)), range(len(dataset.shards)))
+        for shard, record in zip(dataset.shards, records, strict=True):
+            shards.append(replace(shard, index=writer.add(record, shard.documents), lengths=None, given=None))
+        writer.commit()
+    return replace(dataset, shards=tuple(shards), index=DocumentIndex(OpenFile(folder / INDEX), shards))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process makes an index in the folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError:  # some cluster file systems have no locks: two may make it, and the last one's is kept
+            logger.warning("%s: cannot be locked", folder)
+        yield
+    finally:
+        os.close(descriptor)
