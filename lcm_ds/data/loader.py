@@ -17,7 +17,7 @@ from typing import TypeVar
 from lcm_ds.data.batch import Batch, BatchReader
 from lcm_ds.data.format import Dataset
 from lcm_ds.data.indexing import indexed
-from lcm_ds.data.open_shards import OpenShards, ShardPrefetcher, check_cache
+from lcm_ds.data.open_shards import VALIDATION_BLOCK, OpenShards, ShardPrefetcher, check_cache
 from lcm_ds.data.plan import Plan
 from lcm_ds.data.supervised import source_of
 from lcm_ds.errors import InputError
@@ -40,7 +40,6 @@ class Loader:
         self,
         datasets: Sequence[Dataset],
         plan: Plan,
-        max_segment: int,
         rank: int,
         world_size: int,
         micro_batch_rows: int,
@@ -55,7 +54,6 @@ class Loader:
         Args:
             datasets: Those of the plan.
             plan: The order of data.
-            max_segment: Concepts of a segment, at most.
             rank: Of this process.
             world_size: Number of ranks.
             micro_batch_rows: Rows of a batch.
@@ -81,8 +79,8 @@ class Loader:
         self.lanes = range(rank * lanes, (rank + 1) * lanes)
         self.micro_batches = lanes // micro_batch_rows  # a step
         self._stopped = Event()
-        most = check_cache(datasets, plan, self.lanes, local_ranks)
-        shards = OpenShards(datasets, most, self._stopped)
+        check_cache(datasets, plan, self.lanes, local_ranks)
+        shards = OpenShards(datasets, plan, self.lanes, self._stopped)
         self._reader = BatchReader(shards, plan, micro_batch_rows, pinned)
         self._ahead = max(2 * workers + 2, self.micro_batches)
         self._pool = ThreadPoolExecutor(workers, "lcm-ds-loader") if workers else None
@@ -171,9 +169,10 @@ def validation_batches(
         InputError: A shard cannot be read and is not skipped (see `OpenShards.skip`).
     """
     dataset = indexed(dataset)
-    plan = Plan([source_of(dataset, row_length, max_segment)], VALIDATION_SEED, micro_batch_rows, row_length, epochs=1)
+    source = source_of(dataset, row_length, max_segment, shuffle_shards=VALIDATION_BLOCK)
+    plan = Plan([source], VALIDATION_SEED, micro_batch_rows, row_length, epochs=1)
     rows = plan.rows(0) if rows is None else min(rows, plan.rows(0))
-    reader = BatchReader(OpenShards([dataset]), plan, micro_batch_rows)
+    reader = BatchReader(OpenShards([dataset], plan, range(micro_batch_rows)), plan, micro_batch_rows)
 
     def read(index: int) -> Batch:
         step = index * world_size + rank

@@ -19,9 +19,9 @@ from lcm_ds.files import OpenFile
 
 logger = logging.getLogger(__name__)
 
-MAX_OPEN = 64  # shards; more if a dataset is remote and its blocks have more: an open one is not evicted from the cache
+MAX_OPEN = 64  # shards of local datasets
 FETCH_THREADS = 8
-CACHED_FOR_VALIDATION = 2  # shards of each rank
+VALIDATION_BLOCK = 8  # shards
 MAX_BAD_SHARE = 0.05  # of the shards read so far: if more are bad, something else must be wrong
 RETRY_SECONDS = 60.0  # until a shard whose server gave no answer is tried again
 
@@ -32,21 +32,27 @@ class OpenShards:
     Safe to use from several threads.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], most: int = MAX_OPEN, stopped: Event | None = None) -> None:
+    def __init__(self, datasets: Sequence[Dataset], plan: Plan, lanes: range, stopped: Event | None = None) -> None:
         """Prepare to read; nothing is opened yet.
 
         Args:
             datasets: Those of the plan.
-            most: Files that may be open at a time.
+            plan: The order of data.
+            lanes: Those that are read.
             stopped: When set, fetching is given up with `Stopped`.
 
         Raises:
             InputError: This process may not open so many files.
         """
-        self.datasets, self._stopped, self._most = datasets, stopped, most
-        _allow_open_files(most)
+        self.datasets, self._stopped = datasets, stopped
+        # Files of each dataset. An open one is not evicted from the cache, which has room for two blocks of a stream.
+        self._most = [
+            2 * plan.streams(source, lanes) * plan.most_shards(source) if each.any_remote else MAX_OPEN // len(datasets)
+            for source, each in enumerate(datasets)
+        ]
+        _allow_open_files(sum(self._most))
         # Futures, so that a thread that needs a file waits only for the thread that is fetching it.
-        self._open: OrderedDict[tuple[int, int], Future[OpenFile]] = OrderedDict()
+        self._open: list[OrderedDict[int, Future[OpenFile]]] = [OrderedDict() for _ in datasets]
         self._lock = Lock()
         self._tried = set[tuple[int, int]]()
         self._skipped: dict[tuple[int, int], InputError] = {}
@@ -57,17 +63,19 @@ class OpenShards:
 
         Raises InputError if it cannot be read, TransientError if its server gives no answer.
         """
-        key = (source, shard)
+        files = self._open[source]
         with self._lock:
-            future = self._open.get(key)
+            future = files.get(shard)
             if future is not None and future.done() and future.exception() is not None:
                 future = None
             if opener := future is None:
-                if len(self._open) >= self._most:
-                    self._close_one()
-                future = self._open[key] = Future()
-                self._tried.add(key)
-            self._open.move_to_end(key)
+                # It is closed when nobody reads it any more.
+                oldest = next((shard for shard, future in files.items() if future.done()), None)
+                if len(files) >= self._most[source] and oldest is not None:
+                    del files[oldest]
+                future = files[shard] = Future()
+                self._tried.add((source, shard))
+            files.move_to_end(shard)
         assert future is not None
         if opener:
             try:
@@ -79,7 +87,7 @@ class OpenShards:
     def changed(self, source: int, shard: int) -> bool:
         """Close a file whose bytes are not the listed ones; whether it is a copy, which may be fetched again."""
         with self._lock:
-            future = self._open.pop((source, shard), None)
+            future = self._open[source].pop(shard, None)
         dataset = self.datasets[source]
         if not dataset.is_remote(shard):
             return False
@@ -109,12 +117,6 @@ class OpenShards:
         for line in error.errors:
             logger.error("skipped for now: %s" if isinstance(error, TransientError) else "skipped: %s", line)
 
-    def _close_one(self) -> None:
-        """Forget the least recently used file that is not being opened; it is closed when nobody reads it any more."""
-        oldest = next((key for key, future in self._open.items() if future.done()), None)
-        if oldest is not None:
-            del self._open[oldest]
-
     def _opened(self, source: int, shard: int) -> OpenFile:
         key = (source, shard)
         retry_at, failure = self._retry_at.get(key, (0.0, None))
@@ -132,28 +134,24 @@ class OpenShards:
         return file
 
 
-def check_cache(datasets: Sequence[Dataset], plan: Plan, lanes: range, local_ranks: int) -> int:
-    """How many shards a rank may have open; more than MAX_OPEN only if they are remote: open, they are not evicted.
+def check_cache(datasets: Sequence[Dataset], plan: Plan, lanes: range, local_ranks: int) -> None:
+    """Check that the caches of remote datasets hold two blocks of each stream that a node reads, and of validation.
 
     Args:
         datasets: Those of the plan.
         plan: The order of data.
-        lanes: Those of the rank.
-        local_ranks: Processes of this node, which share a cache.
+        lanes: Those of a rank.
+        local_ranks: Ranks of a node, which share a cache.
 
     Raises:
-        InputError: The cache of a dataset is too small for two blocks of each stream that the node reads.
+        InputError: A cache is too small.
     """
-    most = MAX_OPEN
     for source, dataset in enumerate(datasets):
         if dataset.any_remote and dataset.cache is not None:
+            streams = min(local_ranks * plan.streams(source, lanes), plan.streams(source, range(plan.rows_per_step)))
             largest = max(shard.bytes for shard in dataset.shards)
-            own, all_streams, shards = plan.most_shards(source, lanes)
-            dataset.cache.check_room(
-                2 * shards * min(own * local_ranks, all_streams) + CACHED_FOR_VALIDATION * local_ranks, largest
-            )
-            most = max(most, 2 * own * shards)
-    return most
+            index = dataset.info.index.bytes if dataset.info.index is not None else 0
+            dataset.cache.check_room(2 * (streams * plan.most_shards(source) + VALIDATION_BLOCK), largest, index)
 
 
 def _allow_open_files(most: int) -> None:

@@ -140,11 +140,13 @@ class Plan:
         stream = self._streams[block.stream]
         return stream.source_index, stream.shards_of(block.epoch, block.number)
 
-    def most_shards(self, source: int, lanes: range) -> tuple[int, int, int]:
-        """Of a source: how many of its streams `lanes` read, how many it has, and the most shards of a block."""
-        streams = [i for i, stream in enumerate(self._streams) if stream.source_index == source]
-        own = sum(index in streams for index, _ in self._own(lanes))
-        return own, len(streams), max(self._streams[i].most_shards for i in streams)
+    def streams(self, source: int, lanes: range) -> int:
+        """How many streams of a source some lanes read."""
+        return sum(self._streams[index].source_index == source for index, _ in self._own(lanes))
+
+    def most_shards(self, source: int) -> int:
+        """The most shards that a block of a source has."""
+        return max(stream.most_shards for stream in self._streams if stream.source_index == source)
 
     def source_of(self, lane: int) -> int:
         """The index of the source that a lane reads."""

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lcm_ds.data.document_index import INDEX, IndexEntry, record_of
 from lcm_ds.data.format import SHARDS, Dataset, ShardInfo
 from lcm_ds.data.quantization import BFloat16, Quantization
 from lcm_ds.data.remote.cache import Cache
@@ -320,20 +321,24 @@ def open_shard_once(dataset: Dataset, index: int) -> Shard:
 def verify(dataset: Dataset, threads: int = 4) -> Iterator[list[str]]:
     """Read every shard again, a few at a time; yields the errors of each, in order.
 
-    Checked are its checksum, and of every document its array, its JSON, and the number of sentences.
+    Checked are its checksum, and of every document its array, its JSON, the number of sentences, and its place in the
+    index.
     """
 
     def check(index: int) -> list[str]:
         errors = Collector()
         with errors, _temporary_cache(replace(dataset, checksums=False)) as uncached:
-            shard = open_shard(uncached, index)
+            shard, info = open_shard(uncached, index), dataset.shards[index]
             with errors:
-                _compare(shard, _hashed(shard.file), dataset.shards[index])
+                _compare(shard, _hashed(shard.file), info)
             for document in range(len(shard)):
                 with errors:
                     shard.meta(document)
             if not errors.errors:
-                shard.given  # noqa: B018 (raises if it is not as listed)
+                with errors:
+                    record = record_of(shard)  # raises if a supervised document lacks one of its parts
+                    if info.index not in (None, IndexEntry.of(record, info.index.at if info.index else 0, len(shard))):
+                        raise InputError(f"{shard.location}: its record in {INDEX} is of other documents")
         return errors.errors
 
     with ThreadPoolExecutor(threads) as pool:

@@ -8,6 +8,7 @@ import numpy as np
 
 from lcm_ds.data.format import Dataset
 from lcm_ds.data.plan import Source
+from lcm_ds.errors import InputError
 
 REMOTE_BLOCK_SHARDS = 32  # two blocks are open at a time
 
@@ -67,17 +68,18 @@ class TargetReach(NamedTuple):
 def target_reach(dataset: Dataset, row_length: int, max_segment: int) -> TargetReach:
     """How many of a supervised, indexed dataset's targets an epoch reaches: those in their documents' first segment.
 
-    Later segments have lost their source. Raises InputError if the index is damaged.
+    Later segments have lost their source. Raises InputError if the index is damaged, or a document has no source.
     """
     index = dataset.index
     assert index is not None
     shards = range(len(dataset.shards))
     lengths = np.concatenate([index.lengths(shard) for shard in shards]).astype(np.int64)
     given = np.concatenate([index.given(shard) for shard in shards]).astype(np.int64)
-    first = np.maximum(given, 1)  # nothing comes before the first concept of a document
+    if not given.all():
+        raise InputError(f"{dataset.path}: has documents without a source, though it is supervised")
     longest = longest_segment(dataset, row_length, max_segment)
-    reached = np.maximum(np.minimum(lengths, longest) - first, 0).sum()
-    return TargetReach(int(reached), int(np.maximum(lengths - first, 0).sum()), int(given.min()))
+    reached = np.maximum(np.minimum(lengths, longest) - given, 0).sum()
+    return TargetReach(int(reached), int((lengths - given).sum()), int(given.min()))
 
 
 def length_limit(row_length: int, max_segment: int) -> str:

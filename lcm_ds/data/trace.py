@@ -48,8 +48,8 @@ def trace(
     Raises:
         InputError: A shard cannot be read and is not skipped (see `OpenShards.skip`).
     """
-    shards = _Shards(datasets)
     lanes = lanes if lanes is not None else range(plan.rows_per_step)
+    shards = _Shards(OpenShards(datasets, plan, lanes))
     for step in steps:
         segments, lines, index = plan.segments(step, lanes), [], 0
         order = zip(*(array.tolist() for array in segments), strict=True)
@@ -67,8 +67,8 @@ def trace(
 class _Shards:
     """Shards with their headers parsed, of which the last few are kept."""
 
-    def __init__(self, datasets: Sequence[Dataset]) -> None:
-        self.open = OpenShards(datasets)
+    def __init__(self, shards: OpenShards) -> None:
+        self.open = shards
         self.get = lru_cache(SHARDS_KEPT)(self._get)
 
     def _get(self, source: int, shard: int) -> Shard:

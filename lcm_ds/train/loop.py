@@ -161,7 +161,6 @@ def build_trainer(
     loader = Loader(
         job.datasets,
         job.plan,
-        config.data.max_segment,
         env.rank,
         env.world_size,
         config.batch.micro_batch_rows,

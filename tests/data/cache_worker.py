@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from lcm_ds.data.format import open_dataset
+from lcm_ds.data.indexing import indexed
 from lcm_ds.data.loader import Loader
-from lcm_ds.data.plan import Plan, Source
+from lcm_ds.data.plan import Plan
 from lcm_ds.data.remote import fetch as remote
 from lcm_ds.data.remote.cache import Cache
+from lcm_ds.data.supervised import source_of
 from lcm_ds.errors import InputError
 
 ROWS, LENGTH, MAX_SEGMENT = 8, 16, 8
@@ -17,10 +19,10 @@ ROWS, LENGTH, MAX_SEGMENT = 8, 16, 8
 
 def main(url: str, folder: str, rank: str, world_size: str, out: str) -> int:
     remote.FIRST_PAUSE = 0.01
-    dataset = open_dataset(url, Cache(folder))
-    plan = Plan([Source([shard.concepts for shard in dataset.shards])], 0, ROWS, LENGTH, epochs=1)
+    dataset = indexed(open_dataset(url, Cache(folder)))
+    plan = Plan([source_of(dataset, LENGTH, MAX_SEGMENT)], 0, ROWS, LENGTH, epochs=1)
     try:
-        loader = Loader([dataset], plan, MAX_SEGMENT, int(rank), int(world_size), 2, workers=2)
+        loader = Loader([dataset], plan, int(rank), int(world_size), 2, workers=2)
         np.save(Path(out), np.concatenate([batch.concepts.numpy().copy() for batch in loader]))
     except InputError as error:
         print(error, file=sys.stderr)

@@ -26,13 +26,15 @@ from machine import patience
 
 from lcm_ds.data import open_shards
 from lcm_ds.data.format import Dataset, open_dataset
+from lcm_ds.data.indexing import indexed
 from lcm_ds.data.loader import Loader
-from lcm_ds.data.open_shards import ShardPrefetcher
-from lcm_ds.data.plan import Plan, Source
+from lcm_ds.data.open_shards import VALIDATION_BLOCK, ShardPrefetcher
+from lcm_ds.data.plan import Plan
 from lcm_ds.data.remote import cache
 from lcm_ds.data.remote import fetch as remote
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.data.shard import open_shard
+from lcm_ds.data.supervised import source_of
 from lcm_ds.errors import InputError, TransientError
 from lcm_ds.files import OpenFile, sha256_of
 from lcm_ds.train.job_builder import build_job
@@ -113,7 +115,7 @@ def dataset(synthetic_dataset: Callable[..., Path]) -> Dataset:
 
 
 def there(served: Server, kept_in: Cache | Path) -> Dataset:
-    return open_dataset(served.url, kept_in if isinstance(kept_in, Cache) else Cache(str(kept_in)))
+    return indexed(open_dataset(served.url, kept_in if isinstance(kept_in, Cache) else Cache(str(kept_in))))
 
 
 def same(ours: Dataset, theirs: Dataset, index: int) -> None:
@@ -184,19 +186,17 @@ def test_an_outage_that_lasts_is_no_mistake_of_the_users(served: Server, dataset
 def test_an_outage_leaves_out_the_rows_of_its_time_and_no_shard_for_good(
     served: Server, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = Plan(
-        [Source([shard.concepts for shard in dataset.shards])], seed=0, rows_per_step=2, row_length=16, epochs=1
-    )
+    plan = plan_of(dataset, rows=2)
     skipping = replace(there(served, tmp_path), skip_bad=True)
     name, size = dataset.shards[3].name, dataset.shards[3].concepts
     failures = ["503"] * (2 * remote.ATTEMPTS)  # whoever fetches ahead, and whoever reads
     served.faults[name].extend(failures)
-    missing = [batch.missing for batch in Loader([skipping], plan, 10, 0, 1, 2)]
+    missing = [batch.missing for batch in Loader([skipping], plan, 0, 1, 2)]
     assert sum(missing) == size  # a minute has not passed
     monkeypatch.setattr(open_shards, "RETRY_SECONDS", 0.0)
     shutil.rmtree(tmp_path)
     served.faults[name].extend(failures)
-    batches = list(Loader([skipping], plan, 10, 0, 1, 2))
+    batches = list(Loader([skipping], plan, 0, 1, 2))
     assert 0 < sum(batch.missing for batch in batches) <= 16 < size
     assert kept(tmp_path, dataset) == [*range(len(dataset.shards))]
     lines = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
@@ -205,12 +205,12 @@ def test_an_outage_leaves_out_the_rows_of_its_time_and_no_shard_for_good(
     # One that is damaged is skipped permanently; if nothing answers, the run ends.
     shutil.rmtree(tmp_path)
     served.faults[name].extend(["changed"] * (2 * remote.DAMAGED_ATTEMPTS))
-    assert sum(batch.missing for batch in Loader([skipping], plan, 10, 0, 1, 2)) == size
+    assert sum(batch.missing for batch in Loader([skipping], plan, 0, 1, 2)) == size
     shutil.rmtree(tmp_path)
     for shard in dataset.shards:
         served.faults[shard.name].extend(failures * 20)
     with pytest.raises(TransientError, match=r"2 of \d+ shards could not be read: too many to skip") as caught:
-        list(Loader([skipping], plan, 10, 0, 1, 2))
+        list(Loader([skipping], plan, 0, 1, 2))
     assert caught.value.exit_code == 1
 
 
@@ -280,7 +280,7 @@ def test_two_ranks_read_from_a_bad_server_what_is_on_the_disk(served: Server, da
         assert code == 0, err
     plan = plan_of(dataset)
     for rank, (_, _, out) in enumerate(ended):
-        loader = Loader([dataset], plan, 8, rank, 2, 2, workers=0)
+        loader = Loader([dataset], plan, rank, 2, 2, workers=0)
         np.testing.assert_array_equal(np.load(out), np.concatenate([batch.concepts.numpy().copy() for batch in loader]))
     assert kept(tmp_path / "cache", dataset) == list(range(len(dataset.shards)))
     assert {served.whole[shard.name] for shard in dataset.shards} == {1}  # one download for both
@@ -372,13 +372,14 @@ def test_a_loader_is_closed_at_once_in_an_outage(
     served: Server, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = plan_of(dataset, rows=1)
-    first, second = plan.upcoming_shards(0, 0, 2)
+    blocks = [plan.shards(block)[1].tolist() for block in plan.blocks(0, range(1))]
+    second = blocks[1][0]
     served.faults[dataset.shards[second].name].extend(["503"] * 99)
-    loader = Loader([there(served, tmp_path)], plan, 8, 0, 1, 1, workers=1)
+    loader = Loader([there(served, tmp_path)], plan, 0, 1, 1, workers=1)
     monkeypatch.setattr(remote, "FIRST_PAUSE", 30.0)
     monkeypatch.setattr(remote, "LONGEST_PAUSE", 30.0)
     batches = iter(loader)
-    for _ in range(dataset.shards[first].concepts // 16 - 1):
+    for _ in range(sum(dataset.shards[shard].concepts for shard in blocks[0]) // 16 - 1):
         next(batches)
     wait_until(lambda: served.requests[dataset.shards[second].name] > 0)
     time.sleep(0.3)  # the reader waits for it, too
@@ -434,13 +435,13 @@ def test_an_epoch_through_the_smallest_cache_takes_no_more_disk_than_that(
 ) -> None:
     plan = plan_of(dataset, rows=4)
     largest = max(shard.bytes for shard in dataset.shards)
-    limit = (4 + max(1, workers) + 2) * largest
-    assert limit < 0.7 * sum(shard.bytes for shard in dataset.shards)
+    assert dataset.info.index is not None
+    limit = 2 * (2 + VALIDATION_BLOCK) * largest + dataset.info.index.bytes
     with pytest.raises(InputError, match=r"data\.cache_gb: \S+ is too little: .* at least " + f"{limit / 1e9:.4g}"):
-        Loader([there(served, Cache(str(tmp_path), limit - 1))], plan, 8, 0, 1, 2, workers)
-    loader = Loader([there(served, Cache(str(tmp_path), limit))], plan, 8, 0, 1, 2, workers)
+        Loader([there(served, Cache(str(tmp_path), limit - 1))], plan, 0, 1, 2, workers)
+    loader = Loader([there(served, Cache(str(tmp_path), limit))], plan, 0, 1, 2, workers)
     most = 0
-    for found, expected in zip(loader, Loader([dataset], plan, 8, 0, 1, 2, workers=0), strict=True):
+    for found, expected in zip(loader, Loader([dataset], plan, 0, 1, 2, workers=0), strict=True):
         np.testing.assert_array_equal(found.concepts.numpy(), expected.concepts.numpy())
         most = max(most, on_disk(tmp_path))
     loader.close()
@@ -464,7 +465,7 @@ def test_what_was_fetched_ahead_is_not_taken_out_before_it_was_used(
     served: Server, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cache, "FREE_SHARE", 2.0)  # the disk is always fuller than that allows
-    loader = Loader([there(served, tmp_path)], plan_of(dataset, rows=4), 8, 0, 1, 4, workers=2)
+    loader = Loader([there(served, tmp_path)], plan_of(dataset, rows=4), 0, 1, 4, workers=2)
     for _ in loader:
         time.sleep(0.02)
     loader.close()
@@ -476,15 +477,15 @@ def test_what_was_fetched_ahead_is_not_taken_out_before_it_was_used(
 
 
 def test_what_found_no_room_ahead_is_asked_for_again(served: Server, dataset: Dataset, tmp_path: Path) -> None:
-    plan = plan_of(dataset, rows=1)
-    first, second = plan.upcoming_shards(0, 0, 2)
+    plan = plan_of(dataset, rows=1, shuffle_shards=1)
+    first, second = (int(plan.shards(block)[1][0]) for block in plan.blocks(0, range(1)))
     others = sorted({0, 1, 2, 3} - {first, second})[:2]
     limit = max(sum(dataset.shards[index].bytes for index in two) for two in ((first, second), others))
     elsewhere = there(served, Cache(str(tmp_path), limit))
     used = [open_shard(elsewhere, index) for index in others]
-    prefetcher = ShardPrefetcher([elsewhere], plan, range(1), 1, threading.Event())
+    prefetcher = ShardPrefetcher([elsewhere], plan, range(1), threading.Event())
     prefetcher.advance(0)
-    wait_until(lambda: prefetcher._failed == {(0, first), (0, second)})
+    wait_until(lambda: prefetcher._wanted == {(0, first): False, (0, second): False})
     used.clear()
     wanted = {f"{dataset.shards[index].sha256}.tar" for index in (first, second)}
     wait_until(lambda: prefetcher.advance(0) or {path.name for path in tmp_path.glob("*.tar")} == wanted)
@@ -515,8 +516,8 @@ def small_disk(dataset: Dataset, tmp_path: Path) -> Iterator[Path]:
 def test_an_epoch_through_a_disk_that_holds_half_of_it(
     served: Server, dataset: Dataset, small_disk: Path, limit: int | None
 ) -> None:
-    loader = Loader([there(served, Cache(str(small_disk / "c"), limit))], plan_of(dataset, rows=2), 8, 0, 1, 2)
-    for found, expected in zip(loader, Loader([dataset], plan_of(dataset, rows=2), 8, 0, 1, 2), strict=True):
+    loader = Loader([there(served, Cache(str(small_disk / "c"), limit))], plan_of(dataset, rows=2), 0, 1, 2)
+    for found, expected in zip(loader, Loader([dataset], plan_of(dataset, rows=2), 0, 1, 2), strict=True):
         np.testing.assert_array_equal(found.concepts.numpy(), expected.concepts.numpy())
     loader.close()
 
@@ -590,9 +591,9 @@ def test_a_cache_that_cannot_be_written_is_named(served: Server, tmp_path: Path)
         open_shard(there(served, tmp_path / "file" / "cache"), 0)
 
 
-def plan_of(dataset: Dataset, rows: int = 8) -> Plan:
+def plan_of(dataset: Dataset, rows: int = 8, shuffle_shards: int = 2) -> Plan:
     """That of cache_worker.py has 8 rows."""
-    return Plan([Source([shard.concepts for shard in dataset.shards])], 0, rows, 16, epochs=1)
+    return Plan([source_of(dataset, 16, 16, shuffle_shards=shuffle_shards)], 0, rows, 16, epochs=1)
 
 
 # --- S3 ---

@@ -20,9 +20,10 @@ from lcm_ds.data.batch import Batch
 from lcm_ds.data.format import open_dataset, read_normalizer
 from lcm_ds.data.loader import Loader
 from lcm_ds.data.normalizer import fit
-from lcm_ds.data.plan import Plan, Source
+from lcm_ds.data.plan import Plan
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.data.shard import open_shard, open_shard_once, verify
+from lcm_ds.data.supervised import source_of
 from lcm_ds.data.tools.index import index
 from lcm_ds.data.trace import trace
 from lcm_ds.errors import InputError
@@ -59,12 +60,12 @@ def test_foreign_tars_become_a_dataset_and_stay_as_they_are(tmp_path: Path, fore
     for found, expected in zip(read_normalizer(tmp_path / "out"), fit(np.concatenate(documents)), strict=True):
         np.testing.assert_array_equal(found, expected)
 
-    plan = Plan([Source([shard.concepts for shard in dataset.shards])], 0, 2, 8, epochs=1)
-    batches = list(Loader([dataset], plan, 128, 0, 1, 2))
+    plan = Plan([source_of(dataset, 8, 128)], 0, 2, 8, epochs=1)
+    batches = list(Loader([dataset], plan, 0, 1, 2))
     read = np.concatenate([b.concepts[b.segment_ids >= 0].numpy() for b in batches])
     stored = np.concatenate(documents)
     np.testing.assert_array_equal(np.sort(read, axis=0), np.sort(stored, axis=0))
-    ((step, lines),) = trace([dataset], plan, 128, range(2, 3))
+    ((step, lines),) = trace([dataset], plan, range(2, 3))
     assert step == 2
     assert (lines[0].id, lines[0].sentences) == (lines[0].key, ())
 
@@ -174,8 +175,8 @@ def test_bf16_in_uint16_is_read_as_fp32(tmp_path: Path) -> None:
     assert dataset.info.dtype == "bfloat16"
     assert list(chain(*verify(dataset))) == []
     np.testing.assert_array_equal(open_shard(dataset, 0).concepts(0, 4, 9), values[4:9].float().numpy())
-    plan = Plan([Source([40])], 0, 1, 40, epochs=1)
-    loader = Loader([dataset], plan, 64, 0, 1, 1, workers=2)
+    plan = Plan([source_of(dataset, 40, 64)], 0, 1, 40, epochs=1)
+    loader = Loader([dataset], plan, 0, 1, 1, workers=2)
     (batch,) = loader
     loader.close()
     assert batch.concepts.dtype == torch.float32
@@ -238,8 +239,8 @@ def test_documents_without_concepts_count_and_read_as_none(tmp_path: Path, forei
     dataset = open_dataset(tmp_path / "out")
     assert list(chain(*verify(dataset))) == []
     assert [(shard.documents, shard.concepts > 0) for shard in dataset.shards] == [(6, True), (3, True), (1, False)]
-    plan = Plan([Source([shard.concepts for shard in dataset.shards])], 3, 2, 7, epochs=3)
-    total = sum(batch.real_concepts for batch in Loader([dataset], plan, 4, 0, 1, 2))
+    plan = Plan([source_of(dataset, 7, 4)], 3, 2, 7, epochs=3)
+    total = sum(batch.real_concepts for batch in Loader([dataset], plan, 0, 1, 2))
     assert total == 3 * (sum(map(len, made)) + len(made[0]))
 
 

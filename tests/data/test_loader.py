@@ -25,16 +25,17 @@ from machine import patience
 from lcm_ds.data import buffers
 from lcm_ds.data.batch import Batch
 from lcm_ds.data.format import Dataset, DatasetInfo, commit, finish, open_dataset, write_normalizer
+from lcm_ds.data.indexing import indexed
 from lcm_ds.data.loader import Loader, validation_batches
-from lcm_ds.data.open_shards import MIN_OPEN
-from lcm_ds.data.plan import Plan, Source
+from lcm_ds.data.open_shards import MAX_OPEN
+from lcm_ds.data.plan import Plan
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.data.shard import open_shard
+from lcm_ds.data.supervised import source_of
 from lcm_ds.data.tar import read_members
 from lcm_ds.data.trace import trace
 from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.errors import InputError
-from lcm_ds.files import OpenFile
 
 ROWS, LENGTH, MAX_SEGMENT = 24, 32, 16
 
@@ -64,16 +65,19 @@ def make_shards(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Datas
     return make
 
 
-def plan_of(*datasets: Dataset, epochs: int | None = None, rows: int = ROWS, length: int = LENGTH) -> Plan:
-    return Plan([Source([s.concepts for s in d.shards]) for d in datasets], 11, rows, length, epochs)
+def plan_of(
+    *datasets: Dataset,
+    epochs: int | None = None,
+    rows: int = ROWS,
+    length: int = LENGTH,
+    max_segment: int = MAX_SEGMENT,
+) -> Plan:
+    return Plan([source_of(each, length, max_segment) for each in datasets], 11, rows, length, epochs)
 
 
 def load(dataset: Dataset, plan: Plan, steps: range, world_size: int, micro: int, workers: int) -> Iterator[Batch]:
     """All ranks' batches of `steps`, in order of step, rank and micro-batch: the global batch from its first row on."""
-    loaders = [
-        Loader([dataset], plan, MAX_SEGMENT, rank, world_size, micro, workers, steps.start)
-        for rank in range(world_size)
-    ]
+    loaders = [Loader([dataset], plan, rank, world_size, micro, workers, steps.start) for rank in range(world_size)]
     iterators = [iter(loader) for loader in loaders]
     for step in steps:
         for loader, iterator in zip(loaders, iterators, strict=True):
@@ -123,9 +127,9 @@ def test_so_it_is_for_any_shards_and_up_to_64_ranks(make_shards: Callable[..., D
     micro = data.draw(st.sampled_from([n for n in range(1, rows + 1) if rows // world_size % n == 0]))
     start, epochs = data.draw(st.integers(0, steps - 1)), data.draw(st.sampled_from([None, 40]))
     workers = data.draw(st.integers(0, 2))
-    plan = plan_of(dataset, epochs=epochs, rows=rows, length=8)
-    expected = joined([Loader([dataset], plan, 6, 0, 1, rows, workers=0).read(step, 0) for step in range(steps)])
-    loaders = [Loader([dataset], plan, 6, rank, world_size, micro, workers, start) for rank in range(world_size)]
+    plan = plan_of(dataset, epochs=epochs, rows=rows, length=8, max_segment=6)
+    expected = joined([Loader([dataset], plan, 0, 1, rows, workers=0).read(step, 0) for step in range(steps)])
+    loaders = [Loader([dataset], plan, rank, world_size, micro, workers, start) for rank in range(world_size)]
     found = [list(islice(loader, (steps - start) * loader.micro_batches)) for loader in loaders]
     for loader in loaders:
         loader.close()
@@ -134,9 +138,9 @@ def test_so_it_is_for_any_shards_and_up_to_64_ranks(make_shards: Callable[..., D
         assert torch.equal(batch, whole[start * rows : last * rows])
 
 
-def test_each_concept_is_read_once_an_epoch_until_the_last_lane_ends(dataset: Dataset) -> None:
+def test_each_concept_is_read_once_an_epoch_and_the_last_step_is_filled_up(dataset: Dataset) -> None:
     plan = plan_of(dataset, epochs=3)
-    loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, 4)
+    loader = Loader([dataset], plan, 0, 1, 4)
     read: Counter[bytes] = Counter()
     steps, empty = set(), 0
     for batch in loader:
@@ -150,21 +154,22 @@ def test_each_concept_is_read_once_an_epoch_until_the_last_lane_ends(dataset: Da
         stored.update(concept.tobytes() for i in range(len(shard)) for concept in shard.concepts(i))
     assert read == Counter({concept: 3 * times for concept, times in stored.items()})
     assert steps == set(range(plan.steps or 0))
-    assert empty > 0  # lanes that were exhausted before the last
+    assert empty > 0  # rows behind the last concept, in the last step
+    assert empty == ROWS * len(steps) - -(-3 * dataset.info.totals.concepts // LENGTH)
 
 
-def test_documents_of_a_shard_have_another_order_in_each_epoch(synthetic_dataset: Callable[..., Path]) -> None:
+def test_documents_have_another_order_in_each_epoch(synthetic_dataset: Callable[..., Path]) -> None:
     dataset = open_dataset(synthetic_dataset(documents=10, documents_per_shard=10))
     total = dataset.info.totals.concepts
     plan = plan_of(dataset, rows=1, length=total)  # a step is an epoch
-    orders = [[(line.id, line.start) for line in lines] for _, lines in trace([dataset], plan, 128, range(3))]
+    orders = [[(line.id, line.start) for line in lines] for _, lines in trace([dataset], plan, range(3))]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2])
     assert len({tuple(order) for order in orders}) == 3
 
 
 def test_rows_are_segments_numbered_from_0_and_then_padding(dataset: Dataset) -> None:
     plan = plan_of(dataset, epochs=1)
-    loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, ROWS, workers=0)
+    loader = Loader([dataset], plan, 0, 1, ROWS, workers=0)
     for batch in loader:
         targets = 0
         assert batch.concepts.shape == (ROWS, LENGTH, 4)
@@ -184,10 +189,10 @@ def test_rows_are_segments_numbered_from_0_and_then_padding(dataset: Dataset) ->
 
 def test_trace_names_what_the_loader_delivers(dataset: Dataset) -> None:
     plan = plan_of(dataset)
-    batch = Loader([dataset], plan, MAX_SEGMENT, 0, 1, ROWS, workers=0).read(5, 0)
+    batch = Loader([dataset], plan, 0, 1, ROWS, workers=0).read(5, 0)
     shards = {shard.name: open_shard(dataset, i) for i, shard in enumerate(dataset.shards)}
     filled = dict.fromkeys(range(ROWS), 0)
-    ((step, lines),) = trace([dataset], plan, MAX_SEGMENT, range(5, 6))
+    ((step, lines),) = trace([dataset], plan, range(5, 6))
     assert step == 5
     for line in lines:
         shard, first = shards[line.shard], filled[line.lane]
@@ -207,16 +212,16 @@ def test_a_mixture_reads_each_dataset_in_its_lanes(dataset: Dataset, synthetic_d
     other = open_dataset(synthetic_dataset(documents=30, embed_dim=4, seed=1, dtype="float32"))
     plan = plan_of(dataset, other)
     datasets = [dataset, other]
-    batch = Loader(datasets, plan, MAX_SEGMENT, 0, 1, ROWS, workers=0).read(0, 0)
+    batch = Loader(datasets, plan, 0, 1, ROWS, workers=0).read(0, 0)
     assert batch.concepts.dtype == torch.float32  # the wider of the two
-    ((_, lines),) = trace(datasets, plan, MAX_SEGMENT, range(1))
+    ((_, lines),) = trace(datasets, plan, range(1))
     ids = {line.lane: line.id for line in lines}
     assert all(name.startswith(f"text-{int(lane >= ROWS // 2)}-") for lane, name in ids.items())
 
 
 def test_rows_that_cannot_be_shared_out_are_refused(dataset: Dataset) -> None:
     with pytest.raises(InputError, match="24 is not a multiple of 5 ranks × 2 micro_batch_rows"):
-        Loader([dataset], plan_of(dataset), MAX_SEGMENT, 0, 5, 2)
+        Loader([dataset], plan_of(dataset), 0, 5, 2)
 
 
 # --- threads ---
@@ -230,22 +235,18 @@ def loader_threads() -> list[threading.Thread]:
 def test_an_error_comes_where_its_batch_would_have_and_names_the_shard(own_dataset: Path, workers: int) -> None:
     dataset = open_dataset(own_dataset)
     plan = plan_of(dataset, rows=1, length=16)
-    (missing,) = {piece.shard for piece in plan.pieces(plan_end(plan, dataset) - 1, 0)}
+    order = [int(shard) for step in range(len(dataset.shards) * 10) for shard in plan.segments(step, range(1)).shard]
+    missing = max(range(len(dataset.shards)), key=order.index)  # the one that is read last
     (own_dataset / dataset.shards[missing].name).unlink()
-    loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, 1, workers)
+    loader = Loader([dataset], plan, 0, 1, 1, workers)
     batches = iter(loader)
-    first = next(s for s in range(100) if any(p.shard == missing for p in plan.pieces(s, 0)))
+    first = next(s for s in range(100) if missing in plan.segments(s, range(1)).shard)
     assert [batch.step for batch in islice(batches, first)] == list(range(first))
-    assert first > 4
+    assert first > 0
     with pytest.raises(InputError, match=f"{dataset.shards[missing].name}: cannot be read: No such file"):
         next(batches)
     loader.close()
     assert loader_threads() == []
-
-
-def plan_end(plan: Plan, dataset: Dataset) -> int:
-    """Steps of the first epoch of a plan with one lane."""
-    return dataset.info.totals.concepts // plan.row_length
 
 
 class Counting(Loader):
@@ -257,7 +258,7 @@ class Counting(Loader):
 
 
 def test_threads_read_a_whole_step_ahead(dataset: Dataset) -> None:
-    loader = Counting([dataset], plan_of(dataset), MAX_SEGMENT, 0, 1, 2, workers=1)
+    loader = Counting([dataset], plan_of(dataset), 0, 1, 2, workers=1)
     assert loader.micro_batches == 12
     batches = iter(loader)
     for _ in range(12):
@@ -269,33 +270,26 @@ def test_threads_read_a_whole_step_ahead(dataset: Dataset) -> None:
     assert loader.reads == [(step, index) for step in range(2) for index in range(12)]
 
 
-def test_the_coming_shards_of_local_datasets_are_checked_before_they_are_read(
-    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hashed = []
-    sha256 = OpenFile.sha256
+def test_the_next_block_is_laid_out_before_it_is_read(dataset: Dataset) -> None:
+    source = replace(source_of(dataset, LENGTH, MAX_SEGMENT), shuffle_shards=5)
+    laid_out: list[str] = []
 
-    def noted(file: OpenFile) -> str:
-        hashed.append((file.path.name, threading.current_thread().name))
-        return sha256(file)
+    def lengths(shard: int) -> np.ndarray:
+        laid_out.append(threading.current_thread().name)
+        return source.lengths(shard)
 
-    monkeypatch.setattr(OpenFile, "sha256", noted)
-    plan = plan_of(dataset, rows=4)
-    for path in Path(dataset.path).glob("*.tar"):
-        os.utime(path)  # seen anew
-    loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, 4, workers=1)
+    plan = Plan([replace(source, lengths=lengths)], 11, 4, LENGTH, 1)
+    loader = Loader([dataset], plan, 0, 1, 4, workers=0)
+    first, second = plan.blocks(0, range(4))
     next(iter(loader))
     loader._prefetcher._pool.shutdown(wait=True)
+    assert sum(thread.startswith("lcm-ds-prefetch") for thread in laid_out) >= len(plan.shards(second)[1])
+    assert len(laid_out) == len(plan.shards(first)[1]) + len(plan.shards(second)[1])  # each once
     loader.close()
-    upcoming = {dataset.shards[shard].name for lane in range(4) for shard in plan.upcoming_shards(0, lane, 2)}
-    assert {name for name, _ in hashed} == upcoming
-    assert len(hashed) == len(upcoming)  # who comes second waits for the first
-    later = {dataset.shards[plan.upcoming_shards(0, lane, 2)[1]].name for lane in range(4)}
-    assert {name for name, thread in hashed if thread.startswith("lcm-ds-prefetch")} >= later
 
 
 def test_threads_end_in_the_middle_and_read_no_further_ahead_than_needed(dataset: Dataset) -> None:
-    loader = Counting([dataset], plan_of(dataset), MAX_SEGMENT, 0, 1, 4, workers=2)
+    loader = Counting([dataset], plan_of(dataset), 0, 1, 4, workers=2)
     next(iter(loader))
     deadline = time.monotonic() + patience(10)
     while len(loader.reads) < 7 and time.monotonic() < deadline:
@@ -310,44 +304,43 @@ def test_threads_end_in_the_middle_and_read_no_further_ahead_than_needed(dataset
 def test_shards_open_at_a_time_are_few_however_long_it_goes_on(synthetic_dataset: Callable[..., Path]) -> None:
     dataset = open_dataset(synthetic_dataset(documents=60, documents_per_shard=1, embed_dim=4))
     before = len(os.listdir("/proc/self/fd"))
-    loader = Loader([dataset], plan_of(dataset, epochs=50, rows=2), MAX_SEGMENT, 0, 1, 2, workers=0)
+    loader = Loader([dataset], plan_of(dataset, epochs=50, rows=2), 0, 1, 2, workers=0)
     most = max(len(os.listdir("/proc/self/fd")) - before for _ in loader)
-    assert 0 < most <= MIN_OPEN + 2
+    assert 0 < most <= MAX_OPEN + 2
 
 
-MANY_LANES = """
+FEW_FILES = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (120, int(sys.argv[2])))
-from lcm_ds.data import loader, open_shards
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, int(sys.argv[2])))
 from lcm_ds.data.format import open_dataset
-from lcm_ds.data.plan import Plan, Source
+from lcm_ds.data.loader import Loader
+from lcm_ds.data.plan import Plan
+from lcm_ds.data.supervised import source_of
 from lcm_ds.errors import InputError
-dataset, opened = open_dataset(sys.argv[1]), []
-open_shard = open_shards.open_shard
-open_shards.open_shard = lambda *arguments: opened.append(0) or open_shard(*arguments)
-plan = Plan([Source([shard.concepts for shard in dataset.shards])], 0, 150, 4, 1)
+dataset = open_dataset(sys.argv[1])
+plan = Plan([source_of(dataset, 4, 16)], 0, 150, 4, 1)
 try:
-    print(sum(batch.real_concepts for batch in loader.Loader([dataset], plan, 16, 0, 1, 150, 0)), len(opened))
+    print(sum(batch.real_concepts for batch in Loader([dataset], plan, 0, 1, 150, 0)))
 except InputError as error:
     print(error)
 """
 
 
-def test_as_many_lanes_as_files_may_be_open_and_no_more(synthetic_dataset: Callable[..., Path]) -> None:
+def test_as_few_files_as_shards_may_be_open_are_refused(synthetic_dataset: Callable[..., Path]) -> None:
     folder = synthetic_dataset(documents=160, documents_per_shard=1, embed_dim=4)
 
     def read(hard: int) -> str:
-        call = [sys.executable, "-c", MANY_LANES, str(folder), str(hard)]
+        call = [sys.executable, "-c", FEW_FILES, str(folder), str(hard)]
         return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
 
-    assert read(4096) == f"{open_dataset(folder).info.totals.concepts} 160"  # each shard is opened once
-    assert read(200).startswith("ulimit -n: this process may open 200 files; it has 151 shards open at a time")
+    assert read(4096) == str(open_dataset(folder).info.totals.concepts)
+    assert read(120).startswith("ulimit -n: this process may open 120 files; it has up to 64 shards open at a time")
 
 
 def test_memory_does_not_grow_with_epochs(synthetic_dataset: Callable[..., Path]) -> None:
     dataset = open_dataset(synthetic_dataset(documents=120, documents_per_shard=3, embed_dim=64))
     plan = plan_of(dataset, epochs=60, rows=4, length=64)
-    loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, 4, workers=2)
+    loader = Loader([dataset], plan, 0, 1, 4, workers=2)
     held = 0
     for batch in loader:
         if plan.epoch(batch.step) > 5 and not tracemalloc.is_tracing():
@@ -359,16 +352,15 @@ def test_memory_does_not_grow_with_epochs(synthetic_dataset: Callable[..., Path]
     more = tracemalloc.get_traced_memory()[0] - held
     tracemalloc.stop()
     loader.close()
-    # 50 epochs more: what the plan keeps of an epoch, 40 shards and 4 lanes, and nothing else.
     assert held > 0
-    assert more < 50 * 2048
+    assert more < 32 * 1024  # 50 epochs more, of which the plan keeps nothing
 
 
 # --- buffers ---
 
 
 def test_a_batch_keeps_its_numbers_as_long_as_anybody_has_a_part_of_it(dataset: Dataset) -> None:
-    loader = Loader([dataset], plan_of(dataset), MAX_SEGMENT, 0, 1, ROWS, workers=2)
+    loader = Loader([dataset], plan_of(dataset), 0, 1, ROWS, workers=2)
     batches = iter(loader)
     kept = [next(batches).concepts[3, 1:] for _ in range(4)]
     copies = [part.clone() for part in kept]
@@ -391,23 +383,32 @@ def damage(folder: Path, dataset: Dataset, index: int, how: str) -> None:
     if how == "missing":
         path.unlink()
         return
+    shard = open_shard(dataset, index)
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data if how == "a flipped bit" else data[: len(data) // 2])
+    data[shard.offsets[len(shard) // 2] + 3] ^= 1  # in the first concept of the document in the middle
+    path.write_bytes(data if how == "a flipped bit" else data[: shard.offsets[len(shard) // 2] + 3])
+
+
+def bad_concepts(dataset: Dataset, index: int, how: str) -> int:
+    """How many concepts of a damaged shard cannot be read."""
+    assert dataset.index is not None
+    lengths = dataset.index.lengths(index).tolist()
+    middle = len(lengths) // 2
+    return {"missing": sum(lengths), "a flipped bit": lengths[middle], "cut off": sum(lengths[middle:])}[how]
 
 
 @pytest.mark.parametrize("how", ["missing", "a flipped bit", "cut off"])
-def test_a_bad_shard_is_left_out_where_the_config_says_so(
+def test_what_is_bad_is_left_out_where_the_config_says_so(
     own_dataset: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset = open_dataset(own_dataset)
     plan = plan_of(dataset, epochs=2, rows=3, length=16)
-    whole = list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 3))
+    whole = list(Loader([dataset], plan, 0, 1, 3))
     bad = 2
     damage(own_dataset, dataset, bad, how)
     with pytest.raises(InputError, match=dataset.shards[bad].name):
-        list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 3))
-    left = list(Loader([replace(dataset, skip_bad=True)], plan, MAX_SEGMENT, 0, 1, 3, workers=2))
+        list(Loader([dataset], plan, 0, 1, 3))
+    left = list(Loader([replace(dataset, skip_bad=True)], plan, 0, 1, 3, workers=2))
     assert [(batch.step, batch.index) for batch in left] == [(batch.step, batch.index) for batch in whole]
     for found, expected in zip(left, whole, strict=True):
         gone = (found.segment_ids < 0) & (expected.segment_ids >= 0)
@@ -415,10 +416,22 @@ def test_a_bad_shard_is_left_out_where_the_config_says_so(
         assert torch.equal(found.concepts[~gone], expected.concepts[~gone])
         assert int(gone.sum()) == found.missing
         assert found.targets <= expected.targets
-    assert sum(batch.missing for batch in left) == 2 * dataset.shards[bad].concepts
+    assert sum(batch.missing for batch in left) == 2 * bad_concepts(dataset, bad, how)
     (line,) = {record.getMessage() for record in caplog.records}
     assert line.startswith("skipped: ")
     assert dataset.shards[bad].name in line
+
+
+def test_a_changed_document_is_named_by_its_key_in_any_epoch(own_dataset: Path) -> None:
+    dataset = open_dataset(own_dataset)
+    loader = Loader([dataset], plan_of(dataset, epochs=2, rows=3, length=16), 0, 1, 3, workers=0)
+    batches = iter(loader)
+    while next(batches).step < loader.plan.steps // 2:  # type: ignore[operator]
+        pass
+    key = open_shard(dataset, 1).keys[len(open_shard(dataset, 1)) // 2]
+    damage(own_dataset, dataset, 1, "a flipped bit")
+    with pytest.raises(InputError, match=f"{dataset.shards[1].name}: {key}: has another checksum than documents.idx"):
+        list(batches)
 
 
 def test_more_than_a_few_bad_shards_stop_the_run_all_the_same(own_dataset: Path) -> None:
@@ -427,7 +440,7 @@ def test_more_than_a_few_bad_shards_stop_the_run_all_the_same(own_dataset: Path)
     damage(own_dataset, dataset, 0, "missing")
     damage(own_dataset, dataset, 3, "cut off")
     with pytest.raises(InputError, match=r"2 of \d shards could not be read: too many to skip"):
-        list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 1))
+        list(Loader([dataset], plan, 0, 1, 1))
 
 
 def test_a_disk_that_fails_under_a_checksum_is_a_bad_shard(own_dataset: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -435,7 +448,7 @@ def test_a_disk_that_fails_under_a_checksum_is_a_bad_shard(own_dataset: Path, ca
     bad = own_dataset / dataset.shards[1].name
     bad.unlink()
     bad.symlink_to("/proc/self/mem")  # reading its first byte is an I/O error
-    batches = list(Loader([dataset], plan_of(dataset, epochs=1, rows=2, length=16), MAX_SEGMENT, 0, 1, 2))
+    batches = list(Loader([dataset], plan_of(dataset, epochs=1, rows=2, length=16), 0, 1, 2))
     assert sum(batch.missing for batch in batches) == dataset.shards[1].concepts
     (line,) = [record.getMessage() for record in caplog.records]
     assert line == f"skipped: {bad}: cannot be read: Input/output error"
@@ -444,19 +457,19 @@ def test_a_disk_that_fails_under_a_checksum_is_a_bad_shard(own_dataset: Path, ca
 def test_what_cannot_be_read_of_an_open_shard_is_left_out_too(own_dataset: Path) -> None:
     dataset = open_dataset(own_dataset, checksums=False, skip_bad=True)
     plan = plan_of(dataset, epochs=1, rows=1, length=16)
-    whole = list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 1, workers=0))
-    loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, 1, workers=0)
+    whole = list(Loader([dataset], plan, 0, 1, 1, workers=0))
+    loader = Loader([dataset], plan, 0, 1, 1, workers=0)
     left = [loader.read(0, 0)]
-    bad = plan.pieces(0, 0)[0].shard
+    bad = int(plan.segments(0, range(1)).shard[0])
     os.truncate(own_dataset / dataset.shards[bad].name, 1024)
     left += [loader.read(step, 0) for step in range(1, len(whole))]
-    assert 0 < sum(batch.missing for batch in left) <= dataset.shards[bad].concepts - 16
+    assert 0 < sum(batch.missing for batch in left) <= dataset.shards[bad].concepts
     for found, expected in zip(left, whole, strict=True):
         gone = (found.segment_ids < 0) & (expected.segment_ids >= 0)
         assert int(gone.sum()) == found.missing
         assert not found.concepts[gone].any()
         assert torch.equal(found.concepts[~gone], expected.concepts[~gone])
-    loader = Loader([replace(dataset, skip_bad=False)], plan, MAX_SEGMENT, 0, 1, 1, workers=0)
+    loader = Loader([replace(dataset, skip_bad=False)], plan, 0, 1, 1, workers=0)
     with pytest.raises(InputError, match=dataset.shards[bad].name):
         list(loader)
 
@@ -465,8 +478,9 @@ def test_validation_leaves_out_a_bad_shard_too(own_dataset: Path) -> None:
     dataset = open_dataset(own_dataset, skip_bad=True)
     damage(own_dataset, dataset, 2, "a flipped bit")
     batches = [batch for rank in validation_rows(dataset, 3, 2, None) for batch in rank]
-    assert sum(batch.missing for batch in batches) == dataset.shards[2].concepts
-    assert sum(batch.real_concepts for batch in batches) == dataset.info.totals.concepts - dataset.shards[2].concepts
+    bad = bad_concepts(dataset, 2, "a flipped bit")
+    assert sum(batch.missing for batch in batches) == bad
+    assert sum(batch.real_concepts for batch in batches) == dataset.info.totals.concepts - bad
     with pytest.raises(InputError, match=dataset.shards[2].name):
         validation_rows(replace(dataset, skip_bad=False), 3, 2, None)
 
@@ -481,12 +495,12 @@ def test_the_size_alone_is_compared_where_the_config_says_so(own_dataset: Path) 
     path.write_bytes(data)
     plan = plan_of(dataset, epochs=1, rows=2, length=16)
     for workers in (0, 2):
-        loader = Loader([dataset], plan, MAX_SEGMENT, 0, 1, 2, workers)
+        loader = Loader([dataset], plan, 0, 1, 2, workers)
         assert sum(batch.real_concepts for batch in loader) == dataset.info.totals.concepts
         loader.close()
     path.write_bytes(data[:-512])
     with pytest.raises(InputError, match=rf"{path.name}: has \d+ bytes, shards.jsonl lists {len(data)}"):
-        list(Loader([dataset], plan, MAX_SEGMENT, 0, 1, 2))
+        open_dataset(own_dataset, checksums=False)
 
 
 # --- elsewhere ---
@@ -498,31 +512,34 @@ def test_shards_elsewhere_without_a_cache_are_refused_whatever_else_is_left_out(
 
 
 def test_a_bad_shard_elsewhere_is_left_out_where_the_config_says_so(own_dataset: Path, tmp_path: Path) -> None:
-    there = open_dataset(f"file://{own_dataset}", Cache(str(tmp_path / "cache")), skip_bad=True)
+    there = indexed(open_dataset(f"file://{own_dataset}", Cache(str(tmp_path / "cache")), skip_bad=True))
     damage(own_dataset, there, 1, "missing")
-    loader = Loader([there], plan_of(there, epochs=1, rows=2, length=16), MAX_SEGMENT, 0, 1, 2, workers=2)
+    loader = Loader([there], plan_of(there, epochs=1, rows=2, length=16), 0, 1, 2, workers=2)
     batches = list(loader)
     loader.close()
     assert sum(batch.missing for batch in batches) == there.shards[1].concepts
     assert sum(batch.real_concepts for batch in batches) == there.info.totals.concepts - there.shards[1].concepts
 
 
-def test_the_coming_shards_of_every_lane_are_fetched_before_they_are_read(dataset: Dataset, tmp_path: Path) -> None:
-    there = open_dataset(f"file://{dataset.path}", Cache(str(tmp_path)))
-    plan = plan_of(there, rows=4)
-    loader = Loader([there], plan, MAX_SEGMENT, 0, 1, 4, workers=0)
-    next(iter(loader))  # reads from four shards
+def test_the_shards_of_two_blocks_are_fetched_before_they_are_read(dataset: Dataset, tmp_path: Path) -> None:
+    there = indexed(open_dataset(f"file://{dataset.path}", Cache(str(tmp_path))))
+    source = source_of(there, LENGTH, MAX_SEGMENT, shuffle_shards=3)
+    plan = Plan([source], 11, 4, LENGTH)
+    loader = Loader([there], plan, 0, 1, 4, workers=0)
+    next(iter(loader))  # reads from one block
     loader._prefetcher._pool.shutdown(wait=True)
-    wanted = {shard for lane in range(4) for shard in plan.upcoming_shards(0, lane, 2)}
-    assert len(wanted) == 8
-    assert {path.name for path in tmp_path.glob("*.tar")} == {f"{there.shards[shard].sha256}.tar" for shard in wanted}
+    wanted = [shard for block in plan.blocks(0, range(4)) for shard in plan.shards(block)[1].tolist()]
+    assert 4 <= len(set(wanted)) == len(wanted) <= 6
+    assert there.info.index is not None
+    fetched = {there.info.index.sha256, *(there.shards[shard].sha256 for shard in wanted)}
+    assert {path.stem for path in tmp_path.glob("*.tar")} == fetched
     loader.close()
 
 
 def test_a_dataset_elsewhere_gives_the_same_batches(
     dataset: Dataset, reference: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
 ) -> None:
-    there = open_dataset(f"file://{dataset.path}", Cache(str(tmp_path)))
+    there = indexed(open_dataset(f"file://{dataset.path}", Cache(str(tmp_path))))
     batches = list(load(there, plan_of(there), range(7), 2, 3, 2))
     for found, expected in zip(joined(batches), reference, strict=True):
         assert torch.equal(found, expected)

@@ -17,9 +17,10 @@ from machine import patience
 from lcm_ds.data.format import DatasetInfo, QuantParams, commit, finish, open_dataset, read_normalizer, write_normalizer
 from lcm_ds.data.loader import Loader, validation_batches
 from lcm_ds.data.normalizer import Constants, UniformSample, draw, fit
-from lcm_ds.data.plan import Plan, Source
+from lcm_ds.data.plan import Plan
 from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.shard import Shard, open_shard
+from lcm_ds.data.supervised import source_of
 from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.errors import InputError
 
@@ -110,8 +111,8 @@ def test_an_int8_dataset_reads_like_any_other_in_half_the_bytes(synthetic_datase
 @pytest.mark.parametrize("workers", [0, 3])
 def test_int8_comes_out_of_the_loader_as_it_comes_out_of_a_shard(synthetic_dataset, tmp_path: Path, workers) -> None:
     dataset = open_dataset(in_8_bits(synthetic_dataset(documents=60, documents_per_shard=5), tmp_path / "int8"))
-    plan = Plan([Source([shard.concepts for shard in dataset.shards])], 0, 4, 32, epochs=1)
-    loader = Loader([dataset], plan, 16, 0, 1, 2, workers)
+    plan = Plan([source_of(dataset, 32, 16)], 0, 4, 32, epochs=1)
+    loader = Loader([dataset], plan, 0, 1, 2, workers)
     read = np.concatenate([batch.concepts[batch.segment_ids >= 0].numpy() for batch in loader])
     loader.close()
     shards = [open_shard(dataset, index) for index in range(len(dataset.shards))]

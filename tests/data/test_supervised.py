@@ -15,23 +15,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lcm_ds.data import supervised
 from lcm_ds.data.batch import Batch, target_mask
 from lcm_ds.data.format import (
-    SHARDS,
     Dataset,
     DatasetInfo,
     Supervised,
     commit,
     finish,
     open_dataset,
-    read_shards,
     write_normalizer,
 )
+from lcm_ds.data.indexing import indexed
 from lcm_ds.data.loader import Loader, validation_batches
 from lcm_ds.data.plan import Plan
 from lcm_ds.data.shard import open_shard, verify
-from lcm_ds.data.supervised import missing_targets, parts_of, source_of, target_reach
+from lcm_ds.data.supervised import missing_targets, source_of, target_reach
 from lcm_ds.data.tools.index import index
 from lcm_ds.data.trace import trace
 from lcm_ds.data.writer import Document, copy_shard, write_shard
@@ -121,7 +119,7 @@ def test_every_target_whose_document_fits_is_seen_once_an_epoch(
     dataset, longest = make(parts), min(row_length, max_segment)
     expected = expected_targets(parts, longest)
     plan = plan_of(dataset, row_length=row_length, max_segment=max_segment, rows=3, epochs=2)
-    loader = Loader([dataset], plan, max_segment, 0, 1, 3, workers=0)
+    loader = Loader([dataset], plan, 0, 1, 3, workers=0)
     seen: Counter[tuple[int, ...]] = Counter()
     concepts = 0
     for batch in loader:
@@ -144,12 +142,12 @@ def test_the_global_batch_is_the_same_for_any_world_size_micro_batch_and_workers
 ) -> None:
     datasets = [make(PARTS * 4), make(PARTS * 3, supervised=False)]
     plan = plan_of(*datasets, row_length=12, max_segment=7, rows=8, epochs=2)
-    whole = Loader(datasets, plan, 7, 0, 1, 8, workers=0)
+    whole = Loader(datasets, plan, 0, 1, 8, workers=0)
     steps, start = plan.steps or 0, data.draw(st.integers(0, (plan.steps or 0) - 1))
     world_size = data.draw(st.sampled_from([1, 2, 4, 8]))
     micro = data.draw(st.sampled_from([n for n in (1, 2, 4, 8) if 8 // world_size % n == 0]))
     workers = data.draw(st.integers(0, 2))
-    loaders = [Loader(datasets, plan, 7, rank, world_size, micro, workers, start) for rank in range(world_size)]
+    loaders = [Loader(datasets, plan, rank, world_size, micro, workers, start) for rank in range(world_size)]
     iterators = [iter(loader) for loader in loaders]
     for step in range(start, steps):
         expected = whole.read(step, 0)
@@ -164,8 +162,8 @@ def test_the_global_batch_is_the_same_for_any_world_size_micro_batch_and_workers
 def test_trace_names_what_the_loader_delivers(make: Callable[..., Dataset]) -> None:
     dataset = make(PARTS)
     plan = plan_of(dataset, row_length=12, max_segment=7)
-    loader = Loader([dataset], plan, 7, 0, 1, 2, workers=0)
-    for step, lines in trace([dataset], plan, 7, range(plan.steps or 0)):
+    loader = Loader([dataset], plan, 0, 1, 2, workers=0)
+    for step, lines in trace([dataset], plan, range(plan.steps or 0)):
         batch = loader.read(step, 0)
         for line in lines:
             segment = batch.concepts[line.lane][batch.segment_ids[line.lane] == line.segment].int().tolist()
@@ -177,29 +175,32 @@ def test_a_bad_shard_becomes_rows_without_targets(make: Callable[..., Dataset]) 
     dataset = make(PARTS)
     (Path(dataset.path) / dataset.shards[0].name).unlink()
     plan = plan_of(dataset, row_length=12, max_segment=12)
-    loader = Loader([replace(dataset, skip_bad=True)], plan, 12, 0, 1, 2, workers=0)
+    loader = Loader([replace(dataset, skip_bad=True)], plan, 0, 1, 2, workers=0)
     batches = list(loader)
     loader.close()
     assert targets(batches) == {(i, p) for i, p in expected_targets(PARTS, 12) if i >= 3}
     assert sum(batch.missing for batch in batches) == dataset.shards[0].concepts
 
 
-def test_every_way_to_make_a_supervised_dataset_lists_its_documents(
+def documents_of(dataset: Dataset) -> list[tuple[list[int], list[int]]]:
+    """Concepts of each document of each shard, and how many of them are given."""
+    assert dataset.index is not None
+    shards = range(len(dataset.shards))
+    return [(dataset.index.lengths(shard).tolist(), dataset.index.given(shard).tolist()) for shard in shards]
+
+
+def test_every_way_to_make_a_supervised_dataset_indexes_what_is_given(
     make: Callable[..., Dataset], tmp_path: Path
 ) -> None:
     dataset = make(PARTS)
-    listed = [([5, 5, 5], [3, 1, 2]), ([7, 4, 10], [6, 2, 5])]
-    assert [(shard.lengths, shard.given) for shard in dataset.shards] == listed
+    indexed_documents = [([5, 5, 5], [3, 1, 2]), ([7, 4, 10], [6, 2, 5])]
+    assert documents_of(dataset) == indexed_documents
     index(f"{dataset.path}/{{0000,0003}}.tar", tmp_path / "adopted", supervised=Supervised())
-    adopted = open_dataset(tmp_path / "adopted")
-    assert [(shard.lengths, shard.given) for shard in adopted.shards] == listed
-    copied = copy_shard(open_shard(dataset, 1), [0, 2], tmp_path, "copied.tar")
-    assert (copied.lengths, copied.given) == ([7, 10], [6, 5])
-    plain = make(PARTS, supervised=False)
-    assert "lengths" not in (Path(plain.path) / SHARDS).read_text()
+    assert documents_of(open_dataset(tmp_path / "adopted")) == indexed_documents
+    assert documents_of(make(PARTS, supervised=False)) == [([5, 5, 5], [0, 0, 0]), ([7, 4, 10], [0, 0, 0])]
 
 
-def test_lists_follow_where_a_document_is_a_duplicate(make: Callable[..., Dataset], tmp_path: Path) -> None:
+def test_the_index_follows_where_a_document_is_a_duplicate(make: Callable[..., Dataset], tmp_path: Path) -> None:
     dataset = make(PARTS)
     for folder in ("train", "validation", "ids"):
         (tmp_path / folder).mkdir()
@@ -211,49 +212,34 @@ def test_lists_follow_where_a_document_is_a_duplicate(make: Callable[..., Datase
         write_ids(tmp_path, unit, [f"text-{i}" for i in others])
         add_unit(tmp_path, units[-1])
     drop_duplicates(tmp_path, units, supervised=True)
-    lists = [(shard.lengths, shard.given) for shard in read_shards(tmp_path / "train")]
-    assert lists == [([5], [3]), ([5], [2])]
+    write_normalizer(tmp_path / "train", np.zeros(2), np.ones(2), {})
+    finish(tmp_path / "train", dataset.info)
+    assert documents_of(open_dataset(tmp_path / "train")) == [([5], [3]), ([5], [2])]
 
 
-def test_a_dataset_of_an_earlier_version_is_read_as_one_that_lists_its_documents(
-    make: Callable[..., Dataset], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_a_dataset_of_an_earlier_version_is_indexed_when_it_is_first_used(
+    make: Callable[..., Dataset], caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset = make(PARTS)
-    monkeypatch.setattr(supervised, "_read", {})
-    earlier = replace(dataset, shards=tuple(replace(shard, lengths=None, given=None) for shard in dataset.shards))
+    folder = Path(dataset.path)
+    lists = [replace(s, index=None, lengths=[5] * 3, given=[1] * 3).line() + "\n" for s in dataset.shards]
+    (folder / "shards.jsonl").write_text("".join(lists))
+    (folder / "documents.idx").unlink()
+    earlier = open_dataset(folder)
+    assert earlier.index is None
     assert earlier.fingerprint == dataset.fingerprint
-    for _ in range(2):
-        assert parts_of(earlier) == parts_of(dataset)
-    batches = [list(validation_batches(each, 7, 7, 2, 0, 1)) for each in (earlier, dataset)]
-    assert targets(batches[0]) == targets(batches[1])
-    (line,) = [record.getMessage() for record in caplog.records]  # read once
-    assert line == (
-        f"{dataset.path}: shards.jsonl was written by an earlier version: the documents' lengths are read from 2 shards"
-    )
+    assert documents_of(indexed(earlier)) == documents_of(indexed(open_dataset(folder))) == documents_of(dataset)
+    (line,) = [record.getMessage() for record in caplog.records]  # made once
+    assert line.startswith(f"{folder}: has no documents.idx yet")
+    assert open_dataset(folder).info.index == dataset.info.index
+    assert (folder / "shards.jsonl").read_text() == "".join(shard.line() + "\n" for shard in dataset.shards)
 
 
-def test_lists_that_are_not_those_of_the_tar_are_named(make: Callable[..., Dataset], tmp_path: Path) -> None:
-    dataset = make(PARTS)
-    first = dataset.shards[0]
-
-    def verified(**lists: list[int]) -> list[str]:
-        changed = replace(dataset, shards=(replace(first, **lists), *dataset.shards[1:]))  # type: ignore[arg-type]
-        return [line for errors in verify(changed) for line in errors]
-
-    assert verified() == []
-    where = f"{dataset.path}/{first.name}: its documents have other"
-    assert verified(lengths=[4, 6, 5]) == [f"{where} lengths than shards.jsonl lists"]
-    assert verified(given=[1, 3, 2]) == [f"{where} sources than shards.jsonl lists (given)"]
-    for lists in (
-        {"lengths": [5, 5]},
-        {"given": [3, 1]},
-        {"lengths": [5, 5, 6]},
-        {"given": [3, 9, 2]},
-        {"given": None},
-    ):
-        (tmp_path / SHARDS).write_text(replace(first, **lists).line() + "\n")  # type: ignore[arg-type]
-        with pytest.raises(InputError, match="line 1: lengths and given have to be of each document"):
-            read_shards(tmp_path)
+def test_a_record_that_is_not_of_the_tar_is_named(make: Callable[..., Dataset]) -> None:
+    dataset, other = make(PARTS), make(PARTS[::-1])
+    changed = replace(dataset, shards=(replace(dataset.shards[0], index=other.shards[0].index), *dataset.shards[1:]))
+    found = [line for errors in verify(changed) for line in errors]
+    assert found == [f"{dataset.path}/{dataset.shards[0].name}: its record in documents.idx is of other documents"]
 
 
 def test_a_dataset_without_targets_is_named_with_why(make: Callable[..., Dataset]) -> None:
@@ -274,12 +260,10 @@ def test_a_dataset_without_targets_is_named_with_why(make: Callable[..., Dataset
 def test_in_a_mixture_plain_documents_are_learned_whole(make: Callable[..., Dataset]) -> None:
     plain, supervised = make([(4, 4)] * 6, supervised=False), make([(4, 4)] * 6)
     plan = plan_of(plain, supervised, row_length=48, max_segment=8)
-    loader = Loader([plain, supervised], plan, 8, 0, 1, 2, workers=0)
-    first, second = list(loader)
+    loader = Loader([plain, supervised], plan, 0, 1, 2, workers=0)
+    (first,) = list(loader)
     loader.close()
-    # all but the first of each; the last four of each, whose shards begin rows
-    assert first.target_mask.sum(1).tolist() == [6 * 7, 3 * 4]
-    assert second.target_mask.sum(1).tolist() == [0, 3 * 4]
+    assert (first.target_mask.sum(1).tolist(), loader.plan.steps) == ([6 * 7, 6 * 4], 1)  # the last four of each
 
 
 def test_batches_of_plain_datasets_carry_nothing_for_it(make: Callable[..., Dataset]) -> None:
@@ -298,13 +282,9 @@ def test_the_same_shards_are_another_order_of_data_when_they_are_supervised(make
 def test_a_document_without_one_of_its_parts_is_named(make: Callable[..., Dataset], tmp_path: Path) -> None:
     dataset = make(PARTS, supervised=False)
     wrong = replace(dataset, info=dataset.info.model_copy(update={"supervised": Supervised()}))
-    with pytest.raises(InputError, match=r"000\d: has 0 sentences and \d concepts"):
-        next(iter(validation_batches(wrong, 8, 8, 1, 0, 1)))
+    with pytest.raises(InputError, match=f"{wrong.path}: has documents without a source"):
+        missing_targets(wrong, 8, 8)
     both = Document("a", "a", "tests", ["One.", "Two."], np.zeros((2, 2), np.float32), given=2)
-    folder = tmp_path / "lonely"
-    folder.mkdir()
-    commit(folder, write_shard(folder, "a.tar", [both]))
-    write_normalizer(folder, np.zeros(2), np.ones(2), {})
-    finish(folder, DatasetInfo(encoder={"name": "tests"}, embed_dim=2, dtype="float16", supervised=Supervised()))
     with pytest.raises(InputError, match="a: has 2 source_sentences and 0 target_sentences"):
-        open_shard(open_dataset(folder), 0).given  # noqa: B018
+        write_shard(tmp_path, "a.tar", [both])
+    assert list(tmp_path.iterdir()) == []

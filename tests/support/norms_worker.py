@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
-from steps_worker import CONFIG, EMBED_DIM, LENGTH, ROWS, STEPS, batches
+from steps_worker import CONFIG, EMBED_DIM, ENDLESS, LENGTH, ROWS, STEPS, batches
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
-from lcm_ds.data.plan import Plan, Source
+from lcm_ds.data.plan import Plan
 from lcm_ds.distributed.environment import detect_environment
 from lcm_ds.model.config import resolve_model
 from lcm_ds.processes import exit_with
@@ -47,7 +47,7 @@ def take_steps(changes, env, device):
     ds = deepspeed_config.resolve(deepspeed_config.read(config.deepspeed), config, env.world_size, "json")
     normalizer = (torch.zeros(EMBED_DIM).numpy(), torch.ones(EMBED_DIM).numpy())
     engine = engines.build_engine(engines.build_model(model_config, normalizer, config.seed, ds), config, ds)
-    job = TrainJob(config, ds, model_config, [], None, Plan([Source([1_000_000])], config.seed, ROWS, LENGTH), "")
+    job = TrainJob(config, ds, model_config, [], None, Plan([ENDLESS], config.seed, ROWS, LENGTH), "")
     stepper, counts, step = Stepper(job, env, engine, device), None, engine.step
 
     def counted_step():

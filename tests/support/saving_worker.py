@@ -16,7 +16,7 @@ from threading import Event
 
 import torch
 import torch.distributed as dist
-from steps_worker import CONFIG, EMBED_DIM, ROWS, batches
+from steps_worker import CONFIG, EMBED_DIM, ENDLESS, ROWS, batches
 from whole_way_worker import live_masters
 
 from lcm_ds import deepspeed_config
@@ -24,7 +24,7 @@ from lcm_ds.checkpoint import load as resume
 from lcm_ds.checkpoint.format import Checkpoint, folder_name, fp32_weights
 from lcm_ds.checkpoint.save import Saver
 from lcm_ds.config import CheckpointConfig, TrainConfig
-from lcm_ds.data.plan import Plan, Source
+from lcm_ds.data.plan import Plan
 from lcm_ds.distributed.environment import detect_environment
 from lcm_ds.model.config import resolve_model
 from lcm_ds.processes import exit_with
@@ -81,7 +81,7 @@ def build(deepspeed, env, device, **optim):
     ds = deepspeed_config.resolve(deepspeed_config.read(deepspeed), config, env.world_size, "json", hidden_size=32)
     with contextlib.redirect_stdout(io.StringIO()):
         engine = build_engine(build_model(model_config, NORMALIZER, config.seed, ds), config, ds)
-    plan = Plan([Source([1_000_000])], config.seed, ROWS, CONFIG["data"]["row_length"])
+    plan = Plan([ENDLESS], config.seed, ROWS, CONFIG["data"]["row_length"])
     return Stepper(TrainJob(config, ds, model_config, [], None, plan, ""), env, engine, device)
 
 

@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
@@ -52,6 +53,10 @@ CONFIG = {
 }
 
 
+# The data of a plan whose rows nobody reads.
+ENDLESS = Source([1_000_000], [1], lambda shard: np.array([1_000_000]), longest=8)
+
+
 def rows():
     """The global batch, the same in every step: fp16 concepts and segments of several lengths, two rows padded."""
     generator = torch.Generator().manual_seed(1)
@@ -86,7 +91,7 @@ def take_steps(changes, env, device, normalizer):
     deepspeed_config.check_device(ds, "json")
     model = build_model(model_config, normalizer, config.seed, ds)
     engine = build_engine(model, config, ds)
-    plan = Plan([Source([1_000_000])], config.seed, ROWS, LENGTH)
+    plan = Plan([ENDLESS], config.seed, ROWS, LENGTH)
     job = TrainJob(config, ds, model_config, [], None, plan, "")
     stepper = Stepper(job, env, engine, device)
     gradients, first_histograms, step = {}, {}, engine.step

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from runs import finish, run_dir, start
 
-from lcm_ds.data.format import DatasetInfo, commit, write_normalizer
+from lcm_ds.data.format import DatasetInfo, commit, open_dataset, write_normalizer
 from lcm_ds.data.format import finish as finish_dataset
-from lcm_ds.data.plan import Plan, Source
+from lcm_ds.data.plan import Plan
 from lcm_ds.data.writer import Document, write_shard
 
 ENCODER = {"name": "synthetic", "model": "rotation-16", "revision": None}  # that of synthetic_dataset
@@ -110,10 +110,12 @@ def test_datasets_without_targets_are_refused_by_whatever_checks_a_run(
 def test_a_run_whose_steps_have_no_targets_ends_with_an_error(make_config, tmp_path):
     """Known only at the end: one document of 41 has a target, and neither steps nor validation reach it."""
     dataset_of([1] * 40 + [2], tmp_path)
-    first = [(step, lane) for step in range(2) for lane in range(2)]
-    plans = {seed: Plan([Source([10, 10, 10, 12])], seed, 2, 4) for seed in range(9)}
+    source = source_of(open_dataset(tmp_path), 4, 128)
+    plans = {seed: Plan([source], seed, 2, 4) for seed in range(9)}
     config = make_config(
-        seed=next(s for s, plan in plans.items() if all(plan.pieces(*at)[0].shard != 3 for at in first)),
+        seed=next(
+            s for s, plan in plans.items() if all(plan.segments(step, range(2)).stop.max() == 1 for step in (0, 1))
+        ),
         data={"train": str(tmp_path), "validation": str(tmp_path), "row_length": 4},
         batch={"rows_per_step": 2, "micro_batch_rows": 2},
         evaluate={"every": 1, "rows": 1},

@@ -105,14 +105,14 @@ class Cache:
         logger.warning("%s: its bytes have changed since it was fetched; it is fetched again", file.path)
         self._evict(file)
 
-    def check_room(self, shards: int, largest: int) -> None:
-        """Raise InputError if the limit is too small for `shards` shards of up to `largest` bytes."""
-        least = shards * largest
+    def check_room(self, shards: int, largest: int, index: int) -> None:
+        """Raise InputError if the limit is too small for `shards` shards of up to `largest` bytes, and an index."""
+        least = shards * largest + index
         if self.limit is not None and self.limit < least:
             raise InputError(
                 f"data.cache_gb: {self.limit / 1e9:g} is too little: a node has {shards} shards of up to {largest:,} "
-                f"bytes open at a time (of each rank one a lane, one a worker, two in validation): at least "
-                f"{least / 1e9:.4g}"
+                "bytes open at a time (two blocks of data.shuffle_shards for each of data.streams, and of validation): "
+                f"at least {least / 1e9:.4g}"
             )
 
     def _place(self, sha256: str) -> Path:
