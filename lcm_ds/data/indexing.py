@@ -18,6 +18,7 @@ from lcm_ds.data.format import SHARDS, Dataset, ShardInfo, finish, open_dataset,
 from lcm_ds.data.remote import fetch as remote
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.data.shard import open_shard_once
+from lcm_ds.errors import InputError
 from lcm_ds.files import OpenFile, why_not_writable, write_whole
 
 logger = logging.getLogger(__name__)
@@ -44,39 +45,42 @@ def open_for_run(path: str, data: DataConfig, sizes: bool = True) -> Dataset:
 def indexed(dataset: Dataset) -> Dataset:
     """The dataset with its index: fetched if it is remote, and made if it has none.
 
-    To make it every shard is read once, compared with its sha256. It is kept in the dataset's folder, or if that
-    cannot be written to, in the cache's; without a cache in a temporary folder, for as long as this process needs it.
-    Of several processes on a file system one makes it, and the others wait.
+    To make it every shard is read once, compared with its sha256. It is kept in the dataset's folder, or if that is
+    remote or cannot be written to, in the cache's; without a cache in a temporary folder, for as long as this process
+    needs it. Of several processes on a file system one makes it, and the others wait.
 
     Raises:
         InputError: A shard cannot be read, or the index is damaged.
     """
     if dataset.index is not None:
         return dataset
-    listed, local = dataset.info.index, not remote.is_remote(dataset.path)
-    complete = all(shard.index is not None for shard in dataset.shards)
-    if listed is not None and complete and not local and dataset.cache is not None:
-        fetched = dataset.cache.open(remote.join(dataset.path, INDEX), listed.sha256, listed.bytes)
-        return replace(dataset, index=DocumentIndex(fetched, dataset.shards))
-    if local and why_not_writable(dataset.path) is None:
+    if not remote.is_remote(dataset.path) and why_not_writable(dataset.path) is None:
         return _kept(dataset, Path(dataset.path))
     if dataset.cache is not None:
-        folder = Path(dataset.cache.folder) / f"index-{dataset.fingerprint}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return _kept(dataset, folder)
+        return _kept(dataset, Path(dataset.cache.folder) / f"index-{dataset.fingerprint}")
     with TemporaryDirectory(prefix="lcm-ds-index-") as temporary:  # the file stays readable when its name is gone
         return _made(dataset, Path(temporary))
 
 
 def _kept(dataset: Dataset, folder: Path) -> Dataset:
-    """The dataset with the index in `folder`, made if there is none."""
+    """The dataset with the index in `folder`, which is fetched or made if there is none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"data.cache_dir: {folder.parent}: cannot be used: {error.strerror}") from None
     with _locked(folder):
         shards = read_shards(folder)
-        if [shard.identity() for shard in shards] == [shard.identity() for shard in dataset.shards]:
-            index = read_index(str(folder), shards)
-            if index is not None:
-                return replace(dataset, shards=tuple(shards), index=index)
-        made = _made(dataset, folder)
+        same = [shard.identity() for shard in shards] == [shard.identity() for shard in dataset.shards]
+        if same and (index := read_index(str(folder), shards)) is not None:
+            return replace(dataset, shards=tuple(shards), index=index)
+        listed = dataset.info.index
+        if listed is not None and remote.is_remote(dataset.path):
+            partial = folder / f"{INDEX}.partial"
+            remote.copy(remote.join(dataset.path, INDEX), partial, listed.sha256, listed.bytes)
+            os.replace(partial, folder / INDEX)
+            made = replace(dataset, index=DocumentIndex(OpenFile(folder / INDEX), dataset.shards))
+        else:
+            made = _made(dataset, folder)
         write_whole(folder / SHARDS, "".join(shard.line() + "\n" for shard in made.shards))
         if folder == Path(dataset.path):
             finish(folder, dataset.info)  # which lists the index, for those who fetch it

@@ -66,7 +66,7 @@ class OpenShards:
         files = self._open[source]
         with self._lock:
             future = files.get(shard)
-            if future is not None and future.done() and future.exception() is not None:
+            if future is not None and future.done() and isinstance(future.exception(), TransientError):
                 future = None
             if opener := future is None:
                 # It is closed when nobody reads it any more.
@@ -150,8 +150,7 @@ def check_cache(datasets: Sequence[Dataset], plan: Plan, lanes: range, local_ran
         if dataset.any_remote and dataset.cache is not None:
             streams = min(local_ranks * plan.streams(source, lanes), plan.streams(source, range(plan.rows_per_step)))
             largest = max(shard.bytes for shard in dataset.shards)
-            index = dataset.info.index.bytes if dataset.info.index is not None else 0
-            dataset.cache.check_room(2 * (streams * plan.most_shards(source) + VALIDATION_BLOCK), largest, index)
+            dataset.cache.check_room(2 * (streams * plan.most_shards(source) + VALIDATION_BLOCK), largest)
 
 
 def _allow_open_files(most: int) -> None:

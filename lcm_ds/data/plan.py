@@ -60,6 +60,13 @@ class Segments(NamedTuple):
     stop: np.ndarray
 
 
+def _joined(parts: Sequence[tuple[np.ndarray, ...]]) -> Segments:
+    """One after another."""
+    if not parts:
+        return Segments(*(np.empty(0, np.int64) for _ in Segments._fields))
+    return Segments(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+
+
 class BlockId(NamedTuple):
     """A block of a stream."""
 
@@ -119,7 +126,7 @@ class Plan:
             parts = stream.segments(step * stream.lanes + own.start - first, len(own))
             parts.row[:] += own.start - lanes.start
             found.append(parts)
-        return Segments(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+        return _joined(found)
 
     def blocks(self, step: int, lanes: range) -> list[BlockId]:
         """The block that each stream of `lanes` reads first in `step`, and the one after it, if there is one."""
@@ -373,9 +380,7 @@ class _Stream:
                 row, column = np.divmod(before + cuts, length)
                 row -= first
             found.append((row, column, np.full_like(row, self.source_index), *where))
-        if not found:
-            return Segments(*(np.empty(0, np.int64) for _ in Segments._fields))
-        return Segments(*(np.concatenate(arrays) for arrays in zip(*found, strict=True)))
+        return _joined(found)
 
     def block(self, epoch: int, index: int) -> _Block:
         """A block, laid out if it is not; the least recently used one is dropped for it."""

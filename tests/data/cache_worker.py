@@ -20,7 +20,7 @@ ROWS, LENGTH, MAX_SEGMENT = 8, 16, 8
 def main(url: str, folder: str, rank: str, world_size: str, out: str) -> int:
     remote.FIRST_PAUSE = 0.01
     dataset = indexed(open_dataset(url, Cache(folder)))
-    plan = Plan([source_of(dataset, LENGTH, MAX_SEGMENT)], 0, ROWS, LENGTH, epochs=1)
+    plan = Plan([source_of(dataset, LENGTH, MAX_SEGMENT, shuffle_shards=2)], 0, ROWS, LENGTH, epochs=1)
     try:
         loader = Loader([dataset], plan, int(rank), int(world_size), 2, workers=2)
         np.save(Path(out), np.concatenate([batch.concepts.numpy().copy() for batch in loader]))

@@ -86,6 +86,7 @@ def test_tars_elsewhere_are_adopted_where_they_are(tmp_path: Path, foreign: Fore
     index("memory://foreign/{a,b}.tar", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "dataset.json",
+        "documents.idx",
         "normalizer.safetensors",
         "shards.jsonl",
     ]

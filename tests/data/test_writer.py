@@ -110,4 +110,4 @@ def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path: Path, document: Ma
             yield document(f"d{i}")
 
     write_shard(tmp_path, "a.tar", documents())
-    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "a.tar.record"]

@@ -10,6 +10,7 @@ from runs import finish, run_dir, start
 from lcm_ds.data.format import DatasetInfo, commit, open_dataset, write_normalizer
 from lcm_ds.data.format import finish as finish_dataset
 from lcm_ds.data.plan import Plan
+from lcm_ds.data.supervised import source_of
 from lcm_ds.data.writer import Document, write_shard
 
 ENCODER = {"name": "synthetic", "model": "rotation-16", "revision": None}  # that of synthetic_dataset

@@ -105,9 +105,9 @@ class Cache:
         logger.warning("%s: its bytes have changed since it was fetched; it is fetched again", file.path)
         self._evict(file)
 
-    def check_room(self, shards: int, largest: int, index: int) -> None:
-        """Raise InputError if the limit is too small for `shards` shards of up to `largest` bytes, and an index."""
-        least = shards * largest + index
+    def check_room(self, shards: int, largest: int) -> None:
+        """Raise InputError if the limit is too small for `shards` shards of up to `largest` bytes."""
+        least = shards * largest
         if self.limit is not None and self.limit < least:
             raise InputError(
                 f"data.cache_gb: {self.limit / 1e9:g} is too little: a node has {shards} shards of up to {largest:,} "
