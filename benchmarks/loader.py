@@ -4,7 +4,7 @@ python benchmarks/loader.py [--concepts 400000] [--embed-dim 1024] [--seconds 5]
 
 Each way reads its epochs again and again, in turn with the others, in as many worker processes (the loader: threads) as
 it says, and packs the same rows; of the ratios to plain reads, measured just before, the median is shown. The loader
-compares every document with its checksum; "verify: size" does not. datasets reads the concepts from Arrow files; litdata
+compares every document with its checksum; "verify: size" does not. datasets reads concepts from Arrow files; litdata
 is measured if it is installed. --against measures the loader of another checkout of this project as well, whose shards
 it writes itself. --plan measures the order of 150,000 shards with 60 G concepts instead, without data.
 """

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, BinaryIO, ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import ConfigDict, Field
@@ -87,16 +87,44 @@ class IndexWriter(AbstractContextManager["IndexWriter"]):
         self._words += entry.words(documents)
         return entry
 
-    def commit(self) -> None:
-        """Sync the file, and give it its name."""
+    @property
+    def size(self) -> int:
+        """Bytes so far."""
+        return self._words * WORD
+
+    def sync(self) -> None:
+        """Sync the file."""
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def commit(self) -> None:
+        """Sync the file, and give it its name."""
+        self.sync()
         os.replace(self._partial, self._path)
         sync(self._path.parent)
 
     def __exit__(self, *error: object) -> None:
         self._file.close()
         self._partial.unlink(missing_ok=True)
+
+
+def read_record(file: BinaryIO, shard: ShardInfo) -> bytes:
+    """The record of a shard in an index. Raises InputError if it has changed."""
+    assert shard.index is not None
+    file.seek(shard.index.at * WORD)
+    record = file.read(shard.index.words(shard.documents) * WORD)
+    if xxh3_64_hexdigest(record) != shard.index.xxh3:
+        raise InputError(f"{file.name}: its record of {shard.name} has changed: {_HINT}")
+    return record
+
+
+def has_records(path: Path, shards: Iterable[ShardInfo]) -> bool:
+    """Whether a file is an index with the records of all shards."""
+    with path.open("rb") as file:
+        try:
+            return all(read_record(file, shard) is not None for shard in shards)
+        except InputError:
+            return False
 
 
 class Places(NamedTuple):

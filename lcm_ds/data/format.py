@@ -22,7 +22,16 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from lcm_ds.config import Schema, validate
-from lcm_ds.data.document_index import INDEX, WORD, Count, DocumentIndex, IndexEntry
+from lcm_ds.data.document_index import (
+    INDEX,
+    WORD,
+    Count,
+    DocumentIndex,
+    IndexEntry,
+    IndexWriter,
+    has_records,
+    read_record,
+)
 from lcm_ds.data.quantization import BFloat16, Quantization
 from lcm_ds.data.remote import fetch as remote
 from lcm_ds.data.remote.cache import Cache
@@ -275,13 +284,36 @@ def read_info(path: str | Path) -> DatasetInfo:
 def finish(folder: str | Path, info: DatasetInfo) -> None:
     """Write dataset.json, the last file of a dataset; `totals` are counted from shards.jsonl.
 
+    The index is put in the order of the shards' names before, so that it does not depend on who committed when.
     The normaliser has to exist already; the validation split has that of the training split.
     """
     read_normalizer(folder)
+    _sort_index(Path(folder))
     index = Path(folder) / INDEX
     listed = IndexFile(bytes=index.stat().st_size, sha256=sha256_of(index)) if index.exists() else None
     complete = info.model_copy(update={"totals": Totals.of(read_shards(folder)), "index": listed})
     write_whole(Path(folder) / DATASET, json.dumps(complete.model_dump(), indent=2, ensure_ascii=False) + "\n")
+
+
+def _sort_index(folder: Path) -> None:
+    """Put the records of the index, and the lines of shards.jsonl, in the order of the shards' names.
+
+    A kill in between leaves the new index under its partial name, where the next call finds it.
+    """
+    shards = read_shards(folder)
+    path, partial = folder / INDEX, folder / f"{INDEX}.partial"
+    if not path.exists() or any(shard.index is None for shard in shards):
+        return
+    if partial.exists() and has_records(partial, shards):
+        os.replace(partial, path)
+        return
+    with IndexWriter(folder) as writer, path.open("rb") as file:
+        moved = [replace(shard, index=writer.add(read_record(file, shard), shard.documents)) for shard in shards]
+        if moved == shards and writer.size == path.stat().st_size:
+            return
+        writer.sync()
+        write_whole(folder / SHARDS, "".join(shard.line() + "\n" for shard in moved))
+        writer.commit()
 
 
 def read_shards(folder: str | Path) -> list[ShardInfo]:

@@ -52,7 +52,7 @@ SONAR = "cointegrated/SONAR_200_text_encoder"
 GIB = 2**30
 MIN_DISK = 5 * GIB  # room for a first checkpoint of all but the largest models
 SHARED_MEMORY, MIN_SHARED_MEMORY = Path("/dev/shm"), GIB // 2  # DeepSpeed's own threshold
-MIN_OPEN_FILES = 4096  # for a rank with a thousand lanes, see data/loader.py
+MIN_OPEN_FILES = 1024  # for 64 shards, see data/open_shards.py, and what a run opens besides
 # A container's limit, under version 2 and version 1 of control groups.
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -215,7 +215,7 @@ def limits() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     maximum = sys.maxsize if hard == resource.RLIM_INFINITY else hard
     value = f"{soft}" + (", raised if a run needs more" if soft < maximum else "")
-    advice = "a rank opens one shard per lane: nofile in /etc/security/limits.conf, docker run --ulimit"
+    advice = "a rank has up to 64 shards open, and sockets: nofile in /etc/security/limits.conf, docker run --ulimit"
     yield Finding("open files", OK if maximum >= MIN_OPEN_FILES else WARN, value, advice)
 
 

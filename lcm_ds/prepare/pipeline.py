@@ -255,6 +255,8 @@ class _RankZero:
                 committer.abort()
                 with contextlib.suppress(OSError):
                     tidy(self.out, {unit.unit for unit in units})
+                if isinstance(error, PeerFailed):
+                    committer.close()  # raises if it was not another rank, but this one's committer
                 raise
         return progress
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
@@ -13,6 +14,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from lcm_ds.data.document_index import INDEX, IndexWriter
 from lcm_ds.data.format import (
     Dataset,
     DatasetInfo,
@@ -26,7 +28,8 @@ from lcm_ds.data.format import (
 )
 from lcm_ds.data.normalizer import UniformSample, constant, fit
 from lcm_ds.data.remote.cache import Cache
-from lcm_ds.data.shard import open_shard
+from lcm_ds.data.shard import open_shard, verify
+from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.errors import InputError
 
 SHARDS = [ShardInfo(f"{i}.tar", documents=i, concepts=10 * i, bytes=10240, sha256="f" * 64) for i in range(4)]
@@ -285,3 +288,34 @@ def test_a_uniform_sample_does_not_depend_on_the_order_of_what_is_added() -> Non
     few = UniformSample(500)
     few.add("a", np.zeros((3, 2)))
     assert few.concepts().shape == (3, 2)
+
+
+def test_the_index_is_sorted_when_a_dataset_is_finished_also_after_a_kill_in_between(
+    tmp_path: Path, document: Callable[..., Document], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = DatasetInfo(encoder={"name": "x"}, embed_dim=4, dtype="float16")
+    for folder, names in (("a", "abc"), ("b", "cab")):
+        (tmp_path / folder).mkdir()
+        write_normalizer(tmp_path / folder, np.zeros(4), np.ones(4), {})
+        for name in names:
+            documents = [document(f"{name}{i}", 3 + i + ord(name) - ord("a")) for i in range(4)]
+            commit(tmp_path / folder, write_shard(tmp_path / folder, f"{name}.tar", documents))
+    finish(tmp_path / "a", info)
+    with (tmp_path / "b" / INDEX).open("ab") as file:
+        file.write(b"torn")
+
+    def killed(writer: IndexWriter) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(IndexWriter, "commit", killed)
+    monkeypatch.setattr(IndexWriter, "__exit__", lambda *arguments: None)
+    with pytest.raises(KeyboardInterrupt):
+        finish(tmp_path / "b", info)
+    monkeypatch.undo()
+    finish(tmp_path / "b", info)
+    for name in ("dataset.json", "shards.jsonl", INDEX):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(
+        path.name for path in (tmp_path / "a").iterdir()
+    )
+    assert list(itertools.chain(*verify(open_dataset(tmp_path / "b")))) == []

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -13,6 +14,9 @@ from runs import SUPPORT
 from lcm_ds.config import PrepareConfig
 from lcm_ds.data.format import open_dataset
 from lcm_ds.errors import InputError
+from lcm_ds.prepare import committer
+from lcm_ds.prepare.coordinator import _FAILURE as FAILURE
+from lcm_ds.prepare.coordinator import Coordinator
 from lcm_ds.prepare.pipeline import prepare
 
 SCRIPT = SUPPORT / "preparing.py"
@@ -53,6 +57,25 @@ def small_disk(tmp_path):
         pytest.skip("tmpfs cannot be mounted here")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_what_stops_the_committer_is_the_error_of_the_preparation(tmp_path, monkeypatch):
+    """Also if the encoding thread learns of it first, as of the failure of another rank."""
+    claimed, failure = Coordinator.claim, "the disk is full"
+
+    def commit(folder, shard):
+        raise InputError(failure)
+
+    def claim(coordinator):
+        index = claimed(coordinator)
+        while index > 3 and not coordinator._store.check([FAILURE]):
+            time.sleep(0.01)
+        return index if index <= 3 else claimed(coordinator)
+
+    monkeypatch.setattr(committer, "commit", commit)
+    monkeypatch.setattr(Coordinator, "claim", claim)
+    with pytest.raises(InputError, match=failure):
+        prepare(config_of(write_lines(tmp_path / "lines.jsonl", 400), tmp_path / "out"), HashEncoder())
 
 
 def test_a_full_disk_stops_with_one_line_and_leaves_only_committed_shards(small_disk, tmp_path):
