@@ -1,6 +1,6 @@
 """One rank that saves while it trains, loads the checkpoint, and gets values that are not finite.
 
-python saving_worker.py FOLDER: for each ZeRO stage and precision it takes steps of a tiny Base-LCM, one of them with a
+python saving_worker.py FOLDER NAMES: for each named ZeRO stage and precision it takes steps of a tiny Base-LCM, one of them with a
 NaN in the rows of rank 1, saves in the background, goes on, and does the same from the checkpoint; FOLDER/results.json
 has what it saw.
 """
@@ -182,10 +182,10 @@ def converted(checkpoint, name, env, device):
 
 
 def main():
-    folder = Path(sys.argv[1])
+    folder, names = Path(sys.argv[1]), json.loads(sys.argv[2])
     env = detect_environment(os.environ)
     device = init_distributed(env)
-    results = {name: variant(name, folder / name.replace(" ", "_"), env, device) for name in VARIANTS}
+    results = {name: variant(name, folder / name.replace(" ", "_"), env, device) for name in names}
     if env.rank == 0:
         (folder / "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()

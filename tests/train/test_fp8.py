@@ -37,6 +37,7 @@ def test_a_run_learns_as_in_bf16(trained):
     assert "2 rank(s), ZeRO 1, bfloat16, products in fp8-emulated" in header
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(trained, half_way):
     code, out, err = finish(start("launch", "--local", 2, half_way))
     assert code == 0, out + err
@@ -46,6 +47,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(trained, half_wa
         assert metrics(half_way, key) == metrics(trained(2, **EMULATED), key)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_in_bf16_on_other_ranks(trained, half_way):
     code, out, err = finish(start("launch", "--local", 1, half_way, "train.precision=null"))
     assert code == 0, out + err
@@ -53,6 +55,7 @@ def test_a_run_resumes_in_bf16_on_other_ranks(trained, half_way):
     assert metrics(half_way, "val_loss") == pytest.approx(metrics(trained(2, **EMULATED), "val_loss"), rel=0.01)
 
 
+@pytest.mark.slow
 def test_exports_and_evaluations_are_those_of_a_model_in_bf16(trained, tmp_path):
     config = trained(2, **EMULATED)
     export(run_dir(config), tmp_path / "model")

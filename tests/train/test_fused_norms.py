@@ -7,6 +7,7 @@ from deepspeed.accelerator import get_accelerator
 from norms_worker import NONFINITE
 from runs import launch_workers
 
+pytestmark = pytest.mark.slow
 ADAM = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True, "fused": True}}}
 FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}
 BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "initial_scale_power": 4}}

@@ -42,7 +42,7 @@ def test_zero_1_with_fp32_accumulation_holds_22_bytes_a_parameter_on_one_device(
 @pytest.mark.parametrize(
     ("ranks", "precisions"),
     [
-        pytest.param(1, [SHIPPED], id="1"),
+        pytest.param(1, [SHIPPED], id="1", marks=pytest.mark.slow),
         pytest.param(1, sorted({*PRECISIONS} - {SHIPPED}), id="1 other", marks=pytest.mark.slow),
         pytest.param(2, sorted(PRECISIONS), id="2", marks=pytest.mark.slow),
     ],

@@ -71,11 +71,15 @@ VARIANTS = {
 }
 
 
-# Half a minute each, for a combination of what others test.
+# Combinations of what others test.
 SLOW = {
     "compiled, zero 3",
     "recomputed, compiled",
     "SwiGLU recomputed, compiled",
+    "SwiGLU recomputed, zero 3",
+    "recomputed, zero 3",
+    "accumulated over 4",
+    "fp8, zero 2",
     "fp8, accumulated over 2",
     "fp8, recomputed",
 }
