@@ -16,7 +16,6 @@ from lcm_ds.checkpoint.host_copy import HostBuffer
 from lcm_ds.checkpoint.save import saves_in_background
 from lcm_ds.config import CheckpointConfig
 
-
 # Each stage once, the shipped precisions, and what DeepSpeed does in another way; the others are marked slow.
 FAST = {
     "zero 0, fp32",

@@ -1,8 +1,8 @@
 """One rank that saves while it trains, loads the checkpoint, and gets values that are not finite.
 
-python saving_worker.py FOLDER NAMES: for each named ZeRO stage and precision it takes steps of a tiny Base-LCM, one of them with a
-NaN in the rows of rank 1, saves in the background, goes on, and does the same from the checkpoint; FOLDER/results.json
-has what it saw.
+python saving_worker.py FOLDER NAMES: for each named ZeRO stage and precision it takes steps of a tiny Base-LCM, one of
+them with a NaN in the rows of rank 1, saves in the background, goes on, and does the same from the checkpoint;
+FOLDER/results.json has what it saw.
 """
 
 import contextlib
