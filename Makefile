@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart test test-slow test-multinode test-newest gpu check docs format clean
+.PHONY: install quickstart test test-slow test-all test-multinode test-newest gpu check docs format clean
 
 install: $(INSTALLED)
 
@@ -30,6 +30,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(PYTEST) -m 'slow and not hub' --ignore=tests/multinode
+
+# Both, in less time: their tests share runs.
+test-all: $(INSTALLED)
+	$(PYTEST) -m 'not hub' --ignore=tests/multinode
 
 # Hosts in network namespaces, a Slurm cluster and mpirun on this machine. Needs root; installs its packages if there is
 # apt-get.

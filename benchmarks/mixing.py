@@ -22,6 +22,7 @@ from webdataset.filters import shuffle
 from lcm_ds.data.plan import Plan, Source
 
 ROW_LENGTH, MAX_SEGMENT = 1024, 128
+NODES, BLOCK = 1, 4_000_000  # what mosaicml-streaming takes on one node if nothing is set
 Steps = Iterator[tuple[np.ndarray, np.ndarray]]  # documents of a step, and how many concepts of each it has
 
 
@@ -57,7 +58,7 @@ def orders(lengths: np.ndarray, shard: int) -> dict[str, Callable[[int], Steps]]
 
         for name in ("py1br", "py1e"):
             ways[f"mosaicml-streaming, {name}"] = lambda rows, name=name: cut(  # type: ignore[misc]
-                lengths, get_shuffle(name, np.array(sizes), 1, 0, 0), rows
+                lengths, get_shuffle(name, np.array(sizes), NODES, 0, 0, BLOCK), rows
             )
     return ways
 

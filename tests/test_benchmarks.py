@@ -24,7 +24,8 @@ RUNS = {
         "--encoder sonar-random --layers 1 --sentences 40 --repeats 1 --ways way",
     ],
     "generate": ["--preset quickstart --concepts 8 --batches 1 2 --repeats 1 --rounds 1"],
-    "loader": ["--concepts 20000 --embed-dim 16 --seconds 0.05", "--plan"],
+    "loader": ["--concepts 40000 --embed-dim 16 --seconds 0.05", "--plan"],
+    "mixing": ["--documents 20000 --shards 100 --topics 100 --rows 4"],
     "prepare": ["--config {folder}/prepare.yaml --repeats 1"],
     "quantization": ["{dataset} --concepts 500"],
     "train_step": [
@@ -38,7 +39,8 @@ SHOWN = {
     "count_kernels": ["eager, 2 layers", "generated kernels", "eager on a GPU"],
     "encode": ["in order, float32", "device only, float32", "device only, bfloat16", "all the way", "sonar-random on"],
     "generate": ["| 2 | recomputing |", "| 2 | cached |", "| 2 | 512 |"],
-    "loader": ["webdataset .decode(), 2 workers", "Loader, 2 threads, first epoch", "cold", "plan ready in"],
+    "loader": ["webdataset .decode(), 2", "Loader, verify: size, 1", "datasets, arrow, 0", "cold", "ready in"],
+    "mixing": ["| lcm-ds |", "webdataset, buffer of 1000"],
     "prepare": ["lcm-ds prepare, all of it", "encoder busy", "MiB for"],
     "quantization": ["cosine", "bytes a concept"],
     "train_step": [
