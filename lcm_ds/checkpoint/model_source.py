@@ -15,7 +15,7 @@ from lcm_ds.checkpoint.format import Checkpoint, find, fp32_weights, load_model
 from lcm_ds.config import DataConfig, TrainConfig, WeightedPath, load
 from lcm_ds.data.concepts import CONCEPTS, ConceptInfo
 from lcm_ds.data.format import DATASET, Dataset, read_info
-from lcm_ds.data.indexing import open_for_run
+from lcm_ds.data.index.first_use import open_for_run
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import sha256_of
 from lcm_ds.model.config import BaseLCMConfig

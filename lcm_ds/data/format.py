@@ -22,7 +22,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from lcm_ds.config import Schema, validate
-from lcm_ds.data.document_index import (
+from lcm_ds.data.index.records import (
     INDEX,
     WORD,
     Count,
@@ -152,7 +152,7 @@ class Dataset:
     cache: Cache | None = None  # for remote shards
     checksums: bool = True  # whether the bytes that are read are compared with their checksums
     skip_bad: bool = False  # whether readers skip what cannot be read, instead of stopping
-    index: DocumentIndex | None = field(default=None, compare=False, repr=False)  # see lcm_ds.data.indexing.indexed
+    index: DocumentIndex | None = field(default=None, compare=False, repr=False)  # see index/first_use.py
 
     @property
     def embed_dim(self) -> int:

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from lcm_ds.data.batch import Batch, BatchReader
 from lcm_ds.data.format import Dataset
-from lcm_ds.data.indexing import indexed
+from lcm_ds.data.index.first_use import indexed
 from lcm_ds.data.open_shards import VALIDATION_BLOCK, OpenShards, ShardPrefetcher, check_cache
 from lcm_ds.data.plan import Plan
 from lcm_ds.data.supervised import source_of

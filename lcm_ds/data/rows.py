@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from lcm_ds.data.document_index import CHUNK, INDEX, Places
 from lcm_ds.data.format import Dataset
+from lcm_ds.data.index.records import CHUNK, INDEX, Places
 from lcm_ds.data.open_shards import OpenShards
 from lcm_ds.data.plan import Segments
 from lcm_ds.data.shard import open_shard, stored_dtype

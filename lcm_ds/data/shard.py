@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from lcm_ds.data.document_index import INDEX, IndexEntry, record_of
 from lcm_ds.data.format import SHARDS, Dataset, ShardInfo
+from lcm_ds.data.index.records import INDEX, IndexEntry, make_record
 from lcm_ds.data.quantization import BFloat16, Quantization
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.data.tar import HEAD, read_members
@@ -153,6 +153,11 @@ class Shard:
         assert self.embed_dim is not None
         size = int(self.lengths[document]) * self.embed_dim * self.dtype.itemsize
         return self._bytes(self.keys[document], self.offsets[document], size)
+
+    def index_record(self) -> bytes:
+        """The shard's record in documents.idx, for which its concepts are read. Raises InputError."""
+        size = 0 if self.dtype is None else (self.embed_dim or 0) * self.dtype.itemsize
+        return make_record(map(self.stored, range(len(self))), size, self.offsets, self.lengths, self.given)
 
     def members(self, document: int) -> dict[str, bytes]:
         """The document's files in the tar, by extension."""
@@ -336,7 +341,7 @@ def verify(dataset: Dataset, threads: int = 4) -> Iterator[list[str]]:
                     shard.meta(document)
             if not errors.errors:
                 with errors:
-                    record = record_of(shard)  # raises if a supervised document lacks one of its parts
+                    record = shard.index_record()  # raises if a supervised document lacks one of its parts
                     if info.index not in (None, IndexEntry.of(record, info.index.at if info.index else 0, len(shard))):
                         raise InputError(f"{shard.location}: its record in {INDEX} is of other documents")
         return errors.errors

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from webdataset.writer import TarWriter
 
-from lcm_ds.data.document_index import record_of
 from lcm_ds.data.format import ShardInfo, record_path
 from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.shard import SOURCE_SENTENCES, TARGET_SENTENCES, Shard
@@ -110,7 +109,7 @@ def _write(target: Path, samples: Iterable[_Sample], extension: str = "npy") -> 
             os.fsync(file.fileno())
         shard = Shard(partial, extension=extension, supervised=supervised == {True})
         info = ShardInfo(target.name, len(shard), int(shard.lengths.sum()), partial.stat().st_size, sha256_of(partial))
-        write_whole(record_path(target.parent, target.name), record_of(shard))
+        write_whole(record_path(target.parent, target.name), shard.index_record())
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from lcm_ds import deepspeed_config
 from lcm_ds.checkpoint.format import candidates
 from lcm_ds.config import TrainConfig, read_yaml, validate
 from lcm_ds.data.format import NORMALIZER, Dataset, open_dataset, read_normalizer
-from lcm_ds.data.indexing import indexed
+from lcm_ds.data.index.first_use import indexed
 from lcm_ds.data.plan import Plan, fingerprint
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.data.supervised import length_limit, missing_targets, source_of, target_reach

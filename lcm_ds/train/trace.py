@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lcm_ds.checkpoint.format import list_checkpoints
 from lcm_ds.config import TrainConfig, load
-from lcm_ds.data.indexing import open_for_run
+from lcm_ds.data.index.first_use import open_for_run
 from lcm_ds.data.trace import TraceLine
 from lcm_ds.data.trace import trace as trace_steps
 from lcm_ds.errors import Collector, InputError

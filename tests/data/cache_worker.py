@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lcm_ds.data.format import open_dataset
-from lcm_ds.data.indexing import indexed
+from lcm_ds.data.index.first_use import indexed
 from lcm_ds.data.loader import Loader
 from lcm_ds.data.plan import Plan
 from lcm_ds.data.remote import fetch as remote

@@ -26,7 +26,7 @@ from machine import patience
 
 from lcm_ds.data import open_shards
 from lcm_ds.data.format import Dataset, open_dataset
-from lcm_ds.data.indexing import indexed
+from lcm_ds.data.index.first_use import indexed
 from lcm_ds.data.loader import Loader
 from lcm_ds.data.open_shards import VALIDATION_BLOCK, ShardPrefetcher
 from lcm_ds.data.plan import Plan

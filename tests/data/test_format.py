@@ -14,7 +14,6 @@ import fsspec
 import numpy as np
 import pytest
 
-from lcm_ds.data.document_index import INDEX, IndexWriter
 from lcm_ds.data.format import (
     Dataset,
     DatasetInfo,
@@ -26,6 +25,7 @@ from lcm_ds.data.format import (
     read_shards,
     write_normalizer,
 )
+from lcm_ds.data.index.records import INDEX, IndexWriter
 from lcm_ds.data.normalizer import UniformSample, constant, fit
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.data.shard import open_shard, verify

@@ -25,7 +25,7 @@ from machine import patience
 from lcm_ds.data import buffers
 from lcm_ds.data.batch import Batch
 from lcm_ds.data.format import Dataset, DatasetInfo, commit, finish, open_dataset, write_normalizer
-from lcm_ds.data.indexing import indexed
+from lcm_ds.data.index.first_use import indexed
 from lcm_ds.data.loader import Loader, validation_batches
 from lcm_ds.data.open_shards import MAX_OPEN
 from lcm_ds.data.plan import Plan

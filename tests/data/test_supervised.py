@@ -25,7 +25,7 @@ from lcm_ds.data.format import (
     open_dataset,
     write_normalizer,
 )
-from lcm_ds.data.indexing import indexed
+from lcm_ds.data.index.first_use import indexed
 from lcm_ds.data.loader import Loader, validation_batches
 from lcm_ds.data.plan import Plan
 from lcm_ds.data.shard import open_shard, verify

@@ -15,8 +15,8 @@ import numpy as np
 from webdataset.shardlists import expand_urls
 
 from lcm_ds.config import validate
-from lcm_ds.data.document_index import IndexWriter, record_of
 from lcm_ds.data.format import DATASET, SHARDS, DatasetInfo, ShardInfo, Supervised, finish, read_info, write_normalizer
+from lcm_ds.data.index.records import IndexWriter
 from lcm_ds.data.normalizer import Constants, UniformSample, fit
 from lcm_ds.data.quantization import BFloat16
 from lcm_ds.data.remote import fetch as remote
@@ -198,7 +198,7 @@ def _read(
             _check_type(shard, location, reading)
             _scan(shard, location, reading, sample, lock)
             info = listed
-            record = record_of(shard)  # raises if a supervised document lacks one of its parts
+            record = shard.index_record()  # raises if a supervised document lacks one of its parts
             if shard.dtype is not None:
                 kind = (shard.embed_dim, shard.dtype.name)
         return errors, info, record

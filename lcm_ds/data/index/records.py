@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO, ClassVar, NamedTuple
+from typing import Annotated, BinaryIO, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from pydantic import ConfigDict, Field
@@ -22,10 +22,6 @@ from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
 from lcm_ds.errors import InputError
 from lcm_ds.files import OpenFile, sync
-
-if TYPE_CHECKING:
-    from lcm_ds.data.format import ShardInfo
-    from lcm_ds.data.shard import Shard
 
 INDEX = "documents.idx"
 CHUNK = 64  # concepts of a checksum: a part of a document is compared without reading all of a long one
@@ -54,21 +50,44 @@ class IndexEntry:
         return cls(at, len(record) // WORD - 3 * documents, xxh3_64_hexdigest(record))
 
 
-def record_of(shard: Shard) -> bytes:
-    """The record of a shard, whose concepts are read for it. Raises InputError."""
-    if not len(shard):
-        return b""
-    assert shard.dtype is not None
-    assert shard.embed_dim is not None
-    size = shard.dtype.itemsize * shard.embed_dim
+class Listed(Protocol):
+    """A shard, as shards.jsonl lists it."""
+
+    @property
+    def name(self) -> str:
+        """Its file."""
+
+    @property
+    def documents(self) -> int:
+        """How many it has."""
+
+    @property
+    def index(self) -> IndexEntry | None:
+        """Its record."""
+
+
+def make_record(
+    concepts: Iterable[bytes], size: int, offsets: Sequence[int], lengths: np.ndarray, given: np.ndarray
+) -> bytes:
+    """The record of a shard.
+
+    Args:
+        concepts: of each document the stored bytes of its concepts.
+        size: bytes of a concept.
+        offsets: of each document, where they begin in the tar.
+        lengths: int64, of each document the number of its concepts.
+        given: int64, how many of them are given.
+
+    Returns:
+        The record.
+    """
     checksums: list[int] = []
     firsts: list[int] = []
-    for document, length in enumerate(shard.lengths.tolist()):
-        data = shard.stored(document)
+    for data in concepts:
         firsts.append(len(checksums))
-        checksums += (xxh3_64_intdigest(data[at : at + CHUNK * size]) for at in range(0, length * size, CHUNK * size))
-    counts = shard.lengths.astype("<u8") | shard.given.astype("<u8") << np.uint64(32)
-    parts = (np.array(shard.offsets, "<u8"), counts, np.array(firsts, "<u8"), np.array(checksums, "<u8"))
+        checksums += (xxh3_64_intdigest(data[at : at + CHUNK * size]) for at in range(0, len(data), CHUNK * size))
+    counts = lengths.astype("<u8") | given.astype("<u8") << _UPPER
+    parts = (np.array(offsets, "<u8"), counts, np.array(firsts, "<u8"), np.array(checksums, "<u8"))
     return b"".join(part.tobytes() for part in parts)
 
 
@@ -108,7 +127,7 @@ class IndexWriter(AbstractContextManager["IndexWriter"]):
         self._partial.unlink(missing_ok=True)
 
 
-def read_record(file: BinaryIO, shard: ShardInfo) -> bytes:
+def read_record(file: BinaryIO, shard: Listed) -> bytes:
     """The record of a shard in an index. Raises InputError if it has changed."""
     assert shard.index is not None
     file.seek(shard.index.at * WORD)
@@ -118,7 +137,7 @@ def read_record(file: BinaryIO, shard: ShardInfo) -> bytes:
     return record
 
 
-def has_records(path: Path, shards: Iterable[ShardInfo]) -> bool:
+def has_records(path: Path, shards: Iterable[Listed]) -> bool:
     """Whether a file is an index with the records of all shards."""
     with path.open("rb") as file:
         try:
@@ -142,7 +161,7 @@ class DocumentIndex:
     words: uint64, all of the file; `Places.checksums` counts in it.
     """
 
-    def __init__(self, file: OpenFile, shards: Sequence[ShardInfo]) -> None:
+    def __init__(self, file: OpenFile, shards: Sequence[Listed]) -> None:
         """Map the file.
 
         Args:

@@ -13,8 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lcm_ds.config import DataConfig
-from lcm_ds.data.document_index import INDEX, DocumentIndex, IndexWriter, record_of
 from lcm_ds.data.format import SHARDS, Dataset, ShardInfo, finish, open_dataset, read_index, read_shards
+from lcm_ds.data.index.records import INDEX, DocumentIndex, IndexWriter
 from lcm_ds.data.remote import fetch as remote
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.data.shard import open_shard_once
@@ -99,7 +99,7 @@ def _made(dataset: Dataset, folder: Path) -> Dataset:
     checked = replace(dataset, checksums=True)
     shards: list[ShardInfo] = []
     with IndexWriter(folder) as writer, ThreadPoolExecutor(THREADS) as pool:
-        records = pool.map(lambda index: record_of(open_shard_once(checked, index)), range(len(dataset.shards)))
+        records = pool.map(lambda index: open_shard_once(checked, index).index_record(), range(len(dataset.shards)))
         for shard, record in zip(dataset.shards, records, strict=True):
             shards.append(replace(shard, index=writer.add(record, shard.documents), lengths=None, given=None))
         writer.commit()
