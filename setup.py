@@ -41,6 +41,7 @@ setup(
         "matplotlib>=3.8",
         "rich>=13",
         "fsspec>=2024.6",
+        "xxhash>=3",
         "psutil>=5.9",
         "packaging",
         "ninja",

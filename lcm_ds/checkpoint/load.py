@@ -107,7 +107,7 @@ def _quarantine(bad: list[tuple[Checkpoint, str]], older: list[Checkpoint], used
 def errors(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
     """Why a run with the identity `now` (run_metadata.py) cannot resume from a checkpoint: a line each, both values."""
     then = checkpoint.state()
-    if (order := then.get("order", 1)) != now["order"]:
+    if (order := then.get("order", 1)) != now.get("order", 1):
         return [
             f"{checkpoint.path}: was trained in data order {order}, and this version of lcm-ds has only "
             f"order {now['order']}: continue with the version that began it ({then['versions']['lcm_ds']}), or "

@@ -11,6 +11,7 @@ from lcm_ds.checkpoint.format import load_model
 from lcm_ds.cli import main
 from lcm_ds.data.concepts import ConceptInfo
 from lcm_ds.data.format import open_dataset, read_normalizer, write_normalizer
+from lcm_ds.data.shard import Shard
 from lcm_ds.data.tools.fit_normalizer import fit_normalizer
 from lcm_ds.errors import InputError
 from lcm_ds.files import OpenFile
@@ -26,7 +27,8 @@ def mixture(concepts, synthetic_dataset, make_config, tmp_path_factory):
     shutil.copytree(synthetic_dataset(documents=40, embed_dim=16, seed=3), damaged)
     shard = damaged / open_dataset(damaged).shards[1].name
     data = bytearray(shard.read_bytes())
-    data[len(data) // 2] ^= 1
+    for offset in Shard(shard).offsets:
+        data[offset] ^= 1  # in the first concept of each document
     shard.write_bytes(data)
     config = make_config(
         data={
