@@ -37,6 +37,7 @@ from lcm_ds.errors import InputError
 from lcm_ds.terminal import silence_transformers
 
 _LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
+PIECES = "sentencepiece.bpe.model"
 # Conversions of the hub hold M2M100Encoder's weights under other names: those of M2M100EncoderModel, which transformers
 # never took in (its pull request 29646), inside `encoder`, and the embedding as `shared`.
 _NESTED = {"M2M100EncoderModel": {r"^shared\.": "embed_tokens.", r"^encoder\.": ""}}
@@ -262,6 +263,8 @@ def _load_tokenizer(model: str, revision: str | None, vocab_size: int, named: st
     origin, revision = (model, revision) if named is None else (named, None)
     try:
         tokenizer = NllbTokenizer.from_pretrained(origin, revision=_hub(origin, revision), legacy_behaviour=False)
+        if not _languages(tokenizer) and (pieces := _pieces(origin, revision)) is not None:
+            tokenizer = tokenizer_of_pieces(pieces)
     except (OSError, ValueError, TypeError) as error:
         raise unreachable(origin, error) from None
     if not 0.9 * vocab_size <= len(tokenizer) <= vocab_size:  # models leave a few ids unused
@@ -270,6 +273,40 @@ def _load_tokenizer(model: str, revision: str | None, vocab_size: int, named: st
             f"one belongs to it: encoder.tokenizer, for SONAR facebook/nllb-200-distilled-600M"
         )
     return tokenizer
+
+
+def _pieces(model: str, revision: str | None) -> str | None:
+    """The file of a model's sentencepiece vocabulary, None if it has none.
+
+    Of a model that has no other files of a tokenizer, transformers (5.23.0) makes one without languages, which takes
+    each of them for <unk>.
+    """
+    from transformers.utils import cached_file
+
+    found: str | None = cached_file(
+        model, PIECES, revision=_hub(model, revision), _raise_exceptions_for_missing_entries=False
+    )
+    return found
+
+
+def tokenizer_of_pieces(path: str) -> Any:
+    """NLLB's tokenizer from its sentencepiece model, with its languages. Raises what the libraries raise."""
+    from transformers import NllbTokenizer
+    from transformers.convert_slow_tokenizer import NllbConverter, SentencePieceExtractor
+
+    extracted: Any = SentencePieceExtractor(path).extract(NllbTokenizer.model)
+    pieces = NllbConverter.convert_from_spm(**extracted)
+    # Tokens that transformers would add itself, in NLLB's order: <mask> is the last.
+    for token in (*nllb_languages(), "<mask>"):
+        pieces["vocab"].setdefault(token, len(pieces["vocab"]))
+    return NllbTokenizer(**{**pieces, "additional_special_tokens": None, "legacy_behaviour": False})
+
+
+def nllb_languages() -> list[str]:
+    """The codes of NLLB's languages in the order of its vocabulary, as in Meta's SONAR cards."""
+    from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
+
+    return list(FAIRSEQ_LANGUAGE_CODES)
 
 
 def _hub(model: str, revision: str | None) -> str:
