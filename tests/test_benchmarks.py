@@ -27,6 +27,7 @@ RUNS = {
     "loader": ["--concepts 20000 --embed-dim 16 --seconds 0.05", "--plan"],
     "prepare": ["--config {folder}/prepare.yaml --repeats 1"],
     "quantization": ["{dataset} --concepts 500"],
+    "sentences": ["--documents 2 --repeats 1"],
     "train_step": [
         "--preset quickstart --rows 2 --row-length 16 --documents --steps 1 "
         "--ways plain 'LCM, fp32' padded Llama design 'lcm-ds train, bf16, compiled'"
@@ -41,6 +42,7 @@ SHOWN = {
     "loader": ["webdataset .decode(), 2 workers", "Loader, 2 threads, first epoch", "cold", "plan ready in"],
     "prepare": ["lcm-ds prepare, all of it", "encoder busy", "MiB for"],
     "quantization": ["cosine", "bytes a concept"],
+    "sentences": ["splitter: spacy", "splitter: icu", "splitter: none", "ICU's rules alone"],
     "train_step": [
         "plain, fp32",
         "Base-LCM, fp32",

@@ -260,11 +260,9 @@ class _Icu:
         # All at once, because reading a language's abbreviations takes longer than a paragraph; a sentence ends behind
         # each of them. Strings are measured, as the breaker's offsets (icu4py 1.2.0) count UTF-16.
         ends = accumulate(map(len, self._breaker("\u2029".join(paragraphs), self._locale)))
-        offset = 0
-        for paragraph in paragraphs:
-            last = offset + len(paragraph)
-            yield [end - offset for end in takewhile(lambda end, last=last: end < last, ends)]  # type: ignore[misc]
-            offset = last + 1
+        starts = accumulate((len(paragraph) + 1 for paragraph in paragraphs), initial=0)
+        for paragraph, start in zip(paragraphs, starts, strict=False):
+            yield [end - start for end in takewhile((start + len(paragraph)).__gt__, ends)]
 
     def settings(self) -> dict[str, Any]:
         """For dataset.json."""

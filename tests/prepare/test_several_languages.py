@@ -21,6 +21,7 @@ from lcm_ds.prepare.state import read_units
 
 # The Universal Declaration of Human Rights in 20 languages, columns as in FineWeb-2.
 UDHR = Path(__file__).parents[1] / "fixtures/udhr.parquet"
+PAGE = Path(__file__).parents[2] / "docs/data.md"
 
 
 def config_for(folder: Path, path: Path, sonar: Path, **changes: object) -> PrepareConfig:
@@ -70,6 +71,10 @@ def test_the_declaration_of_human_rights_in_20_languages(
         assert max(map(len, sentences)) <= 250
         named = {"cmn": "zho"}.get(row["language"], row["language"])
         assert meta["language"] == f"{named}_{row['language_script']}"
+        if splitter == "spacy":
+            mean = sum(map(len, sentences)) / len(sentences)
+            counts = f"{len(row['text']):,} | {len(sentences)} | {mean:.0f} | {max(map(len, sentences))}"
+            assert f"| {meta['language']} | {counts} |" in PAGE.read_text(encoding="utf-8")
     info = dataset.info
     assert info.language is None
     assert info.splitter["language"] == "by document"
