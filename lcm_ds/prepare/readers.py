@@ -26,9 +26,10 @@ import numpy as np
 
 from lcm_ds.config import PrepareConfig
 from lcm_ds.encoders.base import Encoder, TokenBatch, Tokenizer
+from lcm_ds.errors import InputError, first_line
 from lcm_ds.prepare.state import SOURCE, split_of
 from lcm_ds.processes import set_parent_death_signal
-from lcm_ds.text.base import Source, TextDocument
+from lcm_ds.text.base import UNREADABLE, Source, TextDocument
 from lcm_ds.text.open import open_source
 from lcm_ds.text.splitter import BY_DOCUMENT, Splitter, cut, for_language
 
@@ -111,11 +112,17 @@ class Reader:
         ids: set[str] = set()
         for number, document in enumerate(self.source.documents(unit.start, unit.stop), start=unit.start):
             sentences: list[str] = []
-            given, refused = None, document.refused
+            given, refused, problem = None, document.refused, document.problem
             if refused is None and document.id in ids:
                 refused = "duplicate_id"
             if refused is None:
-                sentences, given, refused = self._split(document)
+                try:
+                    sentences, given, refused = self._split(document)
+                except (InputError, MemoryError):
+                    raise
+                except Exception as error:  # of a pipeline's tokenizer, for example, which has limits of its own
+                    refused = UNREADABLE
+                    problem = f"{document.source}: {document.id}: cannot be split into sentences: {first_line(error)}"
             if refused is None:
                 ids.add(document.id)
             split = "" if refused is not None else split_of(document.split_key, self.config.validation)
@@ -128,7 +135,7 @@ class Reader:
                     sentences,
                     refused,
                     given,
-                    document.problem,
+                    problem,
                     split,
                     document.language,
                     isinstance(document.text, list),

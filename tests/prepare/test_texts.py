@@ -12,6 +12,8 @@ from lcm_ds.data.format import open_dataset
 from lcm_ds.data.shard import open_shard
 from lcm_ds.errors import InputError
 from lcm_ds.prepare.pipeline import prepare
+from lcm_ds.prepare.state import read_units
+from lcm_ds.text.splitter import Splitter
 
 PARAGRAPH = "It is a truth that is told again and again. Nobody doubts it any more, and yet it has to be said. "
 
@@ -60,6 +62,24 @@ def test_lists_of_sentences_are_not_split_and_cut_only_on_request(tmp_path):
     assert dataset.info.splitter == {
         "splitter": "none", "language": "en", "split_by": "SaT sat-12l-sm", "max_characters": 200
     }  # fmt: skip
+
+
+def test_a_text_that_a_pipeline_cannot_split_is_named_and_does_not_end_the_preparation(tmp_path, monkeypatch):
+    split = Splitter.split
+
+    def fails(self, text):
+        if "odd" in text:
+            raise RuntimeError("Input is too long, it can't be more than 49149 bytes")
+        return split(self, text)
+
+    monkeypatch.setattr(Splitter, "split", fails)
+    found, dataset = prepared(tmp_path, {"a": "One. Two.", "b": "An odd one.", "c": "Three."})
+    assert list(found) == ["a", "c"]
+    assert dataset.info.source["refused"] == {"unreadable": 1}
+    [unit] = read_units(tmp_path / "out")
+    assert unit.unreadable == [
+        "texts.parquet: b: cannot be split into sentences: Input is too long, it can't be more than 49149 bytes"
+    ]
 
 
 def test_texts_among_lists_are_split(tmp_path):
