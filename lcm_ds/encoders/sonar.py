@@ -34,6 +34,7 @@ from lcm_ds.encoders.base import (
 )
 from lcm_ds.encoders.tokenizer import BatchTokenizer, standalone
 from lcm_ds.errors import InputError
+from lcm_ds.languages import sonar_code
 from lcm_ds.terminal import silence_transformers
 
 _LANGUAGE = re.compile(r"[a-z]{3}_[A-Z][a-z]{3}")
@@ -195,7 +196,10 @@ def check_language(tokenizer: Any, language: str, key: str) -> int:
     """The token id of an NLLB language code; an unknown one, which the tokenizer would take for <unk>, is refused."""
     known = _languages(tokenizer)
     if language not in known:
-        close = [code for code in known if code.startswith(language)] or difflib.get_close_matches(language, known)
+        meant = [code for code in (sonar_code(language),) if code in known]
+        close = (
+            meant or [code for code in known if code.startswith(language)] or difflib.get_close_matches(language, known)
+        )
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise InputError(f"{key}: {language!r} is no language code of this model (NLLB's look like eng_Latn){hint}")
     return known[language]

@@ -35,7 +35,7 @@ _OTHER = rf"\u0530-\u1cff\u2d00-\u2ddf\ua500-\uabff\uac00-\ud7af\ufb1d-\ufdff{_C
 # of Latin behind other scripts, the Greek question mark and ellipses; and ! and ? between Chinese or Japanese letters.
 _SCRIPT_END = re.compile(
     rf"(?P<script>[{_SCRIPT_MARKS}](?:[{_SCRIPT_MARKS}!?…]| ?[།༎])*|፡፡+)"
-    rf"|(?P<spaced>(?<=[{_OTHER}][{_OTHER}])(?:[.!?]+|…)|(?<=[\u0370-\u03ff\u1f00-\u1fff])[;\u037e]|\.\.+|…+)"
+    rf"|(?P<spaced>(?<=[{_OTHER}][{_OTHER}])(?:[.!?]+|…)|(?<=[\u0370-\u03ff\u1f00-\u1fff])[;\u037e]|\.{{3,}}|(?<=\w)\.\.|…+)"
     rf"(?=[”’»)\]\"']* )"
     rf"|(?P<cjk>(?<=[{_CJK}])[!?]+)(?=[”’」』）》〉】]*[{_CJK}“‘「『（《〈【])"
 )
@@ -303,7 +303,7 @@ def _closed(text: str, start: int, end: int) -> int:
 def _gathered(sentence: str, limit: int) -> list[str]:
     """A sentence of Thai or Lao in phrases, each at most `_PHRASES` characters if it has spaces; others as they are."""
     limit = min(limit, _PHRASES)
-    if len(sentence) <= limit or 2 * len(_PHRASED.findall(sentence)) < len(sentence.replace(" ", "")) / 2:
+    if len(sentence) <= limit or 4 * len(_PHRASED.findall(sentence)) < len(sentence):  # half of Thai are consonants
         return [sentence]
     phrases: list[str] = []
     aim = len(sentence) / -(-len(sentence) // limit)

@@ -102,6 +102,8 @@ def test_the_description_leads_back_to_the_same_encoder(tiny_sonar: tuple[Path, 
     ("settings", "message"),
     [
         ({"language": "en"}, "encoder.language: 'en'.*did you mean 'eng_Latn'"),
+        ({"language": "ja"}, "encoder.language: 'ja'.*did you mean 'jpn_Jpan'"),
+        ({"language": "Norwegian"}, "did you mean 'nob_Latn'"),
         ({"language": "concept"}, "'concept' is no language code"),  # a token, but not of a language
         ({"device": "gpu"}, "device: 'gpu' is no device"),
         ({"device": "cuda:99"}, "device: 'cuda:99' is not there"),

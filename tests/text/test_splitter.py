@@ -105,6 +105,7 @@ def test_any_text_at_all_can_be_split(text: str) -> None:
             ["He waited... and left.", "“No...” he said.", "“Go…”", "She went."],
         ),
         ("... and then? …", ["... and then? …"]),
+        ("Wait ... Then go.. Type cd .. and ls .. Now", ["Wait ...", "Then go..", "Type cd .. and ls .. Now"]),
     ],
 )
 def test_where_sentences_end(text: str, sentences: list[str]) -> None:
