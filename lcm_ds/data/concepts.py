@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,21 @@ from lcm_ds.data.format import DatasetInfo, EndOfText
 from lcm_ds.files import read_object
 
 CONCEPTS = "concepts.json"
+_SPACE = ("name", "model", "revision")  # of an encoder: concepts that agree in them are in one space
+
+
+def same_space(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether the concepts of two encoders, blocks `encoder` of dataset.json, can be mixed and compared.
+
+    SONAR has one space for all its languages, and another dtype only rounds differently.
+    """
+    return one == other or ("name" in one and all(one.get(key) == other.get(key) for key in _SPACE))
+
+
+def encoder_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What differs between two encoders of the same space, for messages; empty if nothing does."""
+    keys = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
+    return ", ".join(f"{key} {one.get(key)} and {other.get(key)}" for key in keys)
 
 
 class ConceptInfo(Schema):

@@ -39,6 +39,7 @@ class Document:
     sentences: list[str]
     concepts: np.ndarray  # [n, embed_dim], raw space, any float dtype
     given: int | None = None  # of a supervised document: how many concepts are its source, the rest being its target
+    language: str | None = None  # in a dataset of several: its code of SONAR
 
 
 def write_shard(
@@ -159,6 +160,8 @@ def _npy(array: np.ndarray) -> bytes:
 
 def _meta(document: Document) -> bytes:
     meta: dict[str, Any] = {"id": document.id, "source": document.source}
+    if document.language is not None:
+        meta["language"] = document.language
     if document.given is None:
         meta["sentences"] = document.sentences
     else:

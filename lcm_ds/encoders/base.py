@@ -38,8 +38,8 @@ class TokenBatch:
 class Tokenizer(Protocol):
     """`Encoder.tokenize` without the encoder: pickled, it works in other processes."""
 
-    def __call__(self, texts: list[str]) -> list[TokenBatch]:
-        """Batches of texts of similar length, each text in one of them."""
+    def __call__(self, texts: list[str], languages: list[str] | None = None) -> list[TokenBatch]:
+        """Batches of texts of similar length, each text in one of them; `languages` as in `Encoder.tokenize`."""
 
 
 class Encoder(Protocol):
@@ -59,8 +59,11 @@ class Encoder(Protocol):
     revision: str | None  # the hub's commit, or "sha256:…" of a folder's weights
     embed_dim: int
 
-    def tokenize(self, texts: list[str]) -> list[TokenBatch]:
-        """Batches of texts of similar length, each text in one of them; the device is not used."""
+    def tokenize(self, texts: list[str], languages: list[str] | None = None) -> list[TokenBatch]:
+        """Batches of texts of similar length, each text in one of them; the device is not used.
+
+        languages: of the texts, codes of SONAR; only given for SONAR and sources of several languages.
+        """
 
     def embed(self, batch: TokenBatch) -> np.ndarray | Tensor:
         """Concepts of the batch's texts, float32 [len(batch.rows), embed_dim].
@@ -68,8 +71,8 @@ class Encoder(Protocol):
         A tensor on a GPU may still be being computed: the next batch is then started before this one is waited for.
         """
 
-    def encode(self, texts: list[str]) -> np.ndarray:
-        """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts."""
+    def encode(self, texts: list[str], languages: list[str] | None = None) -> np.ndarray:
+        """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts; `languages` as above."""
 
     def describe(self) -> dict[str, Any]:
         """Everything that determines a concept, under the keys of EncoderConfig, for dataset.json."""
@@ -137,10 +140,17 @@ def embeddings(encoder: Encoder, batches: Iterable[TokenBatch]) -> Iterator[Pend
         yield previous
 
 
-def encode(encoder: Encoder, texts: list[str]) -> np.ndarray:
-    """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts, batch by batch."""
+def encode(encoder: Encoder, texts: list[str], languages: list[str] | None = None) -> np.ndarray:
+    """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts, batch by batch.
+
+    Args:
+        encoder: Makes them.
+        texts: To encode.
+        languages: Of the texts, for SONAR; by default all have the encoder's.
+    """
     concepts = np.empty((len(texts), encoder.embed_dim), np.float32)
-    for embedding in embeddings(encoder, encoder.tokenize(texts)):
+    batches = encoder.tokenize(texts) if languages is None else encoder.tokenize(texts, languages)
+    for embedding in embeddings(encoder, batches):
         concepts[embedding.batch.rows] = embedding.result()
     return concepts
 

@@ -115,8 +115,8 @@ class SentenceTransformerEncoder:
         together = replace(self.batch_tokenizer, tokens_per_batch=2 * self.max_tokens)
         return [batch for texts in (_PROBE, [_LONG], [_LONG, _PROBE[1]]) for batch in together(texts)]
 
-    def tokenize(self, texts: list[str]) -> list[TokenBatch]:
-        """Texts as batches of token ids; texts longer than `max_tokens` are truncated.
+    def tokenize(self, texts: list[str], languages: list[str] | None = None) -> list[TokenBatch]:
+        """Texts as batches of token ids; texts longer than `max_tokens` are truncated. Languages make no difference.
 
         If the library needs the texts themselves (models with a prompt or their own tokenizer), the batches hold texts,
         and four characters count as a token.
@@ -139,7 +139,7 @@ class SentenceTransformerEncoder:
             self._attention = {}
         return concepts
 
-    def encode(self, texts: list[str]) -> np.ndarray:
+    def encode(self, texts: list[str], languages: list[str] | None = None) -> np.ndarray:
         """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts."""
         return encode(self, texts)
 

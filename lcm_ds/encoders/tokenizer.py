@@ -25,10 +25,20 @@ class BatchTokenizer:
     max_tokens: int
     tokens_per_batch: int  # padding included
     padding: int = 0  # the token id
+    languages: dict[str, int] | None = None  # the ids of SONAR's languages, which are the first token of each text
 
-    def __call__(self, texts: list[str]) -> list[TokenBatch]:
-        """Batches of texts of similar length, each text in one of them."""
+    def __call__(self, texts: list[str], languages: list[str] | None = None) -> list[TokenBatch]:
+        """Batches of texts of similar length, each text in one of them.
+
+        languages: of the texts, codes of SONAR; by default all have that of the tokenizer. Raises ValueError for one
+        that the model does not know.
+        """
         tokens = None if self.tokenizer is None or not texts else self._ids(texts)
+        if languages is not None and tokens is not None:
+            for ids, language in zip(tokens, languages, strict=True):
+                if language not in (self.languages or {}):
+                    raise ValueError(f"the encoder does not know the language {language!r}")
+                ids[0] = (self.languages or {})[language]
         if tokens is None:
             lengths = [min(self.max_tokens, len(text) // 4 + 1) for text in texts]
         else:

@@ -115,6 +115,11 @@ class Accumulator:
         """Number of targets in a mean, for each of its buckets: [k]."""
         return self._means[name][..., 1].sum(0)
 
+    def declare(self, name: str) -> None:
+        """A mean that is there although no value has been added, as on a rank that has none."""
+        nothing = torch.empty(0, device=self.device)
+        self.add(name, nothing, nothing.long())
+
     def effective_rank(self) -> tuple[float | None, Interval | None]:
         """The effective rank of the vectors, and its interval.
 

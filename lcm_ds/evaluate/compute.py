@@ -20,6 +20,7 @@ from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.errors import InputError
 from lcm_ds.evaluate.accumulator import BUCKETS, Accumulator, bootstrap_weights, bucket_of, interval, json_float
 from lcm_ds.evaluate.baselines import Predictor, fit_baselines
+from lcm_ds.evaluate.languages import Languages, languages_of
 from lcm_ds.evaluate.target_sample import BottomKSampler, TargetSample, count_nearer
 from lcm_ds.evaluate.task import EvaluationTask
 from lcm_ds.evaluate.text_metrics import TextMetrics
@@ -29,6 +30,8 @@ from lcm_ds.model.modeling import BaseLCM
 
 MODEL = "Base-LCM"
 TRUTH = "truth"
+LANGUAGE = "by_language/"  # begins the names of means over the targets of one language
+BY_LANGUAGE = ("mse", "cosine")  # in normalised and in raw space
 RETRIEVAL_TARGETS = 8192  # targets, at most, that are ranked among all concepts
 
 
@@ -77,6 +80,7 @@ def measure(
         "decoded": len(decoded) if text_metrics.decoder is not None else 0,
         "missing_concepts": missing,
         "notes": [
+            *task.notes,
             *text_metrics.notes,
             *([] if task.training else ["the training data is unknown: the copy is the only baseline"]),
             *([f"{missing:,} concepts of unreadable shards are missing"] if missing else []),
@@ -100,6 +104,11 @@ def _pass_over_targets(
     normalizer = model.normalizer
     accumulators = {name: Accumulator(ranks.device) for name in (MODEL, *baselines, TRUTH)}
     sampler = BottomKSampler(sample_size)
+    languages = languages_of(validation)
+    for name in (MODEL, *baselines):
+        for language in languages.names:
+            for metric in BY_LANGUAGE:
+                accumulators[name].declare(f"{LANGUAGE}{language}/{metric}")
     for batch, rows in reader.rows(validation, normalizer):
         truth = rows.concepts[:, 1:][rows.mask]
         _add_vectors(accumulators[TRUTH], rows.targets.truth, truth, rows)
@@ -109,6 +118,7 @@ def _pass_over_targets(
             predicted = _predict(model, batch, rows, reader) if name == MODEL else baselines[name](rows.targets)
             raw[name] = normalizer.denormalize(predicted)
             _add(accumulators[name], predicted, raw[name], truth, truth_cosine, rows)
+            _add_by_language(accumulators[name], predicted, raw[name], truth, rows, languages)
         sampler.add(rows.targets, truth, raw)
     for accumulator in accumulators.values():
         accumulator.all_reduce(ranks)
@@ -142,6 +152,21 @@ def _add(
     _add_vectors(accumulator, predicted, raw, rows)
 
 
+def _add_by_language(
+    accumulator: Accumulator, predicted: Tensor, raw: Tensor, raw_truth: Tensor, rows: Rows, languages: Languages
+) -> None:
+    """Add a predictor's metrics on the targets of each language; as `_add`."""
+    if not languages.names:
+        return
+    targets = rows.targets
+    own = languages.of_document.to(targets.document.device)[targets.document]
+    values = metrics.squared_error(predicted, targets.truth), metrics.cosine(raw, raw_truth)
+    for index, name in enumerate(languages.names):
+        of_it = own == index
+        for metric, each in zip(BY_LANGUAGE, values, strict=True):
+            accumulator.add(f"{LANGUAGE}{name}/{metric}", each[of_it], targets.document[of_it])
+
+
 def _add_vectors(accumulator: Accumulator, normalised: Tensor, raw: Tensor, rows: Rows) -> None:
     accumulator.add_vectors(NORMALISED, normalised, rows.targets.document)
     accumulator.add_vectors(RAW, raw, rows.targets.document)
@@ -173,9 +198,16 @@ def _summarise(accumulators: Mapping[str, Accumulator], best_baseline: str) -> d
     intervals: dict[str, Any] = {}
     by_position: dict[str, Any] = {}
     errors: dict[str, Tensor] = {}
+    by_language: dict[str, Any] = {}
     for name, accumulator in accumulators.items():
         values = accumulator.means(once)
         replicates = {} if resampled is None else accumulator.means(resampled)
+        for key in [key for key in values if key.startswith(LANGUAGE)]:
+            language, metric = key.removeprefix(LANGUAGE).split("/")
+            of_it = by_language.setdefault(language, {"targets": int(accumulator.counts(key)), "predictors": {}})
+            found = of_it["predictors"].setdefault(name, {})
+            found[metric] = json_float(values.pop(key)[0])
+            found[f"{metric}_interval"] = interval(replicates.pop(key)) if replicates else None
         if name != TRUTH:
             values |= _ratios(accumulator.variances(once), truth)
             if resampled is not None and truth_replicates is not None:
@@ -193,6 +225,7 @@ def _summarise(accumulators: Mapping[str, Accumulator], best_baseline: str) -> d
         "scores": scores,
         "intervals": intervals,
         "difference": _difference(scores, errors, best_baseline),
+        **({"by_language": by_language} if by_language else {}),
         "by_position": {
             "positions": [list(bucket) for bucket in BUCKETS],
             "targets": [int(count) for count in counts],

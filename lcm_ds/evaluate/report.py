@@ -33,8 +33,24 @@ def print_tables(title: str, result: dict[str, Any]) -> None:
         for name, cells in _cells(scores, metrics):
             table.add_row(name, *cells, style="bold" if name == MODEL else None)
         console.print(table)
+    if by_language := result.get("by_language"):
+        console.print(_language_table(Table(title="by language"), by_language))
     for line in _lines(result):
         console.print(line, highlight=False, markup=False)
+
+
+def _language_table(table: Any, by_language: dict[str, Any]) -> Any:
+    """MSE and cosine of the model, and the lowest MSE of a baseline, in each language."""
+    for heading in ("language", "targets", f"{MODEL} MSE ↓", "cosine ↑", "best baseline's MSE ↓"):
+        table.add_column(heading, justify="left" if heading == "language" else "right")
+    for language, found in by_language.items():
+        errors = {name: each["mse"] for name, each in found["predictors"].items() if name != MODEL}
+        lowest, own = best(errors), found["predictors"][MODEL]
+        cells = ["–" if value is None else f"{value:.4f}" for value in (own["mse"], own["cosine"])]
+        table.add_row(
+            language, f"{found['targets']:,}", *cells, "–" if lowest is None else f"{errors[lowest]:.4f} ({lowest})"
+        )
+    return table
 
 
 def _cells(scores: dict[str, Any], metrics: Iterable[Metric]) -> Iterable[tuple[str, list[str]]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lcm_ds.checkpoint.model_source import ModelSource
 from lcm_ds.config import DataConfig, WeightedPath
+from lcm_ds.data.concepts import encoder_differences, same_space
 from lcm_ds.data.format import Dataset
 from lcm_ds.data.supervised import missing_targets
 from lcm_ds.errors import Collector, InputError
@@ -20,6 +21,7 @@ class EvaluationTask:
     training: list[Dataset]  # for the baselines; empty if unknown
     validation: Dataset
     validation_path: str  # as the user or the run names it
+    notes: tuple[str, ...] = ()  # in what its encoder differs from the model's, in the same space
 
 
 def open_task(source: ModelSource, dataset: str | None) -> EvaluationTask:
@@ -44,7 +46,11 @@ def open_task(source: ModelSource, dataset: str | None) -> EvaluationTask:
         with errors:
             source.check_embed_dim(each)
     encoder = training[0].info.encoder if training else None if source.info is None else source.info.encoder
-    if encoder is not None and validation.info.encoder != encoder:
+    notes: tuple[str, ...] = ()
+    if encoder is not None and same_space(encoder, validation.info.encoder):
+        if difference := encoder_differences(encoder, validation.info.encoder):
+            notes = (f"the encoder of the training data and that of {validation.path} have {difference}",)
+    elif encoder is not None:
         errors.errors.append(
             f"{validation.path}: encoded with {validation.info.encoder}, the model was trained on {encoder}"
         )
@@ -52,4 +58,4 @@ def open_task(source: ModelSource, dataset: str | None) -> EvaluationTask:
         if problem := missing_targets(validation, source.data.row_length, source.data.max_segment):
             raise InputError(problem)
     errors.raise_if_any()
-    return EvaluationTask(source.data, source.training, training, validation, path)
+    return EvaluationTask(source.data, source.training, training, validation, path, notes)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -93,17 +94,21 @@ def _rewrite(
             kept: dict[str, int] = {}
             ids: list[str] = []
             sentences = 0
+            languages: Counter[str] = Counter()
             for split, documents in changed[unit.unit].items():
                 shard = shards[unit.unit][split]
                 kept[split] = len(documents)
-                ids += [str(shard.meta(document)["id"]) for document in documents]
+                metas = [shard.meta(document) for document in documents]
+                ids += [str(meta["id"]) for meta in metas]
+                languages.update(meta["language"] for meta in metas if "language" in meta)
                 sentences += int(shard.lengths[documents].sum()) - len(documents)
                 if documents:
                     commit(out / split, copy_shard(shard, documents, out / split, shard_name(unit.unit)))
             kept = {split: kept.get(split, 0) for split in SPLITS}
             removed = unit.documents - sum(kept.values())
             refused = {**unit.refused, REASON: unit.refused.get(REASON, 0) + removed}
-            unit = replace(unit, kept=kept, refused=dict(sorted(refused.items())), sentences=sentences)
+            refused = dict(sorted(refused.items()))
+            unit = replace(unit, kept=kept, refused=refused, sentences=sentences, languages=dict(languages))
             write_ids(out, unit.unit, ids)
             add_unit(out, unit)
         result.append(unit)

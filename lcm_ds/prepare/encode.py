@@ -213,7 +213,7 @@ class _Device:
             embedding = None
         if embedding is None:
             started = time.monotonic()
-            unit.failed |= _one_by_one(self._rank, unit.unit.sentences, batch.rows, unit.concepts)
+            unit.failed |= _one_by_one(self._rank, unit.unit, batch.rows, unit.concepts)
             figures.busy += time.monotonic() - started
         unit.batches_left -= 1
         unit.encoded += len(batch.rows)
@@ -243,20 +243,23 @@ def _too_large(batch: TokenBatch) -> InputError:
 
 
 def _one_by_one(
-    rank: WorkerContext, sentences: list[str], rows: Sequence[int] | np.ndarray, concepts: np.ndarray
+    rank: WorkerContext, unit: TokenizedUnit, rows: Sequence[int] | np.ndarray, concepts: np.ndarray
 ) -> dict[int, str]:
     """Encode the sentences of a failed batch one by one; returns the error of each that fails again.
 
     Args:
         rank: The parts of this rank.
-        sentences: Of the unit.
+        unit: With the sentences.
         rows: Which of them the batch holds.
         concepts: [len(sentences), embed_dim], filled in.
     """
+    sentences, languages = unit.sentences, unit.languages
     failed = {}
     for row in map(int, rows):
         try:
-            concepts[row] = rank.encoder.encode([sentences[row]])[0]
+            one = [sentences[row]]
+            encoded = rank.encoder.encode(one) if languages is None else rank.encoder.encode(one, [languages[row]])
+            concepts[row] = encoded[0]
         except Exception as error:
             failed[row] = f"{type(error).__name__}: {error}"
     if failed:
@@ -296,6 +299,7 @@ def _documents(rank: WorkerContext, done: _Concepts) -> tuple[UnitResult, dict[s
     unit = UnitResult(tokenized.unit.unit, given=len(tokenized.documents), encoded=len(tokenized.sentences))
     end = 0
     refused: Counter[str] = Counter()
+    languages: Counter[str] = Counter()
     documents: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for text in tokenized.documents:
         rows = tokenized.rows[end : end + len(text.sentences)]
@@ -315,10 +319,13 @@ def _documents(rank: WorkerContext, done: _Concepts) -> tuple[UnitResult, dict[s
             continue
         key = f"{text.number:012d}"
         sentences = [*text.sentences, config.end_of_text]
-        documents[text.split].append(Document(key, text.id, text.source, sentences, own, text.given))
+        documents[text.split].append(Document(key, text.id, text.source, sentences, own, text.given, text.language))
         unit.sentences += len(text.sentences)
+        unit.lists += text.is_list
+        languages.update([] if text.language is None else [text.language])
     unit.kept = {split: len(kept) for split, kept in documents.items()}
     unit.refused = dict(sorted(refused.items()))
+    unit.languages = dict(sorted(languages.items()))
     return unit, documents
 
 

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -67,8 +68,8 @@ from lcm_ds.prepare.state import (
 )
 from lcm_ds.signals import DONE, FAILED, describe_exit
 from lcm_ds.text.base import Source
+from lcm_ds.text.huggingface import is_local
 from lcm_ds.text.open import open_source
-from lcm_ds.text.splitter import Splitter
 
 _CALIBRATION_SENTENCES = 4096  # from the beginning of the source, for the steps of int8
 _EXIT_SECONDS = 10.0  # for the other processes to end after a failure, before they are killed
@@ -156,7 +157,8 @@ class _RankZero:
         config, out = self.config, self.out
         # Before the output is made, so that a mistake in the config leaves nothing behind. The index of a hub's dataset
         # stays valid under its commit; local files are read again.
-        known = config.source.dataset is not None and (out / SOURCE).exists()
+        at_hub = config.source.dataset is not None and not is_local(config.source)
+        known = at_hub and (out / SOURCE).exists()
         index = json.loads((out / SOURCE).read_text(encoding="utf-8")) if known else None
         source = open_source(config.source, config.sentences.language, index)
         reader = Reader(config, source)
@@ -178,7 +180,7 @@ class _RankZero:
                     progress = self._encode(rank, source, readers, units)
                     tidy(out, {unit.unit for unit in units})
                     units = drop_duplicates(out, units, config.source.supervised)
-                    self._finish(source, reader.splitter, rank, units)
+                    self._finish(source, reader, rank, units)
                 except OSError as error:
                     raise disk_error(out, error) from error
                 remove_ids(out)
@@ -201,7 +203,7 @@ class _RankZero:
             out,
             {
                 "encoder": encoder.describe(),
-                "sentences": reader.splitter.settings(),
+                "sentences": reader.settings(),
                 "source": source.describe(),
                 # Older preparations have no such key: without ids they were split by path.
                 **({} if self.config.source.has_ids else {"split": "by text"}),
@@ -223,10 +225,14 @@ class _RankZero:
             return None
         path = self.out / QUANTIZATION
         if not path.exists():
-            sentences = list(islice(_sentences(reader), _CALIBRATION_SENTENCES))
-            if len(sentences) < 2:
+            found = list(islice(_sentences(reader), _CALIBRATION_SENTENCES))
+            if len(found) < 2:
                 raise InputError(f"{self.out}: int8 needs sentences to determine its steps; the source has none")
-            params = _quant_params(Quantization.of(*fit(encoder.encode(sentences))))
+            sentences = [sentence for sentence, _ in found]
+            languages = [str(language) for _, language in found]
+            each = self.config.language_of_each
+            concepts = encoder.encode(sentences, languages) if each else encoder.encode(sentences)
+            params = _quant_params(Quantization.of(*fit(concepts)))
             write_whole(path, params.model_dump_json())
         return _read_quantization(path)
 
@@ -260,12 +266,12 @@ class _RankZero:
                 raise
         return progress
 
-    def _finish(self, source: Source, splitter: Splitter, rank: WorkerContext, units: list[UnitResult]) -> None:
+    def _finish(self, source: Source, reader: Reader, rank: WorkerContext, units: list[UnitResult]) -> None:
         """Fit the normaliser to the training split and write dataset.json of both, which makes them datasets.
 
         Args:
             source: Of the documents.
-            splitter: Of sentences.
+            reader: Of its documents.
             rank: The parts of this rank.
             units: All that were made.
         """
@@ -274,6 +280,10 @@ class _RankZero:
         if not kept["train"]:
             reasons = ", ".join(f"{count} {reason}" for reason, count in refused.items()) or "the source is empty"
             raise InputError(f"{out}: none of {given} documents is left to train on ({reasons})")
+        lists, languages = sum(unit.lists for unit in units), Counter[str]()
+        for unit in units:
+            languages.update(unit.languages)
+        by_language = {"documents_by_language": dict(sorted(languages.items()))} if languages else {}
         center, scale, statistics = _fit(config, out / "train", len(end_of_text), rank.quantization)
         for split in SPLITS:
             if not kept[split]:
@@ -286,8 +296,8 @@ class _RankZero:
                 embed_dim=len(end_of_text),
                 dtype=config.dtype,
                 quantization=None if rank.quantization is None else _quant_params(rank.quantization),
-                language=config.sentences.language,
-                splitter=splitter.settings(),
+                language=config.sentences.language if config.source.languages is None else None,
+                splitter=reader.settings(lists, texts=max(0, sum(kept.values()) - lists)),
                 end_of_text=EndOfText(text=config.end_of_text, vector=[float(value) for value in end_of_text]),
                 supervised=Supervised(source_suffix=config.source_suffix) if config.source.supervised else None,
                 source={
@@ -297,6 +307,7 @@ class _RankZero:
                     "given": given,
                     "kept": dict(kept),
                     "refused": dict(sorted(refused.items())),
+                    **by_language,
                 },
             )
             finish(out / split, info)
@@ -417,14 +428,14 @@ def _end_of_text(config: PrepareConfig, encoder: Encoder) -> np.ndarray:
     return concept
 
 
-def _sentences(reader: Reader) -> Iterator[str]:
-    """All sentences of the documents that are not refused, in order."""
+def _sentences(reader: Reader) -> Iterator[tuple[str, str | None]]:
+    """All sentences of the documents that are not refused, in order, each with its document's language."""
     for unit in _pending(reader.source, reader.config.documents_per_shard, set()):
         documents = reader.read(unit)
         if not documents:
             return
         for document in documents:
-            yield from document.sentences
+            yield from ((sentence, document.language) for sentence in document.sentences)
 
 
 def _quant_params(quantization: Quantization) -> QuantParams:

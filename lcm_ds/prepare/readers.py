@@ -26,11 +26,12 @@ import numpy as np
 
 from lcm_ds.config import PrepareConfig
 from lcm_ds.encoders.base import Encoder, TokenBatch, Tokenizer
+from lcm_ds.errors import InputError, first_line
 from lcm_ds.prepare.state import SOURCE, split_of
 from lcm_ds.processes import set_parent_death_signal
-from lcm_ds.text.base import Source, TextDocument
+from lcm_ds.text.base import UNREADABLE, Source, TextDocument
 from lcm_ds.text.open import open_source
-from lcm_ds.text.splitter import Splitter
+from lcm_ds.text.splitter import BY_DOCUMENT, Splitter, cut, for_language
 
 
 class WorkUnit(NamedTuple):
@@ -52,6 +53,8 @@ class SplitDocument(NamedTuple):
     given: int | None = None  # of a supervised document: the number of sentences of its source, with the suffix
     problem: str | None = None  # why the document could not be read
     split: str = ""  # unless it is refused
+    language: str | None = None  # its code of SONAR, if the source has several
+    is_list: bool = False  # whether it came as a list of sentences
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class TokenizedUnit:
     sentences: list[str]  # distinct, in the order of their first occurrence
     rows: np.ndarray  # int32: where each sentence of the documents, one after the other, is in `sentences`
     batches: list[TokenBatch]
+    languages: list[str] | None = None  # of each of `sentences`, if every document is encoded with its own
 
 
 class Reader:
@@ -73,11 +77,34 @@ class Reader:
     ) -> None:
         self.config, self.source = config, source
         self._make_splitter = make_splitter or partial(Splitter, config.sentences)
+        self._by_language: dict[str, Splitter] = {}
 
     @cached_property
     def splitter(self) -> Splitter:
         """Splits texts into sentences; its construction takes seconds, and lists of sentences need none."""
         return self._make_splitter()
+
+    def splitter_of(self, language: str | None) -> Splitter:
+        """The splitter of a document in a language, SONAR's code; None if the source has only one."""
+        if language is None or self.config.sentences.splitter == "none":
+            return self.splitter
+        config = for_language(self.config.sentences, language)
+        if config.language not in self._by_language:
+            self._by_language[config.language] = Splitter(config)
+        return self._by_language[config.language]
+
+    def settings(self, lists: int = 0, texts: int = 1) -> dict[str, Any]:
+        """What determines the sentences, for dataset.json.
+
+        lists: documents that came as lists of sentences; texts: documents that did not.
+        """
+        config = self.config.sentences
+        given = {"split_by": config.split_by} if config.split_by is not None else {}
+        if lists and not texts:
+            limit = {"max_characters": config.max_characters} if config.cut_lists else {}
+            return {"splitter": "none", "language": config.language, **given, **limit}
+        by_document = {} if self.config.source.languages is None else {"language": BY_DOCUMENT}
+        return {**self.splitter.settings(), **by_document, **given}
 
     def read(self, unit: WorkUnit) -> list[SplitDocument]:
         """The documents of a unit in order; none if the source has ended. Raises InputError."""
@@ -85,35 +112,53 @@ class Reader:
         ids: set[str] = set()
         for number, document in enumerate(self.source.documents(unit.start, unit.stop), start=unit.start):
             sentences: list[str] = []
-            given, refused = None, document.refused
+            given, refused, problem = None, document.refused, document.problem
             if refused is None and document.id in ids:
                 refused = "duplicate_id"
             if refused is None:
-                sentences, given, refused = self._split(document)
+                try:
+                    sentences, given, refused = self._split(document)
+                except (InputError, MemoryError):
+                    raise
+                except Exception as error:  # of a pipeline's tokenizer, for example, which has limits of its own
+                    refused = UNREADABLE
+                    problem = f"{document.source}: {document.id}: cannot be split into sentences: {first_line(error)}"
             if refused is None:
                 ids.add(document.id)
             split = "" if refused is not None else split_of(document.split_key, self.config.validation)
             sentences = sentences if refused is None else []
             documents.append(
-                SplitDocument(number, document.id, document.source, sentences, refused, given, document.problem, split)
+                SplitDocument(
+                    number,
+                    document.id,
+                    document.source,
+                    sentences,
+                    refused,
+                    given,
+                    problem,
+                    split,
+                    document.language,
+                    isinstance(document.text, list),
+                )
             )
         return documents
 
     def _split(self, document: TextDocument) -> tuple[list[str], int | None, str | None]:
         """A document's sentences, the number of those of its source if it is supervised, and why it is refused."""
-        sentences = self._sentences(document.text)
+        sentences = self._sentences(document.text, document.language)
         if document.target is None:
             return sentences, None, self._refused(sentences)
-        target = self._sentences(document.target)
+        target = self._sentences(document.target, document.language)
         suffix = [] if self.config.source_suffix is None else [self.config.source_suffix]
         refused = "empty" if not (sentences and target) else self._refused([*sentences, *target])
         return [*sentences, *suffix, *target], len(sentences) + len(suffix), refused
 
-    def _sentences(self, text: str | list[str]) -> list[str]:
-        """The sentences of a text, or a list of them unchanged."""
+    def _sentences(self, text: str | list[str], language: str | None) -> list[str]:
+        """The sentences of a text, or a list of them unchanged unless they are to be cut."""
+        config = self.config.sentences
         if isinstance(text, list):
-            return text
-        return self.splitter.split(text) if text.strip() else []
+            return [piece for one in text for piece in cut(one, config.max_characters)] if config.cut_lists else text
+        return self.splitter_of(language).split(text) if text.strip() else []
 
     def _refused(self, sentences: list[str]) -> str | None:
         """Why a document with these sentences is refused."""
@@ -139,6 +184,7 @@ class Readers:
         self._tokenize: Tokenizer | None = None  # in this process
         self._thread = ThreadPoolExecutor(1, "lcm-ds-tokenizer")
         self._processes = config.split_workers
+        self._language_of_each = config.language_of_each
         self._pickled: Any = None  # a file with the tokenizer that the processes use
         if config.split_workers == 0:
             self._pool = ThreadPoolExecutor(1, "lcm-ds-reader")
@@ -167,7 +213,8 @@ class Readers:
     def submit(self, unit: WorkUnit) -> Future[TokenizedUnit]:
         """Read, split and tokenize a unit; it has no documents if the source has ended."""
         if isinstance(self._pool, ThreadPoolExecutor):
-            found = self._pool.submit(lambda: distinct(unit, self._in_thread().read(unit)))
+            each = self._language_of_each
+            found = self._pool.submit(lambda: distinct(unit, self._in_thread().read(unit), each))
         else:
             found = self._pool.submit(_read, unit, None if self._pickled is None else self._pickled.name)
         if self._tokenize is None:
@@ -244,14 +291,23 @@ def _tokenizer(pickled: str) -> Tokenizer:
 
 
 def _read(unit: WorkUnit, pickled: str | None) -> TokenizedUnit:
-    return tokenized(distinct(unit, _reader().read(unit)), None if pickled is None else _tokenizer(pickled))
+    found = distinct(unit, _reader().read(unit), _config.language_of_each)
+    return tokenized(found, None if pickled is None else _tokenizer(pickled))
 
 
-def distinct(unit: WorkUnit, documents: list[SplitDocument]) -> TokenizedUnit:
-    """A unit with its distinct sentences, not tokenized."""
-    row_of: dict[str, int] = {}
-    rows = [row_of.setdefault(sentence, len(row_of)) for document in documents for sentence in document.sentences]
-    return TokenizedUnit(unit, documents, list(row_of), np.array(rows, np.int32), [])
+def distinct(unit: WorkUnit, documents: list[SplitDocument], language_of_each: bool = False) -> TokenizedUnit:
+    """A unit with its distinct sentences, not tokenized.
+
+    language_of_each: the same sentence in another language is another one.
+    """
+    row_of: dict[tuple[str, str | None], int] = {}
+    rows = [
+        row_of.setdefault((sentence, document.language if language_of_each else None), len(row_of))
+        for document in documents
+        for sentence in document.sentences
+    ]
+    languages = [str(language) for _, language in row_of] if language_of_each else None
+    return TokenizedUnit(unit, documents, [text for text, _ in row_of], np.array(rows, np.int32), [], languages)
 
 
 def tokenized(unit: TokenizedUnit, tokenize: Tokenizer | None) -> TokenizedUnit:
@@ -259,7 +315,8 @@ def tokenized(unit: TokenizedUnit, tokenize: Tokenizer | None) -> TokenizedUnit:
     if tokenize is None:
         return unit
     try:
-        batches = tokenize(unit.sentences)
+        languages = unit.languages
+        batches = tokenize(unit.sentences) if languages is None else tokenize(unit.sentences, languages)
     except Exception:  # because of some sentence, which shows when they are encoded one by one
         batches = [TokenBatch(range(len(unit.sentences)), {}, 0, 0)]
     return replace(unit, batches=batches)

@@ -39,6 +39,8 @@ class UnitResult:
     encoded: int = 0  # distinct sentences
     not_encoded: dict[str, str] = field(default_factory=dict)  # document ids and errors
     unreadable: list[str] = field(default_factory=list)  # positions of documents and errors
+    languages: dict[str, int] = field(default_factory=dict)  # documents kept by language, of a source of several
+    lists: int = 0  # documents kept that came as lists of sentences
 
     @property
     def documents(self) -> int:

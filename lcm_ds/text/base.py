@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from lcm_ds.config import SourceConfig
 
@@ -19,6 +19,7 @@ class TextDocument:
     refused: str | None = None  # why the source itself refuses it; its text is empty then
     target: str | list[str] | None = None  # of a supervised document: what follows `text` and is learned
     problem: str | None = None  # of a row that cannot be read: what is wrong with it, with file and row
+    language: str | None = None  # its code of SONAR, if the source has several languages
     named: bool = True  # whether the id is the document's own; otherwise it is made of file and row
 
     @property
@@ -34,6 +35,33 @@ class TextDocument:
 
 
 UNREADABLE = "unreadable"  # `refused` of a document with a `problem`
+Row = TypeVar("Row")
+
+
+class Sequential(Generic[Row]):
+    """Rows that can only be read from the first one on: a later range continues where the last one ended.
+
+    So a process that reads ranges in their order reads a file once. start: opens the rows.
+    """
+
+    def __init__(self, start: Callable[[], Iterator[Row]]) -> None:
+        self._start = start
+        self._kept: tuple[Iterator[Row], int] | None = None  # rows, and the number of the next one
+
+    def read(self, first: int, last: int) -> Iterator[tuple[int, Row]]:
+        """Rows `first` up to, not including, `last`, with their numbers; fewer or none if they end before."""
+        if first >= last:
+            return
+        kept, self._kept = self._kept, None  # taken, for as long as it is read from
+        rows, at = kept if kept is not None and kept[1] <= first else (self._start(), 0)
+        for row in rows:
+            at += 1
+            if at == last:
+                self._kept = rows, at
+            if at > first:
+                yield at - 1, row
+            if at == last:
+                return
 
 
 class Source(Protocol):

@@ -8,15 +8,21 @@ from typing import Any
 
 from lcm_ds.config import SourceConfig
 from lcm_ds.errors import InputError, first_line
+from lcm_ds.languages import closest, short_code, sonar_code
 from lcm_ds.text.base import UNREADABLE, TextDocument
+from lcm_ds.text.splitter import clean
+
+# What a column of texts may hold, for messages.
+TEXTS = "texts (string, large_string, string_view, a dictionary or category of them) or lists of them"
+_OPTIONAL_ID = SourceConfig.model_fields["id_column"].default  # without it, documents are named by file and row
 
 
 class Columns:
-    """The columns of a source. language: the value that the language column has to have, in any case."""
+    """The columns of a source. language: what the language column has to name, unless the source has several."""
 
     def __init__(self, config: SourceConfig, language: str) -> None:
         self.config, self.language = config, language.lower()
-        named = [*config.text_columns, config.id_column, config.language_column, *config.filter]
+        named = [*config.text_columns, config.id_column, config.language_column, config.script_column, *config.filter]
         self.names = list(dict.fromkeys(name for name in named if name is not None))
 
     def document(
@@ -34,19 +40,21 @@ class Columns:
             The document; a refused one for a row that cannot be read.
         """
         config = self.config
-        id = values.get(config.id_column) if config.id_column is not None and isinstance(values, dict) else None
-        named, id = id is not None, f"{part}#{row}" if id is None else str(id)
+        own = _id(values.get(config.id_column)) if config.id_column is not None and isinstance(values, dict) else None
+        named, id = own is not None, f"{part}#{row}" if own is None else own
         try:
             if isinstance(values, ValueError):
                 raise values
             refused = self._refused(values)
-            if refused is not None:
-                return TextDocument(id, part, "", refused)
+            language, other = self._language(values) if refused is None else (None, False)
+            if refused is not None or other:
+                return TextDocument(id, part, "", refused or "language")
             text, *target = (self._text(name, values) for name in config.text_columns)
         except ValueError as error:
             problem = f"{part}: {row_name or f'row {row}'}: {first_line(error)}"
             return TextDocument(id, part, "", UNREADABLE, problem=problem)
-        return TextDocument(id, part, text, target=target[0] if target else None, named=named)
+        target_text = target[0] if target else None
+        return TextDocument(id, part, text, target=target_text, language=language, named=named)
 
     def _text(self, name: str, values: dict[str, Any]) -> str | list[str]:
         """The text in a column of a row. Raises ValueError if it is not a text."""
@@ -55,14 +63,38 @@ class Columns:
         value = values[name]
         if value is None or isinstance(value, str):
             return value or ""
-        if self.config.supervised and isinstance(value, list) and all(isinstance(one, str) for one in value):
-            return [sentence for one in value if (sentence := " ".join(one.split()))]
-        raise ValueError(f"{name!r} is {value!r:.60}, not {self._expected}")
+        if not isinstance(value, list):
+            raise ValueError(f"{name!r} is {value!r:.60}, not {TEXTS}")
+        for index, sentence in enumerate(value):
+            if not isinstance(sentence, str):
+                raise ValueError(f"{name!r} holds {sentence!r:.60} as item {index}, not a sentence")
+        return [sentence for one in value if (sentence := clean(one))]
 
-    @property
-    def _expected(self) -> str:
-        """The type of a column of texts, for messages."""
-        return "strings or lists of them" if self.config.supervised else "strings"
+    def _language(self, values: dict[str, Any]) -> tuple[str | None, bool]:
+        """The code of a row's language, if the source has several, and whether it is another than those wanted.
+
+        Raises ValueError if all languages are wanted and SONAR does not know this one.
+        """
+        config = self.config
+        if config.language_column is None:
+            return None, False
+        value = values.get(config.language_column)
+        script = None if config.script_column is None else values.get(config.script_column)
+        code = None if value is None else sonar_code(str(value), None if script is None else str(script))
+        if config.languages is None:
+            return None, not self._is_language(value, code)
+        if code is None and config.languages == "all":
+            named = f"{value!r}" if script is None else f"{value!r} in the script {script!r}"
+            raise ValueError(
+                f"{config.language_column!r} is {named}: SONAR has no such language{closest(str(value or ''))}"
+            )
+        return code, config.languages != "all" and code not in config.languages
+
+    def _is_language(self, value: Any, code: str | None) -> bool:
+        """Whether a value of the language column, with its code of SONAR, names the language of the sentences."""
+        if str(value).lower() == self.language:
+            return True
+        return code is not None and (code == sonar_code(self.language) or short_code(code) == self.language)
 
     def _refused(self, values: dict[str, Any]) -> str | None:
         """Why the source refuses a row, None if it does not."""
@@ -72,9 +104,6 @@ class Columns:
                 return "filtered"
             if (limits.min is not None and value < limits.min) or (limits.max is not None and value > limits.max):
                 return "filtered"
-        column = self.config.language_column
-        if column is not None and str(values.get(column)).lower() != self.language:
-            return "language"
         return None
 
     def check_schema(self, part: str, schema: Any) -> None:
@@ -85,20 +114,20 @@ class Columns:
         config, types = self.config, pyarrow.types
         for key, name in self._text_keys():
             if name in schema.names:
-                kind = column_type = schema.field(name).type
-                if config.supervised and (types.is_list(kind) or types.is_large_list(kind)):
-                    kind = kind.value_type
-                if types.is_dictionary(kind):  # what pandas and polars call categories
-                    kind = kind.value_type
-                strings = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
-                if not any(is_kind(kind) for is_kind in strings):
-                    errors.append(f"source.{key}: {name!r} of {part} holds {column_type}, not {self._expected}")
+                kind = schema.field(name).type
+                if not _is_text(kind):
+                    errors.append(f"source.{key}: {name!r} of {part} holds {kind}, not {TEXTS}")
         for name in config.filter:
             if name in schema.names:
                 kind = schema.field(name).type
                 if not (types.is_integer(kind) or types.is_floating(kind)):
                     errors.append(f"source.filter: {name!r} of {part} holds {kind}, not numbers")
         if errors:
+            raise InputError(errors)
+
+    def check_names(self, part: str, names: Collection[str]) -> None:
+        """Raise InputError with a line for each column that is missing, of a file without types."""
+        if errors := self._missing(part, names):
             raise InputError(errors)
 
     def check_rows(self, part: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -108,9 +137,8 @@ class Columns:
         read.
         """
         errors = self._missing(part, {name: None for row in rows for name in row})
-        texts = (str, list) if self.config.supervised else (str,)
         wanted: list[tuple[str, str, tuple[type, ...], str]] = [
-            (key, name, texts, self._expected) for key, name in self._text_keys()
+            (key, name, (str, list), TEXTS) for key, name in self._text_keys()
         ]
         wanted += [("filter", name, (int, float), "numbers") for name in self.config.filter]
         for key, name, kinds, meant in wanted:
@@ -129,7 +157,10 @@ class Columns:
     def _missing(self, part: str, names: Collection[str]) -> list[str]:
         """A line for each missing column."""
         listed, config = ", ".join(names), self.config
-        keys = {**dict(self._text_keys()), "id_column": config.id_column, "language_column": config.language_column}
+        keys = {**dict(self._text_keys()), "language_column": config.language_column}
+        keys |= {"script_column": config.script_column}
+        if config.id_column != _OPTIONAL_ID:
+            keys["id_column"] = config.id_column
         wanted: Sequence[tuple[str, str | None]] = [*keys.items(), *(("filter", name) for name in config.filter)]
         errors = []
         for key, name in wanted:
@@ -137,6 +168,31 @@ class Columns:
                 hint = " (null: documents are named by file and row)" if key == "id_column" else ""
                 errors.append(f"source.{key}: {part} has no column {name!r}; its columns: {listed}{hint}")
         return errors
+
+
+def _id(value: Any) -> str | None:
+    """A document's id as a string, None if it has none.
+
+    Missing numbers make pandas' columns of integers floats: 7.0 is 7, and NaN is missing. An empty id names nothing.
+    """
+    if isinstance(value, float):
+        return None if math.isnan(value) else str(int(value)) if value.is_integer() else str(value)
+    return None if value is None or value == "" else str(value)
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a type of Arrow is that of texts or of lists of texts, plain or as categories."""
+    import pyarrow
+
+    types = pyarrow.types
+    lists = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
+    if any(getattr(types, name)(kind) for name in lists):
+        kind = kind.value_type
+    if types.is_dictionary(kind):  # what pandas and polars call categories
+        kind = kind.value_type
+    return any(
+        is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    )
 
 
 def rows_of(table: Any) -> Iterator[dict[str, Any] | ValueError]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import glob
+import io
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import fsspec
 
 from lcm_ds.config import SourceConfig
 from lcm_ds.errors import InputError
@@ -95,6 +98,20 @@ def expand(paths: Sequence[str]) -> list[Path]:
     if errors:
         raise InputError(errors)
     return sorted(found.values())
+
+
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_PIECE = 1 << 20  # bytes read at a time
+
+
+def open_plain(place: str) -> Any:
+    """A file at a path or URL, decompressed as its name says. Raises OSError and what the libraries raise."""
+    if place.endswith(".zst"):  # Python before 3.14 has no module for it, pyarrow reads it
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(fsspec.open(place, "rb").open(), "zstd"), _PIECE)
+    # Remote files of fsspec read megabytes for each line that they are asked for.
+    return io.BufferedReader(fsspec.open(place, "rb", compression="infer").open(), _PIECE)
 
 
 def check_size(place: str, name: str, size: int) -> None:

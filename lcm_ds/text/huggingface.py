@@ -1,4 +1,4 @@
-"""The source `huggingface`: a dataset of the hub, or parquet and JSONL files here or at any URL.
+"""The source `huggingface`: a dataset of the hub, a folder of one, or parquet, JSONL and CSV files here or at any URL.
 
 Parquet is read by row groups and JSONL from marked lines, so that any number of processes can share a source. Hub
 datasets in other formats are streamed through the datasets library, from the beginning to the range.
@@ -19,18 +19,26 @@ from lcm_ds.config import SourceConfig
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.text.base import TextDocument, even_units, window
 from lcm_ds.text.columns import Columns
-from lcm_ds.text.files import expand
+from lcm_ds.text.files import COMPRESSED, expand
 from lcm_ds.text.jsonl import JsonlFile
 from lcm_ds.text.parquet import ParquetFile
+from lcm_ds.text.saved import SavedDataset
 from lcm_ds.text.stream import Stream
+from lcm_ds.text.table import TableFile
 
+_SAVED = ("state.json", "dataset_dict.json")  # one of them is in each folder of save_to_disk
 _INSPECTION_THREADS = 16  # footers are small and may be remote
-_KINDS: dict[str, type[ParquetFile] | type[JsonlFile]] = {
+File = ParquetFile | JsonlFile | TableFile | SavedDataset
+_KINDS: dict[str, type[ParquetFile] | type[JsonlFile] | type[TableFile] | type[SavedDataset]] = {
     ".parquet": ParquetFile,
     ".jsonl": JsonlFile,
     ".json": JsonlFile,
     ".ndjson": JsonlFile,
+    ".csv": TableFile,
+    ".tsv": TableFile,
+    ".arrow": SavedDataset,
 }
+_READ = "parquet, JSONL (.jsonl, .ndjson, .json), CSV, TSV (these also as .gz, .zst, .bz2, .xz) and datasets' .arrow"
 
 
 class HuggingFaceSource:
@@ -41,18 +49,20 @@ class HuggingFaceSource:
     text column, a text that is not a string or not UTF-8), or that the filter or the language excludes, becomes a
     refused document without text.
 
-    Raises InputError if a file, the dataset, or a column is missing, or a file is neither parquet nor JSONL.
+    Raises InputError if a file, the dataset, or a column is missing, or a file is of another kind.
     """
 
     def __init__(self, config: SourceConfig, language: str = "en", index: dict[str, Any] | None = None) -> None:
         self.config = config
         columns = Columns(config, language)
         self._stream: Stream | None = None
-        self._files: list[ParquetFile | JsonlFile] = []
+        self._files: list[File] = []
         self._commit: str | None = None
         if index is not None:
             self._commit = index["commit"]
             self._files = [_kind(file["name"])(columns, **file) for file in index["files"]]
+        elif config.dataset is not None and is_local(config):
+            self._files = _inspect(columns, *_local(config))
         elif config.dataset is not None:
             places = hub_files(config)
             self._commit = next(
@@ -115,8 +125,8 @@ class HuggingFaceSource:
     def describe(self) -> dict[str, Any]:
         """Where the documents are from, for dataset.json."""
         texts = {"source_column", "target_column"} if self.config.supervised else {"text_column"}
-        keys = {"dataset", "config", "split", "revision", "paths", "id_column", "language_column", "filter", "skip",
-                "take", *texts}  # fmt: skip
+        keys = {"dataset", "config", "split", "revision", "paths", "id_column", "language_column", "script_column",
+                "languages", "filter", "skip", "take", *texts}  # fmt: skip
         chosen = self.config.model_dump(include=keys, exclude_none=True)
         files = {"files": len(self._files), "bytes": sum(file.size for file in self._files)} if self._files else {}
         commit = {"revision": self._commit} if self._commit else {}
@@ -147,7 +157,9 @@ def hub_files(config: SourceConfig) -> list[str]:
         raise InputError(f"source: {config.dataset}: cannot be opened: {lines[0]}") from None
     splits = builder.config.data_files or {}
     if splits and config.split not in splits:
-        raise InputError(f"source.split: {config.dataset} has no split {config.split!r}; it has {', '.join(splits)}")
+        raise InputError(
+            f"source.split: {config.dataset} has no split {config.split!r}; it has {', '.join(map(str, splits))}"
+        )
     return [str(place) for place in splits.get(config.split, ())]
 
 
@@ -160,11 +172,30 @@ def _places(paths: Sequence[str]) -> tuple[list[str], list[str]]:
     return [*map(str, files), *urls], [*names, *urls]
 
 
-def _inspect(columns: Columns, places: Sequence[str], names: Sequence[str]) -> list[ParquetFile | JsonlFile]:
+def is_local(config: SourceConfig) -> bool:
+    """Whether the dataset is a folder or a file here."""
+    return config.dataset is not None and Path(config.dataset).exists()
+
+
+def _local(config: SourceConfig) -> tuple[list[str], list[str]]:
+    """The files of a local dataset that are read as those of `paths`, and their names; none if datasets streams it."""
+    path = Path(str(config.dataset))
+    if path.is_file():
+        return [str(path)], [path.name]
+    if any((path / name).is_file() for name in _SAVED):
+        return [str(path)], [f"{path.name}.arrow"]
+    places = hub_files(config)
+    # A .json may be one list, which datasets reads.
+    if not all(_suffix(place) in _KINDS.keys() - {".json"} for place in places):
+        return [], []
+    return places, [Path(os.path.relpath(place, path)).as_posix() for place in places]
+
+
+def _inspect(columns: Columns, places: Sequence[str], names: Sequence[str]) -> list[File]:
     """The files, each inspected. Raises InputError with every mistake in any of them."""
     errors = Collector()
 
-    def inspect(place: str, name: str) -> ParquetFile | JsonlFile | InputError:
+    def inspect(place: str, name: str) -> File | InputError:
         try:
             return _kind(name).inspect(columns, place, name)
         except InputError as error:
@@ -179,12 +210,17 @@ def _inspect(columns: Columns, places: Sequence[str], names: Sequence[str]) -> l
     return [each for each in results if not isinstance(each, InputError)]
 
 
-def _kind(name: str) -> type[ParquetFile] | type[JsonlFile]:
-    suffixes = [suffix for suffix in Path(name).suffixes if suffix not in (".gz", ".zst", ".bz2", ".xz")]
-    kind = _KINDS.get(suffixes[-1]) if suffixes else None
+def _kind(name: str) -> type[ParquetFile] | type[JsonlFile] | type[TableFile] | type[SavedDataset]:
+    kind = _KINDS.get(_suffix(name))
     if kind is None:
-        raise InputError(f"source.paths: {name}: neither parquet nor JSONL by its name")
+        raise InputError(f"source.paths: {name}: is not read, by its name; what is read: {_READ}")
     return kind
+
+
+def _suffix(name: str) -> str:
+    """What a file's name ends in, compression aside."""
+    suffixes = [suffix for suffix in Path(name).suffixes if suffix not in COMPRESSED]
+    return suffixes[-1].lower() if suffixes else ""
 
 
 def _grouped(pieces: Iterator[int], size: int) -> Iterator[int]:

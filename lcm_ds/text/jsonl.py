@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -10,21 +9,20 @@ from typing import Any
 import fsspec
 
 from lcm_ds.errors import InputError, first_line
-from lcm_ds.text.base import TextDocument
+from lcm_ds.text.base import Sequential, TextDocument
 from lcm_ds.text.columns import Columns
-from lcm_ds.text.files import check_size
+from lcm_ds.text.files import COMPRESSED, check_size, open_plain
 
 _MARKED = 500  # rows from one mark to the next
 _INSPECTED = 100  # rows: one may lack columns that others have
-_COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
-_PIECE = 1 << 20  # bytes read at a time
+_BOM = b"\xef\xbb\xbf"
 
 
 class JsonlFile:
     """A file; a row is a line that is not blank.
 
     marks: the byte at which every 500th row begins; blanks: blank lines before each of them; size: bytes of the file. A
-    plain file is read from the mark before a range, a compressed one from its beginning.
+    plain file is read from the mark before a range, a compressed one from its beginning, or the end of the last range.
     """
 
     def __init__(
@@ -40,6 +38,7 @@ class JsonlFile:
     ) -> None:
         self.columns, self.place, self.name, self.size = columns, place, name, size
         self.characters, self.rows, self.marks = characters, rows, marks
+        self._sequence = Sequential(lambda: self._from(0, 0))
         self.blanks = blanks or [0] * len(marks)  # source.json had none of them before blank lines were known
 
     @classmethod
@@ -54,9 +53,9 @@ class JsonlFile:
         try:
             filesystem, path = fsspec.core.url_to_fs(place)
             size = filesystem.size(path)
-            with _open(place) as file:
+            with open_plain(place) as file:
                 for line in file:
-                    if line.isspace():
+                    if _is_blank(line):
                         blank += 1
                     else:
                         if rows % _MARKED == 0:
@@ -104,24 +103,35 @@ class JsonlFile:
         """Rows, from 0, with their line numbers, from 1."""
         if first >= last:
             return
+        mark = first // _MARKED
+        begin = mark * _MARKED
+        found: Iterator[tuple[int, tuple[int, bytes]]]
+        if self.place.endswith(COMPRESSED):
+            found = self._sequence.read(first, last)
+        else:
+            found = enumerate(self._from(self.marks[mark], begin + self.blanks[mark]), start=begin)
+        for row, (number, line) in found:
+            if row >= first:
+                yield row, number, line
+            if row + 1 >= last:
+                return
+
+    def _from(self, position: int, number: int) -> Iterator[tuple[int, bytes]]:
+        """The rows from a byte on, with their line numbers; `number`: lines before it."""
         try:
-            with _open(self.place) as file:
-                row = number = 0
-                if not self.place.endswith(_COMPRESSED):
-                    mark = first // _MARKED
-                    row, number = mark * _MARKED, mark * _MARKED + self.blanks[mark]
-                    file.seek(self.marks[mark])
+            with open_plain(self.place) as file:
+                if position:
+                    file.seek(position)
                 for line in file:
                     number += 1
-                    if line.isspace():
-                        continue
-                    if row >= first:
-                        yield row, number, line
-                    row += 1
-                    if row >= last:
-                        return
+                    if not _is_blank(line):
+                        yield number, line
         except Exception as error:  # as above
             raise InputError(f"{self.name}: cannot be read: {first_line(error)}") from None
+
+
+def _is_blank(line: bytes) -> bool:
+    return line.isspace() or line.strip() == _BOM
 
 
 def _values(line: bytes) -> dict[str, Any] | ValueError:
@@ -133,10 +143,3 @@ def _values(line: bytes) -> dict[str, Any] | ValueError:
     if not isinstance(values, dict):
         return ValueError(f"not an object with columns: {line[:40]!r}")
     return values
-
-
-def _open(place: str) -> Any:
-    if place.endswith(_COMPRESSED) and fsspec.utils.infer_compression(place) is None:
-        raise ImportError(f"{place[place.rindex('.') :]} needs: pip install zstandard")  # the one that may be missing
-    # Remote files of fsspec read megabytes for each line that they are asked for.
-    return io.BufferedReader(fsspec.open(place, "rb", compression="infer").open(), _PIECE)

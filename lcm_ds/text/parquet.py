@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -84,9 +85,17 @@ class ParquetFile:
             raise InputError(f"{self.name}: cannot be read: {first_line(error)}") from None
 
 
-@lru_cache(maxsize=4)
 def open_parquet(place: str, name: str) -> Any:
     """A parquet file at a path or URL, kept open; `name` is for messages. Raises InputError if it cannot be read."""
+    try:
+        stamp = 0 if "://" in place else os.stat(place).st_mtime_ns  # of another file at the same place
+    except OSError as error:
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from None
+    return _opened(place, name, stamp)
+
+
+@lru_cache(maxsize=4)
+def _opened(place: str, name: str, stamp: int) -> Any:
     try:
         import pyarrow.parquet
     except ImportError:

@@ -1,4 +1,4 @@
-"""Texts → sentences: spaCy finds their ends, and those too long for a concept are cut at their best inner boundary.
+"""Texts → sentences: spaCy or ICU finds their ends, and those too long for a concept are cut at an inner boundary.
 
 Nothing but whitespace and control characters is lost, no sentence is longer than `max_characters`, and no word is cut
 unless it is longer than that. Splitting the sentences again, each as a paragraph of its own, gives the same sentences.
@@ -7,35 +7,61 @@ unless it is longer than that. Splitting the sentences again, each as a paragrap
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from itertools import pairwise
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
 from lcm_ds.config import SentencesConfig, validate
 from lcm_ds.errors import InputError
+from lcm_ds.languages import short_code
 
-# Marks of scripts that put no space after a sentence or a clause: there, and only there, a sentence may end inside a
-# run of characters without whitespace.
-_UNSPACED_MARKS = "。！？｡．︒﹒﹖﹗、，；：､"
+# What ends a sentence in any script, with a space behind or without: Chinese and Japanese, Ethiopic, Burmese, Khmer,
+# Tibetan, Santali, the danda of India, Arabic and Urdu, Armenian, Hebrew, Sinhala.
+_SCRIPT_MARKS = "。！？｡︒﹒﹖﹗።፧፨။៕។།༎᱾᱿।॥؟۔։׃෴"
+# Behind these a clause may end without a space.
+_CLAUSE_MARKS = "，、；：､၊፣፤፥፦"
+_UNSPACED_MARKS = _SCRIPT_MARKS + "．" + _CLAUSE_MARKS
+# Between words or syllables, in Ethiopic and Tibetan, instead of a space.
+_WORD_MARKS = "፡་"
 # What a sentence can end in, closing quotes and brackets aside.
-# Amharic, Armenian, Burmese, Santali, Khmer and Tibetan ones: spaCy's tokenizers leave them at the word.
-_MARKS_AT_WORDS = "።፧፨։။᱾᱿។៕།༎"
-_END_MARKS = frozenset(".!?…‥।॥؟۔" + "。！？｡．︒﹒﹖﹗" + _MARKS_AT_WORDS)
+_END_MARKS = frozenset(".!?…‥．" + _SCRIPT_MARKS)
+# What closes a quotation, a title or a bracket; what opens one belongs to the sentence behind it.
+_CLOSERS = re.compile(r"[”’」』）》〉】〕〗｣)»\]]*")
+_CJK = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+# All scripts but Latin, Greek and Cyrillic: spaCy's tokenizers leave a full stop at their letters and vowel signs.
+_OTHER = rf"\u0530-\u1cff\u2d00-\u2ddf\ua500-\uabff\uac00-\ud7af\ufb1d-\ufdff{_CJK}"
+# Ends that characters show, whatever finds the others: marks of a script; marks that need a space behind, i.e. those
+# of Latin behind other scripts, the Greek question mark and ellipses; and ! and ? between Chinese or Japanese letters.
+_SCRIPT_END = re.compile(
+    rf"(?P<script>[{_SCRIPT_MARKS}](?:[{_SCRIPT_MARKS}!?…]| ?[།༎])*|፡፡+)"
+    rf"|(?P<spaced>(?<=[{_OTHER}][{_OTHER}])(?:[.!?]+|…)|(?<=[\u0370-\u03ff\u1f00-\u1fff])[;\u037e]|\.{{3,}}|(?<=\w)\.\.|…+)"
+    rf"(?=[”’»)\]\"']* )"
+    rf"|(?P<cjk>(?<=[{_CJK}])[!?]+)(?=[”’」』）》〉】]*[{_CJK}“‘「『（《〈【])"
+)
+_LETTER = re.compile(r"\w")
+# Behind these words ("and", "namely", the topic's) the mark of Tibetan ends a clause, not a sentence.
+_TIBETAN_CLAUSE = re.compile("[་ ](?:དང|སྟེ|ཏེ|ནི|ཀྱང)[༌་]?།$")
+# Thai and Lao mark no ends: their phrases, at spaces, are gathered to sentences of at most this many characters.
+_PHRASES = 120
+_PHRASED = re.compile(r"[\u0e01-\u0e2e\u0e81-\u0eae]")
+_NO_PHRASE = re.compile(r"[\d(\[“\"'ๆໆ%/–-]")  # a space beside these is inside a phrase
+_LEADING_VOWELS = "เแโใไເແໂໃໄ"  # of Thai and Lao: written before the consonant they belong to
 
-# Their end marks, and what closes a quote behind one: tokens of their own.
-_UNSPACED_END = re.compile(f"[。！？｡{_MARKS_AT_WORDS}]|(?<=[。！？｡”’」』）])[”’」』）]")
+# For trained pipelines, tokens of their own: end marks, and what closes a quote behind one.
+_UNSPACED_END = re.compile(rf"[{_SCRIPT_MARKS}]|(?<=[。！？｡”’」』）])[”’」』）]")
 
 # Control characters, halves of surrogate pairs, and spaces of no width (which str.split does not know).
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\u200b\u2060\ufeff]")
 _BLANK_LINE = re.compile(r"\n\s*\n")
 _LIST_ITEM = re.compile(r"(?:[-*•·–—]|\(?(?:\d{1,3}|[a-zA-Z]|[ivx]{2,4})[.)])\s")
 # Possible cuts of a long sentence: at a space, or behind a mark that needs none.
-_BREAK = re.compile(rf" |(?<=[{_UNSPACED_MARKS}])(?=\S)")
+_BREAK = re.compile(rf" |(?<=[{_UNSPACED_MARKS}{_WORD_MARKS}])(?=\S)")
 _CLAUSE_END = re.compile(rf"[,;:!?…)\]—–{_UNSPACED_MARKS}][\"'”’»]?$| [-—–]$")
 # Hard-wrapped text has lines at least this long, and at most that long; other line ends are ends of paragraphs.
 _WRAPPED_AT = range(40, 121)
 # The number of the rules below, in dataset.json: raise it whenever a text gets other sentences.
-_RULES = 2
+_RULES = 3
 # What may open a sentence before its first letter; what closes one behind a space, as in French; and Dutch and
 # Afrikaans words such as 's, after which capitals come.
 _OPENING = re.compile(r"[\"'“‘„«‹(\[{_*¡¿]*")
@@ -43,7 +69,7 @@ _SPACED_CLOSING = re.compile(r"[»)\]”] ")
 _CLITIC = re.compile(r"['’][a-z] ")
 # English abbreviations: before a name, and before a number or a bracket.
 _TITLE_WORDS = """
-capt cmdr col comdr ft gen gov hon lieut lt maj messrs mlle mme mr mrs ms prof pres rep rev sen sergt sgt supt
+capt cmdr col comdr dr ft gen gov hon lieut lt maj messrs mlle mme mr mrs ms prof pres rep rev sen sergt sgt supt
 """
 _TITLES = frozenset(_TITLE_WORDS.split())
 _NUMBERED_WORDS = """
@@ -66,8 +92,8 @@ _SPEAKER = re.compile(
     r"|muttered|observed|remarked|repeated|replied|responded|returned|said|says|screamed|shouted|shrieked|whispered"
     r"|yelled)\b|$)"
 )
-# spaCy refuses texts of more than nlp.max_length (a million) characters; its time is linear, so the number is free.
-_MAX_PARAGRAPH = 100_000
+# SudachiPy, spaCy's tokenizer of Japanese, takes 49,149 bytes at most, and a character has up to four.
+_MAX_PARAGRAPH = 12_000
 
 
 class Splitter:
@@ -76,15 +102,17 @@ class Splitter:
     >>> Splitter(SentencesConfig()).split("It rains.  Take\\nan umbrella, please!")
     ['It rains.', 'Take an umbrella, please!']
 
-    Raises InputError if spaCy, the language or the named pipeline is not installed.
+    Raises InputError if spaCy or ICU, the language or the named pipeline is not installed.
     """
 
     def __init__(self, config: SentencesConfig) -> None:
         self.config = config
-        self._nlp = _pipeline(config)
+        self._engine: _Spacy | _Icu | None = None
+        if config.splitter != "none":
+            self._engine = _Icu(config) if config.splitter == "icu" else _Spacy(config)
         self._by_rules, self._english = config.pipeline is None, config.language == "en"
         # A word longer than a sentence may be: a link, a table or binary data, seldom language.
-        self._endless_word = re.compile(rf"[^\s{_UNSPACED_MARKS}]{{{config.max_characters + 1},}}")
+        self._endless_word = re.compile(rf"[^\s{_UNSPACED_MARKS}{_WORD_MARKS}]{{{config.max_characters + 1},}}")
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any], language: str | None, origin: str) -> Splitter:
@@ -96,11 +124,14 @@ class Splitter:
             origin: The file that the settings are from, for messages.
 
         Returns:
-            The splitter.
+            The splitter; the default one for sentences that came as lists.
         """
-        chosen: dict[str, Any] = {"language": settings.get("language") or language or "en"}
+        named = settings.get("language")
+        chosen: dict[str, Any] = {"language": language or "xx" if named == BY_DOCUMENT else named or language or "en"}
         pipeline = settings.get("pipeline", "sentencizer")
-        if pipeline != "sentencizer":
+        if settings.get("splitter") == "icu":
+            chosen["splitter"] = "icu"
+        elif pipeline != "sentencizer":
             chosen["pipeline"] = pipeline.split(" ")[0]  # its version follows
         if "max_characters" in settings:
             chosen["max_characters"] = settings["max_characters"]
@@ -112,46 +143,180 @@ class Splitter:
         Whitespace becomes single spaces; control characters count as whitespace. A blank line ends a sentence, and so
         does a line end unless the line was wrapped there. Longer sentences are cut near the middle (or thirds, …)
         behind a clause mark, else at a space, never in a word; only a word longer than `max_characters` is cut into
-        pieces of that many characters, each a sentence.
+        pieces of that many characters, each a sentence. With the splitter `none` each line is a sentence.
         """
         text = self._endless_word.sub(self._isolate, _CONTROL.sub(" ", text))
-        sentences = (sentence for paragraph in _paragraphs(text) for sentence in self._sentences(paragraph))
-        return [piece for sentence in sentences for piece in _cut(sentence, self.config.max_characters)]
+        if self._engine is None:
+            sentences: Iterable[str] = _normalized_lines(text)
+        else:
+            paragraphs = list(_paragraphs(text))
+            begins = self._engine.begins(paragraphs)
+            found = (sentence for each in zip(paragraphs, begins, strict=True) for sentence in self._sentences(*each))
+            sentences = (phrases for sentence in found for phrases in _gathered(sentence, self.config.max_characters))
+        return [piece for sentence in sentences for piece in cut(sentence, self.config.max_characters)]
 
     def settings(self) -> dict[str, Any]:
         """What determines the sentences, for dataset.json."""
+        limit = {"max_characters": self.config.max_characters}
+        if self._engine is None:
+            return {"splitter": "none", "language": self.config.language, **limit}
+        rules = {"rules": _RULES, "phrases": f"Thai and Lao: at spaces, gathered to at most {_PHRASES} characters"}
+        return {**self._engine.settings(), **(rules if self._by_rules else {}), **limit}
+
+    def _isolate(self, match: re.Match[str]) -> str:
+        return "\n\n" + "\n\n".join(_chopped(match.group(), self.config.max_characters)) + "\n\n"
+
+    def _sentences(self, paragraph: str, begins: Iterable[int]) -> Iterator[str]:
+        """Sentences of one whitespace-normalised paragraph, in which some of them are said to begin at `begins`."""
+        start = 0
+        for end, mark in self._ends(paragraph, begins):
+            if self._by_rules and mark is not None and end == mark + 1:
+                end = _closed(paragraph, start, end)
+            # Not without a word, as a quotation mark or dots alone.
+            if end <= start or end >= len(paragraph) or _LETTER.search(paragraph, start, end) is None:
+                continue
+            # A trained pipeline is better than these rules.
+            if self._by_rules and mark is not None and _continues(paragraph, mark, end, self._english):
+                continue
+            yield paragraph[start:end].rstrip()
+            start = end
+        yield paragraph[start:]
+
+    def _ends(self, paragraph: str, begins: Iterable[int]) -> list[tuple[int, int | None]]:
+        """Possible ends of sentences, each with its end mark, None if it has none; what closes may follow."""
+        ends: dict[int, int | None] = {}
+        for begin in begins:
+            found = _boundary(paragraph, begin)
+            # Those of scripts are found below, by their marks.
+            if found is not None and not (
+                self._by_rules and found[1] is not None and paragraph[found[1]] in _SCRIPT_MARKS
+            ):
+                ends[found[0]] = found[1]
+        if self._by_rules and (".." in paragraph or not paragraph.isascii()):
+            ends.update(_script_ends(paragraph))
+        return sorted(ends.items(), key=lambda item: item[0])
+
+
+BY_DOCUMENT = "by document"  # the language in the settings of a dataset of several
+_NEED_PACKAGES = ("ja", "ko", "th", "vi")  # even spaCy's blank pipelines of these languages
+
+
+def for_language(config: SentencesConfig, code: str) -> SentencesConfig:
+    """The config for a document in a language, SONAR's code: with the rules that spaCy or ICU has for it.
+
+    The same on every machine: pipelines of spaCy that need further packages are not used.
+    """
+    language = short_code(code)
+    if config.splitter == "spacy":
+        from spacy.util import get_lang_class
+
+        try:
+            get_lang_class(language or "xx")
+        except ImportError:
+            language = None
+        language = None if language in _NEED_PACKAGES else language
+    return config.model_copy(update={"language": language or ("xx" if config.splitter == "spacy" else "und")})
+
+
+def clean(text: str) -> str:
+    """A text on one line, with single spaces; control characters and halves of surrogate pairs are spaces, too."""
+    return " ".join(_CONTROL.sub(" ", text).split())
+
+
+class _Spacy:
+    """spaCy's rules for a language, or a trained pipeline."""
+
+    def __init__(self, config: SentencesConfig) -> None:
+        self.config = config
+        self._nlp = _pipeline(config)
+
+    def begins(self, paragraphs: list[str]) -> Iterator[list[int]]:
+        """Where the sentences of each paragraph begin, but the first."""
+        return ([token.idx for token in self._nlp(text)[1:] if token.is_sent_start] for text in paragraphs)
+
+    def settings(self) -> dict[str, Any]:
+        """For dataset.json."""
         import spacy
 
         meta = self._nlp.meta
         pipeline = f"{meta['lang']}_{meta['name']} {meta['version']}" if self.config.pipeline else "sentencizer"
-        return {
-            "library": f"spacy {spacy.__version__}",
-            "language": self._nlp.lang,
-            "pipeline": pipeline,
-            **({} if self.config.pipeline else {"rules": _RULES}),
-            "max_characters": self.config.max_characters,
-        }
-
-    def _isolate(self, match: re.Match[str]) -> str:
-        word, size = match.group(), self.config.max_characters
-        return "\n\n" + "\n\n".join(word[start : start + size] for start in range(0, len(word), size)) + "\n\n"
-
-    def _sentences(self, paragraph: str) -> Iterator[str]:
-        """Sentences of one whitespace-normalised paragraph."""
-        doc = self._nlp(paragraph)
-        start = 0
-        for token in doc[1:]:
-            if token.is_sent_start:
-                mark, end = _boundary(paragraph, start, token.idx)
-                # A trained pipeline is better than these rules.
-                continues = self._by_rules and mark is not None and _continues(paragraph, mark, end, self._english)
-                if end > start and not continues:
-                    yield paragraph[start:end].rstrip()
-                    start = end
-        yield paragraph[start:]
+        return {"library": f"spacy {spacy.__version__}", "language": self._nlp.lang, "pipeline": pipeline}
 
 
-def _cut(sentence: str, limit: int) -> list[str]:
+class _Icu:
+    """ICU's rules (Unicode Standard Annex 29), without ends behind the abbreviations that it knows of a language."""
+
+    def __init__(self, config: SentencesConfig) -> None:
+        self.config = config
+        try:
+            from icu4py.breakers import SentenceBreaker
+        except ImportError:
+            raise InputError("sentences.splitter: icu needs: pip install 'lcm-ds[icu]'") from None
+        self._breaker: Callable[[str, str], Iterable[str]] = SentenceBreaker
+        self._locale = f"{config.language}@ss=standard"
+
+    def begins(self, paragraphs: list[str]) -> Iterator[list[int]]:
+        """Where the sentences of each paragraph begin, but the first."""
+        # All at once, because reading a language's abbreviations takes longer than a paragraph; a sentence ends behind
+        # each of them. Strings are measured, as the breaker's offsets (icu4py 1.2.0) count UTF-16.
+        ends = accumulate(map(len, self._breaker("\u2029".join(paragraphs), self._locale)))
+        starts = accumulate((len(paragraph) + 1 for paragraph in paragraphs), initial=0)
+        for paragraph, start in zip(paragraphs, starts, strict=False):
+            yield [end - start for end in takewhile((start + len(paragraph)).__gt__, ends)]
+
+    def settings(self) -> dict[str, Any]:
+        """For dataset.json."""
+        from importlib.metadata import version
+
+        return {"splitter": "icu", "library": f"icu4py {version('icu4py')}", "language": self.config.language}
+
+
+def _script_ends(text: str) -> Iterator[tuple[int, int]]:
+    """Possible ends of sentences that marks show in any script, each with the last mark."""
+    for match in _SCRIPT_END.finditer(text):
+        spaced = match.lastgroup == "spaced"
+        before, behind = text[match.start() - 1 : match.start()], text[match.end() : match.end() + 1]
+        if not (before.isdigit() and behind.isdigit()):
+            yield text.index(" ", match.end()) + 1 if spaced else match.end(), match.end() - 1
+
+
+def _closed(text: str, start: int, end: int) -> int:
+    """The end of a sentence with what closes behind its mark and a space; 0 if it continues there.
+
+    Args:
+        text: The paragraph.
+        start: Where the sentence begins.
+        end: Behind its end mark.
+    """
+    if text[end : end + 1] == '"' and text.count('"', start, end) % 2:
+        end += 1
+    end = _CLOSERS.match(text, end).end()  # type: ignore[union-attr]
+    behind = text[end : end + 1]
+    # A clause mark, or the Japanese particle behind what is quoted.
+    if behind and (behind in _CLAUSE_MARKS + ",;:" or (behind == "と" and text[end - 1] in "」』")):
+        return 0
+    if text[end - 1] == "།" and _TIBETAN_CLAUSE.search(text, max(start, end - 8), end):
+        return 0
+    return end + (behind == " ")
+
+
+def _gathered(sentence: str, limit: int) -> list[str]:
+    """A sentence of Thai or Lao in phrases, each at most `_PHRASES` characters if it has spaces; others as they are."""
+    limit = min(limit, _PHRASES)
+    if len(sentence) <= limit or 4 * len(_PHRASED.findall(sentence)) < len(sentence):  # half of Thai are consonants
+        return [sentence]
+    phrases: list[str] = []
+    aim = len(sentence) / -(-len(sentence) // limit)
+    for word in sentence.split(" "):
+        inside = phrases and (_NO_PHRASE.match(word) or _NO_PHRASE.match(phrases[-1][-1]))
+        if phrases and len(phrases[-1]) + 1 + len(word) <= limit and (inside or len(phrases[-1]) < 0.8 * aim):
+            phrases[-1] += f" {word}"
+        else:
+            phrases.append(word)
+    return phrases
+
+
+def cut(sentence: str, limit: int) -> list[str]:
     """A sentence in about equal pieces of at most `limit` characters, each ending with a clause or a word.
 
     A word of more than `limit` characters is cut at the limit.
@@ -169,34 +334,50 @@ def _cut(sentence: str, limit: int) -> list[str]:
 def _cost(sentence: str, position: int, aim: float) -> float:
     """The cost of a cut: its distance from the balanced position `aim`, in shares of a piece.
 
-    A clause mark is worth half a piece of distance: it wins over any space, unless it leaves a scrap.
+    A clause mark is worth half a piece of distance, and a space another half: a clause mark wins over any space, unless
+    it leaves a scrap, and a space over the end of a syllable.
     """
     distance = abs(position - aim) / aim
-    return distance if _CLAUSE_END.search(sentence, max(0, position - 3), position) else distance + 0.5
+    if _CLAUSE_END.search(sentence, max(0, position - 3), position):
+        return distance
+    return distance + (0.5 if sentence[position] == " " else 1.0)
 
 
-def _boundary(text: str, start: int, end: int) -> tuple[int | None, int]:
-    """The end mark and the end of a sentence from `start`, if spaCy lets the next one begin at `end`.
+def _chopped(word: str, size: int) -> Iterator[str]:
+    """A word in pieces of `size` characters, fewer where a letter and its vowel sign would be torn apart."""
+    while len(word) > size:
+        at = size
+        while at > size - 8 and (
+            unicodedata.category(word[at])[0] == "M"
+            or unicodedata.combining(word[at - 1]) == 9  # a virama, which joins two consonants
+            or word[at - 1] in _LEADING_VOWELS
+        ):
+            at -= 1
+        yield word[:at]
+        word = word[at:]
+    yield word
 
-    The mark is None if there is none; an end at `start` means that the sentence continues.
+
+def _boundary(text: str, begin: int) -> tuple[int, int | None] | None:
+    """The end of a sentence, and its end mark, if the next one is said to begin at `begin`; None if it continues.
 
     spaCy counts all punctuation behind a full stop, also an opening quote or dash, to the sentence that ends, and
     splits "os.PathLike" in two. Here the end is the first whitespace behind the last end mark, and without whitespace
-    only a mark of a script that uses none ends a sentence.
+    only a mark of a script that uses none ends a sentence, together with what closes behind it.
     """
-    gap = end
-    while gap > start and not text[gap - 1].isalnum():
+    gap = begin
+    while gap > 0 and not text[gap - 1].isalnum():
         gap -= 1
-    for position in range(end - 1, gap - 1, -1):
+    for position in range(begin - 1, gap - 1, -1):
         if text[position] in _END_MARKS:
-            space = text.find(" ", position, end)
+            space = text.find(" ", position, begin)
             if space >= 0:
                 closing = _SPACED_CLOSING.match(text, space + 1)
-                return position, closing.end() if closing else space + 1
+                return (closing.end() if closing else space + 1), position
             if text[position] in _UNSPACED_MARKS:
-                return position, end
+                return _CLOSERS.match(text, position + 1).end(), position  # type: ignore[union-attr]
     # A pipeline that parses finds ends without any mark, as between a heading and what follows it.
-    return None, end if text[end - 1] == " " else start
+    return (begin, None) if text[begin - 1] == " " else None
 
 
 def _continues(text: str, mark: int, end: int, english: bool) -> bool:
@@ -227,9 +408,13 @@ def _continues(text: str, mark: int, end: int, english: bool) -> bool:
 def _paragraphs(text: str) -> Iterator[str]:
     """Whitespace-normalised paragraphs of at most `_MAX_PARAGRAPH` characters; none is empty."""
     for block in _BLANK_LINE.split(text):
-        lines = [" ".join(line.split()) for line in block.splitlines()]
-        for paragraph in _unwrapped([line for line in lines if line]):
+        for paragraph in _unwrapped(_normalized_lines(block)):
             yield from _limited(paragraph)
+
+
+def _normalized_lines(text: str) -> list[str]:
+    """The lines that are not blank, with single spaces."""
+    return [line for each in text.splitlines() if (line := " ".join(each.split()))]
 
 
 def _unwrapped(lines: list[str]) -> Iterator[str]:
@@ -275,8 +460,8 @@ def _pipeline(config: SentencesConfig) -> Any:
         except ImportError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"sentences.language: spaCy has no pipeline for {config.language!r}: {reason}") from None
-        _add_sentencizer(nlp)
-        return _with_unspaced_ends(nlp)
+        nlp.add_pipe("sentencizer")
+        return nlp
     try:
         nlp = spacy.load(config.pipeline, exclude=["ner", "tagger", "attribute_ruler", "lemmatizer", "morphologizer"])
     except OSError:
@@ -285,18 +470,12 @@ def _pipeline(config: SentencesConfig) -> Any:
             f"python -m spacy download {config.pipeline}, or leave the key out for the rule-based splitter"
         ) from None
     if not {"parser", "senter", "sentencizer"} & set(nlp.pipe_names):
-        _add_sentencizer(nlp)
+        nlp.add_pipe("sentencizer")
     return _with_unspaced_ends(nlp)
 
 
-def _add_sentencizer(nlp: Any) -> None:
-    from spacy.pipeline import Sentencizer
-
-    nlp.add_pipe("sentencizer", config={"punct_chars": [*Sentencizer.default_punct_chars, *_MARKS_AT_WORDS]})
-
-
 def _with_unspaced_ends(nlp: Any) -> Any:
-    """The pipeline, cutting tokens also behind the end marks of scripts without spaces, and of some others.
+    """The pipeline, cutting tokens also behind the end marks of scripts without spaces.
 
     The tokenizers of most languages take a complete Chinese or Japanese paragraph for one word.
     """

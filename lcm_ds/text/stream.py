@@ -59,7 +59,9 @@ class Stream:
         def rows() -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
             row, table = 0, first
             while table is not None:
-                for values in rows_of(table.select(self.columns.names)):
+                for values in rows_of(
+                    table.select([name for name in self.columns.names if name in table.column_names])
+                ):
                     yield row, values
                     row += 1
                 try:

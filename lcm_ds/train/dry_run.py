@@ -10,7 +10,7 @@ from lcm_ds import deepspeed_config
 from lcm_ds.model.flops import training_flops
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.train.job import TrainJob
-from lcm_ds.train.job_builder import target_coverage_lines
+from lcm_ds.train.job_builder import encoder_lines, target_coverage_lines
 from lcm_ds.train.memory import memory_lines
 
 
@@ -49,6 +49,7 @@ def _steps(job: TrainJob, ranks: int) -> Iterator[str]:
         + (f", rows {total / job.plan.row_slots:.0%} full" if job.plan.row_slots > total else "")
     )
     yield from (f"targets       {line}" for line in target_coverage_lines(job))
+    yield from (f"encoders      {line}" for line in encoder_lines(job))
     yield f"run           {job.total_steps:,} steps, {job.length()}: {job.run_dir}"
     if warning := job.warmup_warning():
         yield f"warning: {warning}"

@@ -12,6 +12,7 @@ import numpy as np
 from lcm_ds import deepspeed_config
 from lcm_ds.checkpoint.format import candidates
 from lcm_ds.config import TrainConfig, read_yaml, validate
+from lcm_ds.data.concepts import encoder_differences, same_space
 from lcm_ds.data.format import NORMALIZER, Dataset, open_dataset, read_normalizer
 from lcm_ds.data.index.first_use import indexed
 from lcm_ds.data.plan import Plan, fingerprint
@@ -222,12 +223,12 @@ def _dataset_errors(datasets: Sequence[Dataset], model: BaseLCMConfig | None, pa
                 f"{path}: data: {dataset.path} has concepts of {dataset.embed_dim} dimensions, "
                 f"{datasets[0].path} of {datasets[0].embed_dim}; all datasets of a run need the same"
             )
-        if dataset.info.encoder != datasets[0].info.encoder:
+        if not same_space(dataset.info.encoder, datasets[0].info.encoder):
             lines.append(
                 f"{path}: data: {dataset.path} was encoded with {dataset.info.encoder}, "
                 f"{datasets[0].path} with {datasets[0].info.encoder}; all datasets of a run need the same encoder"
             )
-        elif _different_end_of_text(dataset, datasets[0]):
+        elif _different_end_of_text(dataset, datasets[0]) and not _other_language(dataset, datasets[0]):
             lines.append(
                 f"{path}: data: documents of {dataset.path} end with {_end_of_text(dataset)}, "
                 f"those of {datasets[0].path} with {_end_of_text(datasets[0])}; all datasets of a run need the same"
@@ -240,6 +241,25 @@ def _dataset_errors(datasets: Sequence[Dataset], model: BaseLCMConfig | None, pa
                 f"{supervised[0][1]!r}; all datasets of a run need the same source_suffix"
             )
     return lines
+
+
+def encoder_lines(job: TrainJob) -> list[str]:
+    """A line for each dataset whose encoder differs from the first one's, though its concepts are in the same space."""
+    datasets = [*job.datasets, *([job.validation] if job.validation else [])]
+    lines = []
+    for dataset in datasets[1:]:
+        parts = [encoder_differences(datasets[0].info.encoder, dataset.info.encoder)]
+        if parts[0] and _different_end_of_text(dataset, datasets[0]):
+            parts.append("their documents end with other concepts, and generation stops at the first one's")
+        if parts[0]:
+            lines.append(f"{datasets[0].path} and {dataset.path}: one encoder, but {'; '.join(parts)}")
+    return lines
+
+
+def _other_language(one: Dataset, other: Dataset) -> bool:
+    """Whether both were encoded as texts of different languages, so that the same end of text is another concept."""
+    ends = one.info.end_of_text, other.info.end_of_text
+    return None not in ends and one.info.encoder.get("language") != other.info.encoder.get("language")
 
 
 def _different_end_of_text(one: Dataset, other: Dataset) -> bool:

@@ -24,7 +24,7 @@ from lcm_ds.data.plan import ORDER
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.files import write_whole
 from lcm_ds.train.job import TrainJob
-from lcm_ds.train.job_builder import target_coverage_lines
+from lcm_ds.train.job_builder import encoder_lines, target_coverage_lines
 from lcm_ds.train.monitoring.console import console
 
 
@@ -96,6 +96,7 @@ def log_run_header(
         *([] if loaded is None else [loaded]),
         f"data: {data}",
         *target_coverage_lines(job),
+        *encoder_lines(job),
         f"step {first_step} of {job.total_steps}, {job.config.batch.rows_per_step} rows of "
         f"{job.config.data.row_length} concepts per step" + (", resumed" if first_step else ""),
         f"total: {job.length()}",

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
-from tiny_sonar import save_tiny_sonar
+from safetensors.torch import load_file, save_file
+from tiny_sonar import TEXT, save_tiny_sonar
 from tolerance import layers, rounding
-from transformers import M2M100ForConditionalGeneration, NllbTokenizer
+from transformers import M2M100Config, M2M100ForConditionalGeneration, NllbTokenizer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.m2m_100.modeling_m2m_100 import M2M100Encoder
 
 from lcm_ds.config import EncoderConfig
 from lcm_ds.encoders import load_encoder
-from lcm_ds.encoders.sonar import SonarDecoder, SonarEncoder
+from lcm_ds.encoders.sonar import SonarDecoder, SonarEncoder, nllb_languages, tokenizer_of_pieces
 from lcm_ds.errors import InputError
 
 CLOSE = rounding(layers(2, 32, 4, 64, 32))  # concepts of the tiny SONAR: two layers, numbers near 1
@@ -98,6 +102,8 @@ def test_the_description_leads_back_to_the_same_encoder(tiny_sonar: tuple[Path, 
     ("settings", "message"),
     [
         ({"language": "en"}, "encoder.language: 'en'.*did you mean 'eng_Latn'"),
+        ({"language": "ja"}, "encoder.language: 'ja'.*did you mean 'jpn_Jpan'"),
+        ({"language": "Norwegian"}, "did you mean 'nob_Latn'"),
         ({"language": "concept"}, "'concept' is no language code"),  # a token, but not of a language
         ({"device": "gpu"}, "device: 'gpu' is no device"),
         ({"device": "cuda:99"}, "device: 'cuda:99' is not there"),
@@ -167,6 +173,100 @@ def test_decoding_refuses_concepts_of_another_size_and_unknown_languages(tiny_so
         decoder.decode(np.zeros((2, 16), np.float32))
     with pytest.raises(InputError, match="'fr' is no language code"):
         SonarDecoder(str(tiny_sonar[1]), "fr")
+
+
+def conversion(
+    folder: Path, of: Path, weights: dict[str, torch.Tensor], architecture: str, file: str = "model.safetensors"
+) -> Path:
+    """A copy of an encoder's folder, with other names of its weights, and the architecture that its config names."""
+    shutil.copytree(of, folder)
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
+    if file.endswith(".bin"):
+        torch.save(weights, folder / file)
+    else:
+        save_file(weights, folder / file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("architecture", "file", "embedding"),
+    [
+        ("M2M100Encoder", "pytorch_model.bin", None),
+        ("M2M100EncoderModel", "model.safetensors", ("shared.weight",)),
+        ("M2M100EncoderModel", "model.safetensors", ("encoder.embed_tokens.weight",)),
+        ("M2M100EncoderModel", "pytorch_model.bin", ("shared.weight", "encoder.embed_tokens.weight")),
+    ],
+)
+def test_every_conversion_of_the_hub_gives_the_same_concepts(
+    tiny_sonar: tuple[Path, Path], tmp_path: Path, architecture: str, file: str, embedding: tuple[str, ...] | None
+) -> None:
+    """Of one layout as of the other: as M2M100Encoder, or inside of M2M100EncoderModel, in safetensors and pickled."""
+    weights = load_file(tiny_sonar[0] / "model.safetensors")
+    if embedding is not None:
+        embedded = weights.pop("embed_tokens.weight")
+        weights = {f"encoder.{name}": tensor for name, tensor in weights.items()}
+        weights |= dict.fromkeys(embedding, embedded)
+    folder = conversion(tmp_path / "model", tiny_sonar[0], weights, architecture, file)
+    np.testing.assert_array_equal(sonar(folder).encode(TEXTS), sonar(tiny_sonar[0]).encode(TEXTS))
+    lacking = {name: tensor for name, tensor in weights.items() if not name.endswith("layers.0.fc1.bias")}
+    with pytest.raises(InputError, match="is no M2M100Encoder: it lacks 1 weights"):
+        sonar(conversion(tmp_path / "lacking", tiny_sonar[0], lacking, architecture, file))
+
+
+def test_a_conversion_without_a_tokenizer_takes_that_of_nllb(tiny_sonar: tuple[Path, Path], tmp_path: Path) -> None:
+    without = shutil.copytree(tiny_sonar[0], tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (without / name).unlink()
+    with pytest.raises(InputError, match=r"or another one belongs to it: encoder\.tokenizer, for SONAR facebook/nllb"):
+        sonar(without)
+    encoder = sonar(without, tokenizer=str(tiny_sonar[0]))
+    np.testing.assert_array_equal(encoder.encode(TEXTS), sonar(tiny_sonar[0]).encode(TEXTS))
+    assert encoder.describe()["tokenizer"] == str(tiny_sonar[0])
+    assert "tokenizer" not in sonar(tiny_sonar[0]).describe()
+
+
+def test_a_tokenizer_of_sentencepiece_alone_has_the_languages(tiny_sonar: tuple[Path, Path], tmp_path: Path) -> None:
+    """Without them, transformers takes the language for <unk>."""
+    folder, pieces = tmp_path / "model", io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()), model_writer=pieces, vocab_size=150, model_type="bpe",
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "pieces").mkdir()
+    (tmp_path / "pieces/sentencepiece.bpe.model").write_bytes(pieces.getvalue())
+    tokens = len(tokenizer_of_pieces(str(tmp_path / "pieces/sentencepiece.bpe.model")))
+    save_tiny_sonar(folder, vocab_size=tokens)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "encoder" / name).unlink()
+    shutil.copy(tmp_path / "pieces/sentencepiece.bpe.model", folder / "encoder")
+    encoder = sonar(folder / "encoder", language="deu_Latn")
+    first = encoder.tokenize(["It rains."])[0].inputs["input_ids"][0, 0]
+    assert first == nllb_languages().index("deu_Latn") + tokens - 1 - len(nllb_languages())
+    assert np.abs(encoder.encode(TEXTS) - sonar(folder / "encoder").encode(TEXTS)).max() > 1e-3
+
+
+def test_distilled_encoders_have_the_sizes_of_their_config(tiny_sonar: tuple[Path, Path], tmp_path: Path) -> None:
+    config = M2M100Config.from_pretrained(tiny_sonar[0])
+    config.update({"encoder_layers": 1, "d_model": 16, "encoder_ffn_dim": 24, "encoder_attention_heads": 2})
+    shutil.copytree(tiny_sonar[0], tmp_path / "model")
+    M2M100Encoder(config).save_pretrained(tmp_path / "model")
+    encoder = sonar(tmp_path / "model")
+    assert encoder.embed_dim == encoder.describe()["embed_dim"] == 16
+    assert encoder.encode(TEXTS).shape == (len(TEXTS), 16)
+
+
+def test_each_text_is_encoded_with_its_own_language(tiny_sonar: tuple[Path, Path]) -> None:
+    encoder = sonar(tiny_sonar[0], tokens_per_batch=40)
+    languages = ["deu_Latn", "eng_Latn", "jpn_Jpan", "deu_Latn", "eng_Latn"]
+    together = encoder.encode(TEXTS, languages)
+    for text, language, concept in zip(TEXTS, languages, together, strict=True):
+        alone = sonar(tiny_sonar[0], language=language).encode([text])[0]
+        np.testing.assert_allclose(concept, alone, atol=CLOSE)
+    np.testing.assert_allclose(encoder.encode(TEXTS, ["eng_Latn"] * 5), encoder.encode(TEXTS), atol=CLOSE)
+    with pytest.raises(ValueError, match="does not know the language 'tlh_Latn'"):
+        encoder.tokenize(TEXTS[:1], ["tlh_Latn"])
 
 
 @pytest.mark.hub

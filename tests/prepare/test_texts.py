@@ -1,5 +1,7 @@
 """Whatever a text holds, it becomes sentences and concepts, or is refused and counted; what cannot be read is named."""
 
+import json
+
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -10,6 +12,8 @@ from lcm_ds.data.format import open_dataset
 from lcm_ds.data.shard import open_shard
 from lcm_ds.errors import InputError
 from lcm_ds.prepare.pipeline import prepare
+from lcm_ds.prepare.state import read_units
+from lcm_ds.text.splitter import Splitter
 
 PARAGRAPH = "It is a truth that is told again and again. Nobody doubts it any more, and yet it has to be said. "
 
@@ -41,6 +45,53 @@ def config_for(tmp_path, path, **changes):
             **changes,
         }
     )
+
+
+def test_lists_of_sentences_are_not_split_and_cut_only_on_request(tmp_path):
+    long = "word " * 79 + "word"
+    lists = {"a": ["One. Two.", long, "Three\x00\ud800 \tmore"], "b": ["Four.", "", "Five."]}
+    lists = {id: [each.encode("utf-8", "replace").decode() for each in some] for id, some in lists.items()}
+    (tmp_path / "as").mkdir()
+    found, dataset = prepared(tmp_path / "as", lists)
+    assert found == {"a": ["One. Two.", long, "Three ? more"], "b": ["Four.", "Five."]}
+    assert dataset.info.splitter == {"splitter": "none", "language": "en"}
+    (tmp_path / "cut").mkdir()
+    sentences = {"cut_lists": True, "split_by": "SaT sat-12l-sm", "max_characters": 200}
+    found, dataset = prepared(tmp_path / "cut", lists, sentences=sentences)
+    assert [len(sentence) for sentence in found["a"]] == [9, 199, 199, 12]
+    assert dataset.info.splitter == {
+        "splitter": "none", "language": "en", "split_by": "SaT sat-12l-sm", "max_characters": 200
+    }  # fmt: skip
+
+
+def test_a_text_that_a_pipeline_cannot_split_is_named_and_does_not_end_the_preparation(tmp_path, monkeypatch):
+    split = Splitter.split
+
+    def fails(self, text):
+        if "odd" in text:
+            raise RuntimeError("Input is too long, it can't be more than 49149 bytes")
+        return split(self, text)
+
+    monkeypatch.setattr(Splitter, "split", fails)
+    found, dataset = prepared(tmp_path, {"a": "One. Two.", "b": "An odd one.", "c": "Three."})
+    assert list(found) == ["a", "c"]
+    assert dataset.info.source["refused"] == {"unreadable": 1}
+    [unit] = read_units(tmp_path / "out")
+    assert unit.unreadable == [
+        "texts.parquet: b: cannot be split into sentences: Input is too long, it can't be more than 49149 bytes"
+    ]
+
+
+def test_texts_among_lists_are_split(tmp_path):
+    rows = [{"id": "a", "text": "One. Two."}, {"id": "b", "text": ["One. Two.", "Three \ud800."]}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare(config_for(tmp_path, tmp_path / "rows.jsonl", sentences={"split_by": "hand"}), HashEncoder())
+    dataset = open_dataset(tmp_path / "out/train")
+    shard = open_shard(dataset, 0)
+    found = [shard.meta(document)["sentences"][:-1] for document in range(2)]
+    assert found == [["One.", "Two."], ["One. Two.", "Three ."]]
+    assert dataset.info.splitter["library"].startswith("spacy")
+    assert dataset.info.splitter["split_by"] == "hand"
 
 
 def test_control_characters_emoji_and_scripts_from_right_to_left_come_through(tmp_path):

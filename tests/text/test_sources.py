@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import hashlib
+import io
 import json
 import random
 import tempfile
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from lcm_ds.config import PrepareConfig, SentencesConfig, SourceConfig, load
 from lcm_ds.errors import InputError
 from lcm_ds.text.base import Source, TextDocument
+from lcm_ds.text.files import open_plain
 from lcm_ds.text.open import open_source
 from lcm_ds.text.sample import BOOKS
 from lcm_ds.text.splitter import Splitter
@@ -117,9 +120,15 @@ def test_missing_columns_are_named_with_those_that_are_there(folder: Path) -> No
     assert "source.text_column: part.parquet has no column 'content'; its columns: id, text" in error.value.errors
     with pytest.raises(InputError, match=r"source\.id_column: rows\.jsonl has no column 'key'"):
         source("huggingface", paths=[str(folder / "rows.jsonl")], id_column="key")
-    parquet(folder / "numbers.parquet", 0, 3, text=[1, 2, 3])
-    with pytest.raises(InputError, match=r"'text' of numbers\.parquet holds int64, not strings"):
-        source("huggingface", paths=[str(folder / "numbers.parquet")])
+    for values, kind in (
+        ([1, 2, 3], "int64"),
+        ([[1], [2], [3]], r"list<.*int64>"),
+        ([[["a"]]] * 3, r"list<.*list<.*>"),
+    ):
+        parquet(folder / "numbers.parquet", 0, 3, text=values)
+        named = rf"'text' of numbers\.parquet holds {kind}, not texts \(string, large_string, string_view, a dictionary"
+        with pytest.raises(InputError, match=named):
+            source("huggingface", paths=[str(folder / "numbers.parquet")])
 
 
 def test_a_limit_in_sentences_is_only_for_the_sample(folder: Path) -> None:
@@ -137,10 +146,20 @@ def test_missing_and_unreadable_files_are_all_named_at_once(folder: Path) -> Non
         f"source.paths: {folder} is a folder; name files, or a glob such as {folder}/*",
         "source.paths: absent.jsonl: no such file",
     ]
+    (folder / "notes.xlsx").write_text("text\n")
     with pytest.raises(InputError) as error:
-        source("huggingface", paths=[str(folder / "broken.parquet"), str(folder / "notes.csv")])
+        source(
+            "huggingface",
+            paths=[str(folder / name) for name in ("broken.parquet", "notes.csv", "notes.xlsx")],
+            id_column="key",
+        )
     assert "not a parquet file" in error.value.errors[0]
-    assert "neither parquet nor JSONL" in error.value.errors[1]
+    hint = "(null: documents are named by file and row)"
+    assert error.value.errors[1] == f"source.id_column: notes.csv has no column 'key'; its columns: text {hint}"
+    assert error.value.errors[2] == (
+        "source.paths: notes.xlsx: is not read, by its name; what is read: parquet, JSONL (.jsonl, .ndjson, .json), "
+        "CSV, TSV (these also as .gz, .zst, .bz2, .xz) and datasets' .arrow"
+    )
     (folder / "pretty.json").write_text('{\n "text": "One.",\n "id": 1\n}\n')
     (folder / "list.json").write_text('\ufeff[\n{"text": "One.", "id": 1},\n{"text": "Two.", "id": 2}\n]\n')
     with pytest.raises(InputError) as error:
@@ -213,12 +232,237 @@ def test_blank_lines_are_no_rows(tmp_path: Path, end: bytes) -> None:
 
 
 def test_strings_are_read_in_every_type_that_parquet_has_for_them(tmp_path: Path) -> None:
+    import pandas
+
     texts = pyarrow.array(["One.", "Two.", "One."])
-    for kind in ("string", "large_string", "string_view", "dictionary"):
-        column = texts.dictionary_encode() if kind == "dictionary" else texts.cast(kind)
-        pyarrow.parquet.write_table(pyarrow.table({"text": column, "id": [1, 2, 3]}), tmp_path / f"{kind}.parquet")
+    frame = pandas.DataFrame({"text": pandas.Categorical(texts.to_pylist()), "id": [1, 2, 3]})
+    frame.to_parquet(tmp_path / "category.parquet")
+    for kind in ("string", "large_string", "string_view", "dictionary", "category"):
+        if kind != "category":
+            column = texts.dictionary_encode() if kind == "dictionary" else texts.cast(kind)
+            pyarrow.parquet.write_table(pyarrow.table({"text": column, "id": [1, 2, 3]}), tmp_path / f"{kind}.parquet")
         of = source("huggingface", paths=[str(tmp_path / f"{kind}.parquet")])
         assert [document.text for document in of.documents()] == ["One.", "Two.", "One."]
+        assert [document.id for document in of.documents()] == ["1", "2", "3"]
+
+
+def test_lists_of_sentences_are_taken_as_they_are_in_every_type(tmp_path: Path) -> None:
+    lists = [["One  is\there.", "Two\x07 is \u200b"], ["", " \n"], None]
+    strings = pyarrow.array(lists)
+    kinds = {
+        "list": strings,
+        "large_list": strings.cast(pyarrow.large_list(pyarrow.large_string())),
+        "view": pyarrow.array(lists, pyarrow.list_(pyarrow.string_view())),
+        "fixed": pyarrow.array(lists, pyarrow.list_(pyarrow.string(), 2)),
+    }
+    expected = [["One is here.", "Two is"], [], ""]
+    for name, column in kinds.items():
+        pyarrow.parquet.write_table(pyarrow.table({"text": column, "id": list("abc")}), tmp_path / f"{name}.parquet")
+        of = source("huggingface", paths=[str(tmp_path / f"{name}.parquet")])
+        assert [document.text for document in of.documents()] == expected, name
+    rows = [
+        {"id": 1, "text": ["A \ud800 half.", "Whole."]},
+        {"id": 2, "text": ["One.", None]},
+        {"id": 3, "text": [1]},
+        {"id": 4, "text": {"a": "b"}},
+    ]
+    (tmp_path / "lists.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    of = source("huggingface", paths=[str(tmp_path / "lists.jsonl")])
+    assert next(iter(of.documents())).text == ["A half.", "Whole."]
+    assert problems(of)[1:3] == [
+        "lists.jsonl: line 2: 'text' holds None as item 1, not a sentence",
+        "lists.jsonl: line 3: 'text' holds 1 as item 0, not a sentence",
+    ]
+    assert str(problems(of)[3]).startswith("lists.jsonl: line 4: 'text' is {'a': 'b'}, not texts (string,")
+
+
+def test_ids_may_be_numbers_or_missing(tmp_path: Path) -> None:
+    for values, ids in (
+        ([7, 8, 9], ["7", "8", "9"]),
+        ([7.0, None, float("nan")], ["7", "f.parquet#1", "f.parquet#2"]),
+        (["", "a", None], ["f.parquet#0", "a", "f.parquet#2"]),
+        (None, ["f.parquet#0", "f.parquet#1", "f.parquet#2"]),
+    ):
+        columns = {
+            "text": ["One.", "Two.", "Three."],
+            **({} if values is None else {"id": pyarrow.array(values, from_pandas=False)}),
+        }
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "f.parquet")
+        documents = list(source("huggingface", paths=[str(tmp_path / "f.parquet")]).documents())
+        assert [document.id for document in documents] == ids
+        assert [document.named for document in documents] == ["#" not in id for id in ids]
+    (tmp_path / "f.jsonl").write_text('{"text": "One."}\n')
+    [document] = source("huggingface", paths=[str(tmp_path / "f.jsonl")]).documents()
+    assert document.id == "f.jsonl#0"
+
+
+def test_a_parquet_file_that_was_written_anew_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "f.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["One.", "Two."], "id": [7, 8]}), path)
+    first = source("huggingface", paths=[str(path)])
+    assert [document.id for document in first.documents()] == ["7", "8"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["One.", "Two."], "id": [7.5, 8.5]}), path)
+    again = source("huggingface", paths=[str(path)])
+    assert [document.id for document in again.documents()] == ["7.5", "8.5"]
+
+
+def packed(path: Path, data: bytes) -> str:
+    """Write a file, compressed as its name says; returns its path."""
+    if path.suffix == ".zst":
+        half = len(data) // 2
+        frames = [pyarrow.compress(part, codec="zstd", asbytes=True) for part in (data[:half], data[half:])]
+        path.write_bytes(b"".join(frames))
+    else:
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+def test_jsonl_with_a_bom_and_however_it_is_compressed(tmp_path: Path, name: str) -> None:
+    lines = [json.dumps({"id": n, "text": f"Text {n}."}).encode() for n in range(1300)]
+    for start in (b"\xef\xbb\xbf", b"\xef\xbb\xbf\n", b""):
+        of = source("huggingface", paths=[packed(tmp_path / name, start + b"\n".join(lines))])
+        assert of.total == 1300
+        assert [document.text for document in of.documents()] == [f"Text {n}." for n in range(1300)]
+        every_range_is_that_part_of_the_whole(of, 170)
+
+
+def test_a_compressed_file_is_read_once_by_ranges_in_their_order(tmp_path: Path, monkeypatch) -> None:
+    lines = [json.dumps({"id": n, "text": f"Text {n}."}).encode() for n in range(1000)]
+    rows = b"id,text\n" + b"".join(b"%d,Text %d.\n" % (n, n) for n in range(1000))
+    sources = [
+        source("huggingface", paths=[packed(tmp_path / "a.jsonl.gz", b"\n".join(lines))]),
+        source("huggingface", paths=[packed(tmp_path / "a.csv.gz", rows)]),
+    ]
+    opened: list[str] = []
+    for module in ("jsonl", "table"):
+        monkeypatch.setattr(f"lcm_ds.text.{module}.open_plain", lambda place: opened.append(place) or open_plain(place))
+    for of, most in zip(sources, (1, 2), strict=True):  # of CSV, first the header
+        opened.clear()
+        for start in range(0, 1000, 100):
+            ids = [document.id for document in of.documents(start, start + 50)]
+            assert ids == [str(n) for n in range(start, start + 50)]
+        assert len(opened) == most
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.csv.gz", "t.tsv.zst"])
+def test_tables_of_text(tmp_path: Path, name: str) -> None:
+    rows = [(str(n), f'Text "{n}",\ttabs\nand lines.', str(n / 2)) for n in range(700)]
+    file = io.StringIO()
+    csv.writer(file, delimiter="\t" if ".tsv" in name else ",").writerows([("id", "text", "score"), *rows])
+    of = source("huggingface", paths=[packed(tmp_path / name, b"\xef\xbb\xbf" + file.getvalue().encode())])
+    assert of.total == 700
+    found = list(of.documents())
+    assert [document.id for document in found] == [str(n) for n in range(700)]
+    assert found[3].text == 'Text "3",\ttabs\nand lines.'
+    every_range_is_that_part_of_the_whole(of, 130)
+    few = source("huggingface", paths=[str(tmp_path / name)], filter={"score": {"min": 349}}, take=700)
+    assert [document.id for document in few.documents() if document.refused is None] == ["698", "699"]
+    again = open_source(of.config, index=json.loads(json.dumps(of.index())))
+    assert list(again.documents(5, 9)) == found[5:9]
+
+
+def test_rows_of_a_table_that_cannot_be_read_are_refused_in_their_place(tmp_path: Path) -> None:
+    rows = [
+        b"id,text,n",
+        b"1,one,1",
+        b"2,two",
+        b"3,\xdcber,3",
+        b"",
+        b"4,four,x",
+        b"5,a,b,c",
+        b"6,",
+        b"7,seven,",
+        b"8,,",
+    ]
+    (tmp_path / "t.csv").write_bytes(b"\r\n".join(rows))
+    of = source("huggingface", paths=[str(tmp_path / "t.csv")], filter={})
+    documents = list(of.documents())
+    assert [document.text for document in documents] == ["one", "", "", "four", "", "", "seven", ""]
+    assert of.total == 8
+    assert [None if p is None else p[:31] for p in problems(of)] == [
+        None,
+        "t.csv: row 1: has 2 columns, th",
+        "t.csv: row 2: 'utf-8' codec can",
+        None,
+        "t.csv: row 4: has 4 columns, th",
+        "t.csv: row 5: has 2 columns, th",
+        None,
+        None,
+    ]
+    every_range_is_that_part_of_the_whole(of, 2)
+    with pytest.raises(InputError, match=r"source\.text_column: t\.csv has no column 'body'; its columns: id, text, n"):
+        source("huggingface", paths=[str(tmp_path / "t.csv")], text_column="body")
+
+
+def test_a_local_folder_or_file_as_load_dataset_takes_it(tmp_path: Path) -> None:
+    import datasets
+
+    texts = {"id": [f"doc-{n}" for n in range(600)], "text": [f"Text {n}." for n in range(600)]}
+    made = datasets.Dataset.from_dict(texts)
+    (tmp_path / "data").mkdir()
+    made.to_parquet(tmp_path / "data/train-0.parquet")
+    made.select(range(5)).to_parquet(tmp_path / "data/test-0.parquet")
+    (tmp_path / "csv").mkdir()
+    made.to_csv(tmp_path / "csv/all.csv")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list/all.json").write_text(json.dumps(made.to_list()))
+    made.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": made, "test": made.select(range(5))}).save_to_disk(tmp_path / "both")
+    made.select(range(599, -1, -1)).save_to_disk(tmp_path / "reversed")
+    [arrow] = (tmp_path / "saved").glob("*.arrow")
+    for name in ("data", "csv", "list", "saved", "both", "data/train-0.parquet", "csv/all.csv", str(arrow)):
+        of = source("huggingface", dataset=str(tmp_path / name))
+        assert [document.id for document in of.documents()] == texts["id"], name
+        assert [document.text for document in of.documents(3, 5)] == ["Text 3.", "Text 4."]
+        if name != "list":
+            assert of.total == 600
+            every_range_is_that_part_of_the_whole(of, 170)
+            again = open_source(of.config, index=json.loads(json.dumps(of.index())))
+            assert next(iter(again.documents(7))).id == "doc-7"
+    assert [d.id for d in source("huggingface", dataset=str(tmp_path / "reversed")).documents()] == texts["id"][::-1]
+    for name in ("data", "both"):
+        assert source("huggingface", dataset=str(tmp_path / name), split="test").total == 5
+        with pytest.raises(InputError, match="has no split 'dev'; it has"):
+            source("huggingface", dataset=str(tmp_path / name), split="dev")
+    with pytest.raises(
+        InputError, match=r"source\.text_column: saved\.arrow has no column 'body'; its columns: id, text"
+    ):
+        source("huggingface", dataset=str(tmp_path / "saved"), text_column="body")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/state.json").write_text("{}")
+    with pytest.raises(InputError, match=r"broken\.arrow: cannot be read"):
+        source("huggingface", dataset=str(tmp_path / "broken"))
+
+
+LANGUAGES = [
+    ("deu", "Latn"), ("de", None), ("deu_Latn", None), ("German", None), ("cmn", "Hant"), ("zh", None), ("tlh", "Latn"),
+    (None, None), ("arb", "Latn"), ("DEUTSCH", None),
+]  # fmt: skip
+
+
+def test_each_document_has_its_own_language(tmp_path: Path) -> None:
+    rows = [{"id": n, "text": "A.", "language": code, "script": script} for n, (code, script) in enumerate(LANGUAGES)]
+    (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = {"paths": [str(tmp_path / "l.jsonl")], "language_column": "language", "script_column": "script"}
+    of = source("huggingface", **columns, languages="all")
+    codes = ["deu_Latn"] * 4 + ["zho_Hant", "zho_Hans"] + [None] * 4
+    assert [document.language for document in of.documents()] == codes
+    assert problems(of)[:6] == [None] * 6
+    unknown = "SONAR has no such language; did you mean 'tgl_Latn'?"
+    assert problems(of)[6] == f"l.jsonl: line 7: 'language' is 'tlh' in the script 'Latn': {unknown}"
+    assert problems(of)[7] == "l.jsonl: line 8: 'language' is None: SONAR has no such language"
+    assert str(problems(of)[8]).startswith("l.jsonl: line 9: 'language' is 'arb' in the script 'Latn': SONAR has no")
+    assert of.describe()["languages"] == "all"
+    some = source("huggingface", **columns, languages=["zho_Hant", "German"])
+    assert some.config.languages == ["zho_Hant", "deu_Latn"]
+    assert [document.refused for document in some.documents()] == [None] * 5 + ["language"] * 5
+    one = open_source(some.config.model_copy(update={"languages": None}), "de")
+    assert [(d.refused, d.language) for d in one.documents()] == [(None, None)] * 4 + [("language", None)] * 6
+    with pytest.raises(ValueError, match="SONAR has no language 'germn'; did you mean 'deu_Latn'"):
+        source("huggingface", **columns, languages=["germn"])
+    with pytest.raises(ValueError, match="languages and script_column need language_column"):
+        source("huggingface", paths=["x.jsonl"], languages="all")
 
 
 def test_a_dataset_of_the_hub_that_cannot_be_reached_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,6 +99,13 @@ def test_any_text_at_all_can_be_split(text: str) -> None:
             ['"Why?"', "She was gone.", '"Ah! it is so . . . and so."', "Yes."],
         ),
         ("i went home. then i slept.", ["i went home.", "then i slept."]),
+        ("He waited... Then he left. She thought… Nobody", ["He waited...", "Then he left.", "She thought…", "Nobody"]),
+        (
+            "He waited... and left. “No...” he said. “Go…” She went.",
+            ["He waited... and left.", "“No...” he said.", "“Go…”", "She went."],
+        ),
+        ("... and then? …", ["... and then? …"]),
+        ("Wait ... Then go.. Type cd .. and ls .. Now", ["Wait ...", "Then go..", "Type cd .. and ls .. Now"]),
     ],
 )
 def test_where_sentences_end(text: str, sentences: list[str]) -> None:
@@ -145,6 +152,27 @@ def ends_found(text: str) -> set[int]:
         ("xx", ["དེ་རིང་གནམ་གཤིས་ཡག་པོ་འདུག།", "ང་ཚོ་ལྡུམ་རར་ཕྱིན་པ་ཡིན།"]),
         ("xx", ["မိုးရွာနေတယ်။", "သူလာပြီ။"]),
         ("xx", ["Անձրև է գալիս։", "Նա եկավ։"]),
+        ("xx", ["ዛሬ አየሩ ጥሩ ነው፡፡", "ወደ አትክልት ስፍራ ሄድን፡፡"]),
+        ("xx", ["དེ་རིང་གནམ་གཤིས་ཡག་པོ་འདུག། །", "མི་རིགས་དང༌། ཤ་མདོག་འདུག།"]),  # "and" ends no sentence
+        ("xx", ["გზა გრძელია.", "სახლი პატარაა."]),
+        ("xx", ["આજે વરસાદ છે.", "નદી વધે છે."]),
+        ("gu", ["આજે વરસાદ છે.", "નદી વધે છે."]),
+        ("ml", ["ഇന്ന് മഴയാണ്.", "പുഴ ഉയരുന്നു."]),
+        ("hy", ["Անձրև է գալիս։", "Նա եկավ։"]),
+        ("xx", ["இன்று மழை பெய்கிறது.", "ஆறு உயர்கிறது."]),
+        ("xx", ["ఈరోజు వర్షం.", "నది పెరుగుతోంది."]),
+        ("xx", ["ಇಂದು ಮಳೆ.", "ನದಿ ಏರುತ್ತಿದೆ."]),
+        ("xx", ["ਅੱਜ ਮੀਂਹ ਹੈ।", "ਨਦੀ ਵਧ ਰਹੀ ਹੈ।"]),
+        ("xx", ["ଆଜି ବର୍ଷା ହେଉଛି।", "ନଦୀ ବଢୁଛି।"]),
+        ("xx", ["අද වැසි.", "ගඟ ඉහළ යයි."]),
+        ("xx", ["ᱛᱮᱦᱮᱧ ᱫᱟᱜ ᱾", "ᱜᱟᱰᱟ ᱯᱮᱨᱮᱡ ᱾"]),
+        ("xx", ["היום יורד גשם.", "הנהר עולה?", "כן."]),
+        ("ur", ["آج بارش ہے۔", "دریا بڑھ رہا ہے۔"]),
+        ("xx", ["오늘은 비가 온다.", "강이 불어난다.", "정말?"]),
+        ("el", ["Βρέχει σήμερα;", "Ναι, βρέχει.", "Ωραία!"]),
+        ("xx", ["ⴰⵙⵙⴰ ⵉⵍⵍⴰ ⵓⵏⵥⴰⵔ.", "ⴰⵙⵉⴼ ⵉⴽⴽⴻⵔ."]),
+        ("xx", ["ມື້ນີ້ຝົນຕົກ.", "ແມ່ນ້ຳຂຶ້ນ."]),
+        ("xx", ["หนึ่ง...", "สอง"]),
     ],
 )
 def test_other_languages_end_their_sentences_where_they_do(language: str, sentences: list[str]) -> None:
@@ -194,6 +222,152 @@ def test_scripts_without_spaces_end_sentences_and_clauses_at_their_own_marks() -
 @pytest.mark.parametrize(
     "sentences",
     [
+        ["ថ្ងៃនេះអាកាសធាតុល្អ។", "យើងទៅសួនច្បារ។"],
+        ["မိုးရွာနေတယ်။", "သူလာပြီ။"],
+        ["ዛሬ አየሩ ጥሩ ነው።", "ልጆች እየተጫወቱ ነው።"],
+        ["आज बारिश है।", "नदी बढ़ रही है।"],
+        ["价格是१।५元。", "好。"],  # no end between digits
+    ],
+)
+def test_marks_of_scripts_need_no_space_behind_them(sentences: list[str]) -> None:
+    for language in ("en", "xx"):
+        assert splitter(language=language).split("".join(sentences)) == sentences
+
+
+QUOTED = "我们去公园散步。“真的吗？”她问。《红楼梦》是一部小说。（这是括号。）他说：“我不知道。”然后走了。"
+QUOTED_ENDS = [
+    "我们去公园散步。",
+    "“真的吗？”",
+    "她问。",
+    "《红楼梦》是一部小说。",
+    "（这是括号。）",
+    "他说：“我不知道。”",
+    "然后走了。",
+]
+
+
+@pytest.mark.parametrize("language", ["en", "xx", "zh", "ja"])
+def test_what_opens_a_quotation_or_a_title_belongs_to_the_sentence_behind_it(language: str) -> None:
+    if language == "ja":
+        pytest.importorskip("sudachipy")
+    of = splitter(language=language)
+    assert of.split(QUOTED) == QUOTED_ENDS
+    assert of.split('他说:"好。"她走了。"真的吗？"她问。真的!“好吧?”是的。') == [
+        '他说:"好。"',
+        "她走了。",
+        '"真的吗？"',
+        "她问。",
+        "真的!",
+        "“好吧?”",
+        "是的。",
+    ]
+    japanese = ["公園を散歩しました。", "「本当ですか？」", "「行く。」と言った。", "“はい。”、と彼は答えた。"]
+    assert of.split("".join(japanese)) == japanese
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_a_long_paragraph_is_handed_on_in_parts_that_every_tokenizer_takes(
+    language: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SudachiPy takes at most 49,149 bytes."""
+    of, sizes = splitter(language=language), []
+    begins = of._engine.begins
+    monkeypatch.setattr(
+        of._engine, "begins", lambda texts: sizes.extend(len(t.encode()) for t in texts) or begins(texts)
+    )
+    text = "今日は天気がいいです。公園を散歩しました。明日は雨かもしれません。"
+    assert of.split(text * 1200) == [f"{one}。" for one in text.split("。")[:-1]] * 1200
+    assert len(of.split("𠀀。" * 30_000)) == 30_000
+    assert 20_000 < max(sizes) <= 49_149
+
+
+def test_phrases_of_thai_and_lao_are_gathered_at_spaces() -> None:
+    thai = (
+        "โดยที่การยอมรับนับถือเกียรติศักดิ์ประจำตัว และสิทธิเท่าเทียมกัน ของสมาชิกทั้งหลายแห่งครอบครัวมนุษย์ "
+        "เป็นหลักมูลเหตุแห่งอิสรภาพ เมื่อวันที่ 10 ธันวาคม ความยุติธรรมและสันติภาพในโลก"
+    )
+    assert len(thai) > 150
+    for language in ("en", "xx"):
+        sentences = splitter(language=language).split(thai)
+        assert " ".join(sentences) == thai
+        assert len(sentences) == 2
+        assert all(30 < len(sentence) <= 120 for sentence in sentences)
+        assert any("วันที่ 10 ธันวาคม" in sentence for sentence in sentences)
+        assert splitter(language=language).split("\n\n".join(sentences)) == sentences
+    assert ENGLISH.split(f"{thai.split()[0]} {thai.split()[1]}") == [" ".join(thai.split()[:2])]  # short ones stay
+
+
+def test_long_words_of_scripts_without_spaces_are_cut_between_letters() -> None:
+    for word in ("ก็เป็นที่รู้กันว่า", "สิทธิ", "ក្រុង", "မြန်မာ"):
+        for piece in ENGLISH.split(word * 60):
+            assert len(piece) <= 250
+            assert piece[0] not in "\u0e31\u0e34\u0e35\u0e47\u0e49\u17d2\u103a\u1039"
+            assert piece[-1] not in "เแโใไ\u17d2\u1039"
+    tibetan = "དེ་རིང་གནམ་གཤིས་" * 40
+    assert all(piece.endswith("་") for piece in ENGLISH.split(tibetan))
+    assert all(piece.endswith("፡") for piece in ENGLISH.split("ስለሰብአዊ፡መብቶች፡" * 40))
+
+
+def test_with_none_each_line_is_a_sentence() -> None:
+    of = splitter(splitter="none", max_characters=40)
+    assert of.split("One. Two.\n\n three\x07\nand four") == ["One. Two.", "three", "and four"]
+    assert of.split("a word and another, and still one more of them") == [
+        "a word and another,",
+        "and still one more of them",
+    ]
+    with pytest.raises(ValueError, match="pipeline en_core_web_sm is of spaCy, the splitter is none"):
+        splitter(splitter="none", pipeline="en_core_web_sm")
+
+
+def icu(language: str = "en", **more: object) -> Splitter:
+    pytest.importorskip("icu4py")
+    return splitter(splitter="icu", language=language, **more)
+
+
+def test_icu_finds_the_same_ends_in_every_script() -> None:
+    for language in ("en", "und", "zh"):
+        of = icu(language)
+        assert of.split(QUOTED) == QUOTED_ENDS
+        assert of.split("Anna 🎉🎉 came. “Go!” 𝒳 said. (He did.) Yes.") == [
+            "Anna 🎉🎉 came.",
+            "“Go!”",
+            "𝒳 said.",
+            "(He did.)",
+            "Yes.",
+        ]
+        assert len(of.split("ዛሬ ነው። ወደ ሄድን። Βρέχει σήμερα; Ναι. གནམ་འདུག། ང་ཡིན།")) == 6
+    assert icu().split("Dr. Smith met Mr. Jones. They left... Then") == [
+        "Dr. Smith met Mr. Jones.",
+        "They left...",
+        "Then",
+    ]
+    assert icu().split("First. Second.\n\nThird. Fourth.") == ["First.", "Second.", "Third.", "Fourth."]
+    settings = icu().settings()
+    assert settings["splitter"] == "icu"
+    assert settings["library"].startswith("icu4py 1.")
+    assert Splitter.from_settings(settings, None, "x").config.splitter == "icu"
+
+
+@given(TEXTS)
+@settings(max_examples=100, deadline=None)
+def test_icu_loses_nothing_and_splits_its_sentences_the_same_way(text: str) -> None:
+    of = icu(max_characters=24)
+    sentences = of.split(text)
+    assert "".join("".join(sentences).split()) == "".join(text.split())
+    assert of.split("\n\n".join(sentences)) == sentences
+
+
+def test_settings_lead_back_to_a_splitter() -> None:
+    given = {"splitter": "none", "split_by": "SaT sat-12l-sm", "language": "de"}
+    assert Splitter.from_settings(given, None, "x").config == SentencesConfig(language="de")  # type: ignore[call-arg]
+    several = {**ENGLISH.settings(), "language": "by document"}
+    assert Splitter.from_settings(several, None, "x").config.language == "xx"
+    assert Splitter.from_settings(several, "fr", "x").config.language == "fr"
+
+
+@pytest.mark.parametrize(
+    "sentences",
+    [
         ["今天下雨了。", "河水上涨了！", "人们走了吗？", "是的。"],
         ["他说：“下雨了。”", "然后走了。"],
         ["雨が降る。", "「本当か？」", "はい。"],
@@ -223,8 +397,10 @@ def test_settings_say_what_determines_the_sentences() -> None:
     said = splitter(max_characters=99).settings()
     assert said["max_characters"] == 99
     assert said["language"] == "en"
-    assert said["rules"] == 2  # another number where a text gets other sentences
+    assert said["rules"] == 3  # another number where a text gets other sentences
     assert said["library"].startswith("spacy 3.")
+    assert "Thai and Lao: at spaces" in said["phrases"]
+    assert splitter(splitter="none").settings() == {"splitter": "none", "language": "en", "max_characters": 250}
 
 
 def test_what_is_not_installed_is_a_mistake_with_its_remedy() -> None:

@@ -15,7 +15,7 @@ from lcm_ds.data.shard import Shard
 from lcm_ds.data.tools.fit_normalizer import fit_normalizer
 from lcm_ds.errors import InputError
 from lcm_ds.files import OpenFile
-from lcm_ds.train.job_builder import build_job
+from lcm_ds.train.job_builder import build_job, encoder_lines
 from lcm_ds.train.trace import trace
 
 
@@ -208,6 +208,34 @@ def test_a_mixture_with_another_end_of_text_is_refused(two):
         assert f", those of {one} with 'End of text.' (" in line
         (line,) = errors(train=str(one), validation=str(other))
         assert "data: documents of" in line
+
+
+def test_languages_and_dtypes_of_one_encoder_mix_with_a_line_that_says_so(two, make_config, capsys):
+    one, other, describe, errors = two
+    end = json.loads((one / "dataset.json").read_text())["end_of_text"]
+    sonar = {"name": "sonar", "model": "hub/sonar", "revision": "a", "language": "eng_Latn", "dtype": "float16"}
+    describe(one, encoder=sonar)
+    german = {**end, "vector": [-number for number in end["vector"]]}
+    describe(other, encoder={**sonar, "language": "deu_Latn", "dtype": "bfloat16"}, end_of_text=german)
+    assert errors() == []
+    fit_normalizer([str(one), str(other)])
+    differences = "one encoder, but language eng_Latn and deu_Latn, dtype float16 and bfloat16"
+    assert f"{one} and {other}: {differences}\n" in capsys.readouterr().out
+    data = {"train": [{"path": str(one)}, {"path": str(other)}], "row_length": 32, "max_segment": 16}
+    for more in ({}, {"train": str(one), "validation": str(other)}):
+        [line] = encoder_lines(build_job(make_config(data={**data, **more}), [], 1))
+        assert line.startswith(f"{one} and {other}: {differences}; their documents end with other concepts")
+    assert main(["train", str(make_config(data=data)), "--dry-run", "--ranks", "2"]) == 0
+    assert f"encoders      {one} and {other}: {differences}" in capsys.readouterr().out
+    describe(other, encoder={**sonar, "dtype": "bfloat16"}, end_of_text=german)  # of one language ends are the same
+    assert len(errors()) == 1
+    describe(other, encoder={**sonar, "language": "deu_Latn"}, end_of_text=None)
+    assert len(errors()) == 1
+    for key in ("name", "model", "revision"):
+        describe(other, encoder={**sonar, key: "b"}, end_of_text=end)
+        assert "all datasets of a run need the same encoder" in errors()[0]
+        with pytest.raises(InputError, match="a mixture has one"):
+            fit_normalizer([str(one), str(other)])
 
 
 def test_supervised_datasets_of_a_mixture_need_one_suffix_and_mix_with_plain_ones(two, synthetic_dataset):

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from lcm_ds.config import WeightedPath
+from lcm_ds.data.concepts import encoder_differences, same_space
 from lcm_ds.data.format import Dataset, ShardInfo, open_dataset, write_normalizer, write_normalizer_file
 from lcm_ds.data.normalizer import Constants, constant, draw, fit
 from lcm_ds.data.remote.cache import Cache
@@ -63,6 +64,8 @@ def fit_normalizer(mixture: Sequence[str], samples: int = 1_000_000, output: str
         ],
     }
     for dataset, share, each in zip(datasets, shares, drawn, strict=True):
+        if difference := encoder_differences(datasets[0].info.encoder, dataset.info.encoder):
+            print(f"{datasets[0].path} and {dataset.path}: one encoder, but {difference}")
         print(f"{dataset.path}: {len(each):,} of {dataset.info.totals.concepts:,} concepts, {share:.1%} of the sample")
     if output is not None:
         write_normalizer_file(Path(output), center, scale, statistics)
@@ -86,7 +89,7 @@ def _open(mixture: Sequence[str], output: str | None, cache: str) -> tuple[list[
             datasets.append(open_dataset(named.path, Cache(cache), checksums=False))
             weights.append(named.weight)
     for other in datasets[1:]:
-        if other.info.encoder != datasets[0].info.encoder or other.embed_dim != datasets[0].embed_dim:
+        if not same_space(other.info.encoder, datasets[0].info.encoder) or other.embed_dim != datasets[0].embed_dim:
             errors.errors.append(
                 f"{other.path}: its encoder is {other.info.encoder}, that of {datasets[0].path} "
                 f"{datasets[0].info.encoder}: a mixture has one"
