@@ -39,6 +39,11 @@ class UnitResult:
     encoded: int = 0  # distinct sentences
     not_encoded: dict[str, str] = field(default_factory=dict)  # document ids and errors
     unreadable: list[str] = field(default_factory=list)  # positions of documents and errors
+    largest_error: float | None = None  # of adopted concepts: the largest change of a number by storing it
+
+    def line(self) -> str:
+        """The unit as JSON with a newline, without keys that are None."""
+        return json.dumps({key: value for key, value in asdict(self).items() if value is not None}) + "\n"
 
     @property
     def documents(self) -> int:
@@ -146,7 +151,7 @@ def read_units(out: Path) -> list[UnitResult]:
 def add_unit(out: Path, unit: UnitResult) -> None:
     """Append a unit's line and sync it, which makes the unit done."""
     with (out / UNITS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(unit)) + "\n")
+        file.write(unit.line())
         file.flush()
         os.fsync(file.fileno())
 
@@ -154,7 +159,7 @@ def add_unit(out: Path, unit: UnitResult) -> None:
 def keep_units(out: Path, units: Iterable[UnitResult]) -> None:
     """Make these the only units that are done; the shards of others are uncommitted, to be made again."""
     units = list(units)
-    write_whole(out / UNITS, "".join(json.dumps(asdict(unit)) + "\n" for unit in units))
+    write_whole(out / UNITS, "".join(unit.line() for unit in units))
     _uncommit_shards(out, {unit.unit for unit in units})
 
 
