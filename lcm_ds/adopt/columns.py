@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lcm_ds.adopt.lists import (
-    CONCEPTS,
-    SENTENCES,
+    CONCEPT_TYPES,
+    SENTENCE_TYPES,
     Concepts,
     Sentences,
     holds_concepts,
@@ -62,7 +62,7 @@ class Columns:
             concepts = [name for name, kind in fields.items() if holds_concepts(kind)]
             if not concepts:
                 shown = ", ".join(f"{name} ({kind})" for name, kind in fields.items())
-                raise InputError(f"{part}: has no column of concepts ({CONCEPTS}); its columns: {shown}")
+                raise InputError(f"{part}: has no column of concepts ({CONCEPT_TYPES}); its columns: {shown}")
             if len(concepts) != (2 if (described(schema) or {}).get("supervised") else 1):
                 raise InputError(
                     f"{part}: has several columns of concepts ({', '.join(concepts)}): name one in "
@@ -71,8 +71,8 @@ class Columns:
         if not sentences:
             sentences = _sentences_of(concepts, fields, part)
         for key, names, fits, meant in (
-            ("concepts_columns", concepts, holds_concepts, CONCEPTS),
-            ("sentences_columns", sentences, holds_sentences, SENTENCES),
+            ("concepts_columns", concepts, holds_concepts, CONCEPT_TYPES),
+            ("sentences_columns", sentences, holds_sentences, SENTENCE_TYPES),
         ):
             for name in names:
                 if name not in fields:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lcm_ds.config import PrepareConfig, read_yaml, validate
 
-CONFIG = "configs/prepare/adopt.yaml"
+_RECIPE = "configs/prepare/adopt.yaml"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FILES = (".parquet", ".npy", ".npz", ".arrow", ".jsonl", ".tar")
 
@@ -46,7 +46,7 @@ def adoption_config(
     Raises:
         InputError: With a line for every invalid value.
     """
-    mapping = read_yaml(CONFIG, overrides)
+    mapping = read_yaml(_RECIPE, overrides)
     block = mapping["source"]
     if is_hub_id(source):
         block["dataset"], block["paths"] = source, []

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.types as types
 
 _Read = TypeVar("_Read")
-CONCEPTS = "lists of lists of half, float or double"  # the types of a column of concepts, for messages
-SENTENCES = "lists of strings"
+CONCEPT_TYPES = "lists of lists of half, float or double"  # the types of a column of concepts, for messages
+SENTENCE_TYPES = "lists of strings"
 
 
 class Concepts(NamedTuple):

@@ -18,7 +18,7 @@ import numpy as np
 
 from lcm_ds.adopt.columns import Block
 from lcm_ds.adopt.lists import Concepts, Sentences
-from lcm_ds.adopt.parts import BLOCK_BYTES
+from lcm_ds.adopt.parts import BLOCK_BYTES, stamp
 from lcm_ds.config import SourceConfig
 from lcm_ds.errors import InputError, first_line
 from lcm_ds.text.files import check_size
@@ -226,14 +226,23 @@ def _only_jsonl(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-@lru_cache(maxsize=8)
 def _archive(path: str) -> Any:
+    """An .npz file, kept open."""
+    return _open_archive(path, stamp(path))
+
+
+def _load(place: str, name: str) -> np.ndarray:
+    """The array of all concepts, mapped into memory. Raises InputError."""
+    return _map(place, name, stamp(place))
+
+
+@lru_cache(maxsize=8)
+def _open_archive(path: str, stamp: tuple[int, int] | None) -> Any:
     return np.load(path, allow_pickle=False)
 
 
 @lru_cache(maxsize=4)
-def _load(place: str, name: str) -> np.ndarray:
-    """The array of all concepts, mapped into memory. Raises InputError."""
+def _map(place: str, name: str, stamp: tuple[int, int] | None) -> np.ndarray:
     try:
         return _as_concepts(np.load(place, mmap_mode="r", allow_pickle=False))
     except (ValueError, OSError) as error:

@@ -190,9 +190,27 @@ def _one_width(columns: Columns, schema: Any, name: str) -> int | None:
     return next(iter(known), None)
 
 
-@lru_cache(maxsize=4)
+def stamp(place: str) -> tuple[int, int] | None:
+    """Bytes and time of change of a local file, by which one that is kept open is known; None if it is not there."""
+    try:
+        status = os.stat(place)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def _parquet(place: str, name: str) -> tuple[Any, int]:
     """A parquet file, kept open, and its bytes. Raises InputError."""
+    return _open_parquet(place, name, stamp(place))
+
+
+def _arrow(place: str, name: str) -> tuple[list[Any], Any]:
+    """The record batches of a file, mapped into memory, and their schema. Raises InputError."""
+    return _open_arrow(place, name, stamp(place))
+
+
+@lru_cache(maxsize=4)
+def _open_parquet(place: str, name: str, stamp: tuple[int, int] | None) -> tuple[Any, int]:
     import pyarrow.parquet
 
     if "://" in place:
@@ -209,8 +227,7 @@ def _parquet(place: str, name: str) -> tuple[Any, int]:
 
 
 @lru_cache(maxsize=4)
-def _arrow(place: str, name: str) -> tuple[list[Any], Any]:
-    """The record batches of a file, mapped into memory, and their schema. Raises InputError."""
+def _open_arrow(place: str, name: str, stamp: tuple[int, int] | None) -> tuple[list[Any], Any]:
     import pyarrow
 
     try:
