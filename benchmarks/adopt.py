@@ -1,6 +1,6 @@
 """`lcm-ds adopt` and `lcm-ds export-data` compared with pyarrow alone on the same data, in turns; and their memory.
 
-python benchmarks/adopt.py [--concepts 200000] [--embed-dim 1024] [--row-group 1000] [--repeats 3]
+python benchmarks/adopt.py [--concepts 300000] [--embed-dim 1024] [--row-group 1000] [--repeats 3]
 
 Read alone: pyarrow decodes every row of the file, and nothing is done with it. Adopted: it becomes shards in float16,
 synced to the disk, in one process. Written alone: pyarrow writes the table, already in memory, as it does by default.
@@ -38,7 +38,7 @@ SETTINGS = [f"normalizer_samples={SAMPLES}", "validation=0"]
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--concepts", type=int, default=200_000)
+    parser.add_argument("--concepts", type=int, default=300_000)
     parser.add_argument("--embed-dim", type=int, default=1024)
     parser.add_argument("--row-group", type=int, default=1000, help="documents")
     parser.add_argument("--repeats", type=int, default=3)

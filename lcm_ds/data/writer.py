@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lcm_ds.errors import InputError
 from lcm_ds.files import sha256_of, sync, write_whole
 
 _BUFFER_BYTES = 1 << 18
+_MOST_OCTAL = 8**11 - 1  # what a size field of a tar holds in digits
 # WebDataset splits key and extension at the first dot; names of this kind and length fit a plain ustar header.
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
@@ -136,18 +137,15 @@ class ShardWriter(AbstractContextManager["ShardWriter"]):
         self._supervised.add(supervised)
 
     def _member(self, name: str, *data: bytes | memoryview) -> None:
-        """Write a member of the tar, byte for byte as webdataset's TarWriter does, in a third of the time.
+        """Write a member of the tar, byte for byte as webdataset's TarWriter does, and faster.
 
         Time, owner and mode are fixed, so that a shard's bytes are a function of its documents.
         """
-        member = tarfile.TarInfo(name)
-        member.size = sum(memoryview(piece).nbytes for piece in data)
-        member.mode = 0o644
-        header = member.tobuf(tarfile.PAX_FORMAT, errors="surrogateescape")
-        padding = bytes(-member.size % tarfile.BLOCKSIZE)
+        size = sum(memoryview(piece).nbytes for piece in data)
+        header, padding = _tar_header(name, size), bytes(-size % tarfile.BLOCKSIZE)
         for piece in (header, *data, padding):
             self._file.write(piece)
-        self._bytes += len(header) + member.size + len(padding)
+        self._bytes += len(header) + size + len(padding)
 
     def finish(self) -> ShardInfo:
         """Sync the tar and write its record in the index; only then has it its name. Returns its line for `commit`."""
@@ -214,6 +212,32 @@ def _overflow(concept: np.ndarray, dtype: str) -> str:
     """For messages: that a finite concept does not fit into `dtype`."""
     largest = float(np.abs(concept).max())
     return f" in {dtype} (it holds ±{largest:.6g})" if np.isfinite(largest) else ""
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    """The header of a member, that of tarfile."""
+    if len(name) > tarfile.LENGTH_NAME or not name.isascii() or size > _MOST_OCTAL:
+        return _header_by_tarfile(name, size)
+    template, template_sum = _template()
+    header = bytearray(template)
+    header[: len(name)] = encoded = name.encode()
+    header[124:135] = digits = b"%011o" % size
+    header[148:154] = b"%06o" % (template_sum + sum(encoded) + sum(digits))
+    return bytes(header)
+
+
+def _header_by_tarfile(name: str, size: int) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o644
+    return member.tobuf(tarfile.PAX_FORMAT, errors="surrogateescape")
+
+
+@cache
+def _template() -> tuple[bytes, int]:
+    """A header without name, size and checksum, and the checksum's part of all but name and size."""
+    header = bytearray(_header_by_tarfile("", 0))
+    header[124:135] = bytes(11)
+    return bytes(header), sum(header[:148]) + sum(header[156:]) + 8 * ord(" ")
 
 
 @lru_cache(maxsize=1 << 12)  # documents of the same length have the same header

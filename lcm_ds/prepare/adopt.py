@@ -40,6 +40,7 @@ from lcm_ds.text.base import UNREADABLE, TextDocument
 ADOPTING_CORES = 2  # of a process: one decodes what the other writes
 _CALIBRATION_CONCEPTS = 4096  # from the beginning of the source, for the steps of int8
 _AHEAD = 2  # blocks
+_FINISHING = 2  # units whose bytes are on their way to the disk while the next one is written
 _Item = TypeVar("_Item")
 # Those of Arrow are not, and nothing here writes into them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -245,7 +246,7 @@ class _Maker:
                     unit = unit or _UnitWriter(self, piece.unit)
                     unit.add(piece)
                     if piece.last:
-                        while len(finishing) > 0:
+                        while len(finishing) >= _FINISHING:
                             finishing.popleft().result()
                         finishing.append(pool.submit(self._finish, unit))
                         unit = None
