@@ -14,19 +14,20 @@ from lcm_ds.errors import InputError, first_line
 from lcm_ds.text.files import check_size
 from lcm_ds.text.parquet import open_parquet
 
-BLOCK_BYTES = 8 << 20  # of the rows that are in memory at a time; more is slower: it leaves the processor's caches
+BLOCK_BYTES = 4 << 20  # of the rows that are in memory at a time; more is slower: it leaves the processor's caches
 _BUFFER_BYTES = 1 << 20  # that pyarrow reads of a column at a time
 
 
 class Part(Protocol):
     """A file, or a folder of .npy files.
 
-    name: for messages and ids; size: bytes; split: the one that its folder names, if any; groups: the rows of each of
-    its groups, the smallest parts that are read without reading others; together: whether a group is read from its
-    beginning, so that it is not worth sharing; supervised: whether it has concepts of sources and
+    place: path or URL; name: for messages and ids; size: bytes; split: the one that its folder names, if any; groups:
+    the rows of each of its groups, the smallest parts that are read without reading others; together: whether a group
+    is read from its beginning, so that it is not worth sharing; supervised: whether it has concepts of sources and of
     targets; itemsize: bytes of a number; width: numbers in a concept, None if it holds none.
     """
 
+    place: str
     name: str
     size: int
     split: str | None

@@ -134,7 +134,9 @@ class ConceptSource:
         keys = {"paths", "dataset", "config", "split", "revision", "id_column", "concepts_columns", "sentences_columns"}
         chosen = self.config.model_dump(include=keys, exclude_none=True)
         chosen = {key: value for key, value in chosen.items() if value not in ([], {})}
-        return {"name": "concepts", **chosen, "files": len(self.parts), "bytes": self.bytes}
+        commits = (re.search(r"@([0-9a-f]{40})/", part.place) for part in self.parts)
+        revision = next(({"revision": commit[1]} for commit in commits if commit), {})
+        return {"name": "concepts", **chosen, **revision, "files": len(self.parts), "bytes": self.bytes}
 
     def index(self) -> dict[str, Any]:
         """The parts, with the results of inspecting them."""

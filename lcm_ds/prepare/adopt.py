@@ -1,6 +1,6 @@
 """Units of concepts that exist already: read in small blocks by one thread, written as shards by others.
 
-In memory are a few blocks of about 8 MB, whatever the size of units and row groups.
+In memory are a few blocks of about 4 MB, whatever the size of units and row groups.
 """
 
 from __future__ import annotations

@@ -456,3 +456,4 @@ def test_a_hub_dataset_is_read_by_its_name(tmp_path):
         server.wait()
     assert done.returncode == 0, done.stderr
     check(tmp_path / "out/train", made)
+    assert open_dataset(tmp_path / "out/train").info.source["revision"] == "0123456789abcdef0123456789abcdef01234567"
