@@ -99,6 +99,32 @@ def build_parser() -> argparse.ArgumentParser:
         help="JSON has source_sentences (ending with SUFFIX) and target_sentences")  # fmt: skip
     add("--threads", type=int, default=4, metavar="N", help="tars read at a time; default: 4")
 
+    command = _add_command(commands, "adopt", adopt, "sentences that are encoded already → dataset",
+                           "lcm-ds adopt embeddings/ datasets/adopted --encoder name=sonar "
+                           "model=cointegrated/SONAR_200_text_encoder")  # fmt: skip
+    add = command.add_argument
+    add(
+        "source",
+        metavar="SOURCE",
+        help="parquet, .npy, a folder of them, a Hugging Face dataset (folder or hub id)",
+    )
+    add("output", metavar="OUT", help="folder of the dataset: OUT/train and OUT/validation")
+    add("--like", metavar="DATASET", help="take encoder, language and concepts of --end-of-text from this dataset")
+    add("--encoder", nargs="+", metavar="KEY=VALUE", help="name=…, model=…: the encoder of the concepts")
+    add("--concepts", nargs="+", metavar="COLUMN", help="column of concepts, or of supervised documents two")
+    add("--sentences", nargs="+", metavar="COLUMN", help="column of sentences for each")
+    add("--end-of-text", nargs="?", const="", metavar="TEXT",
+        help="add this concept to each document; default TEXT: End of text.")  # fmt: skip
+    add("--source-suffix", nargs="?", const="", metavar="TEXT",
+        help="add this concept to each supervised source; default TEXT: [MODEL]:")  # fmt: skip
+    add("--processes", type=int, metavar="N", help="default: one for two cores")
+    _add_overrides(command)
+
+    add = _add_command(commands, "export-data", export_data, "write a dataset as parquet in the columns of Meta's code",
+                       "lcm-ds export-data datasets/quickstart/train train.parquet").add_argument  # fmt: skip
+    add("dataset", metavar="DATASET")
+    add("output", metavar="OUT.parquet", help="a new file")
+
     add = _add_command(commands, "inspect", inspect, "summarise a dataset",
                        "lcm-ds inspect datasets/quickstart --verify").add_argument  # fmt: skip
     add("dataset", metavar="DATASET")
@@ -247,16 +273,21 @@ def _clean_up_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
+def _encoder(words: Sequence[str] | None) -> dict[str, str] | None:
+    """The option --encoder KEY=VALUE ... Raises InputError."""
+    if words is None:
+        return None
+    if invalid := [text for text in words if "=" not in text]:
+        raise InputError([f"--encoder {text}: has to be KEY=VALUE" for text in invalid])
+    return dict(text.split("=", 1) for text in words)
+
+
 def index(arguments: argparse.Namespace) -> None:
     from lcm_ds.data.format import Supervised
     from lcm_ds.data.tools.index import index
 
     _clean_up_on_sigterm()
-    encoder = None
-    if arguments.encoder is not None:
-        if invalid := [text for text in arguments.encoder if "=" not in text]:
-            raise InputError([f"--encoder {text}: has to be KEY=VALUE" for text in invalid])
-        encoder = dict(text.split("=", 1) for text in arguments.encoder)
+    encoder = _encoder(arguments.encoder)
     if arguments.threads < 1:
         raise InputError(f"--threads: has to be 1 or more, not {arguments.threads}")
     index(
@@ -270,6 +301,33 @@ def index(arguments: argparse.Namespace) -> None:
         threads=arguments.threads,
         supervised=None if arguments.supervised is None else Supervised(source_suffix=arguments.supervised or None),
     )
+
+
+def adopt(arguments: argparse.Namespace) -> int:
+    from lcm_ds.adopt.command import adoption_config
+    from lcm_ds.prepare import run
+
+    return run(
+        lambda: adoption_config(
+            arguments.source,
+            arguments.output,
+            encoder=_encoder(arguments.encoder),
+            like=arguments.like,
+            concepts=arguments.concepts or [],
+            sentences=arguments.sentences or [],
+            end_of_text=arguments.end_of_text,
+            source_suffix=arguments.source_suffix,
+            processes=arguments.processes,
+            overrides=arguments.overrides,
+        )
+    )
+
+
+def export_data(arguments: argparse.Namespace) -> None:
+    from lcm_ds.adopt.export import export_data
+
+    _clean_up_on_sigterm()
+    export_data(arguments.dataset, arguments.output)
 
 
 def inspect(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,15 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from lcm_ds import resources
 from lcm_ds.errors import InputError, did_you_mean, first_line
@@ -46,7 +54,7 @@ class RangeConfig(Schema):
 class SourceConfig(Schema):
     """The source of documents."""
 
-    name: Literal["sample", "huggingface", "files"]
+    name: Literal["sample", "huggingface", "files", "concepts"]
     # huggingface: a hub id, or a local folder or file as load_dataset takes it; unset if `paths` name files
     dataset: str | None = None
     config: str | None = None
@@ -74,6 +82,16 @@ class SourceConfig(Schema):
     take: int | None = Field(None, gt=0)
     # sample: stop once the documents have this many sentences in total
     take_sentences: int | None = Field(None, gt=0)
+    # concepts: paths (or dataset) name parquet, .npy or Hugging Face datasets of sentences that are encoded already.
+    # Columns of concepts and of their sentences, two of each for supervised documents; default: by their types
+    concepts_columns: list[str] = Field([], max_length=2)
+    sentences_columns: list[str] = Field([], max_length=2)
+    # what made the concepts, as in dataset.json: name, model, …; or a dataset of the same encoder
+    encoder: dict[str, Any] = {}
+    like: str | None = None
+    # sentences whose concepts are added, encoded by that encoder or taken from `like`: the end of each document, the
+    # end of each supervised source
+    add: list[Literal["end_of_text", "source_suffix"]] = []
 
     @field_validator("languages")
     @classmethod
@@ -93,6 +111,7 @@ class SourceConfig(Schema):
             )
         if self.name == "files" and not self.paths:
             raise ValueError("source files needs paths: a list of text files or globs")
+        self._check_concepts()
         columns = {"filter": self.filter, "language_column": self.language_column, "source_column": self.source_column}
         if self.name != "huggingface" and (named := [name for name, value in columns.items() if value]):
             raise ValueError(f"{', '.join(named)}: only for source huggingface; {self.name} has no columns")
@@ -104,15 +123,39 @@ class SourceConfig(Schema):
             raise ValueError(f"take_sentences is only for source sample; for source {self.name} use take")
         return self
 
+    def _check_concepts(self) -> None:
+        """Raise ValueError if a key belongs only to the source concepts, or not to it."""
+        only = {"concepts_columns": self.concepts_columns, "sentences_columns": self.sentences_columns,
+                "encoder": self.encoder, "like": self.like, "add": self.add}  # fmt: skip
+        if self.name != "concepts":
+            if named := [name for name, value in only.items() if value]:
+                raise ValueError(f"{', '.join(named)}: only for source concepts")
+            return
+        if bool(self.dataset) == bool(self.paths):
+            raise ValueError("source concepts needs either dataset (a hub id) or paths (parquet, .npy, folders)")
+        if self.skip or self.take:
+            raise ValueError("skip, take: not for source concepts")
+        if self.encoder and self.like:
+            raise ValueError("like and encoder both say what made the concepts: give one of them")
+        if self.encoder and not self.encoder.get("name"):
+            raise ValueError("encoder: has to have a name")
+        if self.sentences_columns and len(self.sentences_columns) != max(1, len(self.concepts_columns)):
+            raise ValueError(
+                f"sentences_columns: names {len(self.sentences_columns)} columns, concepts_columns "
+                f"{len(self.concepts_columns)}; each column of concepts has one of sentences"
+            )
+        if "source_suffix" in self.add and not self.supervised:
+            raise ValueError("add: source_suffix is for supervised documents: concepts_columns has to name two")
+
     @property
     def supervised(self) -> bool:
         """Whether its documents have a source part and a target part."""
-        return self.source_column is not None
+        return self.source_column is not None or len(self.concepts_columns) == 2
 
     @property
     def has_ids(self) -> bool:
         """Whether its documents have their own ids; else ids are made from paths and line numbers."""
-        return self.name == "sample" or (self.name == "huggingface" and self.id_column is not None)
+        return self.name == "sample" or (self.name in ("huggingface", "concepts") and self.id_column is not None)
 
     @property
     def text_columns(self) -> list[str]:
@@ -165,7 +208,7 @@ class PrepareConfig(Schema):
     output: str
     source: SourceConfig
     sentences: SentencesConfig = SentencesConfig()  # type: ignore[call-arg]
-    encoder: EncoderConfig
+    encoder: EncoderConfig | None  # only source concepts has none
     # of the stored concepts; int8 takes half the space of float16, with a scale per dimension
     dtype: Literal["float16", "float32", "int8"] = "float16"
     # encoding processes without a launcher; default: one per GPU, on a CPU one per `encoder.threads` cores
@@ -181,6 +224,27 @@ class PrepareConfig(Schema):
     max_refused: float = Field(0.01, ge=0, le=1)  # tolerated share of unreadable documents; one is always tolerated
     check_space: bool = True  # refuse to start if, by an estimate, the dataset will not fit on the disk
 
+    @model_validator(mode="before")
+    @classmethod
+    def _not_needed(cls, mapping: Any) -> Any:
+        if isinstance(mapping, dict) and isinstance(source := mapping.get("source"), dict | SourceConfig):
+            name = source.get("name") if isinstance(source, dict) else source.name
+            return {"encoder": None, **mapping} if name == "concepts" else mapping
+        return mapping
+
+    @field_validator("encoder")
+    @classmethod
+    def _needed(cls, value: EncoderConfig | None, info: ValidationInfo) -> EncoderConfig | None:
+        source = info.data.get("source")
+        if source is not None and (source.name == "concepts") != (value is None):
+            raise ValueError("is missing" if value is None else "source concepts has source.encoder instead")
+        return value
+
+    @property
+    def threads(self) -> int:
+        """Of each process that encodes."""
+        return 1 if self.encoder is None else self.encoder.threads
+
     @model_validator(mode="after")
     def _rules_of_all_languages(self) -> PrepareConfig:
         if self.source.languages is not None and self.sentences.pipeline is not None:
@@ -192,7 +256,7 @@ class PrepareConfig(Schema):
     @property
     def language_of_each(self) -> bool:
         """Whether each document is encoded with its own language."""
-        return self.source.languages is not None and self.encoder.name == "sonar"
+        return self.source.languages is not None and self.encoder is not None and self.encoder.name == "sonar"
 
 
 # --- lcm-ds train -----------------------------------------------------------------------------------------------------

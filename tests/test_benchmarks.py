@@ -17,6 +17,7 @@ from lcm_ds.deepspeed_config import accumulation_steps
 ROOT = Path(__file__).parent.parent
 # script → the options of each call, with small sizes
 RUNS = {
+    "adopt": ["--concepts 3000 --embed-dim 16 --row-group 20 --repeats 1 --folder {folder}"],
     "checkpoint": ["--preset quickstart --ranks 1 --stages 1 --folder {folder}"],
     "count_kernels": ["--layers 2"],
     "encode": [
@@ -36,6 +37,13 @@ RUNS = {
 }
 # script → text in its tables: one alternative of each kind
 SHOWN = {
+    "adopt": [
+        "| read by pyarrow alone |",
+        "| adopted |",
+        "| written by pyarrow alone |",
+        "| exported |",
+        "memory, MiB",
+    ],
     "checkpoint": ["| 1 | waiting |", "| 1 | in the background |"],
     "count_kernels": ["eager, 2 layers", "generated kernels", "eager on a GPU"],
     "encode": ["in order, float32", "device only, float32", "device only, bfloat16", "all the way", "sonar-random on"],

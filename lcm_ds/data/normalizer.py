@@ -200,7 +200,7 @@ def draw(
                 sample[entries], left[entries] = concepts, True
     if sample is None:
         raise InputError("there are no concepts to fit a normaliser to")
-    return sample[left][:size]
+    return sample if left.all() and len(sample) <= size else sample[left][:size]  # without a copy of all
 
 
 def _numbers(seed: int, name: str, count: int) -> np.ndarray:

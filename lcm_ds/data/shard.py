@@ -88,13 +88,17 @@ class Shard:
         self._texts: dict[str, tuple[int, int]] = {}
         self._npys: list[tuple[int, int]] = []
         self.offsets: list[int] = []
+        self.unread: list[
+            str
+        ] = []  # members that end in the extension and are no documents by WebDataset's rule of keys
         lengths = []
+        ending = f".{extension}"
         try:
             members = read_members(self.file, self.location)
         except OSError as error:
             raise InputError(f"{self.location}: cannot be read: {error.strerror}") from None
         for name, offset, size, head in zip(*members, strict=True):
-            key, kind = _split(name)
+            key, kind = split_name(name)
             if kind == extension:
                 length = _length(head, size, self.embed_dim, self.dtype)
                 begin = HEAD
@@ -108,6 +112,8 @@ class Shard:
                 self._metas[key] = (offset, size)
             elif kind == self._text_extension:
                 self._texts[key] = (offset, size)
+            elif kind.endswith(ending) or (not kind and name.lower().endswith(ending)):
+                self.unread.append(name)
         self.lengths = np.array(lengths, np.int64)
         self._check_counts(info)
 
@@ -228,7 +234,8 @@ class Shard:
         if key not in self._texts:
             return None
         try:
-            text = self._bytes(f"{key}.{extension}", *self._texts[key]).decode("utf-8").removesuffix("\n")
+            text = self._bytes(f"{key}.{extension}", *self._texts[key]).decode("utf-8-sig")
+            text = text.replace("\r\n", "\n").removesuffix("\n")
         except UnicodeDecodeError as error:
             raise InputError(f"{self.location}: {key}.{extension}: not UTF-8: {error}") from None
         return text.split("\n") if text else []
@@ -266,7 +273,12 @@ class Shard:
             raise InputError(f"{location}: holds pickled objects, which are never loaded; concepts are plain numbers")
         if dtype.kind == "V":
             raise InputError(f"{location}: holds {dtype}; concepts are plain numbers")
-        if len(shape) != 2 or min(shape) < 0 or (fortran_order and 1 not in shape):
+        if fortran_order and len(shape) == 2 and min(shape) > 1:
+            raise InputError(
+                f"{location}: {list(shape)} is in Fortran order (column by column): save it again with "
+                "numpy.ascontiguousarray, as concepts are read where they are"
+            )
+        if len(shape) != 2 or min(shape) < 0:
             raise InputError(f"{location}: has shape {list(shape)}; concepts are [n, embed_dim], row by row")
         self.dtype, self.embed_dim = self.dtype or dtype, self.embed_dim or shape[1]
         if dtype != self.dtype:
@@ -403,7 +415,12 @@ def _open(path: Path) -> OpenFile:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _split(name: str) -> tuple[str, str]:
+def is_apple_double(name: str) -> bool:
+    """Whether this is what tar of macOS keeps beside a file, under its name behind "._"."""
+    return name.rpartition("/")[2].startswith("._")
+
+
+def split_name(name: str) -> tuple[str, str]:
     """Key and extension as in WebDataset: split at the first dot after the last slash."""
     if "/" not in name:
         key, _, kind = name.partition(".")

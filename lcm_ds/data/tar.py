@@ -2,6 +2,7 @@
 
 Reads the output of WebDataset's writer and of GNU tar: ustar headers, pax and GNU long names. Anything else is refused,
 and so is an archive without its end mark: one cut off between two members would otherwise pass for a shorter one.
+Archives put together with cat are read to the end of the last one, as by `tar --ignore-zeros`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ _USTAR = np.frombuffer(b"ustar\0", np.uint8)  # GNU has spaces there, and other 
 _REGULAR = tuple(b"0\0")
 _OCTAL_POWERS = np.array([8**power for power in range(5, -1, -1)], np.uint32)  # of six octal digits
 _IGNORED = frozenset(b"gK12345")  # comments, links, devices and folders hold no samples
+_ADOPTED = {
+    b"PAR1": "parquet",
+    b"ARRO": "an Arrow file",
+    b"\x93NUM": "an .npy file",
+    b"PK\x03\x04": "a zip or .npz file",
+}
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"(\xb5": "zstd"}
 
 
@@ -38,6 +45,8 @@ def read_members(data: OpenFile | bytes, location: str) -> Members:
     """The regular files of the tar in `data`, in order. Raises InputError, beginning with `location`."""
     if (packed := _COMPRESSED.get(data[0:2])) is not None:
         raise InputError(f"{location}: is compressed ({packed}); shards are plain tars")
+    if (kind := _ADOPTED.get(data[0:4])) is not None:
+        raise InputError(f"{location}: is {kind}, not a tar: lcm-ds adopt takes parquet, .npy, .npz and Arrow files")
     starts, sizes, blocks = _walk(data, location)
     # Everything but the walk is done for all headers at once, which is several times as fast.
     _check_sums(blocks, starts, location)
@@ -95,6 +104,9 @@ def _walk(data: OpenFile | bytes, location: str) -> tuple[list[int], list[int], 
         except ValueError:
             header = piece[:BLOCK]
             if header == _END:
+                if (more := _behind_end(data, at)) is not None:  # another archive, behind this one
+                    at, rest, window = more, 0, data[more : more + _WINDOW]
+                    continue
                 return starts, sizes, np.frombuffer(b"".join(pieces), np.uint8).reshape(-1, length)
             if at > len(data):
                 name = _text(pieces[-1][:100])
@@ -112,6 +124,15 @@ def _walk(data: OpenFile | bytes, location: str) -> tuple[list[int], list[int], 
         step = BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK
         at += step
         rest += step
+
+
+def _behind_end(data: OpenFile | bytes, at: int) -> int | None:
+    """The first block behind the end mark at byte `at` that is not zeros; None if there is none."""
+    while window := data[at : at + 8 * _WINDOW]:
+        if rest := window.lstrip(b"\0"):
+            return at + (len(window) - len(rest)) // BLOCK * BLOCK
+        at += len(window)
+    return None
 
 
 def _number(field: bytes, at: int, location: str) -> int:

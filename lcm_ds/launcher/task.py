@@ -85,7 +85,7 @@ def preparation_task(config: PrepareConfig) -> LaunchTask:
         import torch
 
         devices = torch.cuda.device_count()
-        if config.encoder.device is None and 0 < devices < ranks:
+        if config.encoder is not None and config.encoder.device is None and 0 < devices < ranks:
             raise InputError(f"--local {ranks}: this host has {devices} CUDA devices")
 
     def missing() -> str | None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from lcm_ds.errors import InputError
 from lcm_ds.signals import DONE, STOPPED
 from lcm_ds.terminal import hide_warnings
+
+if TYPE_CHECKING:
+    from lcm_ds.config import PrepareConfig
 
 
 def main(config_path: str, overrides: Sequence[str] = ()) -> int:
@@ -22,10 +26,16 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> int:
     Returns:
         The exit code; 75 after a stop signal, with all committed units kept.
     """
+    from lcm_ds.config import PrepareConfig, load
+
+    return run(lambda: load(PrepareConfig, "/dev/stdin" if config_path == "-" else config_path, overrides))
+
+
+def run(read_config: Callable[[], PrepareConfig]) -> int:
+    """`main` with a config that a function returns."""
     # When one rank closes its connections, libraries in the others would print their stacks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     hide_warnings()
-    from lcm_ds.config import PrepareConfig, load
     from lcm_ds.distributed.environment import exit_with_launcher
     from lcm_ds.prepare.coordinator import PeerFailed
     from lcm_ds.prepare.pipeline import prepare
@@ -34,7 +44,7 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler)
     try:
-        prepare(load(PrepareConfig, "/dev/stdin" if config_path == "-" else config_path, overrides))
+        prepare(read_config())
         return DONE
     except InputError as error:
         print(error, file=sys.stderr)

@@ -39,13 +39,16 @@ def remove_ids(out: Path) -> None:
     shutil.rmtree(out / IDS, ignore_errors=True)
 
 
-def drop_duplicates(out: Path, units: list[UnitResult], supervised: bool = False) -> list[UnitResult]:
+def drop_duplicates(
+    out: Path, units: list[UnitResult], supervised: bool = False, ends: bool = True
+) -> list[UnitResult]:
     """Remove documents whose id occurs in an earlier unit from the shards.
 
     Args:
         out: The output of prepare.
         units: Those that are done.
         supervised: Whether documents have a source and a target.
+        ends: Whether each document ends with the end of text.
 
     Returns:
         The units afterwards.
@@ -67,11 +70,11 @@ def drop_duplicates(out: Path, units: list[UnitResult], supervised: bool = False
             if len(kept[split]) < len(ids):
                 changed[unit] = kept
         seen |= candidates
-    return _rewrite(out, units, changed, supervised)
+    return _rewrite(out, units, changed, supervised, ends)
 
 
 def _rewrite(
-    out: Path, units: list[UnitResult], changed: dict[int, dict[str, list[int]]], supervised: bool
+    out: Path, units: list[UnitResult], changed: dict[int, dict[str, list[int]]], supervised: bool, ends: bool
 ) -> list[UnitResult]:
     """Rewrite the shards of the changed units with the documents to keep.
 
@@ -80,6 +83,7 @@ def _rewrite(
         units: Those that are done.
         changed: The documents to keep, by unit and split.
         supervised: Whether documents have a source and a target.
+        ends: Whether each document ends with the end of text.
 
     Returns:
         The units afterwards.
@@ -101,7 +105,7 @@ def _rewrite(
                 metas = [shard.meta(document) for document in documents]
                 ids += [str(meta["id"]) for meta in metas]
                 languages.update(meta["language"] for meta in metas if "language" in meta)
-                sentences += int(shard.lengths[documents].sum()) - len(documents)
+                sentences += int(shard.lengths[documents].sum()) - len(documents) * ends
                 if documents:
                     commit(out / split, copy_shard(shard, documents, out / split, shard_name(unit.unit)))
             kept = {split: kept.get(split, 0) for split in SPLITS}

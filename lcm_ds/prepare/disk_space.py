@@ -11,7 +11,7 @@ from lcm_ds.text.base import Source
 
 # FineWeb-Edu's 10BT sample: 46 G characters, about 0.5 G sentences.
 CHARACTERS_PER_SENTENCE = 92
-_BYTES = {"int8": 1, "float16": 2, "float32": 4}
+BYTES = {"int8": 1, "float16": 2, "float32": 4}
 
 
 def estimate(config: PrepareConfig, source: Source, embed_dim: int) -> int | None:
@@ -22,22 +22,21 @@ def estimate(config: PrepareConfig, source: Source, embed_dim: int) -> int | Non
     characters = source.characters
     if characters is None:
         return None
-    return round(characters / CHARACTERS_PER_SENTENCE * embed_dim * _BYTES[config.dtype]) + characters
+    return round(characters / CHARACTERS_PER_SENTENCE * embed_dim * BYTES[config.dtype]) + characters
 
 
-def check(config: PrepareConfig, source: Source, embed_dim: int, given: int) -> None:
+def check(config: PrepareConfig, needed: int | None, total: int | None, given: int) -> None:
     """Raise InputError if the rest of the dataset will not fit.
 
     Args:
         config: Of the preparation.
-        source: Its documents.
-        embed_dim: Dimensions of a concept.
+        needed: The approximate bytes of the dataset; None if unknown.
+        total: The number of documents; None if unknown.
         given: The number of documents that are done.
     """
-    needed = estimate(config, source, embed_dim)
-    if not config.check_space or needed is None or not source.total:
+    if not config.check_space or needed is None or not total:
         return
-    needed = round(needed * (1 - min(1.0, given / source.total)))
+    needed = round(needed * (1 - min(1.0, given / total)))
     free = shutil.disk_usage(Path(config.output)).free
     if needed > free:
         raise InputError(

@@ -16,7 +16,8 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from lcm_ds.encoders import Encoder, load_encoder
 from lcm_ds.errors import InputError
 from lcm_ds.files import sync, write_whole
 from lcm_ds.prepare import disk_space
+from lcm_ds.prepare.adopt import ADOPTING_CORES, AdoptedWork
 from lcm_ds.prepare.committer import Committer
 from lcm_ds.prepare.coordinator import Coordinator, PeerFailed
 from lcm_ds.prepare.deduplicate import drop_duplicates, has_ids, remove_ids
@@ -66,6 +68,7 @@ from lcm_ds.prepare.state import (
     summary,
     tidy,
 )
+from lcm_ds.prepare.work import Work
 from lcm_ds.signals import DONE, FAILED, describe_exit
 from lcm_ds.text.base import Source
 from lcm_ds.text.huggingface import is_local
@@ -91,7 +94,7 @@ def prepare(config: PrepareConfig, encoder: Encoder | None = None) -> None:
         PeerFailed: another rank has failed.
     """
     env = detect_environment(os.environ)
-    with _threads(config.encoder.threads):
+    with _threads(config.threads):
         if env.rank == 0:
             _RankZero(config, env, encoder).prepare()
         else:
@@ -160,11 +163,7 @@ class _RankZero:
         at_hub = config.source.dataset is not None and not is_local(config.source)
         known = at_hub and (out / SOURCE).exists()
         index = json.loads((out / SOURCE).read_text(encoding="utf-8")) if known else None
-        source = open_source(config.source, config.sentences.language, index)
-        reader = Reader(config, source)
-        with contextlib.closing(Readers(config)) as readers:  # they start while the encoder is loaded
-            encoder = self._encoder or _load(config, self.env)
-            end_of_text = _end_of_text(config, encoder)
+        with contextlib.closing(_open_work(config, self.env, self._encoder, True, index)) as work:
             try:
                 out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -174,43 +173,41 @@ class _RankZero:
                 # following writes the same files again.)
                 is_finished(out, config)
                 try:
-                    units = self._begin(source, reader, encoder)
-                    quantization = self._quantization(reader, encoder)
-                    rank = WorkerContext(config, encoder, end_of_text, quantization, coordinator)
-                    progress = self._encode(rank, source, readers, units)
+                    units = self._begin(work)
+                    quantization = self._quantization(work)
+                    progress = self._encode(work, coordinator, quantization, units)
                     tidy(out, {unit.unit for unit in units})
-                    units = drop_duplicates(out, units, config.source.supervised)
-                    self._finish(source, reader, rank, units)
+                    units = drop_duplicates(out, units, work.supervised is not None, work.end_of_text is not None)
+                    scale = self._finish(work, quantization, units)
                 except OSError as error:
                     raise disk_error(out, error) from error
                 remove_ids(out)
-        if line := progress.summary():
-            print(line)
+            lines = [progress.summary(), work.summary(units, scale)]
+        for line in lines:
+            if line:
+                print(line)
         print(f"{out}: {summary(units)}")
 
-    def _begin(self, source: Source, reader: Reader, encoder: Encoder) -> list[UnitResult]:
+    def _begin(self, work: Work) -> list[UnitResult]:
         """Write down which parts make the dataset; returns the units that are done."""
         out = self.out
         units = [unit for unit in read_units(out) if has_ids(out, unit.unit)]
-        disk_space.check(self.config, source, encoder.embed_dim, sum(unit.given for unit in units))
+        disk_space.check(self.config, work.estimate(), work.total, sum(unit.given for unit in units))
         write_whole(out / CONFIG, dump(self.config))
         if (out / SOURCE).exists():
-            before = json.loads((out / SOURCE).read_text(encoding="utf-8"))
-            check_files(
-                out, open_source(self.config.source, self.config.sentences.language, before).sizes, source.sizes
-            )
+            check_files(out, work.sizes_in(json.loads((out / SOURCE).read_text(encoding="utf-8"))), work.sizes)
         check_parts(
             out,
             {
-                "encoder": encoder.describe(),
-                "sentences": reader.settings(),
-                "source": source.describe(),
+                "encoder": work.encoder(),
+                "sentences": work.splitter(),
+                "source": work.describe(),
                 # Older preparations have no such key: without ids they were split by path.
                 **({} if self.config.source.has_ids else {"split": "by text"}),
             },
         )
         if not (out / SOURCE).exists():
-            write_whole(out / SOURCE, json.dumps(source.index()))
+            write_whole(out / SOURCE, json.dumps(work.index()))
         for folder in (*SPLITS, IDS):
             (out / folder).mkdir(exist_ok=True)
         sync(out)
@@ -219,42 +216,37 @@ class _RankZero:
         tidy(out, {unit.unit for unit in units})
         return units
 
-    def _quantization(self, reader: Reader, encoder: Encoder) -> Quantization | None:
-        """For int8: the step of each dimension, determined once, from the first sentences."""
+    def _quantization(self, work: Work) -> Quantization | None:
+        """For int8: the step of each dimension, determined once, from the first concepts."""
         if self.config.dtype != "int8":
             return None
         path = self.out / QUANTIZATION
         if not path.exists():
-            found = list(islice(_sentences(reader), _CALIBRATION_SENTENCES))
-            if len(found) < 2:
-                raise InputError(f"{self.out}: int8 needs sentences to determine its steps; the source has none")
-            sentences = [sentence for sentence, _ in found]
-            languages = [str(language) for _, language in found]
-            each = self.config.language_of_each
-            concepts = encoder.encode(sentences, languages) if each else encoder.encode(sentences)
-            params = _quant_params(Quantization.of(*fit(concepts)))
-            write_whole(path, params.model_dump_json())
+            write_whole(path, _quant_params(work.quantization()).model_dump_json())
         return _read_quantization(path)
 
-    def _encode(self, rank: WorkerContext, source: Source, readers: Readers, units: list[UnitResult]) -> Progress:
+    def _encode(
+        self, work: Work, coordinator: Coordinator, quantization: Quantization | None, units: list[UnitResult]
+    ) -> Progress:
         """Make the units that are not done, with all ranks, and append them to `units`.
 
         Args:
-            rank: The parts of this rank.
-            source: Of the documents.
-            readers: Of its units.
+            work: What they are made of.
+            coordinator: To the other ranks.
+            quantization: For int8.
             units: Those that are done.
 
         Returns:
             The progress at the end.
         """
-        coordinator, done = rank.coordinator, {unit.unit for unit in units}
+        done = {unit.unit for unit in units}
         coordinator.start({"done": _ranges(sorted(done))})
         given = sum(unit.given for unit in units)
-        with Progress(source.total, given, self.env.world_size, self.started) as progress:
+        with Progress(work.total, given, self.env.world_size, self.started) as progress:
             committer = Committer(self.config, coordinator, units, progress, self._check_workers)
             try:
-                _make_units(rank, source, readers, done)
+                work.make_units(coordinator, quantization, done)
+                coordinator.deregister()
                 committer.close()
             except BaseException as error:
                 coordinator.fail(error)
@@ -266,53 +258,57 @@ class _RankZero:
                 raise
         return progress
 
-    def _finish(self, source: Source, reader: Reader, rank: WorkerContext, units: list[UnitResult]) -> None:
+    def _finish(self, work: Work, quantization: Quantization | None, units: list[UnitResult]) -> np.ndarray:
         """Fit the normaliser to the training split and write dataset.json of both, which makes them datasets.
 
         Args:
-            source: Of the documents.
-            reader: Of its documents.
-            rank: The parts of this rank.
+            work: What the units were made of.
+            quantization: For int8.
             units: All that were made.
+
+        Returns:
+            The normaliser's scale.
         """
-        config, out, end_of_text = self.config, self.out, rank.end_of_text
+        config, out = self.config, self.out
         given, kept, refused = counts(units)
         if not kept["train"]:
             reasons = ", ".join(f"{count} {reason}" for reason, count in refused.items()) or "the source is empty"
             raise InputError(f"{out}: none of {given} documents is left to train on ({reasons})")
-        lists, languages = sum(unit.lists for unit in units), Counter[str]()
+        languages = Counter[str]()
         for unit in units:
             languages.update(unit.languages)
-        by_language = {"documents_by_language": dict(sorted(languages.items()))} if languages else {}
-        center, scale, statistics = _fit(config, out / "train", len(end_of_text), rank.quantization)
+        center, scale, statistics = _fit(config, out / "train", work, quantization)
+        errors = [unit.largest_error for unit in units if unit.largest_error is not None]
         for split in SPLITS:
             if not kept[split]:
                 shutil.rmtree(out / split, ignore_errors=True)
                 continue
             write_normalizer(out / split, center, scale, statistics)
             info = DatasetInfo(
-                encoder=rank.encoder.describe(),
-                threads=config.encoder.threads,
-                embed_dim=len(end_of_text),
+                encoder=work.encoder(),
+                threads=work.threads,
+                embed_dim=work.embed_dim,
                 dtype=config.dtype,
-                quantization=None if rank.quantization is None else _quant_params(rank.quantization),
-                language=config.sentences.language if config.source.languages is None else None,
-                splitter=reader.settings(lists, texts=max(0, sum(kept.values()) - lists)),
-                end_of_text=EndOfText(text=config.end_of_text, vector=[float(value) for value in end_of_text]),
-                supervised=Supervised(source_suffix=config.source_suffix) if config.source.supervised else None,
+                quantization=None if quantization is None else _quant_params(quantization),
+                language=work.language(),
+                splitter=work.splitter(units),
+                end_of_text=work.end_of_text,
+                supervised=work.supervised,
                 source={
-                    **source.describe(),
+                    **work.describe(),
                     "split": split,
                     "validation_share": config.validation,
                     "given": given,
                     "kept": dict(kept),
                     "refused": dict(sorted(refused.items())),
-                    **by_language,
+                    **({"largest_error": max(errors)} if errors else {}),
+                    **({"documents_by_language": dict(sorted(languages.items()))} if languages else {}),
                 },
             )
             finish(out / split, info)
         if config.validation and not kept["validation"]:
             print(f"{out}: no document fell into validation (a share of {config.validation} of {given})")
+        return scale
 
     def _start_workers(self) -> None:
         """Start the other ranks, unless a launcher has."""
@@ -335,32 +331,134 @@ def _run_other_rank(config: PrepareConfig, env: DistEnv, encoder: Encoder | None
     """Make units until none are left, then wait for rank 0 to finish the dataset."""
     coordinator = Coordinator(env)
     try:
-        with contextlib.closing(Readers(config)) as readers:
-            encoder = encoder or _load(config, env)
-            end_of_text = _end_of_text(config, encoder)
+        with contextlib.closing(_open_work(config, env, encoder, False)) as work:
             message = coordinator.wait_for_start()
             if message["done"] is None:
                 coordinator.deregister()
                 return
             out = Path(config.output)
             rank_0_encoder = json.loads((out / PARTS).read_text(encoding="utf-8"))["encoder"]
-            if rank_0_encoder != encoder.describe():
-                raise InputError(
-                    f"rank {env.rank}: its encoder is {encoder.describe()}, that of rank 0 {rank_0_encoder}"
-                )
+            if rank_0_encoder != work.encoder():
+                raise InputError(f"rank {env.rank}: its encoder is {work.encoder()}, that of rank 0 {rank_0_encoder}")
             quantization = _read_quantization(out / QUANTIZATION) if config.dtype == "int8" else None
-            done = {unit for first, end in message["done"] for unit in range(first, end)}
-            rank = WorkerContext(config, encoder, end_of_text, quantization, coordinator)
-            _make_units(rank, open_reader(config).source, readers, done)
+            work.make_units(coordinator, quantization, {u for first, end in message["done"] for u in range(first, end)})
+            coordinator.deregister()
         coordinator.wait_for_finish()
     except BaseException as error:
         raise coordinator.fail(error) from None
 
 
-def _make_units(rank: WorkerContext, source: Source, readers: Readers, done: set[int]) -> None:
-    """Make units until none are left to claim."""
-    encode_units(rank, readers, _pending(source, rank.config.documents_per_shard, done))
-    rank.coordinator.deregister()
+def _open_work(
+    config: PrepareConfig, env: DistEnv, encoder: Encoder | None, first: bool, index: dict[str, Any] | None = None
+) -> Work:
+    """What a preparation is made of.
+
+    Args:
+        config: Of the preparation.
+        env: This rank.
+        encoder: Instead of the one that the config names.
+        first: Whether this is rank 0, which looks at the source; others wait for what it found.
+        index: Of the source, if it is known already.
+
+    Returns:
+        The work of this rank.
+
+    Raises:
+        InputError: The source or the encoder cannot be used.
+    """
+    if config.source.name == "concepts":
+        return AdoptedWork(config, first, index)
+    return TextWork(
+        config, env, encoder, open_source(config.source, config.sentences.language, index) if first else None
+    )
+
+
+class TextWork:
+    """Texts, split and encoded; see Work. source: None for that of rank 0's index, once it is there."""
+
+    def __init__(self, config: PrepareConfig, env: DistEnv, encoder: Encoder | None, source: Source | None) -> None:
+        self.config = config
+        self._reader = None if source is None else Reader(config, source)
+        self._readers = Readers(config)  # they start while the encoder is loaded
+        try:
+            self._encoder = encoder or _load(config, env)
+            self._end = _end_of_text(config, self._encoder)
+        except BaseException:
+            self._readers.close()
+            raise
+        self.embed_dim: int = self._encoder.embed_dim
+        self.end_of_text: EndOfText | None = EndOfText(text=config.end_of_text, vector=[float(v) for v in self._end])
+        self.supervised = Supervised(source_suffix=config.source_suffix) if config.source.supervised else None
+        self.threads: int | None = config.threads
+
+    @cached_property
+    def reader(self) -> Reader:
+        """Of the source."""
+        return self._reader or open_reader(self.config)
+
+    @property
+    def total(self) -> int | None:
+        """Documents of the source."""
+        return self.reader.source.total
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The bytes of each file of the source."""
+        return self.reader.source.sizes
+
+    def estimate(self) -> int | None:
+        """Approximate bytes of the dataset."""
+        return disk_space.estimate(self.config, self.reader.source, self.embed_dim)
+
+    def encoder(self) -> dict[str, Any]:
+        """For dataset.json."""
+        return self._encoder.describe()
+
+    def splitter(self, units: Sequence[UnitResult] | None = None) -> dict[str, Any]:
+        """For dataset.json, once the units are made."""
+        if units is None:
+            return self.reader.settings()
+        lists = sum(unit.lists for unit in units)
+        return self.reader.settings(lists, texts=max(0, sum(sum(unit.kept.values()) for unit in units) - lists))
+
+    def language(self) -> str | None:
+        """For dataset.json; None for several."""
+        return self.config.sentences.language if self.config.source.languages is None else None
+
+    def describe(self) -> dict[str, Any]:
+        """Where the documents are from."""
+        return self.reader.source.describe()
+
+    def index(self) -> dict[str, Any]:
+        """The result of inspecting the source."""
+        return self.reader.source.index()
+
+    def sizes_in(self, index: dict[str, Any]) -> dict[str, int]:
+        """The bytes of each file by an older `index`."""
+        return open_source(self.config.source, self.config.sentences.language, index).sizes
+
+    def quantization(self) -> Quantization:
+        """The steps of int8, from the first sentences."""
+        found = list(islice(_sentences(self.reader), _CALIBRATION_SENTENCES))
+        if len(found) < 2:
+            raise InputError(f"{self.config.output}: int8 needs sentences to determine its steps; the source has none")
+        sentences = [sentence for sentence, _ in found]
+        languages = [str(language) for _, language in found]
+        each, encode = self.config.language_of_each, self._encoder.encode
+        return Quantization.of(*fit(encode(sentences, languages) if each else encode(sentences)))
+
+    def make_units(self, coordinator: Coordinator, quantization: Quantization | None, done: set[int]) -> None:
+        """Make units until none is left to claim; see Work."""
+        rank = WorkerContext(self.config, self._encoder, self._end, quantization, coordinator)
+        encode_units(rank, self._readers, _pending(self.reader.source, self.config.documents_per_shard, done))
+
+    def summary(self, units: list[UnitResult], scale: np.ndarray) -> str | None:
+        """Nothing that Progress has not said."""
+        return None
+
+    def close(self) -> None:
+        """End the reading processes."""
+        self._readers.close()
 
 
 def _pending(source: Source, size: int, done: set[int]) -> Iterator[WorkUnit]:
@@ -374,16 +472,20 @@ def _processes(config: PrepareConfig) -> int:
     """The number of encoding processes on this host: the config's, or one per device."""
     if config.processes is not None:
         return config.processes
+    cores = len(os.sched_getaffinity(0))
+    if config.encoder is None:
+        return max(1, cores // ADOPTING_CORES)
     if config.encoder.device is not None and config.encoder.device != "cpu":
         return 1
     if config.encoder.device is None and torch.cuda.is_available():
         return torch.cuda.device_count()
-    return max(1, len(os.sched_getaffinity(0)) // config.encoder.threads)
+    return max(1, cores // config.threads)
 
 
 def _load(config: PrepareConfig, env: DistEnv) -> Encoder:
     """This rank's encoder, on its own device."""
     encoder = config.encoder
+    assert encoder is not None
     if encoder.device is None and torch.cuda.is_available():
         device = f"cuda:{env.device_index(torch.cuda.device_count())}"
         encoder = encoder.model_copy(update={"device": device})
@@ -391,21 +493,23 @@ def _load(config: PrepareConfig, env: DistEnv) -> Encoder:
 
 
 def _fit(
-    config: PrepareConfig, train: Path, embed_dim: int, quantization: Quantization | None
+    config: PrepareConfig, train: Path, work: Work, quantization: Quantization | None
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """The normaliser's center and scale, fp32 [embed_dim] each, and statistics of the concepts they were fitted to.
 
     Args:
         config: Of the preparation.
         train: The training split.
-        embed_dim: Dimensions of a concept.
+        work: What it was made of.
         quantization: For int8.
     """
-    shards, supervised = read_shards(train), config.source.supervised
-    constants = Constants(end_of_text=True, source_suffix=supervised and config.source_suffix is not None)
+    shards, supervised = read_shards(train), work.supervised is not None
+    constants = Constants.of(work.end_of_text, work.supervised)
     samples = draw(
         shards,
-        lambda shard: Shard(train / shard.name, shard, embed_dim, config.dtype, quantization, supervised=supervised),
+        lambda shard: Shard(
+            train / shard.name, shard, work.embed_dim, config.dtype, quantization, supervised=supervised
+        ),
         config.normalizer_samples,
         constants,
     )

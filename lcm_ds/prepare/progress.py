@@ -74,7 +74,7 @@ class Progress:
     def summary(self) -> str | None:
         """A line about the encoders' work and how busy they were; None if nothing was encoded."""
         sums, seconds = self._sums, self._seconds()
-        if not sums.get("sentences"):
+        if not sums.get("sentences") or "encoded" not in sums:  # concepts that exist already are not encoded
             return None
         deduplicated = 1 - sums["encoded"] / sums["sentences"]
         processes = f" in {self.ranks} processes" if self.ranks > 1 else ""

@@ -41,6 +41,11 @@ class UnitResult:
     unreadable: list[str] = field(default_factory=list)  # positions of documents and errors
     languages: dict[str, int] = field(default_factory=dict)  # documents kept by language, of a source of several
     lists: int = 0  # documents kept that came as lists of sentences
+    largest_error: float | None = None  # of adopted concepts: the largest change of a number by storing it
+
+    def line(self) -> str:
+        """The unit as JSON with a newline, without keys that are None."""
+        return json.dumps({key: value for key, value in asdict(self).items() if value is not None}) + "\n"
 
     @property
     def documents(self) -> int:
@@ -148,7 +153,7 @@ def read_units(out: Path) -> list[UnitResult]:
 def add_unit(out: Path, unit: UnitResult) -> None:
     """Append a unit's line and sync it, which makes the unit done."""
     with (out / UNITS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(unit)) + "\n")
+        file.write(unit.line())
         file.flush()
         os.fsync(file.fileno())
 
@@ -156,7 +161,7 @@ def add_unit(out: Path, unit: UnitResult) -> None:
 def keep_units(out: Path, units: Iterable[UnitResult]) -> None:
     """Make these the only units that are done; the shards of others are uncommitted, to be made again."""
     units = list(units)
-    write_whole(out / UNITS, "".join(json.dumps(asdict(unit)) + "\n" for unit in units))
+    write_whole(out / UNITS, "".join(unit.line() for unit in units))
     _uncommit_shards(out, {unit.unit for unit in units})
 
 

@@ -83,7 +83,7 @@ def test_a_full_disk_stops_with_one_line_and_leaves_only_committed_shards(small_
     prepare(config_of(lines, tmp_path / "uninterrupted"), HashEncoder())
     config = config_of(lines, small_disk / "out", check_space=False)
     with pytest.raises(InputError, match=r"the disk is full .*: committed units are kept; make room"):
-        prepare(config, HashEncoder())
+        prepare(config, HashEncoder(0.005))  # so that some units are committed before the disk is full
     done = len((small_disk / "out/units.jsonl").read_text().splitlines())
     assert 0 < done < 20
     for split in ("train", "validation"):

@@ -20,7 +20,7 @@ from lcm_ds.data.index.records import IndexWriter
 from lcm_ds.data.normalizer import Constants, UniformSample, fit
 from lcm_ds.data.quantization import BFloat16
 from lcm_ds.data.remote import fetch as remote
-from lcm_ds.data.shard import Shard
+from lcm_ds.data.shard import Shard, is_apple_double, split_name
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import sha256_of, write_whole
 
@@ -128,7 +128,9 @@ def _locations(shards: str) -> list[str]:
     for location in locations:
         if remote.is_remote(location):
             continue
-        if not Path(location).is_file():
+        if Path(location).is_dir():
+            errors.append(f"{location}: is a folder: name its tars, or give it to lcm-ds adopt if it holds other files")
+        elif not Path(location).is_file():
             hint = ": a URL has //, as in file:///folder/a.tar" if location.startswith("file:") else ""
             errors.append(f"{location}: no such file{hint}")
         elif (first := names.setdefault(Path(location).resolve(), location)) != location:
@@ -195,6 +197,7 @@ def _read(
         info: ShardInfo | None = None
         record = b""
         with errors, _open(location, output, reading, *kind) as (shard, listed):
+            _check_names(shard, location, reading)
             _check_type(shard, location, reading)
             _scan(shard, location, reading, sample, lock)
             info = listed
@@ -244,6 +247,22 @@ def _open(
 def _listed(shard: Shard, file: Path, name: str, sha256: str | None = None) -> tuple[Shard, ShardInfo]:
     size = file.stat().st_size
     return shard, ShardInfo(name, len(shard), int(shard.lengths.sum()), size, sha256 or sha256_of(file))
+
+
+def _check_names(shard: Shard, location: str, reading: Reading) -> None:
+    """Raise InputError if arrays would be left out, because their names have a dot before the extension.
+
+    Further arrays of a document that is read, such as those of another encoder, are left out as asked.
+    """
+    keys = set(shard.keys)
+    lost = [name for name in shard.unread if split_name(name)[0] not in keys and not is_apple_double(name)]
+    if lost:
+        key, kind = split_name(lost[0])
+        meant = f"{kind} of {key}" if kind else "no sample"
+        raise InputError(
+            f"{location}: {len(lost)} members end in .{reading.extension} and are not read: in WebDataset a key "
+            f"ends at the first dot, so that {lost[0]} is {meant}: rename them without dots"
+        )
 
 
 def _check_type(shard: Shard, location: str, reading: Reading) -> None:
