@@ -29,7 +29,7 @@ from lcm_ds.checkpoint.save import restore_random_states
 from lcm_ds.config import CheckpointConfig
 from lcm_ds.distributed.collectives import from_first
 from lcm_ds.errors import RunFailedError
-from lcm_ds.files import sha256_of, sync, write_whole
+from lcm_ds.files import link_or_copy, sha256_of, sync, write_whole
 from lcm_ds.model.normalizer import Normalizer
 from lcm_ds.processes import set_parent_death_signal
 
@@ -296,7 +296,7 @@ def normalize_universal_checkpoint(folder: Path) -> None:
     """Make a universal checkpoint loadable under any stage: ZeRO 3 expects other files and keys than ZeRO 1 and 2."""
     model_states, *others = sorted(folder.glob("*model_states.pt"))
     for name in MODEL_STATES - {model_states.name}:
-        os.link(model_states, folder / name)
+        link_or_copy(model_states, folder / name)
     for path in {*others} - {folder / name for name in MODEL_STATES}:
         path.unlink()
     states = folder / "zero" / "optimizer_state.pt"

@@ -26,7 +26,7 @@ from lcm_ds.data.quantization import BFloat16, Quantization
 from lcm_ds.data.remote import fetch as remote
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.files import OpenFile, json_object, sync, write_whole
+from lcm_ds.files import OpenFile, json_object, lock, sync, write_whole
 
 FORMAT_VERSION = 1
 DATASET = "dataset.json"
@@ -309,7 +309,7 @@ def commit(folder: str | Path, shard: ShardInfo) -> None:
     path = Path(folder) / SHARDS
     new = not path.exists()
     with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file.fileno(), fcntl.LOCK_EX, path)
         _remove_torn_line(file.fileno())
         file.write(shard.line().encode() + b"\n")
         file.flush()

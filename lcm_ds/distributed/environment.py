@@ -96,7 +96,7 @@ LAUNCHERS = (
         local_size=(),  # see _slurm_local_size
         hosts=None,
         master_addr="",  # the first of SLURM_STEP_NODELIST
-        source="srun(1), seen with 22.05 and --mpi=none, pmi2 and pmix",
+        source="srun(1), seen with 22.05 and --mpi=none and pmi2",
     ),
     Launcher(
         "Flux",

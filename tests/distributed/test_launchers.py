@@ -20,7 +20,17 @@ WORKER = ["-m", "lcm_ds.train"]
 DEEPSPEED = ["--hostfile", "HOSTFILE", "--no_ssh_check", "--master_addr", "127.0.0.1", "--master_port", "PORT"]
 
 # --cpu alone starts one process, whatever --num_processes is
-ACCELERATE = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+ACCELERATE = [
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+]
 
 
 @pytest.mark.parametrize(
