@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lcm_ds.config import CheckpointConfig, TrainConfig, load
 from lcm_ds.data.remote import fetch as remote
 from lcm_ds.errors import InputError
+from lcm_ds.files import write_whole
 
 if TYPE_CHECKING:
     from lcm_ds.model.modeling import BaseLCM
@@ -116,6 +117,18 @@ def retain(run_dir: Path, rules: CheckpointConfig) -> None:
     for old in list_checkpoints(run_dir)[: -rules.keep]:
         if rules.keep_every is None or old.step % rules.keep_every:
             old.delete()
+
+
+def write_latest(run_dir: Path) -> None:
+    """Name the newest checkpoint in `checkpoints/latest`, from which DeepSpeed's own tools take it.
+
+    lcm-ds does not read it: the name is that of a complete checkpoint, unless a kill came between the two.
+    """
+    latest = run_dir / "checkpoints" / "latest"
+    if checkpoints := [each for each in candidates(run_dir) if each.integrity_error() is None]:
+        write_whole(latest, checkpoints[-1].path.name)
+    else:
+        latest.unlink(missing_ok=True)
 
 
 def clear_partial(run_dir: Path) -> None:

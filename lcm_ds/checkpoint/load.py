@@ -24,7 +24,7 @@ import torch.distributed as dist
 import yaml
 
 from lcm_ds import deepspeed_config
-from lcm_ds.checkpoint.format import BAD, PARTIAL, Checkpoint, candidates
+from lcm_ds.checkpoint.format import BAD, PARTIAL, Checkpoint, candidates, write_latest
 from lcm_ds.checkpoint.save import restore_random_states
 from lcm_ds.config import CheckpointConfig
 from lcm_ds.distributed.collectives import from_first
@@ -95,6 +95,7 @@ def _quarantine(bad: list[tuple[Checkpoint, str]], older: list[Checkpoint], used
         )
     if bad:
         logger.error("resuming from %s", used.path)
+        write_latest(used.path.parent.parent)
     for checkpoint in older:
         if not (checkpoint.path / "COMPLETE").exists():  # its deletion was interrupted
             logger.info("removing the rest of %s", checkpoint.path)
