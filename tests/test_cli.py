@@ -77,13 +77,13 @@ def test_an_unknown_command_or_option_is_refused_with_the_closest_match(call, me
 
 
 @pytest.mark.parametrize("option", ["--local_rank=0", "--local-rank=0"])
-def test_a_launchers_option_in_front_of_the_command_is_taken(option, capsys):
+def test_a_launchers_option_in_front_of_the_command_is_taken(option, capfd):
     call = ["train", "configs/train/quickstart.yaml", "--dry-run", "steps=x"]
     assert main(call) == 2
-    without = capsys.readouterr().err
+    without = capfd.readouterr().err
     assert "steps" in without
     assert main([option, *call]) == 2
-    assert capsys.readouterr().err == without
+    assert capfd.readouterr().err == without
 
 
 def test_version_is_that_of_the_package(capsys):
