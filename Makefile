@@ -37,7 +37,7 @@ test-all: $(INSTALLED)
 
 # Hosts in network namespaces, a Slurm cluster and mpirun on this machine. Needs root; installs its packages if there is
 # apt-get.
-MULTINODE := iproute2 openssh-server pdsh slurm-wlm munge openmpi-bin
+MULTINODE := iproute2 openssh-server pdsh slurm-wlm munge openmpi-bin mpich
 test-multinode: $(INSTALLED)
 	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! dpkg -s $(MULTINODE) >/dev/null 2>&1; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(MULTINODE) >/dev/null; fi

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ examples:
   lcm-ds evaluate runs/quickstart
 `lcm-ds COMMAND --help` shows the options; `lcm-ds configs` lists the files that come with lcm-ds.
 """
+# Which DeepSpeed's launcher and torch.distributed.launch put in front of a script's arguments; LOCAL_RANK is used.
+_LOCAL_RANK = re.compile(r"--local[-_]rank=\d+")
 Command = Callable[[argparse.Namespace], "int | None"]
 
 
@@ -37,15 +40,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     commands = parser.get_default("commands")
-    name = arguments[0]
-    if name not in commands and not name.startswith("-"):
-        suggestion = did_you_mean(name, commands, "; `lcm-ds --help` lists the commands")
-        print(f"lcm-ds: unknown command {name!r}{suggestion}", file=sys.stderr)
+    while _LOCAL_RANK.fullmatch(arguments[0]) and len(arguments) > 1:
+        arguments = arguments[1:]
+    name = next((text for text in arguments if text in commands), arguments[0])
+    if (option := arguments[0]).startswith("-") and option not in ("-h", "--help", "--version"):
+        if name == option or option.partition("=")[0] in commands[name]._option_string_actions:
+            print(f"lcm-ds: {option}: options stand behind the command: lcm-ds COMMAND {option} …", file=sys.stderr)
+            return 2
+    elif option not in commands and not option.startswith("-"):
+        suggestion = did_you_mean(option, commands, "; `lcm-ds --help` lists the commands")
+        print(f"lcm-ds: unknown command {option!r}{suggestion}", file=sys.stderr)
         return 2
     # argparse accepts overrides in one place only; those that follow further options are left in `rest`.
     parsed, rest = parser.parse_known_args(arguments)
     if unknown := [text for text in rest if text.startswith("-")]:
-        name = next(text for text in arguments if text in commands)
         known = commands[name]._option_string_actions
         for option in unknown:
             suggestion = did_you_mean(option.partition("=")[0], known, f"; `lcm-ds {name} --help` lists the options")
@@ -153,14 +161,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = _add_command(commands, "launch", launch, "start all workers of a run, on this host or many",
                            "lcm-ds launch --local 2 configs/train/quickstart.yaml", config=True)  # fmt: skip
-    command.usage = (
-        "lcm-ds launch (--local N | --hostfile F | --slurm | --openmpi N) [option ...] CONFIG [key=value ...]"
-    )
+    command.usage = "lcm-ds launch (--local N | --hostfile F | --slurm | --mpi N) [option ...] CONFIG [key=value ...]"
     add = command.add_argument_group("launcher (choose one)").add_mutually_exclusive_group(required=True).add_argument
     add("--local", type=int, metavar="N", help="N processes on this host")
     add("--hostfile", metavar="F", help="hosts in DeepSpeed's format, over pdsh and ssh")
     add("--slurm", action="store_true", help="srun inside an allocation, one task per device")
-    add("--openmpi", type=int, metavar="N", help="mpirun, N processes")
+    add("--mpi", type=int, metavar="N", help="mpirun of Open MPI, MPICH or Intel MPI, N processes")
+    add("--openmpi", type=int, metavar="N", help="the same, only with Open MPI's mpirun")
     add = command.add_argument_group("rendezvous").add_argument
     add("--master-addr", metavar="HOST", help="host of rank 0, if it cannot be detected")
     add("--master-port", type=int, metavar="PORT", help="port on that host; default: 29500, with --local any free port")
@@ -370,6 +377,7 @@ def launch(arguments: argparse.Namespace) -> int:
         local=arguments.local,
         hostfile=arguments.hostfile,
         slurm=arguments.slurm,
+        mpi=arguments.mpi,
         openmpi=arguments.openmpi,
         include=arguments.include,
         exclude=arguments.exclude,

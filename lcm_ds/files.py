@@ -1,9 +1,12 @@
-"""Atomic writes, checksums, and reading files, also in parts."""
+"""Atomic writes, checksums, and reading files, also in parts; what file systems of clusters and buckets lack."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,6 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from lcm_ds.errors import InputError
+
+logger = logging.getLogger("lcm_ds")
+
+# A file system that lacks an operation answers with one of these: Lustre without -o flock ENOSYS, NFS ENOLCK or EBADF,
+# SMB and FUSE EINVAL or ENOTSUP.
+_UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+_warned: set[str] = set()
+
+
+def _warn_once(kind: str, text: str) -> None:
+    if kind not in _warned:
+        _warned.add(kind)
+        logger.warning(text)
 
 
 def write_whole(path: Path, data: str | bytes) -> None:
@@ -104,12 +120,81 @@ def new_folder(output: str | Path) -> Iterator[Path]:
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or a folder's names, survive a power cut."""
+    """Make a file's content, or a folder's names, survive a power cut.
+
+    Not every file system can do the latter (SMB, some FUSE): a warning, once, as nothing else is wrong there.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED or not path.is_dir():
+            raise
+        _warn_once(
+            "sync", f"{path}: its file system cannot sync folders ({error.strerror}): a power cut may undo renames"
+        )
     finally:
         os.close(descriptor)
+
+
+def lock(descriptor: int, operation: int, path: str | Path) -> bool:
+    """Lock an open file as fcntl.flock does, if its file system has locks; else there is a warning, once.
+
+    Args:
+        descriptor: The file's.
+        operation: fcntl.LOCK_EX or LOCK_SH, also with LOCK_NB.
+        path: The file, for the warning.
+
+    Returns:
+        Whether it is locked.
+
+    Raises:
+        BlockingIOError: with LOCK_NB, if another process has locked it.
+    """
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        _warn_once("lock", f"{path}: cannot be locked ({error.strerror}): make sure that nothing else writes there")
+        return False
+    return True
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make `target` a hard link to a file, or a copy of it if the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def why_no_checkpoints(folder: Path) -> str | None:
+    """Why a folder's file system cannot hold checkpoints, found by trying what they need; None if it can.
+
+    The folder is made if it does not exist. Buckets that are mounted often cannot rename folders.
+    """
+    trial = folder / f"trial-{os.getpid()}"
+    renamed = trial.with_name(trial.name + ".renamed")
+    needs = "make folders"
+    try:
+        trial.mkdir(parents=True)
+        needs = "replace files"
+        for text in ("first", "second"):
+            write_whole(trial / "file", text)
+        needs = "rename folders"
+        os.rename(trial, renamed)
+        needs = "show a renamed folder's files"
+        if (renamed / "file").read_text(encoding="utf-8") != "second":
+            raise OSError(errno.EIO, "another content")
+        needs = "delete folders"
+        shutil.rmtree(renamed)
+    except OSError as error:
+        return f"its file system cannot {needs} ({error.strerror}), which checkpoints need: use a folder on another one"
+    finally:
+        for path in (trial, renamed):
+            shutil.rmtree(path, ignore_errors=True)
+    return None
 
 
 def sha256_of(path: Path) -> str:
@@ -121,7 +206,8 @@ class OpenFile:
     """A file to read parts of, from any thread: `file[start:stop]` gives bytes, fewer if it ends sooner.
 
     Plain reads instead of a memory map: they are twice as fast for a file that is read once (no page faults), and a
-    file that shrinks or a disk that fails is an error, not the end of the process. Raises OSError.
+    file that shrinks or a disk that fails is an error, not the end of the process. The file is opened again if its
+    handle is stale, as on NFS after it was replaced or the server was restarted. Raises OSError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -141,7 +227,7 @@ class OpenFile:
     def sha256(self) -> str:
         """The sha256 of all its bytes, in hexadecimal."""
         digest, at = hashlib.sha256(), 0
-        while piece := os.pread(self.descriptor, 1 << 20, at):
+        while piece := self[at : at + (1 << 20)]:
             digest.update(piece)
             at += len(piece)
         return digest.hexdigest()
@@ -151,13 +237,40 @@ class OpenFile:
         os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
 
     def __getitem__(self, part: slice) -> bytes:
-        return os.pread(self.descriptor, part.stop - part.start, part.start)
+        try:
+            return os.pread(self.descriptor, part.stop - part.start, part.start)
+        except OSError as error:
+            self._open_again(error)
+            return os.pread(self.descriptor, part.stop - part.start, part.start)
 
     def read_into(self, out: memoryview, offset: int) -> bool:
         """Fill `out`, plain bytes, with those from `offset` on; False if the file ends sooner."""
-        done = os.preadv(self.descriptor, (out,), offset)
+        done = self._preadv(out, offset)
         while done < len(out):  # rare: a read may return less than requested
-            if (count := os.preadv(self.descriptor, (out[done:],), offset + done)) == 0:
+            if (count := self._preadv(out[done:], offset + done)) == 0:
                 return False
             done += count
         return True
+
+    def _preadv(self, out: memoryview, offset: int) -> int:
+        try:
+            return os.preadv(self.descriptor, (out,), offset)
+        except OSError as error:
+            self._open_again(error)
+            return os.preadv(self.descriptor, (out,), offset)
+
+    def _open_again(self, error: OSError) -> None:
+        """Put the file that is at the path now behind the same descriptor, if the error is that its handle is stale.
+
+        Raises OSError if it is another error, or the file has another size.
+        """
+        if error.errno != errno.ESTALE:
+            raise error
+        new = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            if os.fstat(new).st_size != self._size:
+                raise OSError(errno.ESTALE, "has been replaced by a file of another size", str(self.path))
+            os.dup2(new, self.descriptor, inheritable=False)
+        finally:
+            os.close(new)
+        _warn_once("stale", f"{self.path}: was opened again: the file server had dropped it (stale file handle)")

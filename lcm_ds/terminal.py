@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def hide_warnings() -> None:
@@ -36,6 +41,30 @@ def silence_transformers(reports: bool = False) -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+
+
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a stream is a terminal with a movable cursor.
+
+    Open MPI gives each process a pseudo-terminal of 0 × 0 characters, whose output often goes to a file.
+    """
+    try:
+        if not stream.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+            return False
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):  # closed, or a notebook's stream without a descriptor
+        return False
+
+
+def rich_console(width: int | None = None) -> Console:
+    """rich's console on stdout, without colours unless that is a terminal.
+
+    width: In columns; default: the terminal's.
+    """
+    from rich.console import Console
+
+    no_terminal = sys.stdout.isatty() and not is_terminal(sys.stdout)
+    return Console(force_terminal=False if no_terminal else None, width=width)
 
 
 # Zero-width (non-)joiners of Persian, Hindi and emoji are safe.

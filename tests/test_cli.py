@@ -61,6 +61,11 @@ def test_without_a_command_the_help_is_printed_and_the_exit_code_is_2(capsys):
         (["export", "a", "b", "--stpe"], "lcm-ds export: unknown option --stpe; did you mean '--step'?\n"),
         (["--stpe", "export", "a", "b"], "lcm-ds export: unknown option --stpe; did you mean '--step'?\n"),
         (
+            ["--dry-run", "train", "c.yaml"],
+            "lcm-ds: --dry-run: options stand behind the command: lcm-ds COMMAND --dry-run …\n",
+        ),
+        (["--dry-run"], "lcm-ds: --dry-run: options stand behind the command: lcm-ds COMMAND --dry-run …\n"),
+        (
             ["launch", "--local", "2", "--dry-run", "c.yaml"],
             "lcm-ds launch: unknown option --dry-run; `lcm-ds launch --help` lists the options\n",
         ),
@@ -69,6 +74,16 @@ def test_without_a_command_the_help_is_printed_and_the_exit_code_is_2(capsys):
 def test_an_unknown_command_or_option_is_refused_with_the_closest_match(call, message, capsys):
     assert main(call) == 2
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.parametrize("option", ["--local_rank=0", "--local-rank=0"])
+def test_a_launchers_option_in_front_of_the_command_is_taken(option, capfd):
+    call = ["train", "configs/train/quickstart.yaml", "--dry-run", "steps=x"]
+    assert main(call) == 2
+    without = capfd.readouterr().err
+    assert "steps" in without
+    assert main([option, *call]) == 2
+    assert capfd.readouterr().err == without
 
 
 def test_version_is_that_of_the_package(capsys):

@@ -15,12 +15,15 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_ds.config import CheckpointConfig, TrainConfig, load
+from lcm_ds.data.remote import fetch as remote
 from lcm_ds.errors import InputError
+from lcm_ds.files import write_whole
 
 if TYPE_CHECKING:
     from lcm_ds.model.modeling import BaseLCM
@@ -116,6 +119,18 @@ def retain(run_dir: Path, rules: CheckpointConfig) -> None:
             old.delete()
 
 
+def write_latest(run_dir: Path) -> None:
+    """Name the newest checkpoint in `checkpoints/latest`, from which DeepSpeed's own tools take it.
+
+    lcm-ds does not read it: the name is that of a complete checkpoint, unless a kill came between the two.
+    """
+    latest = run_dir / "checkpoints" / "latest"
+    if checkpoints := [each for each in candidates(run_dir) if each.integrity_error() is None]:
+        write_whole(latest, checkpoints[-1].path.name)
+    else:
+        latest.unlink(missing_ok=True)
+
+
 def clear_partial(run_dir: Path) -> None:
     """Remove the remains of interrupted saves, conversions and deletions."""
     folder = run_dir / "checkpoints"
@@ -142,6 +157,46 @@ def find(run_dir: str | Path, step: int | None = None) -> Checkpoint:
     raise InputError(f"{run_dir}/checkpoints: no checkpoint of step {step} (available: {steps})")
 
 
+def load_run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """RUN/config.yaml, with data that is found from any folder, also after the run was moved together with it.
+
+    A relative path of data.train and data.validation that does not exist from here is taken from the folder in which
+    the run was started, or else from the one that now contains run_dir as that folder did then.
+
+    Args:
+        run_dir: The run.
+        overrides: `key=value` with dotted keys.
+
+    Returns:
+        The config. A path that was not found is given from the folder in which the run was started, if that is known.
+
+    Raises:
+        InputError: The file is missing or invalid.
+    """
+    path = Path(run_dir) / "config.yaml"
+    config = load(TrainConfig, path, overrides)
+    started = re.search(r"^# started_in: (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    folders = [Path(started[1])] if started else []
+    relative, now = Path(config.run_dir), Path(run_dir).resolve()
+    if (
+        not relative.is_absolute()
+        and ".." not in relative.parts
+        and now.parts[-len(relative.parts) :] == relative.parts
+    ):
+        folders.append(Path(*now.parts[: -len(relative.parts)]))
+
+    def resolve(data: str) -> str:
+        if remote.is_remote(data) or Path(data).is_absolute() or Path(data).exists():
+            return data
+        there = next((folder / data for folder in folders if (folder / data).exists()), None)
+        return str(there or (folders[0] / data if started else data))
+
+    train = [entry.model_copy(update={"path": resolve(entry.path)}) for entry in config.data.train]
+    validation = None if config.data.validation is None else resolve(config.data.validation)
+    data = config.data.model_copy(update={"train": train, "validation": validation})
+    return config.model_copy(update={"data": data})
+
+
 def load_model(run_dir: str | Path, step: int | None = None) -> tuple[BaseLCM, TrainConfig, int]:
     """The model of a run in fp32 on the CPU, in evaluation mode, with its config and the steps it was trained for.
 
@@ -153,7 +208,7 @@ def load_model(run_dir: str | Path, step: int | None = None) -> tuple[BaseLCM, T
     from lcm_ds.model.modeling import BaseLCM
 
     checkpoint = find(run_dir, step)
-    config = load(TrainConfig, Path(run_dir) / "config.yaml")
+    config = load_run_config(run_dir)
     with torch.device("meta"):  # the tensors that are read become the model's, without a copy
         model = BaseLCM(BaseLCMConfig(**checkpoint.state()["model"]))
     model.load_state_dict(fp32_weights(checkpoint), assign=True)

@@ -24,12 +24,12 @@ import torch.distributed as dist
 import yaml
 
 from lcm_ds import deepspeed_config
-from lcm_ds.checkpoint.format import BAD, PARTIAL, Checkpoint, candidates
+from lcm_ds.checkpoint.format import BAD, PARTIAL, Checkpoint, candidates, write_latest
 from lcm_ds.checkpoint.save import restore_random_states
 from lcm_ds.config import CheckpointConfig
 from lcm_ds.distributed.collectives import from_first
 from lcm_ds.errors import RunFailedError
-from lcm_ds.files import sha256_of, sync, write_whole
+from lcm_ds.files import link_or_copy, sha256_of, sync, write_whole
 from lcm_ds.model.normalizer import Normalizer
 from lcm_ds.processes import set_parent_death_signal
 
@@ -95,6 +95,7 @@ def _quarantine(bad: list[tuple[Checkpoint, str]], older: list[Checkpoint], used
         )
     if bad:
         logger.error("resuming from %s", used.path)
+        write_latest(used.path.parent.parent)
     for checkpoint in older:
         if not (checkpoint.path / "COMPLETE").exists():  # its deletion was interrupted
             logger.info("removing the rest of %s", checkpoint.path)
@@ -303,7 +304,7 @@ def normalize_universal_checkpoint(folder: Path) -> None:
     """Make a universal checkpoint loadable under any stage: ZeRO 3 expects other files and keys than ZeRO 1 and 2."""
     model_states, *others = sorted(folder.glob("*model_states.pt"))
     for name in MODEL_STATES - {model_states.name}:
-        os.link(model_states, folder / name)
+        link_or_copy(model_states, folder / name)
     for path in {*others} - {folder / name for name in MODEL_STATES}:
         path.unlink()
     states = folder / "zero" / "optimizer_state.pt"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lcm_ds.checkpoint.format import Checkpoint, find, fp32_weights, load_model
-from lcm_ds.config import DataConfig, TrainConfig, WeightedPath, load
+from lcm_ds.checkpoint.format import Checkpoint, find, fp32_weights, load_model, load_run_config
+from lcm_ds.config import DataConfig, TrainConfig, WeightedPath
 from lcm_ds.data.concepts import CONCEPTS, ConceptInfo
 from lcm_ds.data.format import DATASET, Dataset, read_info
 from lcm_ds.data.index.first_use import open_for_run
@@ -116,7 +116,7 @@ def _from_run(
     run_dir: Path, step: int | None, needs_info: bool, dataset: str | None, weights_only: bool
 ) -> ModelSource:
     errors = Collector()
-    config = None if weights_only else load(TrainConfig, run_dir / "config.yaml")
+    config = None if weights_only else load_run_config(run_dir)
     info, info_path = None, ""
     with errors:
         checkpoint = find(run_dir, step)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
 from lcm_ds import deepspeed_config
@@ -60,6 +61,10 @@ class Saver:
         self._files = HashingCheckpointEngine(self._writer)
         self._pending: int | None = None  # step of the checkpoint that is being written
         engine.checkpoint_engine = self._files
+        if isinstance(
+            engine.optimizer, BF16_Optimizer
+        ):  # zero_to_fp32.py, which DeepSpeed would copy, refuses its files
+            engine._copy_recovery_script = lambda save_path: None
 
     @property
     def in_background(self) -> bool:
@@ -147,9 +152,10 @@ class Saver:
     def _retain(self) -> None:
         def retain() -> None:
             try:
+                checkpoints.write_latest(self._run_dir)
                 checkpoints.retain(self._run_dir, self._rules)
             except OSError as error:
-                logger.error("an old checkpoint could not be deleted: %s", error)
+                logger.error("an old checkpoint could not be deleted, or checkpoints/latest not be written: %s", error)
 
         if self._writer is None:
             retain()

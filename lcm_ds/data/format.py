@@ -36,7 +36,7 @@ from lcm_ds.data.quantization import BFloat16, Quantization
 from lcm_ds.data.remote import fetch as remote
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.errors import Collector, InputError
-from lcm_ds.files import OpenFile, json_object, sha256_of, sync, write_whole
+from lcm_ds.files import OpenFile, json_object, lock, sha256_of, sync, write_whole
 
 FORMAT_VERSION = 1
 DATASET = "dataset.json"
@@ -350,7 +350,7 @@ def commit(folder: str | Path, shard: ShardInfo) -> None:
     record = record_path(folder, shard.name)
     new = not path.exists()
     with path.open("a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file.fileno(), fcntl.LOCK_EX, path)
         _remove_torn_line(file.fileno())
         if record.exists():
             shard = replace(shard, index=_append_record(path.with_name(INDEX), record.read_bytes(), shard.documents))

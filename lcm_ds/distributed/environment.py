@@ -1,16 +1,18 @@
 """The rank of this process and the address of rank 0, read from the variables that any of the known launchers sets.
 
-These are RANK … (torchrun, DeepSpeed's launcher, Kubernetes' PyTorchJob, `lcm-ds launch --local`), OMPI_COMM_WORLD_*
-(mpirun), and SLURM_* inside an srun step. Without any of them the run has one process.
+These are RANK … (torchrun, torch.distributed.launch, DeepSpeed's launcher, accelerate, Kubernetes' PyTorchJob, `lcm-ds
+launch --local`), and those in the table LAUNCHERS. Without any of them the run has one process, unless other variables
+show that a launcher has started several: these would each take themselves for the only one, and are refused.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import random
 import re
 import socket
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 from lcm_ds.errors import InputError, RunFailedError
@@ -19,6 +21,127 @@ from lcm_ds.processes import exit_with_parent
 DEFAULT_PORT = 29500  # torch.distributed's and DeepSpeed's
 FREE_PORTS = (20_000, 29_000)  # below Linux's net.ipv4.ip_local_port_range, and DEFAULT_PORT
 ORPHANING_LAUNCHERS = ("OMPI_COMM_WORLD_RANK", "TORCHELASTIC_RUN_ID")  # set by mpirun and torchrun
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The variables by which a launcher numbers its processes; of several names, the first one that is set counts."""
+
+    name: str
+    marks: tuple[str, ...]  # it is this launcher if all of them are set
+    rank: str
+    size: tuple[str, ...]
+    local_rank: tuple[str, ...]
+    local_size: tuple[str, ...]
+    hosts: str | None  # their number, if the launcher gives no local size
+    master_addr: str  # how to give the processes the host of rank 0, if there are several hosts
+    source: str  # of these names
+
+
+# An mpirun or mpiexec inside a Slurm or Flux allocation starts its daemons with srun or flux: the processes also have
+# their daemon's variables. So it comes before srun; MPICH's is told from `srun --mpi=pmi2`, which also sets PMI_RANK,
+# by MPI_LOCALRANKID. jsrun of Spectrum MPI sets Open MPI's variables as well, Slurm and Flux have plugins for PALS'.
+LAUNCHERS = (
+    Launcher(
+        "LSF's jsrun",
+        marks=("JSM_NAMESPACE_RANK",),
+        rank="JSM_NAMESPACE_RANK",
+        size=("JSM_NAMESPACE_SIZE",),
+        local_rank=("JSM_NAMESPACE_LOCAL_RANK",),
+        local_size=("JSM_NAMESPACE_LOCAL_SIZE",),
+        hosts=None,
+        master_addr="jsrun -E MASTER_ADDR=$(sed -n 2p $LSB_DJOB_RANKFILE)",  # line 1 is the batch node
+        source="lightning.fabric.plugins.environments.LSFEnvironment",
+    ),
+    Launcher(
+        "Open MPI's mpirun",
+        marks=("OMPI_COMM_WORLD_RANK",),
+        rank="OMPI_COMM_WORLD_RANK",
+        size=("OMPI_COMM_WORLD_SIZE",),
+        local_rank=("OMPI_COMM_WORLD_LOCAL_RANK",),
+        local_size=("OMPI_COMM_WORLD_LOCAL_SIZE",),
+        hosts=None,
+        master_addr="mpirun -x MASTER_ADDR=<host of rank 0>",
+        source="mpirun(1), seen with 4.1.4 and 5.0.11",
+    ),
+    Launcher(
+        "MPICH's or Intel MPI's mpiexec",
+        marks=("PMI_RANK", "MPI_LOCALRANKID"),
+        rank="PMI_RANK",
+        size=("PMI_SIZE",),
+        local_rank=("MPI_LOCALRANKID",),
+        local_size=("MPI_LOCALNRANKS",),
+        hosts=None,
+        master_addr="mpiexec -genv MASTER_ADDR <host of rank 0>",
+        source="seen with MPICH 4.0.2 and 5.0.2 and Intel MPI 2021.19",
+    ),
+    Launcher(
+        "MVAPICH's mpirun_rsh",
+        marks=("MV2_COMM_WORLD_RANK",),
+        rank="MV2_COMM_WORLD_RANK",
+        size=("MV2_COMM_WORLD_SIZE",),
+        local_rank=("MV2_COMM_WORLD_LOCAL_RANK",),
+        local_size=("MV2_COMM_WORLD_LOCAL_SIZE",),
+        hosts=None,
+        master_addr="mpirun_rsh … MASTER_ADDR=<host of rank 0> python …",
+        source="accelerate.utils.environment.get_cpu_distributed_information",
+    ),
+    Launcher(
+        "Slurm's srun",
+        # An sbatch script has SLURM_PROCID=0 and SLURM_NTASKS, too, but only an srun step has several tasks.
+        marks=("SLURM_PROCID", "SLURM_STEP_ID|SLURM_STEPID|SLURM_STEP_NODELIST"),
+        rank="SLURM_PROCID",
+        size=("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+        local_rank=("SLURM_LOCALID",),
+        local_size=(),  # see _slurm_local_size
+        hosts=None,
+        master_addr="",  # the first of SLURM_STEP_NODELIST
+        source="srun(1), seen with 22.05 and --mpi=none and pmi2",
+    ),
+    Launcher(
+        "Flux",
+        marks=("FLUX_TASK_RANK",),
+        rank="FLUX_TASK_RANK",
+        size=("FLUX_JOB_SIZE",),
+        local_rank=("FLUX_TASK_LOCAL_ID",),
+        local_size=(),
+        hosts="FLUX_JOB_NNODES",
+        master_addr="flux run --env=MASTER_ADDR=$(flux hostlist --nth=0 local)",
+        source="flux-core, src/shell/task.c; flux-environment(7)",
+    ),
+    Launcher(
+        "Cray PALS' mpiexec",
+        marks=("PALS_RANKID",),
+        rank="PALS_RANKID",
+        size=("PMI_SIZE",),
+        local_rank=("PALS_LOCAL_RANKID", "PMI_LOCAL_RANK"),
+        local_size=("PALS_LOCAL_SIZE", "PMI_LOCAL_SIZE"),
+        hosts=None,
+        master_addr="mpiexec --env MASTER_ADDR=$(head -n 1 $PBS_NODEFILE)",
+        source="Slurm, plugins/mpi/cray_shasta; scripts of ALCF for Polaris and Aurora",
+    ),
+    Launcher(
+        "a launcher with PMI",
+        marks=("PMI_RANK",),
+        rank="PMI_RANK",
+        size=("PMI_SIZE",),
+        local_rank=("PMI_LOCAL_RANK", "LOCAL_RANK"),
+        local_size=("PMI_LOCAL_SIZE", "LOCAL_WORLD_SIZE"),
+        hosts=None,
+        master_addr="set MASTER_ADDR=<host of rank 0> for every process",
+        source="seen with MPICH 5.0.2's mpiexec.gforker, which sets neither a local rank nor a local size",
+    ),
+)
+# What else shows that a launcher has started this process: the number of its processes, if it is above one, or any
+# value of a variable that only processes of a job have. Slurm's are missing, because its batch scripts have them.
+_COUNTS = [
+    name for row in LAUNCHERS for name in (*row.size, *row.local_size) if not name.startswith(("SLURM_", "LOCAL_"))
+]
+_MARKS = {
+    "PMIX_RANK": "a PMIx launcher such as prterun",
+    "MPT_LRANK": "HPE MPT's mpiexec_mpt",
+    "ALPS_APP_PE": "Cray ALPS' aprun",
+}
 
 
 @dataclass(frozen=True)
@@ -83,11 +206,20 @@ def detect_environment(environ: Mapping[str, str]) -> DistEnv:
     else:
         variables = scheduler
     if env is None:
+        _check_alone(environ)
         return DistEnv.local(0, 1, free_port())
     _check_ranges(env, variables.errors)
     if variables.errors:
         raise InputError(variables.errors)
     return env
+
+
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """Take the option that DeepSpeed's launcher (`_`) and torch.distributed.launch (`-`) add to a worker's command.
+
+    Both of them set LOCAL_RANK as well, which is used instead.
+    """
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by launchers; LOCAL_RANK is used instead")
 
 
 def exit_with_launcher(environ: Mapping[str, str]) -> None:
@@ -148,6 +280,10 @@ class _Variables:
             return 0
         return int(text)
 
+    def first(self, names: Sequence[str], default: int | None = None) -> int:
+        """The number in the first of these variables that is set."""
+        return self(next((name for name in names if name in self.environ), names[0]), default)
+
 
 def _from_rank(variables: _Variables) -> DistEnv:
     environ = variables.environ
@@ -170,53 +306,61 @@ def _from_rank(variables: _Variables) -> DistEnv:
 
 def _from_scheduler(variables: _Variables) -> DistEnv | None:
     environ = variables.environ
-    if "OMPI_COMM_WORLD_RANK" in environ:
-        return _from_mpirun(variables)
-    # An sbatch script has SLURM_PROCID=0 and SLURM_NTASKS, too, but only an srun step has several tasks.
-    if "SLURM_PROCID" in environ and {"SLURM_STEP_ID", "SLURM_STEPID", "SLURM_STEP_NODELIST"} & environ.keys():
-        return _from_srun(variables)
+    for launcher in LAUNCHERS:
+        if all(any(name in environ for name in mark.split("|")) for mark in launcher.marks):
+            return _from_launcher(launcher, variables)
     return None
 
 
-def _from_mpirun(variables: _Variables) -> DistEnv:
+def _from_launcher(launcher: Launcher, variables: _Variables) -> DistEnv:
     environ = variables.environ
-    world_size = variables("OMPI_COMM_WORLD_SIZE")
-    local_size = variables("OMPI_COMM_WORLD_LOCAL_SIZE", world_size)
+    world_size = variables.first(launcher.size)
+    local_rank = variables.first(launcher.local_rank, None if world_size > 1 else 0)
+    port: int | Callable[[], int] = free_port if world_size == 1 else DEFAULT_PORT
     address = environ.get("MASTER_ADDR")
+    if launcher.rank == "SLURM_PROCID":
+        local_size = _slurm_local_size(variables, local_rank)
+        # The same for all tasks of a job, different between jobs, and below the ports of outgoing connections.
+        port = lambda: 20000 + variables("SLURM_JOB_ID", 0) % 12000  # noqa: E731
+        address = address or _slurm_first_host(variables, world_size)
+    elif launcher.hosts is not None:  # as many on each host, but for the last ones
+        local_size = max(local_rank + 1, -(-world_size // max(1, variables(launcher.hosts, 1))))
+    else:
+        local_size = variables.first(launcher.local_size, world_size)
     if address is None and local_size < world_size:
-        variables.errors.append("environment: MASTER_ADDR is missing: mpirun -x MASTER_ADDR=<host of rank 0>")
+        variables.errors.append(f"environment: MASTER_ADDR is missing: {launcher.master_addr}")
     return DistEnv(
-        variables("OMPI_COMM_WORLD_RANK"),
-        world_size,
-        variables("OMPI_COMM_WORLD_LOCAL_RANK", 0),
-        local_size,
-        address or "127.0.0.1",
-        variables("MASTER_PORT", free_port if world_size == 1 else DEFAULT_PORT),
-    )
-
-
-def _from_srun(variables: _Variables) -> DistEnv:
-    environ = variables.environ
-    world_size = variables("SLURM_STEP_NUM_TASKS", lambda: variables("SLURM_NTASKS"))
-    local_rank = variables("SLURM_LOCALID", 0)
-    per_node = environ.get("SLURM_STEP_TASKS_PER_NODE", environ.get("SLURM_TASKS_PER_NODE", ""))
-    address = environ.get("MASTER_ADDR")
-    if address is None:
-        nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST"))
-        if nodes is None and world_size > 1:
-            variables.errors.append(
-                "environment: neither MASTER_ADDR nor SLURM_JOB_NODELIST is set: the host of rank 0"
-            )
-        address = first_host(nodes) if nodes is not None else "127.0.0.1"
-    return DistEnv(
-        variables("SLURM_PROCID"),
+        variables(launcher.rank),
         world_size,
         local_rank,
-        tasks_on_node(per_node, variables("SLURM_NODEID", 0)) or max(1, local_rank + 1),
-        address,
-        # The same for all tasks of a job, different between jobs, and below the ports of outgoing connections.
-        variables("MASTER_PORT", lambda: 20000 + variables("SLURM_JOB_ID", 0) % 12000),
+        local_size,
+        address or "127.0.0.1",
+        variables("MASTER_PORT", port),
     )
+
+
+def _slurm_local_size(variables: _Variables, local_rank: int) -> int:
+    per_node = variables.environ.get("SLURM_STEP_TASKS_PER_NODE", variables.environ.get("SLURM_TASKS_PER_NODE", ""))
+    return tasks_on_node(per_node, variables("SLURM_NODEID", 0)) or max(1, local_rank + 1)
+
+
+def _slurm_first_host(variables: _Variables, world_size: int) -> str:
+    nodes = variables.environ.get("SLURM_STEP_NODELIST", variables.environ.get("SLURM_JOB_NODELIST"))
+    if nodes is None and world_size > 1:
+        variables.errors.append("environment: neither MASTER_ADDR nor SLURM_JOB_NODELIST is set: the host of rank 0")
+    return first_host(nodes) if nodes is not None else "127.0.0.1"
+
+
+def _check_alone(environ: Mapping[str, str]) -> None:
+    """Raise InputError if another launcher than the known ones has started this process, probably with others."""
+    signs = {name: "a launcher" for name in _COUNTS if re.fullmatch(r"0*([2-9]|[1-9]\d+)", environ.get(name, ""))}
+    signs |= {name: launcher for name, launcher in _MARKS.items() if name in environ}
+    for name, launcher in signs.items():
+        raise InputError(
+            f"environment: {name}={environ[name]}: started by {launcher} that does not tell each process its rank, so "
+            "that each would train alone: set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each "
+            "process, or use lcm-ds launch; RANK=0 WORLD_SIZE=1 if it is the only one"
+        )
 
 
 def _check_nesting(env: DistEnv, scheduler_env: DistEnv, errors: list[str]) -> None:

@@ -43,7 +43,7 @@ PROGRAMS = {
     "ssh": ("launch --hostfile", "apt install openssh-client"),
     "pdsh": ("launch --hostfile", "apt install pdsh"),
     "srun": ("launch --slurm", "comes with a Slurm cluster"),
-    "mpirun": ("launch --openmpi", "apt install openmpi-bin"),
+    "mpirun": ("launch --mpi", "apt install openmpi-bin or mpich"),
 }
 KERNELS = "lcm_ds.doctor.kernels"
 KERNELS_SECONDS = 120  # a cold torch.compile takes 20 s on two busy cores

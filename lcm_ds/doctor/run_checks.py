@@ -15,6 +15,7 @@ from lcm_ds.distributed.workers import run_local
 from lcm_ds.doctor.kernels import accelerator
 from lcm_ds.doctor.machine import programs, software
 from lcm_ds.errors import Collector, InputError
+from lcm_ds.files import why_no_checkpoints
 from lcm_ds.launcher.multihost.hostfile import read_hostfile, select
 from lcm_ds.launcher.multihost.pdsh import errors_of_call
 from lcm_ds.launcher.multihost.preflight import run_preflight
@@ -103,8 +104,14 @@ def _check_run(config_path: str | Path, overrides: Sequence[str], ranks: int, lo
     job = build_job(config_path, overrides, ranks)
     for line in _requirements(job, ranks):
         print(line)
-    if local:
-        job.check_device(str(job.config.deepspeed))
+    errors = Collector()
+    with errors:
+        if reason := why_no_checkpoints(_existing_folder(job.run_dir)):
+            raise InputError(f"{job.run_dir}: {reason}")
+    with errors:
+        if local:
+            job.check_device(str(job.config.deepspeed))
+    errors.raise_if_any()
     return job
 
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from lcm_ds import metrics
+from lcm_ds.baselines.linear import MEAN, RIDGES
 from lcm_ds.baselines.targets import Rows, TargetReader
 from lcm_ds.data.batch import Batch
 from lcm_ds.data.format import Dataset
 from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.errors import InputError
 from lcm_ds.evaluate.accumulator import BUCKETS, Accumulator, bootstrap_weights, bucket_of, interval, json_float
-from lcm_ds.evaluate.baselines import Predictor, fit_baselines
+from lcm_ds.evaluate.baselines import NEAREST, Predictor, fit_baselines
 from lcm_ds.evaluate.languages import Languages, languages_of
 from lcm_ds.evaluate.target_sample import BottomKSampler, TargetSample, count_nearer
 from lcm_ds.evaluate.task import EvaluationTask
@@ -82,7 +83,7 @@ def measure(
         "notes": [
             *task.notes,
             *text_metrics.notes,
-            *([] if task.training else ["the training data is unknown: the copy is the only baseline"]),
+            *_missing_baselines(task),
             *([f"{missing:,} concepts of unreadable shards are missing"] if missing else []),
         ],
         **_summarise(accumulators, baselines.best),
@@ -90,6 +91,16 @@ def measure(
         "seconds": round(time.perf_counter() - started, 1),
         "seconds_waiting_for_data": round(reader.waited, 1),
     }
+
+
+def _missing_baselines(task: EvaluationTask) -> list[str]:
+    """A note on the baselines that are not in the table, if there are such."""
+    if task.training:
+        return []
+    if not task.missing:
+        return ["the training data is unknown: the copy is the only baseline"]
+    names = ", ".join((MEAN, *RIDGES, NEAREST))
+    return [f"the training data is not here ({', '.join(task.missing)}): without the baselines {names}"]
 
 
 def _pass_over_targets(

@@ -9,6 +9,7 @@ from typing import Any
 from lcm_ds.evaluate.accumulator import best
 from lcm_ds.evaluate.compute import MODEL, TRUTH
 from lcm_ds.metrics import EVALUATION, HIGHER, NORMALISED, RAW, Metric
+from lcm_ds.terminal import rich_console
 
 WIDTH = 110  # of a table that is not printed to a terminal
 COLUMNS = 6  # in the first table; the others are in the second
@@ -16,10 +17,9 @@ COLUMNS = 6  # in the first table; the others are in the second
 
 def print_tables(title: str, result: dict[str, Any]) -> None:
     """Print the metrics as tables with the best value of each column marked; then intervals and notes."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if Console().is_terminal else WIDTH, soft_wrap=False)
+    console = rich_console(width=None if rich_console().is_terminal else WIDTH)
     scores = {**result["scores"], TRUTH: result["truth"]["scores"]}
     heading = (
         f"{title}: next-concept prediction on {result['dataset']}\n"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from lcm_ds.checkpoint.model_source import ModelSource
 from lcm_ds.config import DataConfig, WeightedPath
 from lcm_ds.data.concepts import encoder_differences, same_space
 from lcm_ds.data.format import Dataset
+from lcm_ds.data.remote import fetch as remote
 from lcm_ds.data.supervised import missing_targets
 from lcm_ds.errors import Collector, InputError
 
@@ -22,6 +24,7 @@ class EvaluationTask:
     validation: Dataset
     validation_path: str  # as the user or the run names it
     notes: tuple[str, ...] = ()  # in what its encoder differs from the model's, in the same space
+    missing: list[str] = field(default_factory=list)  # training datasets that are not on this machine
 
 
 def open_task(source: ModelSource, dataset: str | None) -> EvaluationTask:
@@ -29,7 +32,7 @@ def open_task(source: ModelSource, dataset: str | None) -> EvaluationTask:
 
     Args:
         source: the model.
-        dataset: to evaluate on; default: the run's validation dataset.
+        dataset: to evaluate on; default: the run's validation dataset. The training data may be missing then.
 
     Raises:
         InputError: with every mistake: no dataset to evaluate on, one that cannot be opened, has concepts of another
@@ -40,7 +43,12 @@ def open_task(source: ModelSource, dataset: str | None) -> EvaluationTask:
         raise InputError(f"{source.path}: an exported model has no data; name a dataset with --dataset")
     if path is None:
         raise InputError(f"{source.path}: the run has no data.validation; name a dataset with --dataset")
-    *training, validation = source.open_datasets([*(each.path for each in source.training), path])
+    paths = [each.path for each in source.training]
+    missing = [each for each in paths if not remote.is_remote(each) and not Path(each).exists()]
+    if missing and dataset is None:
+        hint = "with --dataset it is evaluated without the baselines that need the training data"
+        raise InputError(f"{each}: the run's training data is not here; {hint}" for each in missing)
+    *training, validation = source.open_datasets([*([] if missing else paths), path])
     errors = Collector()
     for each in (*training, validation):
         with errors:
@@ -58,4 +66,5 @@ def open_task(source: ModelSource, dataset: str | None) -> EvaluationTask:
         if problem := missing_targets(validation, source.data.row_length, source.data.max_segment):
             raise InputError(problem)
     errors.raise_if_any()
-    return EvaluationTask(source.data, source.training, training, validation, path, notes)
+    weights = [] if missing else source.training
+    return EvaluationTask(source.data, weights, training, validation, path, notes, missing)

@@ -10,7 +10,7 @@ from pathlib import Path
 from lcm_ds.distributed.workers import run_local, run_with_restarts
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.launcher import schedulers
-from lcm_ds.launcher.multihost.hostfile import is_this_host, read_hostfile, select
+from lcm_ds.launcher.multihost.hostfile import is_this_host, read_hostfile, select, visible_devices
 from lcm_ds.launcher.multihost.pdsh import errors_of_call
 from lcm_ds.launcher.multihost.restarts import run_on_hosts
 from lcm_ds.launcher.task import DEFAULTS, LaunchOptions, LaunchTask, load_task
@@ -23,13 +23,14 @@ def launch(
     local: int | None = None,
     hostfile: str | Path | None = None,
     slurm: bool = False,
+    mpi: int | None = None,
     openmpi: int | None = None,
     include: str = "",
     exclude: str = "",
     options: LaunchOptions = DEFAULTS,
     output: int | None = None,
 ) -> int:
-    """Start the workers of a run or a preparation in one of four ways, and wait for them.
+    """Start the workers of a run or a preparation in one of several ways, and wait for them.
 
     Args:
         config_path: A config; one with a `source` is for a preparation.
@@ -37,7 +38,8 @@ def launch(
         local: Start this number of processes on this host.
         hostfile: Start them on its hosts, over pdsh and ssh.
         slurm: Start them with srun, in an allocation.
-        openmpi: Start this number of processes with mpirun.
+        mpi: Start this number of processes with mpirun, of Open MPI, MPICH or Intel MPI.
+        openmpi: The same, only with Open MPI's.
         include: Devices of the hostfile to use, in DeepSpeed's form.
         exclude: Devices of the hostfile to leave unused, likewise.
         options: How workers are watched and restarted.
@@ -49,8 +51,11 @@ def launch(
     Raises:
         InputError: before any worker starts, with all mistakes in the call, the config and the data it names.
     """
-    if sum((local is not None, hostfile is not None, slurm, openmpi is not None)) != 1:
-        raise InputError("launch: exactly one of --local, --hostfile, --slurm and --openmpi has to be given")
+    ways = {"--local": local, "--mpi": mpi, "--openmpi": openmpi}  # each with its number of processes
+    if sum((*(number is not None for number in ways.values()), hostfile is not None, slurm)) != 1:
+        raise InputError("launch: exactly one of --local, --hostfile, --slurm, --mpi and --openmpi has to be given")
+    mpi_option = next((option for option in ("--mpi", "--openmpi") if ways[option] is not None), None)
+    program = ("", "")
     collector = Collector()
     devices: dict[str, list[int]] = {}  # of each host of a hostfile
     world_size = 1
@@ -58,13 +63,17 @@ def launch(
         if hostfile is not None:
             devices = select(read_hostfile(hostfile), include, exclude)
             world_size = sum(map(len, devices.values()))
+            for host in filter(is_this_host, devices):
+                visible_devices(host, devices[host], os.environ)  # raises
         if errors := options.errors(len(devices) or 1):
             raise InputError(errors)
         if hostfile is None:
             selections = [option for option, value in (("--include", include), ("--exclude", exclude)) if value]
             if misplaced := [*selections, *options.hostfile_only(local is not None)]:
                 raise InputError(f"{option}: goes with --hostfile" for option in misplaced)
-            world_size = _world_size(local, openmpi)
+            world_size = _world_size(ways)
+            if mpi_option is not None:
+                program = schedulers.mpi_program(mpi_option)
     task: LaunchTask | None = None
     with collector:
         task = load_task(config_path, overrides, world_size)
@@ -76,7 +85,7 @@ def launch(
         environ = dict(os.environ)
         task.check_local(world_size)
         if devices:  # a hostfile with only this host needs no ssh
-            environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, next(iter(devices.values()))))
+            environ["CUDA_VISIBLE_DEVICES"] = visible_devices(*next(iter(devices.items())), environ)
         worker = [sys.executable, "-u", "-m", task.module, str(config_path), *overrides]
         return run_with_restarts(
             lambda signals: run_local(worker, world_size, environ, options.master_port, options.grace, signals, output),
@@ -98,7 +107,7 @@ def launch(
         command = (
             schedulers.slurm_command(world_size, task.module, config)
             if slurm
-            else schedulers.openmpi_command(world_size, task.module, config, environ)
+            else schedulers.mpi_command(program, world_size, task.module, config, environ)
         )
         code = schedulers.run_scheduler(command, environ, task.stop_file)
     missing = task.missing() if code == 0 else None
@@ -108,11 +117,11 @@ def launch(
     return code
 
 
-def _world_size(local: int | None, openmpi: int | None) -> int:
+def _world_size(ways: dict[str, int | None]) -> int:
     """The number of workers without a hostfile."""
-    if local is None and openmpi is None:
+    option, processes = next(((way, number) for way, number in ways.items() if number is not None), ("", None))
+    if not option:
         return schedulers.slurm_tasks(os.environ)
-    option, processes = ("--local", local) if local is not None else ("--openmpi", openmpi)
     if processes is None or processes < 1:
         raise InputError(f"{option} {processes}: the number of processes has to be 1 or more")
     return processes

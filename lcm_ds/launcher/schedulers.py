@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from lcm_ds.config import PrepareConfig, TrainConfig, dump
@@ -27,6 +28,9 @@ FORWARDED_NAMES = ("PATH", "LD_LIBRARY_PATH", "http_proxy", "https_proxy", "all_
 NOT_FORWARDED = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
 # Not to be written to a file or put on mpirun's command line unless the user asks for it.
 SECRET = re.compile(r"TOKEN(?!IZERS)|SECRET|PASSW|CREDENTIAL|_KEY$", re.IGNORECASE)
+
+# Words of `mpirun --version`: mpirun of Open MPI 4 calls itself OpenRTE if it is started by another name.
+_MPI_VERSIONS = {"Open MPI": ("Open MPI", "OpenRTE"), "Hydra": ("HYDRA", "Intel(R) MPI")}
 
 
 def forwarded_variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -111,12 +115,59 @@ def slurm_command(tasks: int, module: str, config: Path) -> list[str]:
     return ["srun", f"--ntasks={tasks}", "--kill-on-bad-exit=0", wait, "--export=ALL", *worker]
 
 
-def openmpi_command(processes: int, module: str, config: Path, environ: Mapping[str, str]) -> list[str]:
-    """The call of mpirun. Without `--bind-to none` it would bind each of two processes to a single core."""
+def mpi_program(option: str) -> tuple[str, str]:
+    """The program of MPI in PATH, `mpirun` or else `mpiexec`, and whose it is: "Open MPI" or "Hydra".
+
+    Hydra starts the processes of MPICH and of Intel MPI. Raises InputError, which names `option` of the command line,
+    if there is none, if it is another one, or if --openmpi asks for Open MPI's.
+    """
+    name = next(filter(shutil.which, ("mpirun", "mpiexec")), None)
+    if name is None:
+        raise InputError(
+            f"{option}: mpirun is not installed here: load the module of your cluster, or install Open MPI or MPICH"
+        )
+    try:
+        done = subprocess.run([name, "--version"], capture_output=True, text=True, timeout=60)
+        version = (done.stdout + done.stderr).strip() or f"exit code {done.returncode}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        version = str(error)
+    found = next((kind for kind, words in _MPI_VERSIONS.items() if any(word in version for word in words)), None)
+    by_hand = f"start {name} with python -m lcm_ds.train CONFIG yourself (docs/schedulers.md)"
+    if found is None:
+        line = version.splitlines()[0]
+        raise InputError(
+            f"{option}: {shutil.which(name)} is not Open MPI's, MPICH's or Intel MPI's ({line}): {by_hand}"
+        )
+    if option == "--openmpi" and found != "Open MPI":
+        raise InputError(
+            f"--openmpi: {shutil.which(name)} is not Open MPI's: use --mpi, or put Open MPI's first in PATH"
+        )
+    return name, found
+
+
+def mpi_command(
+    program: tuple[str, str], processes: int, module: str, config: Path, environ: MutableMapping[str, str]
+) -> list[str]:
+    """The call of mpirun, without binding: Open MPI and Intel MPI would bind each of two processes to a single core.
+
+    Args:
+        program: What `mpi_program` has found.
+        processes: Their number.
+        module: Of a worker.
+        config: The config that all hosts read.
+        environ: The variables of the call. Those for Hydra, which sends all of them to its processes, are added.
+
+    Returns:
+        The command line.
+    """
+    name, kind = program
+    worker = [sys.executable, "-u", "-m", module, str(config)]
+    if kind == "Hydra":
+        environ.setdefault("I_MPI_PIN", "0")
+        return [name, "-n", str(processes), *worker]
     rendezvous = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name in environ]
     exports = [word for name in (*forwarded_variables(environ), *rendezvous) for word in ("-x", name)]
-    worker = [sys.executable, "-u", "-m", module, str(config)]
-    return ["mpirun", "-np", str(processes), "--bind-to", "none", *exports, *worker]
+    return [name, "-np", str(processes), "--bind-to", "none", *exports, *worker]
 
 
 def run_scheduler(command: Sequence[str], environ: Mapping[str, str], stop_path: Path | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from lcm_ds.distributed.environment import add_local_rank
 from lcm_ds.prepare import main
 from lcm_ds.processes import exit_with
 
@@ -11,6 +12,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m lcm_ds.prepare", description=__doc__)
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("overrides", metavar="key=value", nargs="*")
-    parser.add_argument("--local_rank", type=int, help="set by DeepSpeed's launcher; LOCAL_RANK is used instead")
+    add_local_rank(parser)
     arguments = parser.parse_args()
     exit_with(lambda: main(arguments.config, arguments.overrides))

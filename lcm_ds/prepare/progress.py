@@ -9,6 +9,8 @@ from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
+from lcm_ds.terminal import is_terminal
+
 LINE_SECONDS = 10.0
 
 
@@ -28,7 +30,7 @@ class Progress:
         self._last_line = time.monotonic()
         self._sums: dict[str, float] = {}
         self._bar: Any = None
-        if sys.stdout.isatty():
+        if is_terminal(sys.stdout):
             from rich import progress
 
             self._bar = progress.Progress(

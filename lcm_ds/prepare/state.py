@@ -18,7 +18,7 @@ import yaml
 from lcm_ds.config import PrepareConfig
 from lcm_ds.data.format import DATASET, SHARDS, SPLITS, read_shards
 from lcm_ds.errors import InputError
-from lcm_ds.files import write_whole
+from lcm_ds.files import lock, write_whole
 
 CONFIG, PARTS, SOURCE, QUANTIZATION = "prepare.yaml", "parts.json", "source.json", "quantization.json"
 UNITS, IDS, LOCK = "units.jsonl", "ids", "prepare.lock"
@@ -202,11 +202,9 @@ def locked(out: Path) -> Iterator[None]:
     """Lock the output folder against other processes. The kernel releases the lock however this process ends."""
     with (out / LOCK).open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, out)
         except BlockingIOError:
             raise InputError(f"{out}: another process is preparing this dataset") from None
-        except OSError as error:  # some cluster file systems have no locks
-            print(f"{out}: cannot be locked ({error.strerror}): make sure that nothing else writes there", flush=True)
         yield
 
 

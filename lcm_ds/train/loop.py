@@ -29,6 +29,7 @@ from lcm_ds.data.format import read_normalizer
 from lcm_ds.data.loader import Loader
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.errors import InputError
+from lcm_ds.files import why_no_checkpoints
 from lcm_ds.signals import DONE, FAILED, STOPPED
 from lcm_ds.train.engine import build_engine, build_model, init_distributed
 from lcm_ds.train.init_from import load_initial_weights
@@ -104,6 +105,8 @@ def session(job: TrainJob, env: DistEnv, stop: StopRequest) -> Iterator[tuple[to
     with ExitStack() as stack:
         if env.rank == 0:
             stack.enter_context(RunLock(job.run_dir))
+            if reason := why_no_checkpoints(job.run_dir / "checkpoints"):
+                raise InputError(f"{job.run_dir}: {reason}")
         watchdog = Watchdog(job.config.guard.stall_minutes)
         stack.callback(watchdog.close)
         device = init_distributed(env, job.config.guard.stall_minutes)

@@ -67,7 +67,9 @@ def versions() -> dict[str, str]:
 
 def write_run_config(job: TrainJob, env: DistEnv) -> None:
     """Write the resolved configs, with versions and world size (rank 0)."""
-    write_whole(job.run_dir / "config.yaml", dump(job.config, world_size=env.world_size, **versions()))
+    write_whole(
+        job.run_dir / "config.yaml", dump(job.config, started_in=Path.cwd(), world_size=env.world_size, **versions())
+    )
     write_whole(job.run_dir / "ds_config.json", json.dumps(job.ds, indent=2) + "\n")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lcm_ds.checkpoint.format import list_checkpoints
+from lcm_ds.checkpoint.format import list_checkpoints, load_run_config
 from lcm_ds.config import TrainConfig, load
 from lcm_ds.data.index.first_use import open_for_run
 from lcm_ds.data.trace import TraceLine
@@ -38,7 +38,7 @@ def trace(
     is_run = Path(run).is_dir()
     if is_run and not (Path(run) / "config.yaml").is_file():
         raise InputError(f"{run}: no run here (config.yaml is missing)")
-    config = load(TrainConfig, Path(run) / "config.yaml" if is_run else Path(run), overrides)
+    config = load_run_config(run, overrides) if is_run else load(TrainConfig, run, overrides)
     errors = Collector()
     datasets = []
     for entry in config.data.train:

@@ -1,6 +1,7 @@
 """The evaluation of a run or an exported folder: baselines of its training data, metrics, errors."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 import yaml
 
 from lcm_ds.checkpoint import model_source
+from lcm_ds.checkpoint.format import load_run_config
 from lcm_ds.config import DataConfig
 from lcm_ds.convert.export import export
 from lcm_ds.data.format import DatasetInfo, commit, finish, open_dataset, write_normalizer
@@ -25,6 +27,7 @@ from lcm_ds.evaluate.task import EvaluationTask
 from lcm_ds.evaluate.text_metrics import TextMetrics
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.train.trace import trace
 
 EMBED_DIM = 8
 ENCODER = {"name": "synthetic", "model": "islands", "revision": None}
@@ -245,6 +248,66 @@ def test_an_exported_folder_is_evaluated_against_the_copy(run, make_dataset, tmp
     assert figures["targets"] == 20 * 5
     assert figures["scores"]["Base-LCM"]["normalised"]["mse"] == pytest.approx(error, rel=1e-5)
     assert {path.name for path in (tmp_path / "model").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+
+
+@pytest.fixture
+def project(make_dataset, tmp_path):
+    """A folder with datasets and a run that was started in it, all named by relative paths."""
+    folder = tmp_path / "project"
+    for name, middle in (("train", 0.0), ("validation", 0.5)):
+        shutil.copytree(make_dataset(middle), folder / "data" / name)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    mapping = {
+        "run_dir": "runs/first",
+        "model": {"preset": "quickstart", "embed_dim": EMBED_DIM, **sizes},
+        "data": {"train": "data/train", "validation": "data/validation", "row_length": 16, "max_segment": 8},
+        "batch": {"rows_per_step": 2, "micro_batch_rows": 2},
+        "optim": {"lr": 1e-3},
+        "steps": 1,
+        "deepspeed": "ds_configs/zero1_fp32.json",
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(mapping))
+    command = [sys.executable, "-m", "lcm_ds.cli", "train", "config.yaml"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_a_run_is_evaluated_and_traced_from_another_folder_and_after_it_was_moved(
+    project, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir("/")
+    first = evaluate(project / "runs/first")
+    assert first["dataset"] == str(project / "data/validation")
+    assert len(trace(project / "runs/first", (), 0)) == 1
+    moved = tmp_path / "elsewhere"
+    project.rename(moved)
+    (moved / "runs/first/evaluation.json").unlink()
+    again = evaluate(moved / "runs/first")
+    assert again["dataset"] == str(moved / "data/validation")
+    assert again["scores"] == first["scores"]
+    assert len(trace(moved / "runs/first", (), 0)) == 1
+    # From a folder with a dataset of this name, that one is meant.
+    monkeypatch.chdir(moved)
+    assert load_run_config("runs/first").data.validation == "data/validation"
+
+
+def test_without_the_training_data_a_dataset_is_evaluated_without_the_baselines_that_need_it(
+    project, make_dataset, capsys
+):
+    shutil.rmtree(project / "data/train")
+    with pytest.raises(InputError) as caught:
+        evaluate(project / "runs/first")
+    (line,) = caught.value.errors
+    assert line.startswith(f"{project}/data/train: the run's training data is not here")  # seen from where it started
+    figures = evaluate(project / "runs/first", str(make_dataset(0.5)))
+    assert list(figures["scores"]) == ["Base-LCM", "copy of the last"]
+    (note,) = (note for note in figures["notes"] if "not here" in note)
+    for name in ("mean concept", "ridge from the last", "nearest in the training data", f"{project}/data/train"):
+        assert name in note
+    assert "".join(note.split()) in "".join(capsys.readouterr().out.split())  # lines are wrapped
+    with pytest.raises(InputError, match="no such dataset folder"):
+        evaluate(project / "runs/first", "nowhere")
 
 
 def test_an_earlier_checkpoint_is_named_by_its_step(run):

@@ -104,9 +104,17 @@ def test_slurm_has_one_task_for_each_device():
         assert expected in line
 
 
-@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs openmpi-bin")
+@pytest.mark.parametrize("program", ["mpirun.openmpi", "mpiexec.mpich"])
 @pytest.mark.parametrize(("deeds", "code"), [("0=exit:0,1=exit:0", 0), ("0=exit:75,1=exit:75", 75), ("1=exit:2", 2)])
-def test_mpirun_starts_workers_and_their_exit_code_comes_back(tmp_path, deeds, code, monkeypatch):
+def test_mpirun_starts_workers_and_their_exit_code_comes_back(tmp_path, deeds, code, monkeypatch, program):
+    if shutil.which(program) is None:
+        pytest.skip(f"needs {program}")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/mpirun").write_text(f'#!/bin/sh\nexec {program} "$@"\n')
+    (tmp_path / "bin/mpirun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    if program == "mpiexec.mpich" and deeds == "1=exit:2":
+        deeds = "0=exit:2,1=exit:2"  # Hydra waits for the other one, which would notice a closed connection
     config = tmp_path / "config.yaml"
     config.write_text(f"{deeds} {tmp_path}")
     environ = {
@@ -116,7 +124,10 @@ def test_mpirun_starts_workers_and_their_exit_code_comes_back(tmp_path, deeds, c
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
     }
-    command = schedulers.openmpi_command(2, "toy_worker", config, environ)
+    found = schedulers.mpi_program("--mpi")
+    assert found == ("mpirun", "Open MPI" if program == "mpirun.openmpi" else "Hydra")
+    command = schedulers.mpi_command(found, 2, "toy_worker", config, environ)
     assert schedulers.run_scheduler(command, environ, tmp_path / "STOP") == code
     places = [json.loads((tmp_path / str(rank)).read_text())["place"] for rank in (0, 1)]
     assert [place["LOCAL_RANK"] for place in places] == ["0", "1"]
+    assert {place["LOCAL_WORLD_SIZE"] for place in places} == {"2"}

@@ -3,35 +3,20 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import yaml
+from runs import ROOT, write_tiny_config
 
 from lcm_ds.doctor.run_checks import doctor
 from lcm_ds.errors import InputError
 from lcm_ds.launcher.launch import launch
 from lcm_ds.launcher.task import LaunchOptions
 
-ROOT = Path(__file__).parent.parent.parent
-
 
 @pytest.fixture
 def config(synthetic_dataset, tmp_path):
     """A run of two steps of a tiny model."""
-    path = tmp_path / "config.yaml"
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    mapping = {
-        "run_dir": str(tmp_path / "run"),
-        "model": {"preset": "quickstart", "embed_dim": 16, **sizes},
-        "data": {"train": str(synthetic_dataset()), "row_length": 16, "max_segment": 8},
-        "batch": {"rows_per_step": 4, "micro_batch_rows": 2},
-        "optim": {"lr": 1e-3},
-        "steps": 2,
-        "deepspeed": str(ROOT / "ds_configs/zero1_fp32.json"),
-    }
-    path.write_text(yaml.safe_dump(mapping))
-    return path
+    return write_tiny_config(synthetic_dataset(), tmp_path)
 
 
 def mistakes_of(*arguments, **keywords):
@@ -93,11 +78,45 @@ def test_hosts_that_are_not_reached_and_paths_that_a_remote_shell_changes_are_to
 
 
 def test_a_0_that_the_run_folder_does_not_bear_out_is_not_believed(config, tmp_path, monkeypatch, capfd):
-    (tmp_path / "mpirun").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "mpirun").write_text("#!/bin/sh\necho 'mpirun (Open MPI) 4.1.4'\n")
     (tmp_path / "mpirun").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert launch(config, openmpi=2) == 1
     assert "run is at step 0 of 2" in capfd.readouterr().err
+
+
+def test_a_hostfile_that_names_this_machine_keeps_the_devices_of_its_scheduler(config, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(
+        "lcm_ds.launcher.launch.run_local", lambda worker, size, environ, *rest: started.append(environ) or 0
+    )
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("localhost slots=2\n")
+    for given, workers in ((None, "0,1"), ("4,5", "4,5"), ("GPU-a,GPU-b,GPU-c", "GPU-a,GPU-b"), ("", "")):
+        if given is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        assert launch(config, hostfile=hostfile) == 0
+        assert started.pop()["CUDA_VISIBLE_DEVICES"] == workers
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    (line,) = mistakes_of(config, hostfile=hostfile)
+    assert "CUDA_VISIBLE_DEVICES=7" in line
+    assert "slot 1" in line
+
+
+@pytest.mark.parametrize(
+    ("version", "option", "message"),
+    [
+        ("HYDRA build details:", "openmpi", "is not Open MPI's: use --mpi"),
+        ("Vendor MPI 1.0", "mpi", "is not Open MPI's, MPICH's or Intel MPI's (Vendor MPI 1.0)"),
+    ],
+)
+def test_an_mpirun_that_is_not_the_one_asked_for_is_refused(config, tmp_path, monkeypatch, version, option, message):
+    (tmp_path / "mpirun").write_text(f"#!/bin/sh\necho '{version}'\n")
+    (tmp_path / "mpirun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (line,) = mistakes_of(config, **{option: 2})
+    assert line.startswith(f"--{option}: {tmp_path}/mpirun is not Open MPI's")
+    assert message in line
 
 
 def test_pdsh_has_to_be_installed(config, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from small_run import (
     EMBED_DIM,
+    ENVIRON,
     STEPS,
     checkpoints,
     finish,
@@ -53,12 +54,20 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@needs_mpirun
-def test_a_signal_under_mpirun_saves_and_the_run_goes_on(dataset, tmp_path, mark):
+@pytest.mark.parametrize(
+    ("program", "size"), [("mpirun.openmpi", "OMPI_COMM_WORLD_SIZE"), ("mpiexec.mpich", "PMI_SIZE")]
+)
+def test_a_signal_under_mpirun_saves_and_the_run_goes_on(dataset, tmp_path, mark, program, size):
+    if shutil.which(program) is None:
+        pytest.skip(f"needs {program}")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/mpirun").write_text(f'#!/bin/sh\nexec {program} "$@"\n')
+    (tmp_path / "bin/mpirun").chmod(0o755)
+    mark["PATH"] = f"{tmp_path}/bin:{ENVIRON['PATH']}"
     config = write_config(dataset, tmp_path)
-    launcher = start("launch/openmpi.sh", config, PROCESSES="2", **MPIRUN, **mark)
+    launcher = start("lcm-ds", "launch", "--mpi", 2, config, **MPIRUN, **mark)
     wait_for_step(config, 20)
-    assert len(with_variable("OMPI_COMM_WORLD_SIZE", "2") & processes(mark)) == 2
+    assert len(with_variable(size, "2") & processes(mark)) == 2
     launcher.send_signal(signal.SIGTERM)
     code, out = finish(launcher)
     assert code == 75, out
@@ -67,7 +76,7 @@ def test_a_signal_under_mpirun_saves_and_the_run_goes_on(dataset, tmp_path, mark
     assert not (run_dir(config) / "STOP").exists()
     nothing_left(mark)
 
-    code, out = finish(start("lcm-ds", "launch", "--openmpi", 2, config, **MPIRUN, **mark))
+    code, out = finish(start("lcm-ds", "launch", "--mpi", 2, config, **MPIRUN, **mark))
     assert code == 0, out
     assert f"step {stopped_at} of {STEPS}" in out
     assert list(losses(config)) == list(range(1, STEPS + 1))

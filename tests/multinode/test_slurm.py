@@ -5,6 +5,8 @@ Two slurmd on this machine are two nodes (see slurm.py).
 
 import os
 import signal
+import socket
+import sys
 
 import pytest
 import slurm
@@ -69,6 +71,19 @@ def test_scancel_saves_and_ends_the_job_for_good(cluster, make_config):
     assert max(losses(config)) == step
     assert not (run_dir(config) / "STOP").exists()
     assert "(SIGTERM); checkpoint saved" in log(config)
+
+
+@pytest.mark.parametrize("mpi", ["none", "pmi2", "pmix"])
+def test_a_task_finds_its_rank_whatever_srun_offers_mpi(cluster, mpi):
+    if not cluster("srun", f"--mpi={mpi}", "echo", "started"):
+        pytest.skip(f"this Slurm cannot start tasks with --mpi={mpi}")
+    code = (
+        "import os; from lcm_ds.distributed.environment import detect_environment; e = detect_environment(os.environ); "
+        "print(e.rank, e.world_size, e.local_rank, e.local_world_size, e.master_addr, e.master_port > 0)"
+    )
+    out = cluster("srun", "--nodes=2", "--ntasks-per-node=1", f"--mpi={mpi}", sys.executable, "-c", code)
+    host = socket.gethostname().partition(".")[0]
+    assert sorted(out.splitlines()) == [f"{rank} 2 0 1 {host} True" for rank in (0, 1)], out + cluster.logs()
 
 
 @pytest.mark.slow

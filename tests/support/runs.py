@@ -25,6 +25,24 @@ def finish(process, timeout=240):
     return process.returncode, out, err
 
 
+def write_tiny_config(dataset, folder, **changes):
+    """The config of a run of two steps of a tiny model in this folder; keyword arguments replace top-level keys."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    mapping = {
+        "run_dir": str(folder / "run"),
+        "model": {"preset": "quickstart", "embed_dim": 16, **sizes},
+        "data": {"train": str(dataset), "row_length": 16, "max_segment": 8},
+        "batch": {"rows_per_step": 4, "micro_batch_rows": 2},
+        "optim": {"lr": 1e-3},
+        "steps": 2,
+        "deepspeed": str(ROOT / "ds_configs/zero1_fp32.json"),
+        **changes,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(mapping))
+    return path
+
+
 def run_dir(config):
     return Path(yaml.safe_load(config.read_text())["run_dir"])
 

@@ -19,7 +19,7 @@ from lcm_ds.data.remote import fetch as remote
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.data.shard import open_shard_once
 from lcm_ds.errors import InputError
-from lcm_ds.files import OpenFile, why_not_writable, write_whole
+from lcm_ds.files import OpenFile, lock, why_not_writable, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +111,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """Wait until no other process makes an index in the folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:  # some cluster file systems have no locks: two may make it, and the last one's is kept
-            logger.warning("%s: cannot be locked", folder)
+        lock(descriptor, fcntl.LOCK_EX, folder)  # without locks two may make it, and the last one's is kept
         yield
     finally:
         os.close(descriptor)

@@ -258,7 +258,8 @@ def _warn_of_a_full_disk(folder: str) -> None:
 def _remove(path: str) -> bool:
     """Remove a file; False if it is locked or may not be removed."""
     try:
-        with open(path, "rb") as file:
+        # NFS gives an exclusive lock only on a file that is open for writing (EBADF).
+        with open(path, "r+b" if os.access(path, os.W_OK) else "rb") as file:
             if not _lock(file, fcntl.LOCK_EX):
                 return False
             os.unlink(path)

@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import IO, BinaryIO
 
 from lcm_ds.distributed.workers import POLL_SECONDS, Workers, threads_per_worker
+from lcm_ds.errors import InputError
 from lcm_ds.launcher.multihost import protocol
+from lcm_ds.launcher.multihost.hostfile import visible_devices
 from lcm_ds.launcher.multihost.launch_spec import LaunchSpec
 
 MAX_LINE = 8192  # bytes; a longer line is sent in pieces
@@ -32,7 +34,7 @@ class HostAgent:
         self.spec, self.host = spec, spec.hosts[index]
         self.workers = Workers(spec.grace)
         self.started = asyncio.Event()
-        self.error: OSError | None = None  # why workers could not be started
+        self.error: OSError | InputError | None = None  # why workers could not be started
         self.readers: list[list[asyncio.Task[None]]] = []  # of each worker's stdout and stderr
         self.reports: list[asyncio.Task[None]] = []
 
@@ -86,7 +88,7 @@ class HostAgent:
         except protocol.PeerTimeout:
             # The other hosts are cut off, too: nothing can be saved, and the run may continue without this host.
             self.workers.kill()
-        except OSError as error:  # no memory for a worker, no room for its log
+        except (OSError, InputError) as error:  # no memory for a worker, no room for its log, not its devices
             self.workers.kill()
             self.error = error
         self.started.set()
@@ -139,7 +141,9 @@ class HostAgent:
     def environment(self) -> dict[str, str]:
         """A worker's variables: this host's, the launcher's, and those for its devices and network interface."""
         environ = {**os.environ, **self.spec.environment}
-        environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.host.devices))
+        if self.host.visible is not None:
+            environ["CUDA_VISIBLE_DEVICES"] = self.host.visible
+        environ["CUDA_VISIBLE_DEVICES"] = visible_devices(self.host.name, self.host.devices, environ)
         environ.setdefault("OMP_NUM_THREADS", threads_per_worker(len(self.host.devices)))
         if self.host.interface is not None:
             environ.setdefault("NCCL_SOCKET_IFNAME", f"={self.host.interface}")  # without =, eth1 also matches eth10
@@ -159,7 +163,7 @@ def main(arguments: list[str]) -> int:
     path, index = Path(arguments[0]), int(arguments[1])
     try:
         return asyncio.run(_run(LaunchSpec.read(path), index))
-    except OSError as error:  # the file or the launcher is gone
+    except (OSError, InputError) as error:  # the file or the launcher is gone, or workers could not be started
         print(f"lcm-ds launch: {path}: {error}", file=sys.stderr)
         return 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lcm_ds.errors import InputError
@@ -77,6 +78,34 @@ def select(hosts: dict[str, int], include: str = "", exclude: str = "") -> dict[
     if not chosen:
         raise InputError(f"{option}: leaves no device of the hostfile")
     return chosen
+
+
+def visible_devices(host: str, slots: Sequence[int], environ: Mapping[str, str]) -> str:
+    """CUDA_VISIBLE_DEVICES of a host's workers: its slots count the devices that are visible there already.
+
+    A scheduler that shares a host among jobs gives each its devices by this variable.
+
+    Args:
+        host: Its name, for the message.
+        slots: The chosen slots of the hostfile, counted from 0.
+        environ: The variables of a process of that host.
+
+    Returns:
+        The devices, separated by commas; nothing if none was visible.
+
+    Raises:
+        InputError: a slot is not among the visible devices.
+    """
+    given = environ.get("CUDA_VISIBLE_DEVICES")
+    if given is None:
+        return ",".join(map(str, slots))
+    visible = [device.strip() for device in given.split(",") if device.strip()]
+    if visible and max(slots) >= len(visible):
+        raise InputError(
+            f"{host}: slot {max(slots)} of the hostfile is not among the {len(visible)} devices of "
+            f"CUDA_VISIBLE_DEVICES={given}: give slots={len(visible)}, or unset the variable if all devices are yours"
+        )
+    return ",".join(visible[slot] for slot in slots) if visible else ""
 
 
 def is_this_host(name: str) -> bool:

@@ -16,9 +16,10 @@ class Host:
     """The ranks of one host."""
 
     name: str  # as in the hostfile
-    devices: list[int]
+    devices: list[int]  # counted among those that are visible to a process of the host
     first_rank: int
     interface: str | None  # network interface to the other hosts, if known
+    visible: str | None = None  # CUDA_VISIBLE_DEVICES that the launcher's own host has from its scheduler
 
 
 @dataclass(frozen=True)

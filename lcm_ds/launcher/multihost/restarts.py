@@ -16,6 +16,7 @@ from pathlib import Path
 from lcm_ds.distributed.environment import DEFAULT_PORT
 from lcm_ds.distributed.workers import MAX_BACKOFF_SECONDS
 from lcm_ds.errors import InputError
+from lcm_ds.launcher.multihost.hostfile import is_this_host
 from lcm_ds.launcher.multihost.launch_spec import Host, LaunchSpec
 from lcm_ds.launcher.multihost.output import OutputPrinter
 from lcm_ds.launcher.multihost.preflight import HostReport, addresses_of, own_addresses, preflight
@@ -153,7 +154,8 @@ class _Launch:
         hosts, rank = [], 0
         for host in chosen:
             devices = self.hosts[host.name]
-            hosts.append(Host(host.name, devices, rank, host.report.get("interface")))
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") if is_this_host(host.name) else None  # ssh drops it
+            hosts.append(Host(host.name, devices, rank, host.report.get("interface"), visible))
             rank += len(devices)
         spec = LaunchSpec(
             token=secrets.token_hex(16),

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from lcm_ds.terminal import hide_deprecations
+from lcm_ds.terminal import hide_deprecations, is_terminal
 
 logger = logging.getLogger("lcm_ds")
 
@@ -102,7 +102,7 @@ class Console:
 
     def bar(self, text: str, now: bool = False) -> None:
         """Show `text` below the lines, on a terminal; at most every SECONDS_A_BAR unless `now`."""
-        if not _is_terminal(self.out) or not (now or time.monotonic() - self._drawn >= SECONDS_A_BAR):
+        if not is_terminal(self.out) or not (now or time.monotonic() - self._drawn >= SECONDS_A_BAR):
             return
         with contextlib.suppress(OSError):  # the terminal was closed just now
             width = os.get_terminal_size(self.out.fileno()).columns
@@ -118,7 +118,7 @@ class Console:
 
     def _show(self, stream: TextIO, text: str) -> None:
         # This line may overwrite another rank's bar.
-        clear = CLEAR if _is_terminal(stream) else ""
+        clear = CLEAR if is_terminal(stream) else ""
         stream.write("".join(f"{clear}{line}\n" for line in text.splitlines()))
         stream.flush()
         self._draw()
@@ -156,11 +156,6 @@ class _Forgiving(io.FileIO):
             if (written := super().write(data)) is not None:  # None: it would block
                 return written
         return len(data)
-
-
-def _is_terminal(stream: TextIO) -> bool:
-    """Whether it is a terminal with a movable cursor."""
-    return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
 def _writer(descriptor: int) -> TextIO:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from lcm_ds.errors import InputError
-from lcm_ds.files import read_object
+from lcm_ds.files import lock, read_object
 
 logger = logging.getLogger("lcm_ds.train")
 
@@ -42,15 +42,14 @@ class RunLock:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = True
+            locked = lock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, self.path)
         except BlockingIOError:
             owner = read_object(self.path, default={})
             if owner.get("machine", self._own_entry["machine"]) == self._own_entry["machine"]:
                 self._refuse(owner)
             locked = False  # a file server may keep the lock of a dead machine, even permanently
-        except OSError:
-            locked = False  # a file system without locks
+        except OSError:  # an unreachable file server
+            locked = False
         self._wait_for_former_owner(locked)
         self._write(0)
         self._thread = Thread(target=self._beat_until_released, name="lcm-ds-run-lock", daemon=True)
