@@ -109,9 +109,10 @@ def errors(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
     """Why a run with the identity `now` (run_metadata.py) cannot resume from a checkpoint: a line each, both values."""
     then = checkpoint.state()
     if (order := then.get("order", 1)) != now.get("order", 1):
+        version = then.get("versions", {}).get("lcm_ds", "unknown")
         return [
             f"{checkpoint.path}: was trained in data order {order}, and this version of lcm-ds has only "
-            f"order {now['order']}: continue with the version that began it ({then['versions']['lcm_ds']}), or "
+            f"order {now['order']}: continue with the version that began it ({version}), or "
             "start a new run with model.init_from"
         ]
     names = {

@@ -188,6 +188,15 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(tmp_path, now, expe
         assert expected in line
 
 
+def test_a_run_of_the_former_data_order_is_refused_with_what_to_do(tmp_path):
+    then = {"fingerprint": "a", "model": {}, "precision": "float32", "versions": {"lcm_ds": "0.0.9"}}
+    (tmp_path / "state.json").write_text(json.dumps(then))
+    assert resume.errors(Checkpoint(tmp_path, 5), {**then, "fingerprint": "b", "order": 2}) == [
+        f"{tmp_path}: was trained in data order 1, and this version of lcm-ds has only order 2: continue with the version "
+        "that began it (0.0.9), or start a new run with model.init_from"
+    ]
+
+
 @pytest.mark.parametrize(
     ("then", "now", "expected"),
     [
