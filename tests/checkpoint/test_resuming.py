@@ -192,8 +192,8 @@ def test_a_run_of_the_former_data_order_is_refused_with_what_to_do(tmp_path):
     then = {"fingerprint": "a", "model": {}, "precision": "float32", "versions": {"lcm_ds": "0.0.9"}}
     (tmp_path / "state.json").write_text(json.dumps(then))
     assert resume.errors(Checkpoint(tmp_path, 5), {**then, "fingerprint": "b", "order": 2}) == [
-        f"{tmp_path}: was trained in data order 1, and this version of lcm-ds has only order 2: continue with the version "
-        "that began it (0.0.9), or start a new run with model.init_from"
+        f"{tmp_path}: was trained in data order 1, and this version of lcm-ds has only order 2: continue with the "
+        "version that began it (0.0.9), or start a new run with model.init_from"
     ]
 
 
