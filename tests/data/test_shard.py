@@ -207,7 +207,7 @@ GOOD = np.zeros((3, 4), np.float16)
         (npy(GOOD.astype(">f2")), "x.npy: is >f2, its dataset is float16"),
         (npy(np.zeros((3, 5), np.float16)), "x.npy: has embed_dim 5, its dataset 4"),
         (npy(np.zeros(4, np.float16)), r"x.npy: has shape [4]; concepts are [n, embed_dim]"),
-        (npy(np.asfortranarray(GOOD)), "x.npy: has shape [3, 4]; concepts are [n, embed_dim], row by row"),
+        (npy(np.asfortranarray(GOOD)), "x.npy: [3, 4] is in Fortran order (column by column): save it again with"),
         (npy(GOOD)[:-2], "x.npy: has 150 bytes, which is not what [3, 4] float16 takes"),
         (npy(GOOD) + b"12", "x.npy: has 154 bytes"),
         (npy(GOOD)[:50], "x.npy: not an .npy file"),
