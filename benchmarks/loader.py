@@ -262,15 +262,17 @@ def packed(samples: Iterable[dict[str, np.ndarray]]) -> Iterator[torch.Tensor]:
 
 
 def loaded(folder: Path, workers: int, checksums: bool = True) -> Iterator[int]:
-    """Concepts of each micro-batch of the loader; 0 after the first epoch."""
+    """Concepts of each micro-batch of the loader; 0 after each epoch."""
     from lcm_ds.data.supervised import source_of
 
     dataset = open_dataset(folder, checksums=checksums)
     plan = Plan([source_of(dataset, ROW_LENGTH, MAX_SEGMENT)], 0, ROWS, ROW_LENGTH)
     loader = Loader([dataset], plan, 0, 1, MICRO_BATCH_ROWS, workers)
+    epochs = 0
     try:
         for batch in loader:
-            if batch.index == 0 and 1 <= plan.epoch(batch.step) < 1 + 1 / 8:
+            if plan.epoch(batch.step) >= epochs + 1:
+                epochs += 1
                 yield 0
             yield batch.real_concepts
     finally:

@@ -95,3 +95,9 @@ ssize_t preadv64(int fd, const struct iovec *parts, int count, off64_t offset) {
   if (!real) real = dlsym(RTLD_NEXT, "preadv64");
   return is_stale(fd) ? refuse(ESTALE) : real(fd, parts, count, offset);
 }
+
+ssize_t preadv64v2(int fd, const struct iovec *parts, int count, off64_t offset, int flags) {
+  static ssize_t (*real)(int, const struct iovec *, int, off64_t, int);
+  if (!real) real = dlsym(RTLD_NEXT, "preadv64v2");
+  return is_stale(fd) ? refuse(ESTALE) : real(fd, parts, count, offset, flags);
+}
