@@ -23,8 +23,8 @@ quickstart: $(INSTALLED)
 	$(BIN)/lcm-ds launch --local 2 configs/train/quickstart.yaml
 	$(BIN)/lcm-ds evaluate runs/quickstart
 
-# Two files of tests at a time: most of what they do is start processes.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+# Two files of tests at a time: most of what they do is start processes. Long ones come first (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED)
 	$(PYTEST) -m 'not slow and not hub' --ignore=tests/multinode
 

@@ -184,10 +184,9 @@ def test_not_a_line_of_a_library_reaches_the_console_of_a_preparation(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("deepspeed", ["zero2_bf16", "zero3_fp32", "zero2_offload"])
-def test_not_a_line_of_a_library_reaches_the_console_of_a_first_run(make_config, tmp_path, deepspeed):
-    """With nothing compiled yet: ninja and g++ print as well."""
-    config = make_config(steps=4, deepspeed=f"ds_configs/{deepspeed}.json")
+def test_not_a_line_of_a_library_reaches_the_console_of_a_first_run(make_config, tmp_path):
+    """With nothing compiled yet: ninja and g++ print as well, of the optimizer on the CPU, too."""
+    config = make_config(steps=4, deepspeed="ds_configs/zero2_offload.json")
     cold = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "NCCL_DEBUG": "INFO", "TORCH_CPP_LOG_LEVEL": "INFO"}
     code, out, err = finish(start("launch", "--local", 2, config, **cold), timeout=280)
     assert code == 0, out + err
