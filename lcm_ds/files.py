@@ -232,10 +232,6 @@ class OpenFile:
             at += len(piece)
         return digest.hexdigest()
 
-    def read_ahead(self) -> None:
-        """Have the kernel read the file into memory, without waiting for it."""
-        os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-
     def __getitem__(self, part: slice) -> bytes:
         try:
             return os.pread(self.descriptor, part.stop - part.start, part.start)

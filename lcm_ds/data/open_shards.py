@@ -74,10 +74,10 @@ class OpenShards:
                 if len(files) >= self._most[source] and oldest is not None:
                     del files[oldest]
                 future = files[shard] = Future()
-                self._tried.add((source, shard))
             files.move_to_end(shard)
         assert future is not None
         if opener:
+            self.note_tried(source, shard)
             try:
                 future.set_result(self._opened(source, shard))
             except BaseException as error:
@@ -95,6 +95,11 @@ class OpenShards:
             assert dataset.cache is not None
             dataset.cache.invalidate(future.result())
         return True
+
+    def note_tried(self, source: int, shard: int) -> None:
+        """Count a shard among those that `skip` compares the bad ones with; `file` does so itself."""
+        with self._lock:
+            self._tried.add((source, shard))
 
     def skip(self, source: int, shard: int, error: InputError) -> None:
         """Log that documents of a shard are skipped, once.

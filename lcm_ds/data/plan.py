@@ -155,10 +155,6 @@ class Plan:
         """The most shards that a block of a source has."""
         return max(stream.most_shards for stream in self._streams if stream.source_index == source)
 
-    def source_of(self, lane: int) -> int:
-        """The index of the source that a lane reads."""
-        return self._streams[bisect_right(self._first_lanes, lane) - 1].source_index
-
     @cached_property
     def steps(self) -> int | None:
         """Steps until the last stream ends; None if epochs are unlimited."""

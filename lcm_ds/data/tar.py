@@ -18,7 +18,7 @@ BLOCK = 512
 _WINDOW = 8192  # bytes read at a time
 HEAD = 128  # bytes of a member read together with its header: the header of an .npy file
 _END = bytes(BLOCK)
-_MOST_OCTAL = 8**11 - 1  # what a size field holds in digits; base 256 holds more than any file
+MOST_OCTAL = 8**11 - 1  # what a size field holds in digits; base 256 holds more than any file
 _USTAR = np.frombuffer(b"ustar\0", np.uint8)  # GNU has spaces there, and other things behind
 _REGULAR = tuple(b"0\0")
 _OCTAL_POWERS = np.array([8**power for power in range(5, -1, -1)], np.uint32)  # of six octal digits
@@ -116,7 +116,7 @@ def _walk(data: OpenFile | bytes, location: str) -> tuple[list[int], list[int], 
                     f"{location}: is cut off: it ends at byte {len(data)} without a tar's end mark"
                 ) from None
             size = _number(header[124:136], at, location)
-        if size < 0 or size > max(len(data), _MOST_OCTAL):
+        if size < 0 or size > max(len(data), MOST_OCTAL):
             raise _no_header(at, location)
         starts.append(at)
         pieces.append(piece)

@@ -72,6 +72,7 @@ class _Shards:
         self.get = lru_cache(SHARDS_KEPT)(self._get)
 
     def _get(self, source: int, shard: int) -> Shard:
+        self.open.note_tried(source, shard)
         return open_shard(self.open.datasets[source], shard)
 
 

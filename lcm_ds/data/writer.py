@@ -24,11 +24,11 @@ import numpy as np
 from lcm_ds.data.format import ShardInfo, record_path
 from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.shard import SOURCE_SENTENCES, TARGET_SENTENCES, Shard
+from lcm_ds.data.tar import MOST_OCTAL
 from lcm_ds.errors import InputError
 from lcm_ds.files import sha256_of, sync, write_whole
 
 _BUFFER_BYTES = 1 << 18
-_MOST_OCTAL = 8**11 - 1  # what a size field of a tar holds in digits
 # WebDataset splits key and extension at the first dot; names of this kind and length fit a plain ustar header.
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
@@ -216,7 +216,7 @@ def _overflow(concept: np.ndarray, dtype: str) -> str:
 
 def _tar_header(name: str, size: int) -> bytes:
     """The header of a member, that of tarfile."""
-    if len(name) > tarfile.LENGTH_NAME or not name.isascii() or size > _MOST_OCTAL:
+    if len(name) > tarfile.LENGTH_NAME or not name.isascii() or size > MOST_OCTAL:
         return _header_by_tarfile(name, size)
     template, template_sum = _template()
     header = bytearray(template)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -206,6 +207,18 @@ def test_trace_names_what_the_loader_delivers(dataset: Dataset) -> None:
         assert list(line.sentences) == meta["sentences"][line.start : line.stop]
         assert line.sentences
     assert set(filled.values()) == {LENGTH}
+
+
+def test_trace_leaves_out_few_bad_shards_of_many(synthetic_dataset: Callable[..., Path], tmp_path: Path) -> None:
+    made = synthetic_dataset(documents=80, documents_per_shard=1, embed_dim=4)
+    folder = Path(shutil.copytree(made, tmp_path / "dataset"))
+    dataset = open_dataset(folder, skip_bad=True)
+    for index in (5, 30):
+        (folder / dataset.shards[index].name).unlink()
+    plan = plan_of(dataset, epochs=1, rows=4)
+    assert plan.steps is not None
+    found = {line.shard for _, lines in trace([dataset], plan, range(plan.steps)) for line in lines}
+    assert found == {shard.name for index, shard in enumerate(dataset.shards) if index not in (5, 30)}
 
 
 def test_a_mixture_reads_each_dataset_in_its_lanes(dataset: Dataset, synthetic_dataset: Callable[..., Path]) -> None:

@@ -122,7 +122,6 @@ def test_a_trace_of_a_moved_run_has_its_losses_and_marks_non_finite_ones(mixture
 
 def test_a_trace_reads_no_shard_in_full(mixture, monkeypatch):
     monkeypatch.setattr(OpenFile, "sha256", lambda file: pytest.fail(f"{file.path} was read"))
-    monkeypatch.setattr(OpenFile, "read_ahead", lambda file: pytest.fail(f"{file.path} was read"))
     assert trace(mixture[0], [], 3)[0]
 
 
