@@ -1,6 +1,6 @@
 """Memory of a device in training, by arithmetic; tests/train/test_memory.py compares it with what PyTorch allocates.
 
-Not counted: CUDA's context, NCCL's buffers, and what the allocator loses to fragmentation.
+Not counted: CUDA's context, and what the allocator loses to fragmentation.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
 
 GIB = 2**30
+
+# Of a communicator of NCCL on a GPU, at most: a buffer of 10 MiB to receive (4 MiB, 120 × 640 × 8 × 8 bytes and 512 KiB for
+# its three protocols: src/include/device.h) and one of 2 MiB to send, of a ring and a tree, in 32 channels
+# (github.com/NVIDIA/nccl/issues/1685 lists both sizes on 8 × H100).
+NCCL_BUFFERS = 32 * 2 * (10 + 2) * 2**20
 
 
 class States(NamedTuple):
@@ -162,6 +167,8 @@ def memory_lines(config: TrainConfig, model: BaseLCMConfig, ds: dict[str, Any], 
             f"ZeRO {stage}        {states.peak(kept) / GIB:.3g} GiB per rank ({', '.join(parts)})"
             + ("  <- this run" if this else "")
         )
+    if ranks > 1:
+        yield f"NCCL          at most {NCCL_BUFFERS / GIB:.3g} GiB more per rank on GPUs, for its buffers"
     yield (
         f"activations   of {concepts:,} concepts, "
         + ("every layer's" if every is None else f"one layer in {every} recomputed" if every > 1 else "all recomputed")
