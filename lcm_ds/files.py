@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,9 @@ def sha256_of(path: Path) -> str:
     return OpenFile(path).sha256()
 
 
+NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # Linux: an error instead of a wait for the disk
+
+
 class OpenFile:
     """A file to read parts of, from any thread: `file[start:stop]` gives bytes, fewer if it ends sooner.
 
@@ -247,6 +250,21 @@ class OpenFile:
                 return False
             done += count
         return True
+
+    def read_cached(self, out: memoryview, offset: int) -> bool:
+        """Fill `out` like `read_into`, but only with what the kernel has in memory: no wait for a disk or a server.
+
+        Returns whether all of `out` was filled; False on a file system that cannot tell.
+        """
+        try:
+            return os.preadv(self.descriptor, (out,), offset, NOWAIT) == len(out)
+        except OSError:
+            return False
+
+    def fetch(self, offset: int, size: int) -> None:
+        """Have the kernel fetch these bytes, without waiting for them."""
+        with suppress(OSError):
+            os.posix_fadvise(self.descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def _preadv(self, out: memoryview, offset: int) -> int:
         try:

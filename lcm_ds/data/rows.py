@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -95,57 +98,95 @@ def _read(
 ) -> np.ndarray:
     """Read segments of one dataset into `flat` [concepts, embed_dim], at `begins`; bool [segments]: those that were."""
     dataset = shards.datasets[source]
-    reader = _Reader(dataset, flat)
+    reader = _Reader(dataset, flat, partial(shards.file, source))
     read = np.ones(len(begins), bool)
-    # Shard by shard, in the order of their bytes.
-    order = np.lexsort((places.offsets, segments.shard)).tolist()
-    columns = (segments.shard, segments.document, segments.start, segments.stop, begins, *places)
-    lists = [array.tolist() for array in columns]
-    current, file = -1, None
-    for i in order:
-        shard, document, start, stop, begin, offset, length, _, checksums = (column[i] for column in lists)
+    pieces = reader.pieces(segments, places, begins)
+    for at, piece in enumerate(pieces):
         try:
-            if shard != current or file is None:
-                current, file = shard, shards.file(source, shard)
-            problem = reader.read(file, start, stop, begin, offset, length, checksums)
-            if problem and shards.changed(source, shard):
-                file = shards.file(source, shard)
-                problem = reader.read(file, start, stop, begin, offset, length, checksums)
+            problem = reader.read(piece, pieces[at + 1 :])
+            if problem and shards.changed(source, piece.shard):
+                reader.close_file()
+                problem = reader.read(piece)
             if problem:
-                raise InputError(f"{dataset.location(shard)}: {_name(dataset, shard, document)}: {problem}")
+                raise InputError(f"{dataset.location(piece.shard)}: {_name(dataset, piece)}: {problem}")
         except InputError as error:
-            file = None
-            shards.skip(source, shard, error)
-            flat[begin : begin + stop - start] = 0
-            read[i] = False
+            shards.skip(source, piece.shard, error)
+            flat[piece.begin : piece.begin + piece.stop - piece.start] = 0
+            read[piece.segment] = False
     return read
 
 
-class _Reader:
-    """Reads documents of a dataset into `flat` [concepts, embed_dim], raw space, in its dtype."""
+class _Piece(NamedTuple):
+    """A segment and the bytes that are read for it: those of its concepts, rounded to what has a checksum."""
 
-    def __init__(self, dataset: Dataset, flat: np.ndarray) -> None:
+    segment: int  # its number
+    shard: int
+    document: int
+    start: int  # its first concept, counted in the document
+    stop: int
+    begin: int  # of its first concept in the batch
+    first: int  # the first concept that is read
+    offset: int  # of that in the file
+    size: int  # bytes
+    checksums: list[int]  # of each CHUNK concepts that are read
+    memory: memoryview | None  # where to, if they are the bytes of the batch
+
+
+class _Reader:
+    """Reads documents of a dataset into `flat` [concepts, embed_dim], raw space, in its dtype.
+
+    What the kernel has not in memory it is asked for in one go: a disk or a server is faster with many requests.
+    """
+
+    def __init__(self, dataset: Dataset, flat: np.ndarray, file_of: Callable[[int], OpenFile]) -> None:
         assert dataset.index is not None
-        self._flat, self._storage = flat, dataset.storage
+        self._flat, self._storage, self._file_of = flat, dataset.storage, file_of
         self._dtype = stored_dtype(dataset.info.dtype)
         self._size = dataset.embed_dim * self._dtype.itemsize  # bytes of a concept
         self._words = dataset.index.words if dataset.checksums else None
         same = self._storage is None and flat.dtype == self._dtype
         self._memory = flat.reshape(-1).view(np.uint8).data if same else None
+        self._cached = True
+        self._shard = -1
+        self._file: OpenFile | None = None
 
-    def read(
-        self, file: OpenFile, start: int, stop: int, begin: int, offset: int, length: int, checksums: int
-    ) -> str | None:
-        """Read concepts `start` to `stop` of a document into flat[begin:], and compare them with their checksums.
+    def pieces(self, segments: Segments, places: Places, begins: np.ndarray) -> list[_Piece]:
+        """What has to be read for segments, shard by shard and in the order of their bytes.
 
         Args:
-            file: The shard's.
-            start: The first concept, counted in the document.
-            stop: The last one plus 1.
-            begin: Where to.
-            offset: Of the document's first concept, in bytes of the file.
-            length: Concepts of the document.
-            checksums: The number of its first checksum in the index.
+            segments: Of this dataset.
+            places: Of their documents.
+            begins: int64 [segments], where in `flat` each one's first concept goes.
+        """
+        order = np.lexsort((places.offsets, segments.shard))
+        shard, document, start, stop, begin = (
+            array[order] for array in (segments.shard, segments.document, segments.start, segments.stop, begins)
+        )
+        first, last, size = start, stop, self._size
+        checksums: list[list[int]] = [[]] * len(order)
+        if self._words is not None:
+            first, last = start - start % CHUNK, np.minimum(places.lengths[order], -(-stop // CHUNK) * CHUNK)
+            counts = -(-(last - first) // CHUNK)
+            ends = np.cumsum(counts)
+            numbers = places.checksums[order] + first // CHUNK - (ends - counts)
+            words = self._words[np.repeat(numbers, counts) + np.arange(len(numbers) and ends[-1])].tolist()
+            bounds = [0, *ends.tolist()]
+            checksums = [words[a:b] for a, b in pairwise(bounds)]
+        memory: list[memoryview | None] = [None] * len(order)
+        if self._memory is not None:
+            whole = ((first == start) & (last == stop)).tolist()
+            places_in = zip((begin * size).tolist(), ((begin + stop - start) * size).tolist(), whole, strict=True)
+            memory = [self._memory[a:b] if same else None for a, b, same in places_in]
+        offset = places.offsets[order] + first * size
+        columns = (order, shard, document, start, stop, begin, first, offset, (last - first) * size)
+        return list(map(_Piece._make, zip(*(column.tolist() for column in columns), checksums, memory, strict=True)))
+
+    def read(self, piece: _Piece, later: Sequence[_Piece] = ()) -> str | None:
+        """Read a piece and compare it with its checksums.
+
+        Args:
+            piece: What to read.
+            later: Those that are read after it.
 
         Returns:
             What is wrong with what was read, or None.
@@ -153,39 +194,60 @@ class _Reader:
         Raises:
             InputError: The file cannot be read.
         """
-        first, last = start, stop
-        if self._words is not None:  # checksums are of CHUNK concepts
-            first, last = start - start % CHUNK, min(length, -(-stop // CHUNK) * CHUNK)
-        size = self._size
-        direct = self._memory is not None and first == start and last == stop
-        if direct:
-            assert self._memory is not None
-            read = self._memory[begin * size : (begin + stop - start) * size]
-        else:
-            read = memoryview(bytearray((last - first) * size))
+        if piece.shard != self._shard or self._file is None:
+            self.close_file()
+            self._file, self._shard = self._file_of(piece.shard), piece.shard
+        file, read = self._file, piece.memory
+        if read is None:
+            read = _scratch(piece.size)
         try:
-            complete = file.read_into(read, offset + first * size)
+            complete = self._cached and file.read_cached(read, piece.offset)
+            if not complete:
+                self._fetch(later)
+                complete = file.read_into(read, piece.offset)
         except OSError as error:
             raise InputError(f"{file.path}: cannot be read: {error.strerror}") from None
         if not complete:
             return "is cut off: the file has become shorter"
-        if self._words is not None:
-            for at in range(first, last, CHUNK):
-                part = read[(at - first) * size : (at - first + CHUNK) * size]
-                if xxh3_64_intdigest(part) != self._words[checksums + at // CHUNK]:
-                    return f"has another checksum than {INDEX} lists: its bytes have changed"
-        if not direct:
-            concepts = np.frombuffer(read, self._dtype).reshape(last - first, -1)[start - first : stop - first]
-            out = self._flat[begin : begin + stop - start]
+        size = CHUNK * self._size
+        for at, checksum in enumerate(piece.checksums):
+            if xxh3_64_intdigest(read[at * size : (at + 1) * size]) != checksum:
+                return f"has another checksum than {INDEX} lists: its bytes have changed"
+        if piece.memory is None:
+            concepts = np.frombuffer(read, self._dtype).reshape(-1, self._flat.shape[1])
+            concepts = concepts[piece.start - piece.first : piece.stop - piece.first]
+            out = self._flat[piece.begin : piece.begin + len(concepts)]
             if self._storage is None:
                 out[...] = concepts
             else:
                 self._storage.decode(concepts, out)
         return None
 
+    def close_file(self) -> None:
+        """Ask for the file of the next piece, even if it is of the same shard."""
+        self._file = None
 
-def _name(dataset: Dataset, shard: int, document: int) -> str:
+    def _fetch(self, pieces: Sequence[_Piece]) -> None:
+        """Have the kernel fetch pieces, if it was not asked yet."""
+        if self._cached:
+            self._cached = False
+            for piece in pieces:
+                with suppress(InputError):  # comes again when it is read
+                    self._file_of(piece.shard).fetch(piece.offset, piece.size)
+
+
+_THREAD = threading.local()
+
+
+def _scratch(size: int) -> memoryview:
+    """Memory of this thread, uninitialised: fresh memory costs a page fault every 4 KiB."""
+    if len(memory := getattr(_THREAD, "memory", b"")) < size:
+        memory = _THREAD.memory = bytearray(size)
+    return memoryview(memory)[:size]
+
+
+def _name(dataset: Dataset, piece: _Piece) -> str:
     """For messages: the key of a document, if its tar can still be read."""
     with suppress(InputError):
-        return open_shard(replace(dataset, checksums=False), shard).keys[document]
-    return f"document {document}"
+        return open_shard(replace(dataset, checksums=False), piece.shard).keys[piece.document]
+    return f"document {piece.document}"

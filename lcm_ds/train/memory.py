@@ -20,8 +20,8 @@ from lcm_ds.model.modeling import BaseLCM
 
 GIB = 2**30
 
-# Of a communicator of NCCL on a GPU, at most: a buffer of 10 MiB to receive (4 MiB, 120 × 640 × 8 × 8 bytes and 512 KiB for
-# its three protocols: src/include/device.h) and one of 2 MiB to send, of a ring and a tree, in 32 channels
+# Of a communicator of NCCL on a GPU, at most: a buffer of 10 MiB to receive (for its three protocols 4 MiB, 512 KiB and
+# 120 × 640 × 8 × 8 bytes: src/include/device.h) and one of 2 MiB to send, of a ring and a tree, in 32 channels
 # (github.com/NVIDIA/nccl/issues/1685 lists both sizes on 8 × H100).
 NCCL_BUFFERS = 32 * 2 * (10 + 2) * 2**20
 

@@ -37,6 +37,7 @@ from lcm_ds.data.tar import read_members
 from lcm_ds.data.trace import trace
 from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.errors import InputError
+from lcm_ds.files import OpenFile
 
 ROWS, LENGTH, MAX_SEGMENT = 24, 32, 16
 
@@ -322,6 +323,28 @@ def test_shards_open_at_a_time_are_few_however_long_it_goes_on(synthetic_dataset
     assert 0 < most <= MAX_OPEN + 2
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_what_is_not_in_memory_is_fetched_in_one_go(
+    synthetic_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    dataset = open_dataset(synthetic_dataset(documents=60, documents_per_shard=7, embed_dim=4, dtype=dtype))
+
+    def read() -> list[Batch]:
+        return list(Loader([dataset], plan_of(dataset, epochs=1), 0, 1, 8, workers=0))
+
+    expected = read()
+    events: list[str] = []
+    read_into = OpenFile.read_into
+    monkeypatch.setattr(OpenFile, "read_cached", lambda *_: events.append("?"))
+    monkeypatch.setattr(OpenFile, "fetch", lambda *_: events.append("fetch"))
+    monkeypatch.setattr(OpenFile, "read_into", lambda *args: events.append("read") or read_into(*args))
+    for batch, same in zip(Loader([dataset], plan_of(dataset, epochs=1), 0, 1, 8, workers=0), expected, strict=True):
+        assert torch.equal(batch.concepts, same.concepts)
+        reads = sum(int(row.max()) + 1 for row in batch.segment_ids)
+        assert events == (["?"] + (reads - 1) * ["fetch"] + reads * ["read"] if reads else [])
+        events.clear()
+
+
 FEW_FILES = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, int(sys.argv[2])))
@@ -366,7 +389,9 @@ def test_memory_does_not_grow_with_epochs(synthetic_dataset: Callable[..., Path]
     tracemalloc.stop()
     loader.close()
     assert held > 0
-    assert more < 32 * 1024  # 50 epochs more, of which the plan keeps nothing; a further buffer of the loader takes 3 KiB
+    assert (
+        more < 32 * 1024
+    )  # 50 epochs more, of which the plan keeps nothing; a further buffer of the loader takes 3 KiB
 
 
 # --- buffers ---
