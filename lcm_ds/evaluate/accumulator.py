@@ -98,11 +98,16 @@ class Accumulator:
         return occupied
 
     def means(self, weights: Tensor) -> Values:
-        """Means by name: [replicates], or [replicates, k] of k buckets; weights: fp64 [replicates, GROUPS]."""
+        """Means by name: [replicates], or [replicates, k] of k buckets; weights: fp64 [replicates, GROUPS].
+
+        Replicates of targets of a single group are NaN: they would all be equal, which says nothing of other documents.
+        """
         means = {}
         for name, sums in self._means.items():
             total = torch.einsum("rg,gks->rks", weights, sums)
             mean = total[..., 0] / total[..., 1]
+            if len(weights) > 1:
+                mean[:, (sums[..., 1] > 0).sum(0) < 2] = torch.nan
             means[name] = mean.squeeze(1) if mean.shape[1] == 1 else mean
         return means
 

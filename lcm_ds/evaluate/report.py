@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -121,24 +122,26 @@ def draw_figure(title: str, result: dict[str, Any]) -> bytes:
 
     by_position = result["by_position"]
     shown = [bucket for bucket, count in enumerate(by_position["targets"]) if count]
-    figure = Figure(figsize=(11, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(13, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     panels = (("mse", f"MSE, {NORMALISED} space"), ("cosine", f"cosine, {RAW} space"))
     for axes, (metric, label) in zip(figure.subplots(1, 2), panels, strict=True):
         for name, by in by_position["predictors"].items():
             values = [by[metric][bucket] for bucket in shown]
             intervals = [by[f"{metric}_intervals"][bucket] for bucket in shown]
-            ends = [each or (value, value) for each, value in zip(intervals, values, strict=True)]
+            ends = [each or (math.nan, math.nan) for each in intervals]  # no interval of few documents: no band
             width = 2.5 if name == MODEL else 1.2
             (line,) = axes.plot(range(len(shown)), values, marker="o", markersize=3, linewidth=width, label=name)
             axes.fill_between(
                 range(len(shown)), *zip(*ends, strict=True), alpha=0.15, color=line.get_color(), linewidth=0
             )
-        axes.set_xticks(range(len(shown)), [_bucket(*by_position["positions"][bucket]) for bucket in shown])
+        names = [_bucket(*by_position["positions"][bucket]) for bucket in shown]
+        axes.set_xticks(range(len(shown)), names, rotation=45, ha="right", rotation_mode="anchor")
         axes.set(xlabel="concepts before the target in its document", ylabel=label)
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize="small")
-    figure.suptitle(f"{title} (bands: 95 %, bootstrap over documents)", fontsize="medium")
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    bands = any(any(by["mse_intervals"]) for by in by_position["predictors"].values())
+    figure.suptitle(title + (" (bands: 95 %, bootstrap over documents)" if bands else ""), fontsize="medium")
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()

@@ -50,6 +50,17 @@ def test_the_interval_of_a_mean_is_that_of_its_standard_error():
     assert high == pytest.approx(values.mean().item() + error, abs=0.15 * error)
 
 
+def test_a_bucket_of_one_document_has_a_mean_and_no_interval():
+    tally = Accumulator(CPU)
+    tally.add(
+        "x", torch.tensor([1.0, 3.0, 10.0, 12.0]), torch.tensor([0, 1, 0, 0]), bucket_of(torch.tensor([3, 4, 1, 1]))
+    )
+    assert tally.means(full())["x"][0, 0] == 11.0
+    replicates = tally.means(bootstrap_weights(tally.groups))["x"]
+    assert interval(replicates[:, 0]) is None
+    assert interval(replicates[:, 2]) == [1.0, 3.0]
+
+
 def test_targets_of_one_document_are_drawn_together():
     # 64 documents of 50 targets each, which are all the same: no more is known than of 64 targets.
     by_document = drawn(2, 64)

@@ -47,7 +47,7 @@ def settings(precisions):
 
 
 def measure(ds):
-    """Bytes at the peak of a step; the least of three, since a thread of a busy machine may keep a bucket for longer."""
+    """Bytes at the peak of a step; the least of three, since a busy machine may keep a bucket for longer."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         stage = ds["zero_optimization"]["stage"]
         with deepspeed.zero.Init(config_dict_or_path=ds, enabled=stage == 3):
