@@ -8,6 +8,7 @@ PREPARE = ["spacy>=3.8,<4", "datasets>=4,<6", "pyarrow>=16", "sentence-transform
 # For fsspec to open https:// and s3://.
 REMOTE = ["aiohttp>=3.9", "s3fs>=2024.6"]
 WANDB, MLFLOW = ["wandb>=0.19"], ["mlflow-skinny>=3"]
+PROMETHEUS = ["prometheus_client>=0.20"]
 # 1.1 is the last for Python 3.10.
 ICU = ["icu4py>=1.1,<2"]
 # The first version made for torch 2.11. Pure Python as far as training uses it, without dependencies of its own.
@@ -57,6 +58,7 @@ setup(
         "icu": ICU,
         "wandb": WANDB,
         "mlflow": MLFLOW,
+        "prometheus": PROMETHEUS,
         "fp8": FP8,
         "dev": [
             *PREPARE,
@@ -65,6 +67,7 @@ setup(
             *ICU,
             *WANDB,
             *MLFLOW,
+            *PROMETHEUS,
             *FP8,
             # An S3 server for the tests.
             "moto[s3]>=5.1",

@@ -180,6 +180,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--exclude", default="", metavar="HOSTS", help="all but these")
     add("--ssh-port", type=int, metavar="PORT", help="default: from the ssh configuration")
     add("--min-hosts", type=int, metavar="M", help="minimum hosts for a restart; default: all")
+    add(
+        "--exclude-stragglers",
+        action="store_true",
+        help="at a restart, leave out hosts of slow ranks (guard.straggler)",
+    )
     add("--silence", type=float, metavar="S", help="seconds without a heartbeat until a host is lost; default: 15")
 
     command = _add_command(commands, "evaluate", evaluate, "compare the model with baselines on the validation split",

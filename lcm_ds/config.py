@@ -394,6 +394,8 @@ class LogConfig(Schema):
     samples: int = Field(3, ge=0)  # prompts with their prediction as text at each validation; 0: none
     wandb: WandbConfig | None = None
     mlflow: MlflowConfig | None = None
+    # a file of the metrics for node_exporter's textfile collector, NAME.prom; needs the extra prometheus
+    prometheus: str | None = Field(None, pattern=r"\.prom$")
 
 
 class StepConfig(Schema):
@@ -420,7 +422,7 @@ class StepConfig(Schema):
 
 
 class GuardConfig(Schema):
-    """Reactions to steps that are not finite, loss spikes and hangs.
+    """Reactions to steps that are not finite, loss spikes, slow ranks and hangs.
 
     A rollback resumes from the last checkpoint and skips the bad steps. If the steps after them go wrong as well, the
     run ends with exit code 1.
@@ -432,6 +434,9 @@ class GuardConfig(Schema):
     spike_window: int = Field(100, ge=2)  # number of previous steps
     on_spike: Literal["log", "rollback"] = "log"
     spike_steps: int = Field(10, gt=0)  # skipped after a rollback: the spike and the steps before it
+    # a rank whose forward passes take this many times as long as the median rank's is named; null: off
+    straggler: float | None = Field(1.5, gt=1)
+    straggler_steps: int = Field(100, gt=0)  # over so many steps
     stall_minutes: float | None = Field(30.0, gt=0)  # end the run with exit code 1 after this time without progress
 
 

@@ -113,6 +113,10 @@ LOGGED = {
                 label="Model FLOPs utilization (MFU)"),
         _logged("step_time", "mean time of a step since the previous line", "speed/step_seconds", unit="s"),
         _logged("data_wait", "mean time per step that rank 0 waited for data", "data/wait_seconds", unit="s"),
+        _logged("slowest_rank", "the rank whose forward passes took longest since the previous line; null with one "
+                "rank", "speed/slowest_rank"),
+        _logged("slowest_rank_share", "how much longer than the median rank's, as a share of the step; its backward "
+                "passes come on top", "speed/slowest_rank_share", unit="share"),
         _logged("memory", "peak memory of rank 0: of its GPU, or else resident", "memory/gib", unit="GiB"),
         _logged("checkpoint_time", "time that the last save held up training", "checkpoint/stall_seconds", unit="s"),
         _logged("checkpoint_share", "time that saves held up training, of the time since the start",

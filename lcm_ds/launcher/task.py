@@ -27,6 +27,7 @@ class LaunchOptions:
     master_addr: str | None = None
     master_port: int | None = None
     ssh_port: int | None = None
+    exclude_stragglers: bool = False  # at a restart
 
     def errors(self, hosts: int) -> list[str]:
         """What is wrong with them, one line each."""
@@ -35,6 +36,8 @@ class LaunchOptions:
             errors.append(f"--max-restarts {self.max_restarts}: has to be 0 or more")
         if self.min_hosts is not None and not 1 <= self.min_hosts <= hosts:
             errors.append(f"--min-hosts {self.min_hosts}: has to be from 1 to {hosts}, the number of hosts")
+        if self.exclude_stragglers and (self.min_hosts is None or not self.max_restarts):
+            errors.append("--exclude-stragglers: goes with --max-restarts and --min-hosts")
         for option, value in (("back-off", self.back_off), ("silence", self.silence), ("grace", self.grace)):
             if value <= 0:
                 errors.append(f"--{option} {value:g}: has to be more than 0 seconds")
@@ -65,6 +68,7 @@ class LaunchTask:
     progress: Callable[[], int] = lambda: 0  # a number that grows as the work advances
     can_share: Callable[[int], bool] = lambda ranks: True  # whether this number of ranks can share the work
     check_local: Callable[[int], None] = lambda ranks: None  # raises InputError if this host has too few devices
+    stragglers: Callable[[], list[int]] = list  # the ranks that were slow, of all starts so far
     missing: Callable[[], str | None] = lambda: None  # what is missing although all workers ended well
 
 
@@ -100,6 +104,8 @@ def preparation_task(config: PrepareConfig) -> LaunchTask:
 
 def run_task(job: TrainJob) -> LaunchTask:
     """Training."""
+    from lcm_ds.train.monitoring.stragglers import straggler_ranks
+
     rows, micro_batch = job.config.batch.rows_per_step, job.config.batch.micro_batch_rows
 
     def last_step() -> int:
@@ -121,6 +127,7 @@ def run_task(job: TrainJob) -> LaunchTask:
         progress=last_step,
         can_share=lambda ranks: rows % (micro_batch * ranks) == 0,
         check_local=lambda ranks: _check_devices(job, ranks),
+        stragglers=lambda: straggler_ranks(job.run_dir),
         missing=missing,
     )
 

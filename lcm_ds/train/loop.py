@@ -41,6 +41,7 @@ from lcm_ds.train.monitoring.gradient_scale import GradientMeter
 from lcm_ds.train.monitoring.histograms import histograms
 from lcm_ds.train.monitoring.metrics_log import RunLog
 from lcm_ds.train.monitoring.profiler import StepProfiler
+from lcm_ds.train.monitoring.stragglers import StragglerWatch
 from lcm_ds.train.monitoring.text_samples import Samples
 from lcm_ds.train.monitoring.throughput import ThroughputMeter, memory_gib, peak_tflops
 from lcm_ds.train.reliability.loss_guard import Rollback, SkippedSteps, StepMonitor, record_incident
@@ -226,6 +227,7 @@ class Trainer:
         self.stalled = self.stalled_by_this_save = 0.0  # seconds
         peak = peak_tflops(stepper.device, self.job.config.log.peak_tflops)
         self.speed = ThroughputMeter(self.job.model, self.env.world_size, peak)
+        self.stragglers = StragglerWatch(self.job.config.guard, self.env, self.job.run_dir)
         parameters, eps = count_parameters(self.job.model), self.job.ds["optimizer"]["params"].get("eps")
         self.gradients = GradientMeter(parameters, eps, self.job.config.optim.max_grad_norm)
         profile_steps = self.job.config.train.profile_steps if self.env.rank == 0 else None
@@ -277,7 +279,7 @@ class Trainer:
         while self.pending and (all_of_them or self.save_due or self.stopping or len(self.pending) > 1):
             step, pending = self.pending.popleft()
             outcome = pending.read()
-            self.count(outcome)
+            self.count(step, outcome)
             self.check(step, outcome)
             stops, saves, still_writing = outcome.rank_flags
             if self.saver.pending and not still_writing:
@@ -304,7 +306,7 @@ class Trainer:
 
         return write
 
-    def count(self, outcome: StepOutcome) -> None:
+    def count(self, step: int, outcome: StepOutcome) -> None:
         """Add a step to the figures of the next report."""
         self.concepts_seen += outcome.concepts
         self.missing_concepts += outcome.missing
@@ -312,6 +314,8 @@ class Trainer:
         self.gradients.add(outcome.grad_norm)
         self.targets, self.had_targets = outcome.targets, self.had_targets or outcome.targets > 0
         self.speed.add(outcome.concepts, outcome.attended_pairs, outcome.waited)
+        if warning := self.stragglers.add(step, outcome.forward_times):
+            logger.warning(warning)
 
     def show_bar(self, done: int, doing: str = "") -> None:
         """The progress bar of rank 0, on a terminal."""
@@ -349,7 +353,8 @@ class Trainer:
                 "losses": list(self.losses),  # of all steps since the line before
                 **self.gradients.read(),
                 "lr": self.engine.basic_optimizer.param_groups[0]["lr"],
-                **self.speed.read(),
+                **(speed := self.speed.read()),
+                **self.stragglers.read(speed["step_time"]),
                 "skipped_steps": self.engine.skipped_steps,
                 "memory": memory_gib(self.stepper.device),
             }
@@ -359,6 +364,7 @@ class Trainer:
                 console.warning(warning)
         self.losses.clear()
         self.gradients.reset()
+        self.stragglers.reset()
         self.speed.reset()
 
     def validate(self, done: int) -> None:

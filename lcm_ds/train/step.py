@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lcm_ds import deepspeed_config
 from lcm_ds.data.batch import Batch
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.train.engine import set_learning_rate
 from lcm_ds.train.job import TrainJob
 from lcm_ds.train.loss import input_noise, row_keys, squared_error
+from lcm_ds.train.monitoring.stragglers import ForwardTimer
 from lcm_ds.train.schedule import learning_rate_factor
 
 
@@ -51,22 +53,25 @@ class StepOutcome:
     missing: int  # concepts of shards that could not be read
     attended_pairs: int
     rank_flags: tuple[int, ...]  # for each flag, the number of ranks that raised it
+    forward_times: tuple[int, ...]  # microseconds, of each rank in an earlier step (`ForwardTimer`); () with one rank
     waited: float  # seconds this rank waited for data
 
 
 class PendingStep:
     """A step whose results may still be computed by the device."""
 
-    def __init__(self, results: Tensor, grad_norm: float | None, applied: bool, waited: float) -> None:
+    def __init__(self, results: Tensor, ranks: int, grad_norm: float | None, applied: bool, waited: float) -> None:
         """Start copying results to the host.
 
         Args:
-            results: float64: targets, concepts, missing concepts, attended pairs, flags; the loss summed over targets.
+            results: float64: targets, concepts, missing concepts, attended pairs, flags; each rank's time if there are
+                several; the loss summed over targets.
+            ranks: Number of ranks.
             grad_norm: As in `StepOutcome`.
             applied: As in `StepOutcome`.
             waited: As in `StepOutcome`.
         """
-        self._grad_norm, self._applied, self._waited = grad_norm, applied, waited
+        self._ranks, self._grad_norm, self._applied, self._waited = ranks, grad_norm, applied, waited
         self._results = results.to("cpu", non_blocking=True)
         self._copied = torch.cuda.Event() if results.is_cuda else None
         if self._copied is not None:
@@ -78,6 +83,7 @@ class PendingStep:
             self._copied.synchronize()
         *counts, loss = self._results.tolist()
         targets, concepts, missing, pairs, *flags = map(int, counts)
+        times = [flags.pop() for _ in range(self._ranks if self._ranks > 1 else 0)][::-1]
         return StepOutcome(
             loss / targets if targets else None,
             self._grad_norm,
@@ -87,6 +93,7 @@ class PendingStep:
             missing,
             pairs,
             tuple(flags),
+            tuple(times),
             self._waited,
         )
 
@@ -96,6 +103,7 @@ class Stepper:
 
     def __init__(self, job: TrainJob, env: DistEnv, engine: deepspeed.DeepSpeedEngine, device: torch.device) -> None:
         self.job, self.env, self.engine, self.device = job, env, engine, device
+        self.timer = ForwardTimer(engine.module, deepspeed_config.zero_stage(job.ds), device)
 
     def step(
         self,
@@ -138,12 +146,18 @@ class Stepper:
         results = torch.cat([counts.to(loss.dtype), loss.unsqueeze(0)])
         # The host knows the norm, because DeepSpeed decides by it whether to skip the step.
         norm = engine.get_global_grad_norm()
-        return PendingStep(results, None if norm is None else float(norm), engine.was_step_applied(), waited)
+        norm = None if norm is None else float(norm)
+        return PendingStep(results, self.env.world_size, norm, engine.was_step_applied(), waited)
 
     def _global_counts(self, micro_batches: list[MicroBatch], rank_flags: Sequence[bool]) -> Tensor:
-        """The one all-reduce before a step: targets, concepts, missing concepts, attended pairs, flags; int64."""
+        """The one all-reduce before a step: targets, concepts, missing ones, attended pairs, flags, times; int64."""
+        times = [0] * (self.env.world_size if self.env.world_size > 1 else 0)
+        if times:
+            times[self.env.rank] = self.timer.next_step()
         columns = zip(*((m.targets, m.real_concepts, m.missing, m.attended_pairs) for m in micro_batches), strict=True)
-        counts = self._on_device(self._on_host(torch.tensor([*map(sum, columns), *rank_flags], dtype=torch.int64)))
+        counts = self._on_device(
+            self._on_host(torch.tensor([*map(sum, columns), *rank_flags, *times], dtype=torch.int64))
+        )
         dist.all_reduce(counts)
         return counts
 

@@ -131,6 +131,8 @@ def test_settings_that_cannot_be_are_refused_all_at_once(config, tmp_path):
     lines = mistakes_of(config, hostfile=tmp_path / "hostfile", options=options)
     options = ("--max-restarts", "--min-hosts", "--back-off", "--silence", "--grace", "--master-port")
     assert [line.split()[0] for line in lines] == list(options)
+    lines = mistakes_of(config, hostfile=tmp_path / "hostfile", options=LaunchOptions(exclude_stragglers=True))
+    assert lines == ["--exclude-stragglers: goes with --max-restarts and --min-hosts"]
 
 
 def test_options_for_hosts_are_refused_where_there_are_none(config):

@@ -7,7 +7,7 @@ import time
 import pytest
 from host_runs import finish, launch, wait_for, wait_for_step
 from machine import patience
-from small_run import checkpoints, losses, run_dir
+from small_run import ROOT, checkpoints, losses, run_dir
 
 
 def test_two_hosts_stopped_and_gone_on_with_give_the_losses_of_launch_local(hosts, make_config, local_losses):
@@ -88,6 +88,37 @@ def test_a_host_that_is_killed_is_left_out_until_it_is_back(hosts, make_config):
     assert code == 75, out + err
     assert "worker-1 is gone" in err
     assert "worker-0 rank 0 was killed by SIGKILL" in err
+
+
+@pytest.mark.slow
+def test_the_host_of_a_slow_rank_is_left_out_at_the_next_restart(hosts, make_config):
+    config = make_config(
+        steps=100_000,
+        checkpoint={"every": 2},
+        guard={"straggler": 1.5, "straggler_steps": 20},
+        deepspeed=str(ROOT / "ds_configs/zero2_fp32.json"),
+    )
+    options = ("--max-restarts", 1, "--min-hosts", 1, "--exclude-stragglers")
+    launcher = launch(hosts, 2, config, *options)
+    wait_for_step(launcher, config, 3)
+    (rank_0,), (rank_1,) = (
+        [pid for pid, command in hosts.processes(number).items() if "-m lcm_ds.train" in command] for number in (0, 1)
+    )
+
+    def slowed():
+        for number, seconds in ((signal.SIGSTOP, 0.05), (signal.SIGCONT, 0.005)):
+            os.kill(rank_1, number)
+            time.sleep(seconds)
+        return (run_dir(config) / "stragglers.jsonl").exists()
+
+    wait_for(launcher, slowed, "a straggler")
+    os.kill(rank_0, signal.SIGKILL)
+    wait_for_step(launcher, config, max(losses(config)) + 3)
+    launcher.send_signal(signal.SIGINT)
+    code, out, err = finish(launcher)
+    assert code == 75, out + err
+    assert "rank 1: " in err or "is a straggler" in out + err
+    assert "continuing with 1 rank(s) on 1 host(s), without worker-1" in err
 
 
 @pytest.mark.slow

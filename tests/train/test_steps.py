@@ -290,7 +290,8 @@ class Copies(TorchDispatchMode):
         return made
 
 
-def test_the_host_never_waits_for_the_device_in_a_step(monkeypatch):
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_host_never_waits_for_the_device_in_a_step(ranks, monkeypatch):
     # The device "meta" has no data: whatever reads a value of it, as `item`, `if` or `nonzero` do, is an error.
     config = TrainConfig.model_validate(CONFIG | {"noise_std": 0.1})
     model_config = resolve_model(config.model)
@@ -298,7 +299,7 @@ def test_the_host_never_waits_for_the_device_in_a_step(monkeypatch):
         model = BaseLCM(model_config)
     ds = {"optimizer": {"params": {"lr": 0.1}}}
     job = TrainJob(config, ds, model_config, [], None, SimpleNamespace(steps=None), "")  # type: ignore[arg-type]
-    env = SimpleNamespace(world_size=1, rank=0)
+    env = SimpleNamespace(world_size=ranks, rank=0)
     stepper = Stepper(job, env, EngineWithoutData(model, accumulated=2), torch.device("meta"))
     locked = set()
 
@@ -318,6 +319,7 @@ def test_the_host_never_waits_for_the_device_in_a_step(monkeypatch):
     # Counts of the step; of each micro-batch concepts, target mask, keys and the three tensors of its layout.
     assert len(copies.made) == 1 + 2 * 6
     assert all(address in locked and asynchronous for address, asynchronous in copies.made)
-    ((values, norm, applied, _),) = results
-    assert values.shape == (4 + 2 + 1,)  # counts, flags and the loss
+    ((values, _, norm, applied, _),) = results
+    times = ranks if ranks > 1 else 0
+    assert values.shape == (4 + 2 + times + 1,)  # counts, flags, times and the loss
     assert (norm, applied) == (0.5, True)

@@ -216,12 +216,13 @@ def test_a_browser_shows_the_curves(resumed, tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_an_error_before_the_run(make_config, monkeypatch):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None)
-    config = make_config(log={"wandb": {"project": "p"}, "mlflow": {"tracking_uri": "x"}})
+    config = make_config(log={"wandb": {"project": "p"}, "mlflow": {"tracking_uri": "x"}, "prometheus": "x.prom"})
     with pytest.raises(InputError) as refused:
         build_job(config, [], 1)
     assert [line.partition(": ")[2] for line in refused.value.errors] == [
         "log.wandb: the package wandb is not installed: pip install 'lcm-ds[wandb]'",
         "log.mlflow: the package mlflow is not installed: pip install 'lcm-ds[mlflow]'",
+        "log.prometheus: the package prometheus_client is not installed: pip install 'lcm-ds[prometheus]'",
     ]
 
 
@@ -254,6 +255,20 @@ def test_mlflow_has_the_scalars_of_a_resumed_run_under_one_id(make_config, tmp_p
     assert run.info.status == "FINISHED"
     history = client.get_metric_history(run.info.run_id, "loss/train")
     assert {metric.step: metric.value for metric in history} == {1: 9.0, 2: 8.0, 3: 7.0}
+
+
+def test_prometheus_has_a_file_of_the_last_values(make_config, tmp_path):
+    from prometheus_client.parser import text_string_to_metric_families
+
+    path = tmp_path / "textfile" / "lcm.prom"
+    track(log_of(make_config, prometheus=str(path)), tmp_path, [1, 2])
+    families = {family.name: family for family in text_string_to_metric_families(path.read_text())}
+    values = {name: family.samples[0].value for name, family in families.items()}
+    assert abs(values.pop("lcm_ds_reported") - time.time()) < patience(60)
+    assert values == {"lcm_ds_step": 2, "lcm_ds_loss_train": 8.0, "lcm_ds_running": 0}
+    assert families["lcm_ds_loss_train"].samples[0].labels == {"run": str(tmp_path)}
+    assert families["lcm_ds_loss_train"].documentation.startswith("mean squared error of the last step")
+    assert [each.name for each in path.parent.iterdir()] == ["lcm.prom"]
 
 
 def test_a_server_that_does_not_answer_is_named_and_delays_the_end_by_seconds(make_config, tmp_path, caplog):

@@ -91,6 +91,7 @@ class _Launch:
     listener: Listener
     environment: dict[str, str] = field(default_factory=lambda: environment_of_workers(os.environ))
     restarts: int = 0
+    slow: set[str] = field(default_factory=set)  # hosts of stragglers
     failed_at: int | None = None  # the progress at the last failure
     last: list[str] = field(default_factory=list)  # the lines that the user sees last
 
@@ -135,8 +136,12 @@ class _Launch:
     def choose(self, fit: Sequence[HostReport]) -> list[HostReport]:
         """As many of the fit hosts, in their order, as can share the work; none if they are too few."""
         min_hosts = self.options.min_hosts or len(self.hosts)
-        devices = [len(self.hosts[host.name]) for host in fit]
-        count = fitting_hosts(devices, self.task.can_share, min_hosts)
+        quick = [host for host in fit if host.name not in self.slow]
+        for hosts in (quick, fit):  # without stragglers if that leaves enough
+            devices = [len(self.hosts[host.name]) for host in hosts]
+            if count := fitting_hosts(devices, self.task.can_share, min_hosts):
+                fit = hosts
+                break
         if count:
             if excluded := sorted(self.hosts.keys() - {host.name for host in fit[:count]}):
                 ranks, names = sum(devices[:count]), ", ".join(excluded)
@@ -171,7 +176,14 @@ class _Launch:
             hosts=hosts,
         )
         path = self.config.with_name("start.json")
-        return await Supervisor(spec, self.printer).run(path, self.listener, self.signals, self.options.ssh_port)
+        before = len(self.task.stragglers())
+        failure = await Supervisor(spec, self.printer).run(path, self.listener, self.signals, self.options.ssh_port)
+        if self.options.exclude_stragglers:
+            ranks = self.task.stragglers()[before:]
+            self.slow |= {
+                host.name for host in hosts for rank in ranks if 0 <= rank - host.first_rank < len(host.devices)
+            }
+        return failure
 
     async def made_progress(self) -> bool:
         """Whether the work has advanced since the previous failure, if there was one."""

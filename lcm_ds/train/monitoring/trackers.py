@@ -1,4 +1,4 @@
-"""Optional Weights & Biases and MLflow: the scalars of TensorBoard under the same tags and steps.
+"""Optional Weights & Biases, MLflow and Prometheus: the scalars of TensorBoard under the same tags and steps.
 
 A resumed run continues the tracker's run. No error of a tracker ends a run or delays it.
 """
@@ -19,6 +19,7 @@ from typing import Protocol
 
 from lcm_ds.config import LogConfig, MlflowConfig, WandbConfig
 from lcm_ds.files import read_object, write_whole
+from lcm_ds.metrics import LOGGED
 from lcm_ds.train.monitoring.tensorboard import Setting
 
 logger = logging.getLogger("lcm_ds")
@@ -98,7 +99,42 @@ class Mlflow:
         self._client.set_terminated(self.id, "FINISHED" if done else "KILLED")
 
 
-KINDS: dict[str, Callable[..., Tracker]] = {"wandb": Wandb, "mlflow": Mlflow}
+class Prometheus:
+    """A text file of gauges, written anew at each report, as node_exporter's textfile collector reads it."""
+
+    def __init__(self, path: str, run_dir: Path, settings: Mapping[str, Setting], known: str | None) -> None:
+        import prometheus_client
+
+        self._client, self.id = prometheus_client, path
+        self._labels = {"run": str(run_dir)}
+        self._registry = prometheus_client.CollectorRegistry()
+        self._gauges: dict[str, prometheus_client.Gauge] = {}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._set("step", step, "steps done so far")
+        for tag, value in values.items():
+            self._set(tag.replace("/", "_"), value, DESCRIPTIONS.get(tag, tag))
+        self._set("reported", time.time(), "when these values were written, in seconds since 1970")
+        self._write(running=True)
+
+    def close(self, done: bool) -> None:
+        self._write(running=False)
+
+    def _set(self, name: str, value: float, description: str) -> None:
+        if name not in self._gauges:
+            labels = list(self._labels)
+            self._gauges[name] = self._client.Gauge(f"lcm_ds_{name}", description, labels, registry=self._registry)
+        self._gauges[name].labels(**self._labels).set(value)
+
+    def _write(self, running: bool) -> None:
+        self._set("running", float(running), "1 while the run trains, 0 when it has ended")
+        self._client.write_to_textfile(self.id, self._registry)
+
+
+DESCRIPTIONS = {metric.tag: metric.about for metric in LOGGED.values() if metric.tag}
+KINDS: dict[str, Callable[..., Tracker]] = {"wandb": Wandb, "mlflow": Mlflow, "prometheus": Prometheus}
+PACKAGES = {"prometheus": "prometheus_client"}  # where its name is not the kind's
 
 
 class Trackers:
@@ -159,8 +195,9 @@ class Trackers:
 
 def missing_packages(config: LogConfig) -> list[str]:
     """A line for each tracker in the config that is not installed."""
+    packages = {name: PACKAGES.get(name, name) for name in KINDS}
     return [
-        f"log.{name}: the package {name} is not installed: pip install 'lcm-ds[{name}]'"
-        for name in KINDS
-        if getattr(config, name) is not None and importlib.util.find_spec(name) is None
+        f"log.{name}: the package {package} is not installed: pip install 'lcm-ds[{name}]'"
+        for name, package in packages.items()
+        if getattr(config, name) is not None and importlib.util.find_spec(package) is None
     ]
