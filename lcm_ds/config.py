@@ -357,6 +357,8 @@ class CheckpointConfig(Schema):
     every_minutes: float | None = Field(None, gt=0)
     keep: int = Field(3, gt=0)  # the newest
     keep_every: int | None = Field(None, gt=0)  # multiples of this step are kept permanently
+    # s3://…, gs://… or another URL: each checkpoint is also uploaded there, and fetched from there if it is newer
+    dir: str | None = Field(None, pattern="://")
     # on a resume: full compares every file's checksum, size only its size
     verify: Literal["full", "size"] = "full"
     # write a copy in host memory while training continues; default: unless the optimizer is offloaded

@@ -14,7 +14,7 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -53,9 +53,14 @@ class Saver:
     """Writes checkpoints of an engine; all ranks call every method but `busy` together."""
 
     def __init__(
-        self, engine: deepspeed.DeepSpeedEngine, run_dir: Path, rules: CheckpointConfig, background: bool
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        run_dir: Path,
+        rules: CheckpointConfig,
+        background: bool,
+        on_complete: Callable[[], None] = lambda: None,
     ) -> None:
-        self._engine, self._run_dir, self._rules = engine, run_dir, rules
+        self._engine, self._run_dir, self._rules, self._on_complete = engine, run_dir, rules, on_complete
         self._rank = dist.get_rank()
         self._writer = ThreadPoolExecutor(1, "lcm-ds-save") if background else None
         self._files = HashingCheckpointEngine(self._writer)
@@ -123,6 +128,7 @@ class Saver:
                 shutil.rmtree(self._partial(step), ignore_errors=True)
             else:
                 logger.info("saved %s", self._final(step))
+                self._on_complete()
                 self._retain()
         return not errors
 

@@ -99,6 +99,7 @@ def _devices() -> int:
 
 def _check_run(config_path: str | Path, overrides: Sequence[str], ranks: int, local: bool) -> TrainJob:
     """Check a run with this number of ranks and print what it needs; raises InputError with every mistake."""
+    from lcm_ds.checkpoint.remote import why_not_writable
     from lcm_ds.train.job_builder import build_job
 
     job = build_job(config_path, overrides, ranks)
@@ -108,6 +109,9 @@ def _check_run(config_path: str | Path, overrides: Sequence[str], ranks: int, lo
     with errors:
         if reason := why_no_checkpoints(_existing_folder(job.run_dir)):
             raise InputError(f"{job.run_dir}: {reason}")
+    with errors:
+        if job.config.checkpoint.dir is not None and (reason := why_not_writable(job.config.checkpoint.dir)):
+            raise InputError(reason)
     with errors:
         if local:
             job.check_device(str(job.config.deepspeed))

@@ -24,6 +24,7 @@ from lcm_ds import deepspeed_config
 from lcm_ds.baselines.linear import Linear
 from lcm_ds.checkpoint import load as resume
 from lcm_ds.checkpoint.format import Checkpoint, clear_partial
+from lcm_ds.checkpoint.remote import fetch_newest, uploads, why_not_writable
 from lcm_ds.checkpoint.save import Saver, saves_in_background
 from lcm_ds.data.format import read_normalizer
 from lcm_ds.data.loader import Loader
@@ -70,8 +71,11 @@ def train(job: TrainJob, env: DistEnv, stop: StopRequest) -> int:
         InputError: The run directory is locked, its checkpoints belong to another run, or a shard is damaged.
         RunFailedError: No checkpoint is valid, or rolling back did not help.
     """
-    with session(job, env, stop) as (device, watchdog):
-        checkpoint = resume.newest_complete(job.run_dir, job.config.checkpoint)
+    rules = job.config.checkpoint
+    with session(job, env, stop) as (device, watchdog), uploads(job.run_dir, rules) as on_checkpoint:
+        if rules.dir is not None:
+            fetch_newest(job.run_dir, rules, watchdog.beat)
+        checkpoint = resume.newest_complete(job.run_dir, rules)
         if checkpoint is not None:
             if errors := resume.errors(checkpoint, identity(job, env)):
                 raise InputError(errors if env.rank == 0 else [])  # printed once
@@ -88,13 +92,15 @@ def train(job: TrainJob, env: DistEnv, stop: StopRequest) -> int:
         while True:
             try:
                 with ExitStack() as stack:
-                    return build_trainer(job, env, device, stop, watchdog, checkpoint, skipped.ranges, stack).run()
+                    return build_trainer(
+                        job, env, device, stop, watchdog, checkpoint, skipped.ranges, on_checkpoint, stack
+                    ).run()
             except Rollback as rollback:
                 incident = rollback.incident
             # Nothing refers to the engine any more.
             gc.collect()
             get_accelerator().empty_cache()
-            checkpoint = resume.newest_complete(job.run_dir, job.config.checkpoint)
+            checkpoint = resume.newest_complete(job.run_dir, rules)
             skipped.add(incident, 0 if checkpoint is None else checkpoint.step)
 
 
@@ -108,6 +114,8 @@ def session(job: TrainJob, env: DistEnv, stop: StopRequest) -> Iterator[tuple[to
             stack.enter_context(RunLock(job.run_dir))
             if reason := why_no_checkpoints(job.run_dir / "checkpoints"):
                 raise InputError(f"{job.run_dir}: {reason}")
+            if job.config.checkpoint.dir is not None and (reason := why_not_writable(job.config.checkpoint.dir)):
+                raise InputError(reason)
         watchdog = Watchdog(job.config.guard.stall_minutes)
         stack.callback(watchdog.close)
         device = init_distributed(env, job.config.guard.stall_minutes)
@@ -127,6 +135,7 @@ def build_trainer(
     watchdog: Watchdog,
     checkpoint: Checkpoint | None,
     skipped_steps: list[range],
+    on_checkpoint: Callable[[], None],
     stack: ExitStack,
 ) -> Trainer:
     """Build model, engine, loader and saver of a run.
@@ -139,6 +148,7 @@ def build_trainer(
         watchdog: Is told about progress.
         checkpoint: To resume from; None: step 0.
         skipped_steps: Steps to skip.
+        on_checkpoint: Called on rank 0 after each checkpoint.
         stack: Closes what is opened here.
     """
     config, ds = job.config, job.ds
@@ -175,7 +185,7 @@ def build_trainer(
         skipped_steps=skipped_steps,
     )
     stack.callback(loader.close)
-    saver = Saver(engine, job.run_dir, config.checkpoint, saves_in_background(config.checkpoint, ds))
+    saver = Saver(engine, job.run_dir, config.checkpoint, saves_in_background(config.checkpoint, ds), on_checkpoint)
     stack.callback(saver.close)
     stack.callback(console.end_bar)
     stepper = Stepper(job, env, engine, device)
@@ -314,8 +324,7 @@ class Trainer:
         self.gradients.add(outcome.grad_norm)
         self.targets, self.had_targets = outcome.targets, self.had_targets or outcome.targets > 0
         self.speed.add(outcome.concepts, outcome.attended_pairs, outcome.waited)
-        if warning := self.stragglers.add(step, outcome.forward_times):
-            logger.warning(warning)
+        self.stragglers.add(step, outcome.forward_times)
 
     def show_bar(self, done: int, doing: str = "") -> None:
         """The progress bar of rank 0, on a terminal."""

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -602,33 +603,13 @@ def plan_of(dataset: Dataset, rows: int = 8, shuffle_shards: int = 2) -> Plan:
 
 
 @pytest.fixture
-def bucket(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The dataset on a server that speaks S3; how to reach it and who is asking is in the environment."""
-    import boto3
-    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
-    from s3fs import S3FileSystem
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "somebody",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": "/nowhere",
-        "AWS_SHARED_CREDENTIALS_FILE": "/nowhere",
-    }.items():
-        monkeypatch.setenv(name, value)
-    S3FileSystem.clear_instance_cache()
-    client = boto3.client("s3")
+def bucket(dataset: Dataset, s3: Any) -> str:
+    """The dataset on a server that speaks S3."""
+    client = s3.client()
     client.create_bucket(Bucket="concepts")
     for path in Path(dataset.path).iterdir():
         client.upload_file(str(path), "concepts", f"web/train/{path.name}")
-    yield "s3://concepts/web/train"
-    S3FileSystem.clear_instance_cache()
-    server.stop()
+    return "s3://concepts/web/train"
 
 
 def test_a_dataset_on_s3_reads_like_one_on_the_disk(bucket: str, dataset: Dataset, tmp_path: Path) -> None:

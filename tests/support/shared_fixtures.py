@@ -1,6 +1,7 @@
 """Fixtures that several areas share: small real runs, a tiny SONAR, outputs of Meta's code."""
 
 import json
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,52 @@ from lcm_ds.cli import main
 
 EMBED_DIM = 16
 GOLDEN = ROOT / "tests/fixtures/base_lcm_fairseq2.safetensors"
+
+
+class S3Server:
+    """A server that speaks S3 on this machine, which can be away for a while."""
+
+    def __init__(self):
+        self.port = 0
+        self.start()
+
+    def start(self):
+        from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+        self._server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
+        self._server.start()
+        _, self.port = self._server.get_host_and_port()
+
+    def stop(self):
+        self._server.stop()
+
+    def client(self):
+        import boto3
+
+        return boto3.client("s3")
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An `S3Server`; how to reach it and who is asking is in the environment."""
+    from s3fs import S3FileSystem
+
+    server = S3Server()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}",
+        "AWS_ACCESS_KEY_ID": "somebody",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": "/nowhere",
+        "AWS_SHARED_CREDENTIALS_FILE": "/nowhere",
+    }.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+    urllib.request.urlopen(f"http://127.0.0.1:{server.port}/moto-api/reset", b"")  # buckets are the process's
+    yield server
+    S3FileSystem.clear_instance_cache()
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Remote files, read and copied through fsspec.
+"""Remote files, read, copied and written through fsspec.
 
 Transient errors (a dropped connection, 429, 5xx, an incomplete body) are retried with pauses that double; permanent
 ones (403, 404, no credentials, an unknown protocol) are raised at once.
@@ -11,6 +11,7 @@ import logging
 import os
 import random
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 from typing import Any, TypeVar
@@ -44,6 +45,8 @@ _PERMANENT = (
 _PERMANENT_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")  # of botocore
 _FULL_ERRNO = (errno.ENOSPC, errno.EDQUOT)
 _PERMANENT_ERRNO = (*_FULL_ERRNO, errno.EROFS, errno.EFBIG)
+
+_OBJECT_STORES = {"s3", "gs", "gcs", "abfs", "az", "oss"}
 
 Result = TypeVar("Result")
 
@@ -129,6 +132,80 @@ def copy(
         raise InputError(f"{url}: cannot be fetched: {_reason(error)}") from error
 
 
+def upload(source: Path, url: str, stopped: Event | None = None) -> None:
+    """Copy a file to a URL.
+
+    Args:
+        source: The file.
+        url: Its copy, which is there as a whole or not at all on an object store.
+        stopped: When set, the copy is given up with `Stopped`, between two attempts or blocks.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        InputError: It cannot be written.
+        TransientError: The server gives no answer.
+    """
+
+    def put() -> None:
+        files, remote_path = _file_system(url)
+        _make_folder(files, remote_path)
+        files.put_file(str(source), remote_path, callback=_Watch(None, stopped))
+
+    try:
+        _try(url, put, stopped, "written")
+    except FileNotFoundError as error:
+        if not source.exists():
+            raise
+        raise InputError(f"{url}: cannot be written: {_reason(error)}") from error  # no such bucket
+
+
+def write_bytes(url: str, data: bytes, stopped: Event | None = None) -> None:
+    """Write a small file. Raises InputError, TransientError."""
+
+    def put() -> None:
+        files, remote_path = _file_system(url)
+        _make_folder(files, remote_path)
+        files.pipe_file(remote_path, data)
+
+    try:
+        _try(url, put, stopped, "written")
+    except FileNotFoundError as error:
+        raise InputError(f"{url}: cannot be written: {_reason(error)}") from error
+
+
+def names(url: str, stopped: Event | None = None) -> list[str]:
+    """What is in a folder, sorted; nothing if there is no such folder. Raises InputError, TransientError."""
+
+    def listed() -> list[str]:
+        files, remote_path = _file_system(url)
+        files.invalidate_cache()  # others write there, too
+        return sorted(str(path).rstrip("/").rpartition("/")[2] for path in files.ls(remote_path, detail=False))
+
+    try:
+        return _try(url, listed, stopped)
+    except FileNotFoundError:
+        return []
+
+
+def remove(url: str, stopped: Event | None = None) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there. Raises InputError, TransientError."""
+
+    def delete() -> None:
+        files, remote_path = _file_system(url)
+        files.invalidate_cache()
+        files.rm(remote_path, recursive=True)
+
+    with suppress(FileNotFoundError):
+        _try(url, delete, stopped, "removed")
+
+
+def _make_folder(files: Any, remote_path: str) -> None:
+    """Make the folder of a file, where there are folders: on an object store it would make a bucket."""
+    protocols = (files.protocol,) if isinstance(files.protocol, str) else files.protocol
+    if _OBJECT_STORES.isdisjoint(protocols):
+        files.makedirs(files._parent(remote_path), exist_ok=True)
+
+
 class _Watch(Callback):
     """Ends a copy that is too long or no longer needed."""
 
@@ -157,8 +234,8 @@ def _file_system(url: str) -> tuple[Any, str]:
     return url_to_fs(url, **options)
 
 
-def _try(url: str, action: Callable[[], Result], stopped: Event | None = None) -> Result:
-    """The result of `action`, in one of several attempts.
+def _try(url: str, action: Callable[[], Result], stopped: Event | None = None, done: str = "read") -> Result:
+    """The result of `action`, in one of several attempts; `done`: what the file is then, for messages.
 
     Raises FileNotFoundError; InputError (also NoSpace) for a permanent error, TransientError for one that persisted.
     """
@@ -177,9 +254,9 @@ def _try(url: str, action: Callable[[], Result], stopped: Event | None = None) -
             elif isinstance(error, OSError) and error.errno in _FULL_ERRNO:
                 raise NoSpace(f"{url}: cannot be kept: {reason}") from error
             elif not _is_transient(error):
-                raise InputError(f"{url}: cannot be read: {reason}") from error
+                raise InputError(f"{url}: cannot be {done}: {reason}") from error
             if attempt == ATTEMPTS:
-                raise TransientError(f"{url}: cannot be read, tried {ATTEMPTS} times: {reason}") from error
+                raise TransientError(f"{url}: cannot be {done}, tried {ATTEMPTS} times: {reason}") from error
         pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1)) * random.uniform(0.75, 1.25)
         logger.warning("%s: %s; again in %.1f s", url, reason, pause)
         if (stopped or Event()).wait(pause):

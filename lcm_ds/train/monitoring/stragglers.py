@@ -8,6 +8,7 @@ projections, whose parameters have been gathered before the clock starts.
 from __future__ import annotations
 
 import json
+import logging
 import socket
 import statistics
 import time
@@ -21,6 +22,8 @@ from torch import nn
 
 from lcm_ds.config import GuardConfig
 from lcm_ds.distributed.environment import DistEnv
+
+logger = logging.getLogger("lcm_ds.train")
 
 STRAGGLERS = "stragglers.jsonl"  # in the run's folder
 
@@ -86,35 +89,37 @@ class StragglerWatch:
         """Forget the steps since the last report."""
         self._sums, self._steps = [0] * self._env.world_size, 0
 
-    def add(self, step: int, times: Sequence[int]) -> str | None:
-        """Count a step.
+    def add(self, step: int, times: Sequence[int]) -> None:
+        """Count a step; warn on a rank that was slow in the last `guard.straggler_steps`, once until it is faster.
 
         Args:
             step: Its number, from 0.
             times: Microseconds of each rank's forward passes; all 0 if they are not known yet.
-
-        Returns:
-            A warning, on a rank that was slow in the last `guard.straggler_steps` steps; once, until it is faster.
         """
         limit, steps = self._config.straggler, self._config.straggler_steps
         if len(times) < 2 or not all(times):
-            return None
+            return
         self._sums, self._steps = _sum([self._sums, times]), self._steps + 1
         self._window.append(times)
         if limit is None or len(self._window) < steps:
-            return None
+            return
         sums, self._window = _sum(self._window), []
         factor = sums[self._env.rank] / statistics.median_low(sums)
         was_slow, self._slow = self._slow, factor > limit
         if was_slow or not self._slow:
-            return None
+            return
         host = socket.gethostname()
         entry = {"step": step + 1, "rank": self._env.rank, "host": host, "factor": round(factor, 3)}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        return (
-            f"rank {self._env.rank} on {host} is a straggler: in {steps} steps its forward passes took {factor:.2f} × "
-            f"as long as the median rank's (guard.straggler: {limit:g})"
+        logger.warning(
+            "rank %d on %s is a straggler: in %d steps its forward passes took %s × as long as the median rank's "
+            "(guard.straggler: %s)",
+            entry["rank"],
+            host,
+            steps,
+            f"{factor:.2f}",
+            f"{limit:g}",
         )
 
     def read(self, step_time: float) -> dict[str, Any]:
