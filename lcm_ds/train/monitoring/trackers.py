@@ -15,11 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lcm_ds.config import LogConfig, MlflowConfig, WandbConfig
 from lcm_ds.files import read_object, write_whole
-from lcm_ds.train.monitoring.tensorboard import Setting
+
+if TYPE_CHECKING:
+    from lcm_ds.train.monitoring.tensorboard import Setting
 
 logger = logging.getLogger("lcm_ds")
 
