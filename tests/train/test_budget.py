@@ -9,9 +9,10 @@ from machine import patience
 from runs import ROOT, run_dir, start
 
 from lcm_ds.checkpoint.format import Checkpoint, folder_name, list_checkpoints, retain
-from lcm_ds.config import CheckpointConfig, TrainConfig, load
+from lcm_ds.config import CheckpointConfig, PrepareConfig, TrainConfig, load
 from lcm_ds.devices import GPUS, gpu_named
 from lcm_ds.errors import InputError
+from lcm_ds.launcher.task import preparation_task
 from lcm_ds.model.sizes import PRESETS, ModelSizes, count_parameters
 from lcm_ds.train.budget import checkpoints_on_disk
 from lcm_ds.train.job_builder import outline
@@ -275,7 +276,17 @@ def test_a_folder_that_cannot_be_written_to_is_found_by_trying(call, make_config
         assert line.startswith(f"{config}: run_dir: /proc/self/run: /proc/self cannot be written to: ")
 
 
-def test_launch_says_at_once_what_it_starts_and_that_cores_are_few(make_config):
+def test_more_workers_than_processors_are_a_warning(capsys, monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    task = preparation_task(load(PrepareConfig, ROOT / "configs/prepare/quickstart.yaml"))
+    task.check_local(2)
+    assert capsys.readouterr().err == ""
+    task.check_local(16)
+    assert capsys.readouterr().err == "warning: 16 workers (or threads) slow each other down on 2 processor(s); use 2\n"
+
+
+def test_launch_says_at_once_what_it_starts(make_config):
     process = start("launch", "--local", "8", make_config(batch={"rows_per_step": 8, "micro_batch_rows": 1}, steps=2),
                     PYTHONUNBUFFERED="1")  # fmt: skip
     try:
