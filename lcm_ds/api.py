@@ -25,7 +25,7 @@ from typing import Any
 from lcm_ds.config import PrepareConfig, TrainConfig, dump, load
 from lcm_ds.data.format import Dataset, open_dataset
 from lcm_ds.deepspeed_config import find
-from lcm_ds.errors import InputError, RunFailedError
+from lcm_ds.errors import InputError, PeerFailed, RunFailedError
 
 __all__ = ["InputError", "PrepareConfig", "Prepared", "Run", "TrainConfig", "evaluate", "load", "prepare", "train"]
 
@@ -66,7 +66,6 @@ def prepare(config: PrepareConfig) -> Prepared:
     If a launcher has set RANK and WORLD_SIZE, all its ranks have to call this. Raises InputError, and RunFailedError if
     another rank or process fails.
     """
-    from lcm_ds.prepare.coordinator import PeerFailed
     from lcm_ds.prepare.pipeline import prepare
 
     try:

@@ -12,13 +12,17 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lcm_ds import __version__
 from lcm_ds.errors import InputError, did_you_mean
 from lcm_ds.evaluate import add_arguments as add_evaluation
 from lcm_ds.processes import exit_with
 from lcm_ds.terminal import hide_warnings
+
+if TYPE_CHECKING:
+    from lcm_ds.devices import Prices
+    from lcm_ds.train.dry_run import Assumptions
 
 EXAMPLES = """\
 examples:
@@ -90,8 +94,13 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, title="commands", metavar="COMMAND")
     parser.set_defaults(commands=commands.choices)
 
-    _add_command(commands, "prepare", prepare, "text → dataset; resumes after an interruption",
-                 "lcm-ds prepare configs/prepare/quickstart.yaml output=datasets/mine", config=True)  # fmt: skip
+    add = _add_command(commands, "prepare", prepare, "text → dataset; resumes after an interruption",
+                       "lcm-ds prepare configs/prepare/quickstart.yaml output=datasets/mine", config=True,
+                       ).add_argument  # fmt: skip
+    add("--dry-run", action="store_true", help="print sentences, hours and disk instead; the source may be missing")
+    add("--ranks", type=int, metavar="N", help="number of processes, or GPUs, of a --dry-run; default: processes, or 1")
+    _add_plan_of_preparation(add)
+    _add_prices(add)
 
     add = _add_command(commands, "index", index, "use WebDataset tars of another program as a dataset",
                        "lcm-ds index 'embeddings-{000..099}.tar' datasets/adopted").add_argument  # fmt: skip
@@ -156,8 +165,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = _add_command(commands, "train", train, "run one training worker, under any launcher",
                        "lcm-ds train configs/train/quickstart.yaml steps=20", config=True).add_argument  # fmt: skip
-    add("--dry-run", action="store_true", help="print sizes, memory and steps without training")
+    add("--dry-run", action="store_true", help="print sizes, memory, hours and disk instead; the data may be missing")
     add("--ranks", type=int, metavar="N", help="number of ranks of a --dry-run")
+    _add_plan_of_run(add)
 
     command = _add_command(commands, "launch", launch, "start all workers of a run, on this host or many",
                            "lcm-ds launch --local 2 configs/train/quickstart.yaml", config=True)  # fmt: skip
@@ -186,6 +196,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="at a restart, leave out hosts of slow ranks (guard.straggler)",
     )
     add("--silence", type=float, metavar="S", help="seconds without a heartbeat until a host is lost; default: 15")
+
+    add = command.add_argument
+    add("--dry-run", action="store_true", help="print the plan of that many workers; options as of prepare and train")
+    _add_plan_of_run(_hidden(add))
+    _add_plan_of_preparation(_hidden(add))
 
     command = _add_command(commands, "evaluate", evaluate, "compare the model with baselines on the validation split",
                            "lcm-ds evaluate runs/quickstart --json metrics.json")  # fmt: skip
@@ -248,6 +263,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--master-addr", metavar="HOST", help="host of rank 0, if it cannot be detected")
     add("--master-port", type=int, metavar="PORT")
     add("--ssh-port", type=int, metavar="PORT")
+    _add_plan_of_run(add)
     add("config", metavar="CONFIG", nargs="?", help="check this run; default: check this machine")
     _add_overrides(command)
     return parser
@@ -270,6 +286,51 @@ def _add_command(
     return command
 
 
+def _hidden(add: Any) -> Any:
+    """Adds options that the help of a command leaves to that of others."""
+    return lambda name, **settings: add(name, **{**settings, "help": argparse.SUPPRESS})
+
+
+def _add_plan_of_run(add: Any) -> None:
+    """Options of a run's plan: PLAN_OF_RUN."""
+    add("--gpu", metavar="NAME", help="plan for this one: h100, h200, a100, rtx-4090, …")
+    add("--concepts", type=_count, metavar="N", help="plan for this much data: 500M")
+    _add_prices(add)
+
+
+def _add_prices(add: Any) -> None:
+    add("--price-per-gpu-hour", type=float, metavar="X", help="plan the cost, too")
+    add("--embed-dim", type=int, metavar="D", help="default: the model's or the encoder's")
+
+
+def _add_plan_of_preparation(add: Any) -> None:
+    """Options of a preparation's plan: PLAN_OF_PREPARATION."""
+    add("--documents", type=_count, metavar="N", help="plan for a source of this size: 9.7M")
+    add("--sentences", type=_count, metavar="N", help="the same, by its sentences")
+    add("--rate", type=_count, metavar="R", help="plan with this many sentences per second and GPU")
+    add("--measure", type=_seconds, metavar="S", help="measure the rate here for this long: 30s")
+
+
+def _count(text: str) -> int:
+    """A number with k, M, G (or B) or T behind it."""
+    match = re.fullmatch(r"([\d.,_]+)\s*([kKMGBT]?)", text)
+    try:
+        number = float(match[1].replace(",", "").replace("_", "")) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if not match or number <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} has to be a number above 0, such as 500M or 57G")
+    return round(number * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}[match[2].upper()])
+
+
+def _seconds(text: str) -> float:
+    """A number of seconds, with s or without, or of minutes with m."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([sm]?)", text)
+    if not match or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} has to be a time above 0, such as 30s or 2m")
+    return float(match[1]) * (60 if match[2] == "m" else 1)
+
+
 def _add_overrides(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", metavar="key=value", nargs="*", help="dotted paths into the YAML")
 
@@ -277,7 +338,28 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
 def prepare(arguments: argparse.Namespace) -> int:
     from lcm_ds.prepare import main
 
+    if arguments.ranks is not None and (arguments.ranks < 1 or not arguments.dry_run):
+        raise InputError(f"--ranks {arguments.ranks}: has to be 1 or more, and goes with --dry-run")
+    _only_for_plans(arguments, PLAN_OF_PREPARATION)
+    if arguments.dry_run:
+        return _plan_preparation(arguments, arguments.ranks)
     return main(arguments.config, arguments.overrides)
+
+
+def _plan_preparation(arguments: argparse.Namespace, ranks: int | None) -> int:
+    """Print the plan of a preparation."""
+    from lcm_ds.prepare.dry_run import Given, dry_run
+
+    given = Given(
+        documents=arguments.documents,
+        sentences=arguments.sentences,
+        embed_dim=arguments.embed_dim,
+        rate=arguments.rate,
+        measure=arguments.measure,
+        price_per_gpu_hour=arguments.price_per_gpu_hour,
+    )
+    dry_run(arguments.config, arguments.overrides, ranks, given)
+    return 0
 
 
 def _clean_up_on_sigterm() -> None:
@@ -364,30 +446,75 @@ def trace(arguments: argparse.Namespace) -> None:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    from lcm_ds.train import main
-
     if arguments.ranks is not None and (arguments.ranks < 1 or not arguments.dry_run):
         raise InputError(f"--ranks {arguments.ranks}: has to be 1 or more, and goes with --dry-run")
-    return main(arguments.config, arguments.overrides, arguments.dry_run, arguments.ranks)
+    _only_for_plans(arguments, PLAN_OF_RUN)
+    if not arguments.dry_run:
+        from lcm_ds.train import main
+
+        return main(arguments.config, arguments.overrides)
+    from lcm_ds.distributed.environment import detect_environment
+    from lcm_ds.train.dry_run import dry_run
+
+    env = detect_environment(os.environ)
+    if env.rank == 0:
+        dry_run(arguments.config, arguments.overrides, arguments.ranks or env.world_size, _assumptions(arguments))
+    return 0
+
+
+PLAN_OF_RUN = ("gpu", "price_per_gpu_hour", "concepts", "embed_dim")
+PLAN_OF_PREPARATION = ("documents", "sentences", "rate", "measure", "price_per_gpu_hour", "embed_dim")
+
+
+def _only_for_plans(arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raise InputError for options of a plan without --dry-run."""
+    if not arguments.dry_run and (given := [name for name in names if getattr(arguments, name) is not None]):
+        raise InputError(f"--{name.replace('_', '-')}: goes with --dry-run" for name in given)
+
+
+def _assumptions(arguments: argparse.Namespace) -> Assumptions:
+    """What the options of a plan take as given. Raises InputError."""
+    from lcm_ds.train.dry_run import Assumptions
+
+    return Assumptions(_prices(arguments), arguments.concepts, arguments.embed_dim)
+
+
+def _prices(arguments: argparse.Namespace) -> Prices:
+    from lcm_ds.devices import Prices, gpu_named
+
+    return Prices(None if arguments.gpu is None else gpu_named(arguments.gpu), arguments.price_per_gpu_hour)
 
 
 def launch(arguments: argparse.Namespace) -> int:
-    from lcm_ds.launcher.launch import launch
+    from lcm_ds.launcher.launch import launch, planned_ranks
     from lcm_ds.launcher.task import LaunchOptions
 
+    _only_for_plans(arguments, (*PLAN_OF_RUN, *PLAN_OF_PREPARATION))
+    ways = ("local", "hostfile", "slurm", "mpi", "openmpi", "include", "exclude")
+    way = {name: getattr(arguments, name) for name in ways}
+    if arguments.dry_run:
+        return _plan_launch(arguments, planned_ranks(**way))
     options = {name: vars(arguments)[name] for name in LaunchOptions.__dataclass_fields__}
-    return launch(
-        arguments.config,
-        arguments.overrides,
-        local=arguments.local,
-        hostfile=arguments.hostfile,
-        slurm=arguments.slurm,
-        mpi=arguments.mpi,
-        openmpi=arguments.openmpi,
-        include=arguments.include,
-        exclude=arguments.exclude,
-        options=LaunchOptions(**{name: value for name, value in options.items() if value is not None}),
-    )
+    given = LaunchOptions(**{name: value for name, value in options.items() if value is not None})
+    return launch(arguments.config, arguments.overrides, **way, options=given)
+
+
+def _plan_launch(arguments: argparse.Namespace, ranks: int) -> int:
+    """Print the plan of a run or a preparation with this number of workers."""
+    from lcm_ds.config import read_yaml
+
+    is_preparation = "source" in read_yaml(arguments.config, arguments.overrides)
+    own = PLAN_OF_PREPARATION if is_preparation else PLAN_OF_RUN
+    given = [name for name in (*PLAN_OF_RUN, *PLAN_OF_PREPARATION) if getattr(arguments, name) is not None]
+    if wrong := [name for name in given if name not in own]:
+        kind = "preparation" if is_preparation else "run"
+        raise InputError(f"--{name.replace('_', '-')}: is not for a {kind}; leave it out" for name in wrong)
+    if is_preparation:
+        return _plan_preparation(arguments, ranks)
+    from lcm_ds.train.dry_run import dry_run
+
+    dry_run(arguments.config, arguments.overrides, ranks, _assumptions(arguments))
+    return 0
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -476,10 +603,19 @@ def doctor(arguments: argparse.Namespace) -> int:
     from lcm_ds.doctor.run_checks import doctor
     from lcm_ds.launcher.task import LaunchOptions
 
+    if arguments.config is None and (given := [name for name in PLAN_OF_RUN if getattr(arguments, name) is not None]):
+        raise InputError(f"--{name.replace('_', '-')}: needs a CONFIG" for name in given)
     options = LaunchOptions(
         master_addr=arguments.master_addr, master_port=arguments.master_port, ssh_port=arguments.ssh_port
     )
-    return doctor(arguments.config, arguments.overrides, arguments.hostfile, arguments.bandwidth, options)
+    return doctor(
+        arguments.config,
+        arguments.overrides,
+        arguments.hostfile,
+        arguments.bandwidth,
+        options,
+        _assumptions(arguments),
+    )
 
 
 def entry() -> NoReturn:

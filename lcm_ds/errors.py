@@ -31,6 +31,14 @@ class RunFailedError(InputError):
     exit_code = 1
 
 
+class PeerFailed(Exception):
+    """Another rank of a preparation has failed with an exit code; `message` is empty if that rank prints the reason."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
 class Collector:
     """Collects the errors of independent checks, so that a user sees all of them at once.
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -80,13 +81,21 @@ def read_object(path: Path, default: dict[str, Any] | None = None) -> dict[str, 
 
 
 def why_not_writable(folder: str | Path) -> str | None:
-    """Why a folder cannot be made or written into; None if it can."""
+    """Why a folder cannot be made or written into, found by trying; None if it can.
+
+    Permissions alone do not tell: root may write everywhere, but not on a read-only file system.
+    """
     there = Path(folder).absolute()
     while not there.exists() and there != there.parent:
         there = there.parent
     if not there.is_dir():
         return f"{folder}: {there} is a file, not a folder"
-    return None if os.access(there, os.W_OK | os.X_OK) else f"{folder}: {there} cannot be written to"
+    try:
+        with tempfile.TemporaryDirectory(prefix=".lcm-ds-", dir=there) as trial:
+            Path(trial, "file").touch()
+    except OSError as error:
+        return f"{folder}: {there} cannot be written to: {error.strerror}"
+    return None
 
 
 def check_new(output: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Keeps library warnings and terminal control characters away from the user."""
+"""Keeps library warnings and terminal control characters away from the user; numbers for display."""
 
 from __future__ import annotations
 
@@ -74,3 +74,14 @@ _JOINERS = "\u200c\u200d"
 def strip_control_chars(text: str) -> str:
     """Replace control characters: text from the web can contain terminal escape sequences."""
     return "".join(char if char.isprintable() or char in _JOINERS else "�" for char in text)
+
+
+def figure(value: float) -> str:
+    """A number with three digits, or with all those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def in_bytes(size: float) -> str:
+    """A size in MB, GB or TB: 10⁶, 10⁹ or 10¹² bytes."""
+    unit, name = next(pair for pair in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")) if size >= pair[0] or pair[1] == "MB")
+    return f"{figure(size / unit)} {name}"

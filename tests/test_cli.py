@@ -66,8 +66,8 @@ def test_without_a_command_the_help_is_printed_and_the_exit_code_is_2(capsys):
         ),
         (["--dry-run"], "lcm-ds: --dry-run: options stand behind the command: lcm-ds COMMAND --dry-run …\n"),
         (
-            ["launch", "--local", "2", "--dry-run", "c.yaml"],
-            "lcm-ds launch: unknown option --dry-run; `lcm-ds launch --help` lists the options\n",
+            ["launch", "--local", "2", "--xyzzy", "c.yaml"],
+            "lcm-ds launch: unknown option --xyzzy; `lcm-ds launch --help` lists the options\n",
         ),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 
 from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
-from lcm_ds.deepspeed_config import schema
+from lcm_ds.deepspeed_config import resolver, schema
 from lcm_ds.errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +36,21 @@ def mistakes_of(call, *arguments, **keywords):
 
 def mistakes_in(mapping):
     return mistakes_of(deepspeed_config.check, mapping, "f.json")
+
+
+def test_the_shipped_files_are_known_by_their_content_and_pass_every_check():
+    """So that plans and mistakes in the YAML need no DeepSpeed, whose import takes seconds."""
+    known = {}
+    for path in SHIPPED:
+        mapping = deepspeed_config.read(str(path))
+        known[resolver.digest(mapping)] = path.name
+        deepspeed_config.check(mapping, path)
+        optim = {"max_grad_norm": 0} if "muon" in path.name else {}
+        config, more = train_config(**optim), {"wall_clock_breakdown": False}  # DeepSpeed's default, not in the files
+        resolved = deepspeed_config.resolve(mapping, config, 2, path, hidden_size=512)
+        assert resolved | more == deepspeed_config.resolve(mapping | more, config, 2, path, hidden_size=512)
+    lines = "".join(f'        "{digest}",  # {name}\n' for digest, name in known.items())
+    assert set(known) == set(resolver.SHIPPED), f"SHIPPED in deepspeed_config/resolver.py has to be\n{lines}"
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------

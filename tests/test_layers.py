@@ -14,7 +14,18 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
 }
-GROUND = ("config", "errors", "files", "languages", "metrics", "processes", "signals", "terminal", "resources")
+GROUND = (
+    "config",
+    "devices",
+    "errors",
+    "files",
+    "languages",
+    "metrics",
+    "processes",
+    "signals",
+    "terminal",
+    "resources",
+)
 # What each part may import besides itself and GROUND, from the bottom to the top.
 MAY_IMPORT = {
     "distributed": (),

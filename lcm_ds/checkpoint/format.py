@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lcm_ds import deepspeed_config
 from lcm_ds.config import CheckpointConfig, TrainConfig, load
 from lcm_ds.data.remote import fetch as remote
 from lcm_ds.errors import InputError
@@ -88,6 +89,14 @@ class Checkpoint:
         shutil.rmtree(bad, ignore_errors=True)
         os.rename(self.path, bad)
         return bad
+
+
+def saves_in_background(rules: CheckpointConfig, ds: dict[str, Any]) -> bool:
+    """checkpoint.background, or its default: unless the optimizer is offloaded.
+
+    With offload, host memory holds the optimizer states already, and those on NVMe are copied from file to file.
+    """
+    return not deepspeed_config.offloads_optimizer(ds) if rules.background is None else rules.background
 
 
 def folder_name(step: int) -> str:

@@ -115,19 +115,15 @@ def errors(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
             f"order {now['order']}: continue with the version that began it ({version}), or "
             "start a new run with model.init_from"
         ]
-    names = {
-        "fingerprint": "the data plan's fingerprint (shards, seed, rows_per_step, row_length, max_segment, "
-        "shuffle_shards, streams)",
-        "model": "the model",
-        "init_from": "model.init_from",
-        "precision": "the precision",
-        "optimizer": "the optimizer",
-    }
     lines = [
-        f"{checkpoint.path}: {name} was {then.get(key)!r} and is now {now.get(key)!r}; undo that or use a new run_dir"
-        for key, name in names.items()
-        if then.get(key) != now.get(key)
+        f"{checkpoint.path}: {name} was {_as_yaml(before)} and is now {_as_yaml(after)}; undo that or use a new run_dir"
+        for name, before, after in _incompatible(then, now)
     ]
+    if then.get("fingerprint") != now.get("fingerprint") and not any(_order_changes(then, now)):
+        lines.append(
+            f"{checkpoint.path}: the shards of data.train are not those that it was trained on; restore them, or use a "
+            "new run_dir"
+        )
     if not lines and needs_conversion(then, now):
         shuffled = [deepspeed_config.shuffles_parameters(state.get("deepspeed", {})) for state in (then, now)]
         reasons = {
@@ -144,6 +140,44 @@ def errors(checkpoint: Checkpoint, now: dict[str, Any]) -> list[str]:
             if applies
         ]
     return lines
+
+
+# The keys of a config that the order of the data depends on, with the contents of the datasets (data/plan.py).
+_ORDER_KEYS = (
+    "seed",
+    "batch.rows_per_step",
+    "data.row_length",
+    "data.max_segment",
+    "data.shuffle_shards",
+    "data.streams",
+    "data.train",
+)
+
+
+def _incompatible(then: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """What differs between two identities that cannot resume each other: name, value then, value now."""
+    model, own_model = then.get("model") or {}, now.get("model") or {}
+    for key in {**model, **own_model}:
+        if model.get(key) != own_model.get(key):
+            yield f"model.{key}", model.get(key), own_model.get(key)
+    for key, name in (("init_from", "model.init_from"), ("precision", "the precision"), ("optimizer", "the optimizer")):
+        if then.get(key) != now.get(key):
+            yield name, then.get(key), now.get(key)
+    if then.get("fingerprint") != now.get("fingerprint"):
+        yield from _order_changes(then, now)
+
+
+def _order_changes(then: dict[str, Any], now: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """The changed config keys that the order of the data depends on; none if only the datasets' contents changed.
+
+    Checkpoints of older versions lack the config, or some of its keys.
+    """
+    for key in _ORDER_KEYS:
+        before, after = then.get("config"), now.get("config")
+        for part in key.split("."):
+            before, after = (block.get(part) if isinstance(block, dict) else None for block in (before, after))
+        if before is not None and before != after:
+            yield key, before, after
 
 
 def needs_conversion(then: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -27,7 +27,6 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-from lcm_ds import deepspeed_config
 from lcm_ds.checkpoint import format as checkpoints
 from lcm_ds.checkpoint.format import PARTIAL, Checkpoint, folder_name
 from lcm_ds.checkpoint.host_copy import HostBuffer
@@ -39,14 +38,6 @@ logger = logging.getLogger("lcm_ds.train")
 
 # ds_to_universal requires this in the client state of ZeRO 1 and 2.
 CLIENT_STATE = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
-
-
-def saves_in_background(rules: CheckpointConfig, ds: dict[str, Any]) -> bool:
-    """checkpoint.background, or its default: unless the optimizer is offloaded.
-
-    With offload, host memory holds the optimizer states already, and those on NVMe are copied from file to file.
-    """
-    return not deepspeed_config.offloads_optimizer(ds) if rules.background is None else rules.background
 
 
 class Saver:

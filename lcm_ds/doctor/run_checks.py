@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lcm_ds import deepspeed_config
+from lcm_ds.devices import Gpu, gpu_of
 from lcm_ds.distributed.workers import run_local
 from lcm_ds.doctor.kernels import accelerator
 from lcm_ds.doctor.machine import programs, software
@@ -21,11 +20,12 @@ from lcm_ds.launcher.multihost.pdsh import errors_of_call
 from lcm_ds.launcher.multihost.preflight import run_preflight
 from lcm_ds.launcher.multihost.restarts import run_on_hosts
 from lcm_ds.launcher.schedulers import environment_of_workers, resolve_config
-from lcm_ds.launcher.task import DEFAULTS, LaunchOptions, LaunchTask, checkpoint_bytes, run_task
+from lcm_ds.launcher.task import DEFAULTS, LaunchOptions, LaunchTask, run_task
+from lcm_ds.terminal import in_bytes
+from lcm_ds.train.dry_run import Assumptions, plan_lines, read_run
+from lcm_ds.train.job import ConfiguredRun, Outline, TrainJob
 
-if TYPE_CHECKING:
-    from lcm_ds.train.job import TrainJob
-
+NONE = Assumptions()
 BANDWIDTH = "lcm_ds.doctor.bandwidth"
 
 
@@ -35,6 +35,7 @@ def doctor(
     hostfile: str | Path | None = None,
     bandwidth: bool = False,
     options: LaunchOptions = DEFAULTS,
+    given: Assumptions = NONE,
 ) -> int:
     """Print a summary of this machine and, with a config, the run's memory and every mistake.
 
@@ -44,6 +45,7 @@ def doctor(
         hostfile: Hosts to check as before a launch.
         bandwidth: Measure an all-reduce over all devices at the end.
         options: Of the launch.
+        given: What the run's plan takes as given; the GPU by default this machine's.
 
     Returns:
         0 if nothing would stop the run, else 2, with the mistakes on stderr; or the exit code of the measurement.
@@ -59,7 +61,7 @@ def doctor(
             hosts = select(read_hostfile(hostfile))
     if config_path is not None:
         with errors:
-            job = _check_run(config_path, overrides, sum(map(len, hosts.values())) or _devices(), local=not hosts)
+            job = _check_run(config_path, overrides, sum(map(len, hosts.values())) or _devices(), not hosts, given)
     task = run_task(job) if job else LaunchTask(BANDWIDTH)
     if hosts:
         with errors:
@@ -97,39 +99,56 @@ def _devices() -> int:
     return 1 if device.device_name() == "cpu" else max(1, device.device_count())
 
 
-def _check_run(config_path: str | Path, overrides: Sequence[str], ranks: int, local: bool) -> TrainJob:
-    """Check a run with this number of ranks and print what it needs; raises InputError with every mistake."""
-    from lcm_ds.checkpoint.remote import why_not_writable
-    from lcm_ds.train.job_builder import build_job
+def _check_run(
+    config_path: str | Path, overrides: Sequence[str], ranks: int, local: bool, given: Assumptions
+) -> TrainJob | None:
+    """Check a run with this number of ranks and print what it needs.
 
-    job = build_job(config_path, overrides, ranks)
-    for line in _requirements(job, ranks):
+    Args:
+        config_path: Its config.
+        overrides: key=value.
+        ranks: Number of ranks.
+        local: Whether this machine trains.
+        given: What its plan takes as given.
+
+    Returns:
+        The run; None if the size of its data was given instead of the data.
+
+    Raises:
+        InputError: With every mistake, also that the data is not there yet.
+    """
+    from lcm_ds.checkpoint.remote import why_not_writable
+
+    run = read_run(config_path, overrides, ranks, given)
+    prices = given.prices if given.prices.gpu is not None else replace(given.prices, gpu=_own_gpu())
+    for line in (*plan_lines(run, ranks, prices, shapes=False), _free_disk(run)):
         print(line)
     errors = Collector()
     with errors:
-        if reason := why_no_checkpoints(_existing_folder(job.run_dir)):
-            raise InputError(f"{job.run_dir}: {reason}")
+        if reason := why_no_checkpoints(_existing_folder(run.run_dir)):
+            raise InputError(f"{run.run_dir}: {reason}")
     with errors:
-        if job.config.checkpoint.dir is not None and (reason := why_not_writable(job.config.checkpoint.dir)):
+        if run.config.checkpoint.dir is not None and (reason := why_not_writable(run.config.checkpoint.dir)):
             raise InputError(reason)
     with errors:
         if local:
-            job.check_device(str(job.config.deepspeed))
+            run.check_device(str(run.config.deepspeed))
+    if isinstance(run, Outline) and given.concepts is None:
+        errors.errors += [f"{config_path}: data.train: {path}: not there yet; make it first" for path in run.missing]
     errors.raise_if_any()
-    return job
+    return run if isinstance(run, TrainJob) else None
 
 
-def _requirements(job: TrainJob, ranks: int) -> Iterator[str]:
-    from lcm_ds.train.memory import GIB, count_parameters, memory_lines
+def _own_gpu() -> Gpu | None:
+    """This machine's, if it is a known one."""
+    import torch
 
-    parameters, precision = count_parameters(job.model), deepspeed_config.precision(job.ds)
-    batch = job.config.batch
-    yield f"run           {job.run_dir}: {job.total_steps} steps of {batch.rows_per_step} rows, {ranks} rank(s)"
-    yield f"model         {parameters:,} parameters, {precision}"
-    yield from memory_lines(job.config, job.model, job.ds, ranks)
-    free = shutil.disk_usage(_existing_folder(job.run_dir)).free / GIB
-    checkpoint = checkpoint_bytes(job) / GIB
-    yield f"disk          {free:.1f} GiB free; a checkpoint takes about {checkpoint:.3g} GiB"
+    return gpu_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def _free_disk(run: ConfiguredRun) -> str:
+    folder = _existing_folder(run.run_dir)
+    return f"free          {in_bytes(shutil.disk_usage(folder).free)} in {folder}"
 
 
 def _existing_folder(path: Path) -> Path:

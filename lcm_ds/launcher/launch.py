@@ -51,9 +51,7 @@ def launch(
     Raises:
         InputError: before any worker starts, with all mistakes in the call, the config and the data it names.
     """
-    ways = {"--local": local, "--mpi": mpi, "--openmpi": openmpi}  # each with its number of processes
-    if sum((*(number is not None for number in ways.values()), hostfile is not None, slurm)) != 1:
-        raise InputError("launch: exactly one of --local, --hostfile, --slurm, --mpi and --openmpi has to be given")
+    ways = _ways(local, hostfile, slurm, mpi, openmpi)
     mpi_option = next((option for option in ("--mpi", "--openmpi") if ways[option] is not None), None)
     program = ("", "")
     collector = Collector()
@@ -81,6 +79,7 @@ def launch(
     assert task is not None
     assert task.folder is not None
 
+    print(f"{task.folder}: starting {_described(world_size, devices)}{task.log}", flush=True)
     if local is not None or (len(devices) == 1 and is_this_host(next(iter(devices)))):
         environ = dict(os.environ)
         task.check_local(world_size)
@@ -115,6 +114,52 @@ def launch(
         print(f"lcm-ds launch: the workers exited with 0, but {missing}", file=sys.stderr, flush=True)
         return 1
     return code
+
+
+def _described(workers: int, devices: dict[str, list[int]]) -> str:
+    """The workers of a launch, for display."""
+    hosts = f"{len(devices)} hosts" if len(devices) > 1 else next(iter(devices), "")
+    return f"{workers} worker{'s' if workers > 1 else ''}{hosts and f' on {hosts}'}"
+
+
+def planned_ranks(
+    *,
+    local: int | None = None,
+    hostfile: str | Path | None = None,
+    slurm: bool = False,
+    mpi: int | None = None,
+    openmpi: int | None = None,
+    include: str = "",
+    exclude: str = "",
+) -> int:
+    """The number of workers that a launch would start, which this machine need not have devices for.
+
+    Args:
+        local: As of `launch`, and so are all others.
+        hostfile: Its slots are counted, and the hosts are not asked.
+        slurm: The allocation's tasks.
+        mpi: Number of processes.
+        openmpi: Number of processes.
+        include: Devices of the hostfile to use.
+        exclude: Devices of the hostfile to leave unused.
+
+    Raises:
+        InputError: not exactly one way, a number below 1, or an invalid hostfile.
+    """
+    ways = _ways(local, hostfile, slurm, mpi, openmpi)
+    if hostfile is None:
+        return _world_size(ways)
+    return sum(map(len, select(read_hostfile(hostfile), include, exclude).values()))
+
+
+def _ways(
+    local: int | None, hostfile: str | Path | None, slurm: bool, mpi: int | None, openmpi: int | None
+) -> dict[str, int | None]:
+    """The options that come with a number of processes. Raises InputError unless exactly one way is given."""
+    ways = {"--local": local, "--mpi": mpi, "--openmpi": openmpi}
+    if sum((*(number is not None for number in ways.values()), hostfile is not None, slurm)) != 1:
+        raise InputError("launch: exactly one of --local, --hostfile, --slurm, --mpi and --openmpi has to be given")
+    return ways
 
 
 def _world_size(ways: dict[str, int | None]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +67,7 @@ class LaunchTask:
     stop_file: Path | None = None  # that the workers obey; None: they stop on SIGTERM
     data: dict[str, Any] = field(default_factory=dict)  # fingerprints of a run's datasets, compared on all hosts
     checkpoint_bytes: float = 0.0
+    log: str = ""  # where their output is, for display
     progress: Callable[[], int] = lambda: 0  # a number that grows as the work advances
     can_share: Callable[[int], bool] = lambda ranks: True  # whether this number of ranks can share the work
     check_local: Callable[[int], None] = lambda ranks: None  # raises InputError if this host has too few devices
@@ -89,6 +92,8 @@ def preparation_task(config: PrepareConfig) -> LaunchTask:
         import torch
 
         devices = torch.cuda.device_count()
+        if devices == 0:
+            _warn_of_few_cores(ranks * config.threads)
         if config.encoder is not None and config.encoder.device is None and 0 < devices < ranks:
             raise InputError(f"--local {ranks}: this host has {devices} CUDA devices")
 
@@ -104,6 +109,7 @@ def preparation_task(config: PrepareConfig) -> LaunchTask:
 
 def run_task(job: TrainJob) -> LaunchTask:
     """Training."""
+    from lcm_ds.train.budget import checkpoint_size
     from lcm_ds.train.monitoring.stragglers import straggler_ranks
 
     rows, micro_batch = job.config.batch.rows_per_step, job.config.batch.micro_batch_rows
@@ -123,7 +129,8 @@ def run_task(job: TrainJob) -> LaunchTask:
         folder=job.run_dir,
         stop_file=job.run_dir / "STOP",
         data={"fingerprint": job.fingerprint, "validation": job.validation.fingerprint if job.validation else None},
-        checkpoint_bytes=checkpoint_bytes(job),
+        log=f"; log: {job.run_dir / 'log.txt'}",
+        checkpoint_bytes=checkpoint_size(job),
         progress=last_step,
         can_share=lambda ranks: rows % (micro_batch * ranks) == 0,
         check_local=lambda ranks: _check_devices(job, ranks),
@@ -132,12 +139,12 @@ def run_task(job: TrainJob) -> LaunchTask:
     )
 
 
-def checkpoint_bytes(job: TrainJob) -> float:
-    """The approximate size of a checkpoint: parameters in the model's dtype, fp32 master weights and two moments."""
-    from lcm_ds import deepspeed_config
-    from lcm_ds.train.memory import count_parameters
-
-    return count_parameters(job.model) * (14 if deepspeed_config.precision(job.ds) != "float32" else 16)
+def _warn_of_few_cores(threads: int) -> None:
+    """Tell the user if workers on CPUs have to share them."""
+    cores = len(os.sched_getaffinity(0))
+    if threads > cores:
+        text = f"warning: {threads} workers (or threads) slow each other down on {cores} processor(s); use {cores}"
+        print(text, file=sys.stderr, flush=True)
 
 
 def _check_devices(job: TrainJob, ranks: int) -> None:
@@ -148,6 +155,8 @@ def _check_devices(job: TrainJob, ranks: int) -> None:
     with errors:
         job.check_device(job.config.deepspeed if isinstance(job.config.deepspeed, str) else "deepspeed")
     device = get_accelerator()
-    if device.device_name() != "cpu" and ranks > device.device_count():
+    if device.device_name() == "cpu":
+        _warn_of_few_cores(ranks)
+    elif ranks > device.device_count():
         errors.errors.append(f"--local {ranks}: this host has {device.device_count()} {device.device_name()} devices")
     errors.raise_if_any()

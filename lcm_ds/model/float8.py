@@ -15,7 +15,6 @@ from deepspeed.accelerator import get_accelerator
 
 from lcm_ds.model.modeling import BaseLCM
 
-MULTIPLE = 16  # divides every dimension of a product in fp8, by the hardware
 CAPABILITY = (8, 9)  # of the first NVIDIA GPUs that have it (Ada)
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from lcm_ds.model.config import BaseLCMConfig
+from lcm_ds.model.sizes import Sizes
 
 
-def matrix_weights(config: BaseLCMConfig) -> int:
+def matrix_weights(config: Sizes) -> int:
     """Weights of all matrices: pre-net, post-net, and in each layer four of attention and three of the SwiGLU."""
     layer = 4 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size
     return 2 * config.embed_dim * config.hidden_size + config.num_hidden_layers * layer
 
 
-def training_flops(config: BaseLCMConfig, concepts: int, pairs: int) -> int:
+def training_flops(config: Sizes, concepts: int, pairs: int) -> int:
     """FLOPs of forward and backward over `concepts` concepts; recomputation is not counted.
 
     pairs: of a concept with each that it sees, itself included: n · (n + 1) / 2 for a segment of n. A matrix costs 2

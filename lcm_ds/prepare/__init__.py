@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from lcm_ds.errors import InputError
+from lcm_ds.errors import InputError, PeerFailed
 from lcm_ds.signals import DONE, STOPPED
 from lcm_ds.terminal import hide_warnings
 
@@ -36,15 +36,18 @@ def run(read_config: Callable[[], PrepareConfig]) -> int:
     # When one rank closes its connections, libraries in the others would print their stacks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     hide_warnings()
-    from lcm_ds.distributed.environment import exit_with_launcher
-    from lcm_ds.prepare.coordinator import PeerFailed
-    from lcm_ds.prepare.pipeline import prepare
+    from lcm_ds.distributed.environment import detect_environment, exit_with_launcher
 
     exit_with_launcher(os.environ)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler)
     try:
-        prepare(read_config())
+        config = read_config()
+        if detect_environment(os.environ).rank == 0:
+            print(_first_line(config), flush=True)
+        from lcm_ds.prepare.pipeline import prepare  # imports torch, which takes seconds
+
+        prepare(config)
         return DONE
     except InputError as error:
         print(error, file=sys.stderr)
@@ -56,3 +59,11 @@ def run(read_config: Callable[[], PrepareConfig]) -> int:
     except KeyboardInterrupt:
         print("interrupted: finished units are kept; start again to resume", file=sys.stderr)
         return STOPPED
+
+
+def _first_line(config: PrepareConfig) -> str:
+    """What is about to start, before anything that takes time."""
+    source = config.source
+    texts = source.dataset or ", ".join(source.paths) or source.name
+    encoder = "concepts that exist" if config.encoder is None else f"{config.encoder.name} {config.encoder.model}"
+    return f"{config.output}: start-up: {encoder}, source {texts}"

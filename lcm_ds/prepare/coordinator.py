@@ -16,7 +16,7 @@ from torch.distributed import DistNetworkError, DistStoreError, HashStore, Store
 
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.distributed.rendezvous import Rendezvous
-from lcm_ds.errors import InputError
+from lcm_ds.errors import InputError, PeerFailed
 from lcm_ds.signals import FAILED, STOPPED
 
 START_TIMEOUT = timedelta(hours=2)  # rank 0 may first have to read thousands of files, or fetch a model
@@ -24,14 +24,6 @@ SHUTDOWN_SECONDS = 5.0  # for the other ranks to see that rank 0 is about to exi
 # Keys of the store.
 _START, _NEXT, _REPORTS, _FAILURE, _DEREGISTERED = "start", "next", "reports", "failure", "deregistered"
 _FINISHED, _ACKNOWLEDGED = "finished", "acknowledged"
-
-
-class PeerFailed(Exception):
-    """Another rank has failed with an exit code; `message` is empty if that rank prints the reason."""
-
-    def __init__(self, code: int, message: str) -> None:
-        super().__init__(message)
-        self.code, self.message = code, message
 
 
 class Coordinator:

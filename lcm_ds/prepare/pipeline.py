@@ -42,12 +42,12 @@ from lcm_ds.data.shard import Shard
 from lcm_ds.distributed.environment import DistEnv, detect_environment, free_port
 from lcm_ds.distributed.workers import Workers
 from lcm_ds.encoders import Encoder, load_encoder
-from lcm_ds.errors import InputError
+from lcm_ds.errors import InputError, PeerFailed
 from lcm_ds.files import sync, write_whole
 from lcm_ds.prepare import disk_space
 from lcm_ds.prepare.adopt import ADOPTING_CORES, AdoptedWork
 from lcm_ds.prepare.committer import Committer
-from lcm_ds.prepare.coordinator import Coordinator, PeerFailed
+from lcm_ds.prepare.coordinator import Coordinator
 from lcm_ds.prepare.deduplicate import drop_duplicates, has_ids, remove_ids
 from lcm_ds.prepare.encode import WorkerContext, disk_error, encode_units, storable
 from lcm_ds.prepare.progress import Progress
@@ -94,7 +94,7 @@ def prepare(config: PrepareConfig, encoder: Encoder | None = None) -> None:
         PeerFailed: another rank has failed.
     """
     env = detect_environment(os.environ)
-    with _threads(config.threads):
+    with threads(config.threads):
         if env.rank == 0:
             _RankZero(config, env, encoder).prepare()
         else:
@@ -102,7 +102,7 @@ def prepare(config: PrepareConfig, encoder: Encoder | None = None) -> None:
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
     """Compute with this number of threads, whatever a launcher has set: on some CPUs the bytes of shards depend on it.
 
     In bf16 products by AMX, oneDNN splits the sums among the threads.
@@ -175,7 +175,9 @@ class _RankZero:
                 try:
                     units = self._begin(work)
                     quantization = self._quantization(work)
+                    self._print_phase(work, units)
                     progress = self._encode(work, coordinator, quantization, units)
+                    print(f"normaliser: of at most {config.normalizer_samples:,} concepts", flush=True)
                     tidy(out, {unit.unit for unit in units})
                     units = drop_duplicates(out, units, work.supervised is not None, work.end_of_text is not None)
                     scale = self._finish(work, quantization, units)
@@ -215,6 +217,18 @@ class _RankZero:
             print(f"{out}: resuming after {summary(units)}", flush=True)
         tidy(out, {unit.unit for unit in units})
         return units
+
+    def _print_phase(self, work: Work, units: list[UnitResult]) -> None:
+        """The line that ends the start-up."""
+        seconds = time.monotonic() - self.started
+        given = sum(unit.given for unit in units)
+        left = "documents" if work.total is None else f"{work.total - given:,} documents"
+        verb = "encoding" if work.threads is not None else "adopting"
+        ranks = self.env.world_size
+        print(
+            f"{verb}: {left} in {ranks} process{'es' if ranks > 1 else ''}, after a start-up of {seconds:.0f} s",
+            flush=True,
+        )
 
     def _quantization(self, work: Work) -> Quantization | None:
         """For int8: the step of each dimension, determined once, from the first concepts."""
@@ -381,7 +395,7 @@ class TextWork:
         self._reader = None if source is None else Reader(config, source)
         self._readers = Readers(config)  # they start while the encoder is loaded
         try:
-            self._encoder = encoder or _load(config, env)
+            self._encoder = encoder or load_for_rank(config, env)
             self._end = _end_of_text(config, self._encoder)
         except BaseException:
             self._readers.close()
@@ -439,7 +453,7 @@ class TextWork:
 
     def quantization(self) -> Quantization:
         """The steps of int8, from the first sentences."""
-        found = list(islice(_sentences(self.reader), _CALIBRATION_SENTENCES))
+        found = list(islice(sentences_of(self.reader), _CALIBRATION_SENTENCES))
         if len(found) < 2:
             raise InputError(f"{self.config.output}: int8 needs sentences to determine its steps; the source has none")
         sentences = [sentence for sentence, _ in found]
@@ -482,7 +496,7 @@ def _processes(config: PrepareConfig) -> int:
     return max(1, cores // config.threads)
 
 
-def _load(config: PrepareConfig, env: DistEnv) -> Encoder:
+def load_for_rank(config: PrepareConfig, env: DistEnv) -> Encoder:
     """This rank's encoder, on its own device."""
     encoder = config.encoder
     assert encoder is not None
@@ -532,7 +546,7 @@ def _end_of_text(config: PrepareConfig, encoder: Encoder) -> np.ndarray:
     return concept
 
 
-def _sentences(reader: Reader) -> Iterator[tuple[str, str | None]]:
+def sentences_of(reader: Reader) -> Iterator[tuple[str, str | None]]:
     """All sentences of the documents that are not refused, in order, each with its document's language."""
     for unit in _pending(reader.source, reader.config.documents_per_shard, set()):
         documents = reader.read(unit)

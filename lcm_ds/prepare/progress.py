@@ -27,6 +27,7 @@ class Progress:
     def __init__(self, total: int | None, given: int, ranks: int, started: float) -> None:
         self.total, self.given, self.ranks = total, given, ranks
         self._started, self._given_before = started, given
+        self._encoding_since = started
         self._last_line = time.monotonic()
         self._sums: dict[str, float] = {}
         self._bar: Any = None
@@ -43,6 +44,7 @@ class Progress:
             self._task = self._bar.add_task("encoding", total=total, completed=given, speed="", left="")
 
     def __enter__(self) -> Progress:
+        self._encoding_since = time.monotonic()
         if self._bar is not None:
             self._bar.start()
         return self
@@ -94,9 +96,9 @@ class Progress:
         return f"{self._sums.get('sentences', 0) / self._seconds():,.0f} sentences/s"
 
     def _left(self) -> str:
-        """The time left at the average speed."""
+        """The time left at the average speed, to which the start-up does not belong."""
         done = self.given - self._given_before
         if self.total is None or done == 0:
             return ""
-        seconds = self._seconds() / done * (self.total - self.given)
+        seconds = (time.monotonic() - self._encoding_since) / done * (self.total - self.given)
         return f"{timedelta(seconds=round(seconds))} left"

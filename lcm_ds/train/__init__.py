@@ -10,14 +10,12 @@ from lcm_ds.errors import InputError, RunFailedError
 from lcm_ds.signals import DONE, STOPPED, USER_ERROR
 
 
-def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False, ranks: int | None = None) -> int:
+def main(config_path: str, overrides: Sequence[str] = ()) -> int:
     """Run one worker of a training run, with the environment that its launcher set.
 
     Args:
         config_path: A train config.
         overrides: `key=value` with dotted keys.
-        dry_run: Print what the run would be instead.
-        ranks: Number of ranks of a dry run; default: that of the environment.
 
     Returns:
         The exit code.
@@ -26,24 +24,16 @@ def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False,
     from lcm_ds.train.monitoring.console import console
     from lcm_ds.train.reliability.stop_signal import StopRequest
 
-    if not dry_run:
-        exit_with_launcher(os.environ)
+    exit_with_launcher(os.environ)
     console.redirect()  # imports print, too
     prints_errors, code = True, 1
-    stop = None if dry_run else StopRequest()  # before the imports below, which take seconds
+    stop = StopRequest()  # before the imports below, which take seconds
     try:
         env = detect_environment(os.environ)
         prints_errors = env.local_rank == 0  # every rank finds the errors below; one per host prints them
         from lcm_ds.train.job_builder import build_job
 
-        job = build_job(config_path, overrides, ranks or env.world_size, sizes=env.rank == 0)
-        if stop is None:
-            from lcm_ds.train.dry_run import dry_run as print_dry_run
-
-            console.restore()
-            if env.rank == 0:
-                print_dry_run(job, ranks or env.world_size)
-            return 0
+        job = build_job(config_path, overrides, env.world_size, sizes=env.rank == 0)
         if job.config.train.deterministic:
             from lcm_ds.train.engine import make_deterministic
 
@@ -65,7 +55,6 @@ def main(config_path: str, overrides: Sequence[str] = (), dry_run: bool = False,
         # Also into RUN/log.txt, once that is open; the launcher ends the other ranks.
         logging.getLogger("lcm_ds.train").exception("this process ends with an error")
     finally:
-        if stop is not None:
-            stop.close()
+        stop.close()
         console.restore(show=code not in (DONE, USER_ERROR, STOPPED))
     return code

@@ -24,6 +24,7 @@ from lcm_ds.model.float8 import use_float8
 from lcm_ds.model.fused import enable_fusion, gpu_compiles
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.parameter_groups import parameter_groups
+from lcm_ds.model.sizes import Sizes
 from lcm_ds.processes import keep_freed_memory, program_path, remove_left_over_locks
 from lcm_ds.train.fused_norms import fuse_norms
 
@@ -98,19 +99,20 @@ def collective_timeout(stall_minutes: float | None) -> timedelta:
 
 
 def build_model(
-    config: BaseLCMConfig, normalizer: tuple[np.ndarray, np.ndarray], seed: int | None, ds: dict[str, Any]
+    sizes: Sizes, normalizer: tuple[np.ndarray, np.ndarray], seed: int | None, ds: dict[str, Any]
 ) -> BaseLCM:
     """A Base-LCM with fresh weights on this rank's device, in the dtype of training; partitioned under ZeRO-3.
 
     Host memory holds a few MB of it at a time: the ranks of a node would otherwise need 4 bytes per parameter each.
 
     Args:
-        config: Its sizes.
+        sizes: Its sizes.
         normalizer: Center and scale, [embed_dim] each.
-        seed: The weights are a function of (config, seed): the same for any world size and ZeRO stage. None: the
+        seed: The weights are a function of (sizes, seed): the same for any world size and ZeRO stage. None: the
             caller fills them.
         ds: The resolved DeepSpeed JSON.
     """
+    config = BaseLCMConfig(**sizes.sizes())
     partitioned = deepspeed_config.zero_stage(ds) == 3
     if partitioned:
         with deepspeed.zero.Init(config_dict_or_path=ds):

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from lcm_ds.checkpoint.format import candidates
 from lcm_ds.checkpoint.model_source import find_model
 from lcm_ds.config import ModelConfig
 from lcm_ds.convert.base_lcm import read_meta
@@ -53,14 +52,6 @@ def resolve_init_from(model: ModelConfig) -> InitFrom:
     if source.step is not None:
         return InitFrom(f"{path} (step {source.step})", source.config, source.weights, True)
     return InitFrom(str(path), source.config, source.weights, _folder_has_normalizer(path))
-
-
-def sizes_of_run(run_dir: Path) -> BaseLCMConfig | None:
-    """The model of a run's own newest checkpoint, from which it resumes; None if it has none yet."""
-    for checkpoint in reversed(candidates(run_dir)):
-        if checkpoint.integrity_error() is None:
-            return BaseLCMConfig(**checkpoint.state()["model"])
-    return None
 
 
 def load_initial_weights(model: BaseLCM, initial: InitFrom, partitioned: bool) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,18 +13,20 @@ from lcm_ds import deepspeed_config
 from lcm_ds.checkpoint.format import candidates
 from lcm_ds.config import TrainConfig, read_yaml, validate
 from lcm_ds.data.concepts import encoder_differences, same_space
-from lcm_ds.data.format import NORMALIZER, Dataset, open_dataset, read_normalizer
+from lcm_ds.data.format import DATASET, NORMALIZER, SPLITS, Dataset, open_dataset, read_normalizer
 from lcm_ds.data.index.first_use import indexed
 from lcm_ds.data.plan import Plan, fingerprint
 from lcm_ds.data.remote.cache import Cache
+from lcm_ds.data.remote.fetch import is_remote
 from lcm_ds.data.supervised import length_limit, missing_targets, source_of, target_reach
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import why_not_writable
-from lcm_ds.model.config import BaseLCMConfig, resolve_model
-from lcm_ds.model.float8 import MULTIPLE
-from lcm_ds.train.init_from import InitFrom, resolve_init_from, sizes_of_run
-from lcm_ds.train.job import TrainJob
+from lcm_ds.model.sizes import FP8_MULTIPLE, ModelSizes, Sizes, resolve_sizes
+from lcm_ds.train.job import ConfiguredRun, Outline, TrainJob
 from lcm_ds.train.monitoring.trackers import missing_packages
+
+if TYPE_CHECKING:
+    from lcm_ds.train.init_from import InitFrom
 
 # Relative distance of two end-of-text concepts that count as the same: they vary a little with device and precision.
 END_OF_TEXT_TOLERANCE = 0.1
@@ -44,13 +46,8 @@ def build_job(path: str | Path, overrides: Sequence[str], world_size: int, sizes
     """
     mapping = read_yaml(path, overrides)
     errors = Collector()
-    config: TrainConfig | None = None
-    with errors:
-        config = validate(TrainConfig, mapping, path)
-    # DeepSpeed JSON and datasets are checked even if the config is invalid, to report all errors in one run.
-    ds: dict[str, Any] | None = None
-    with errors:
-        ds = _read_ds(mapping.get("deepspeed"), Path(path))
+    config, ds = _read_configs(mapping, path, errors)
+    # Datasets are checked even if the config is invalid, to report all errors in one run.
     data = mapping.get("data") if isinstance(mapping.get("data"), dict) else {}
     assert isinstance(data, dict)
     datasets = [_open(entry, "data.train", data, path, sizes, errors) for entry in _train_paths(data)]
@@ -59,16 +56,7 @@ def build_job(path: str | Path, overrides: Sequence[str], world_size: int, sizes
         errors.raise_if_any()
     assert config is not None
     assert ds is not None
-    model: BaseLCMConfig | None = None
-    initial: InitFrom | None = None
-    with errors:
-        model, initial = _model(config, path)
-    resolved: dict[str, Any] = {}
-    with errors:
-        hidden_size = None if model is None else model.hidden_size
-        resolved = deepspeed_config.resolve(ds, config, world_size, _ds_origin(config, path), path, hidden_size)
-    if reason := why_not_writable(config.run_dir):
-        errors.errors.append(f"{path}: run_dir: {reason}")
+    model, initial, resolved = _resolve(config, ds, path, world_size, errors)
     training = [dataset for dataset in datasets if dataset is not None]
     errors.errors.extend(_dataset_errors([*training, *([validation] if validation else [])], model, path))
     if config.model.init_from is None or (initial is not None and not initial.has_normalizer):
@@ -86,18 +74,119 @@ def build_job(path: str | Path, overrides: Sequence[str], world_size: int, sizes
     return job
 
 
-def _model(config: TrainConfig, path: str | Path) -> tuple[BaseLCMConfig, InitFrom | None]:
+def outline(
+    path: str | Path,
+    overrides: Sequence[str],
+    world_size: int,
+    concepts: int | None = None,
+    embed_dim: int | None = None,
+) -> Outline | None:
+    """A run without its data: everything that can be checked and known if it is not there, or is not looked at.
+
+    Args:
+        path: The YAML file.
+        overrides: `key=value` with dotted keys.
+        world_size: Number of ranks.
+        concepts: Of an epoch; None: only if a dataset is not there.
+        embed_dim: Dimensions of a concept; None: those of the model.
+
+    Returns:
+        The run; None if its datasets are there and `concepts` is not given.
+
+    Raises:
+        InputError: With every error, one line each.
+    """
+    mapping = read_yaml(path, overrides)
+    errors = Collector()
+    config, ds = _read_configs(mapping, path, errors)
+    data = mapping.get("data")
+    missing = _missing(_train_paths(data) if isinstance(data, dict) else [])
+    if concepts is None and not missing:
+        return None
+    if config is None or ds is None:
+        errors.raise_if_any()
+    assert config is not None
+    assert ds is not None
+    model, _, resolved = _resolve(config, ds, path, world_size, errors)
+    if model is not None and embed_dim not in (None, model.embed_dim):
+        errors.errors.append(
+            f"{path}: model.embed_dim: is {model.embed_dim}, but --embed-dim is {embed_dim}; "
+            f"set model.embed_dim={embed_dim}"
+        )
+    errors.raise_if_any()
+    assert model is not None
+    run = Outline(config, resolved, model, missing, concepts)
+    if lines := _step_errors(run, path):
+        raise InputError(lines)
+    return run
+
+
+def _missing(paths: Iterable[Any]) -> tuple[str, ...]:
+    """The local folders that are not there or hold no finished dataset."""
+    return tuple(
+        path
+        for path in paths
+        if isinstance(path, str) and not is_remote(path) and not Path(path).is_file() and not _datasets_in(path)
+    )
+
+
+def _datasets_in(folder: str) -> list[str]:
+    """The datasets in a folder: itself, or its splits."""
+    return [path for path in (folder, *(f"{folder}/{split}" for split in SPLITS)) if Path(path, DATASET).is_file()]
+
+
+def _read_configs(
+    mapping: dict[str, Any], path: str | Path, errors: Collector
+) -> tuple[TrainConfig | None, dict[str, Any] | None]:
+    """The YAML and the DeepSpeed JSON that it names; None for one with errors."""
+    config: TrainConfig | None = None
+    with errors:
+        config = validate(TrainConfig, mapping, path)
+    ds: dict[str, Any] | None = None
+    with errors:
+        ds = _read_ds(mapping.get("deepspeed"), Path(path))
+    return config, ds
+
+
+def _resolve(
+    config: TrainConfig, ds: dict[str, Any], path: str | Path, world_size: int, errors: Collector
+) -> tuple[ModelSizes | None, InitFrom | None, dict[str, Any]]:
+    """The model, the origin of its initial weights, and the resolved DeepSpeed JSON."""
+    model: ModelSizes | None = None
+    initial: InitFrom | None = None
+    with errors:
+        model, initial = _model(config, path)
+    resolved: dict[str, Any] = {}
+    with errors:
+        hidden_size = None if model is None else model.hidden_size
+        resolved = deepspeed_config.resolve(ds, config, world_size, _ds_origin(config, path), path, hidden_size)
+    if reason := why_not_writable(config.run_dir):
+        errors.errors.append(f"{path}: run_dir: {reason}")
+    return model, initial, resolved
+
+
+def _model(config: TrainConfig, path: str | Path) -> tuple[ModelSizes, InitFrom | None]:
     """The model, and the origin of its initial weights, which a run with a checkpoint no longer needs."""
     if config.model.init_from is None:
-        return resolve_model(config.model, str(path)), None
-    own = sizes_of_run(Path(config.run_dir))
+        return resolve_sizes(config.model, str(path)), None
+    own = _sizes_of_run(Path(config.run_dir))
     if own is not None:
-        return resolve_model(config.model, str(path), own), None
+        return resolve_sizes(config.model, str(path), own), None
+    from lcm_ds.train.init_from import resolve_init_from
+
     try:
         initial = resolve_init_from(config.model)
     except InputError as error:
         raise type(error)(f"{path}: model.init_from: {line}" for line in error.errors) from None
-    return resolve_model(config.model, str(path), initial.config), initial
+    return resolve_sizes(config.model, str(path), initial.config), initial
+
+
+def _sizes_of_run(run_dir: Path) -> ModelSizes | None:
+    """The model of a run's own newest checkpoint, from which it resumes; None if it has none yet."""
+    for checkpoint in reversed(candidates(run_dir)):
+        if checkpoint.integrity_error() is None:
+            return ModelSizes(**checkpoint.state()["model"])
+    return None
 
 
 def plan_of(config: TrainConfig, datasets: Sequence[Dataset]) -> tuple[Plan, str]:
@@ -133,27 +222,25 @@ def target_coverage_lines(job: TrainJob) -> list[str]:
     return lines
 
 
-def _step_errors(job: TrainJob, path: str | Path) -> list[str]:
+def _step_errors(job: ConfiguredRun, path: str | Path) -> list[str]:
     """Settings of `train` and `log` without effect, and a warm-up longer than the run."""
     train, lines = job.config.train, []
-    warmup = job.config.optim.schedule.warmup_steps
-    if warmup >= job.total_steps and not candidates(job.run_dir):  # a run with a checkpoint may end early
+    warmup, total = job.config.optim.schedule.warmup_steps, job.total_steps
+    if total is not None and warmup >= total and not candidates(job.run_dir):  # a run with a checkpoint may end early
         lines.append(
-            f"{path}: optim.schedule.warmup_steps: {warmup}: the run has {job.total_steps} steps and would never reach "
-            f"optim.lr; the LCM paper's 4 % would be {max(1, job.total_steps // 25)}"
+            f"{path}: optim.schedule.warmup_steps: {warmup}: the run has {total} steps and would never reach "
+            f"optim.lr; the LCM paper's 4 % would be {max(1, total // 25)}"
         )
     if train.recompute_every is not None and "activation_checkpointing" not in job.ds:
         lines.append(
             f"{path}: train.recompute_every: {train.recompute_every}: has no effect without train.recompute: layer"
         )
-    if train.profile_steps is not None and train.profile_steps[0] >= job.total_steps:
-        lines.append(
-            f"{path}: train.profile_steps: {list(train.profile_steps)}: the run has steps 0 to {job.total_steps - 1}"
-        )
+    if total is not None and train.profile_steps is not None and train.profile_steps[0] >= total:
+        lines.append(f"{path}: train.profile_steps: {list(train.profile_steps)}: the run has steps 0 to {total - 1}")
     return lines + [f"{path}: {line}" for line in (*_fp8_errors(job), *missing_packages(job.config.log))]
 
 
-def _fp8_errors(job: TrainJob) -> Iterator[str]:
+def _fp8_errors(job: ConfiguredRun) -> Iterator[str]:
     """What the run lacks for products in fp8, if it wants them."""
     train, dtype = job.config.train, deepspeed_config.precision(job.ds)
     if train.precision is None:
@@ -172,8 +259,8 @@ def _fp8_errors(job: TrainJob) -> Iterator[str]:
         "batch.micro_batch_rows · data.row_length": job.config.batch.micro_batch_rows * job.config.data.row_length,
     }
     for name, size in sizes.items():
-        if size % MULTIPLE:
-            yield f"train.precision: {train.precision} needs multiples of {MULTIPLE}, but {name} is {size}"
+        if size % FP8_MULTIPLE:
+            yield f"train.precision: {train.precision} needs multiples of {FP8_MULTIPLE}, but {name} is {size}"
 
 
 def _read_ds(value: Any, path: Path) -> dict[str, Any] | None:
@@ -200,6 +287,10 @@ def _open(
     cache_limit = cache_gb if isinstance(cache_gb, int | float) else None
     cache = Cache.of(cache_dir, cache_limit) if isinstance(cache_dir, str) else None
     checksums, skip_bad = data.get("verify") != "size", data.get("on_bad_shard") == "skip"
+    split = f"{value}/{key.removeprefix('data.')}"
+    if not is_remote(value) and split in (found := _datasets_in(value)) and value not in found:
+        errors.errors.append(f"{path}: {key}: {value}: is a folder of two datasets; give one of them: {key}={split}")
+        return None
     with errors:
         try:
             return indexed(open_dataset(value, cache, checksums, sizes, skip_bad))
@@ -208,7 +299,7 @@ def _open(
     return None
 
 
-def _dataset_errors(datasets: Sequence[Dataset], model: BaseLCMConfig | None, path: str | Path) -> list[str]:
+def _dataset_errors(datasets: Sequence[Dataset], model: Sizes | None, path: str | Path) -> list[str]:
     """Datasets that do not fit the model or each other."""
     lines = []
     for dataset in datasets:

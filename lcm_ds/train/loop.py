@@ -23,19 +23,19 @@ from deepspeed.accelerator import get_accelerator
 from lcm_ds import deepspeed_config
 from lcm_ds.baselines.linear import Linear
 from lcm_ds.checkpoint import load as resume
-from lcm_ds.checkpoint.format import Checkpoint, clear_partial
+from lcm_ds.checkpoint.format import Checkpoint, clear_partial, saves_in_background
 from lcm_ds.checkpoint.remote import fetch_newest, uploads, why_not_writable
-from lcm_ds.checkpoint.save import Saver, saves_in_background
+from lcm_ds.checkpoint.save import Saver
 from lcm_ds.data.format import read_normalizer
 from lcm_ds.data.loader import Loader
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.errors import InputError
 from lcm_ds.files import why_no_checkpoints
+from lcm_ds.model.sizes import count_parameters
 from lcm_ds.signals import DONE, FAILED, STOPPED
 from lcm_ds.train.engine import build_engine, build_model, init_distributed
 from lcm_ds.train.init_from import load_initial_weights
 from lcm_ds.train.job import TrainJob
-from lcm_ds.train.memory import count_parameters
 from lcm_ds.train.monitoring.console import console, set_up_logging
 from lcm_ds.train.monitoring.console_format import progress_bar, step_line, summary, validation_line
 from lcm_ds.train.monitoring.gradient_scale import GradientMeter

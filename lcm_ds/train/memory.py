@@ -8,17 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
-from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
 from lcm_ds import deepspeed_config
-from lcm_ds.checkpoint.save import saves_in_background
+from lcm_ds.checkpoint.format import saves_in_background
 from lcm_ds.config import TrainConfig
-from lcm_ds.model.config import BaseLCMConfig
-from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.model.sizes import Sizes, count_parameters
 
 GIB = 2**30
+# Share of a GPU's memory that a plan fills: the rest is for what is not counted. An allowance, not a measurement.
+USABLE = 0.92
+RANKS_PER_HOST = 8  # of a usual one, at most
+# Elements; DeepSpeed 0.19.8's defaults, which would take seconds to import. tests/train/test_memory.py compares them.
+MEMORY_OPT_ALLREDUCE_SIZE = 500_000_000
+ZERO_DEFAULTS = {
+    "reduce_bucket_size": 500_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "sub_group_size": 1_000_000_000,
+}
 
 # Of a communicator of NCCL on a GPU, at most: a buffer of 10 MiB to receive (for its three protocols 4 MiB, 512 KiB and
 # 120 × 640 × 8 × 8 bytes: src/include/device.h) and one of 2 MiB to send, of a ring and a tree, in 32 channels
@@ -54,8 +60,8 @@ class States(NamedTuple):
         size, share = (2.0 if half else 4.0), parameters / ranks
         in_fp32 = half and ds.get("data_types", {}).get("grad_accum_dtype") == "fp32"
         accumulated, accumulates = (4.0 if in_fp32 else size), ds.get("gradient_accumulation_steps", 1) > 1
-        zero = DeepSpeedZeroConfig(**{**ds.get("zero_optimization", {}), "stage": stage})
-        bucket = size * min(parameters, zero.reduce_bucket_size)
+        zero = {**ZERO_DEFAULTS, **ds.get("zero_optimization", {})}
+        bucket = size * min(parameters, zero["reduce_bucket_size"])
         reduced = size * min(parameters, MEMORY_OPT_ALLREDUCE_SIZE)  # without buckets of ZeRO
         if stage == 0:
             # torch's own optimizer in fp32, without master weights; FP16_UnfusedOptimizer copies gradients to fp32.
@@ -66,14 +72,15 @@ class States(NamedTuple):
             return cls(parameters * size, gradients, share * 12, reduced, gradients)
         if stage == 3:
             # Parameters stay gathered that are needed again before so many others, in the backward pass.
-            gathered = min(parameters, zero.max_reuse_distance // 2 + zero.prefetch_bucket_size) if ranks > 1 else 0
-            group = min(share, zero.sub_group_size)  # its gradients in fp32, beside those in half precision
+            ahead = zero["stage3_max_reuse_distance"] // 2 + zero["stage3_prefetch_bucket_size"]
+            gathered = min(parameters, ahead) if ranks > 1 else 0
+            group = min(share, zero["sub_group_size"])  # its gradients in fp32, beside those in half precision
             copies = group * (6 if half and not in_fp32 else 4)
             gradients = share * accumulated
             step = gradients + copies + bucket
             return cls(share * size, gradients, share * 12, 2 * bucket + size * gathered, step)
         gradients = (parameters if stage == 1 else share) * accumulated
-        buckets = 3 if zero.overlap_comm else 2
+        buckets = 3 if zero.get("overlap_comm") else 2
         if accumulates and stage == 1:
             buckets += 1
         elif accumulates and not in_fp32:
@@ -86,14 +93,8 @@ class States(NamedTuple):
         return self.parameters + self.optimizer + max(self.gradients + self.communication + activations, self.step)
 
 
-def count_parameters(config: BaseLCMConfig) -> int:
-    """The number of trainable parameters."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in BaseLCM(config).parameters())
-
-
 def activations(
-    config: BaseLCMConfig, concepts: int, half: bool, recompute_every: int | None = None, swiglu: bool = False
+    config: Sizes, concepts: int, half: bool, recompute_every: int | None = None, swiglu: bool = False
 ) -> int:
     """Bytes that the forward pass keeps for the backward pass, without compilation.
 
@@ -120,8 +121,21 @@ def activations(
     return concepts * (kept + ends)
 
 
+def checkpoint_bytes(parameters: int, ds: dict[str, Any]) -> int:
+    """The size of a checkpoint: the model's parameters (not under ZeRO 3), fp32 weights and Adam's two moments."""
+    stage, half = deepspeed_config.zero_stage(ds), deepspeed_config.precision(ds) != "float32"
+    return parameters * (_saved_weights(ds) + (12 if half or stage else 8))  # torch's own has no master weights
+
+
+def _saved_weights(ds: dict[str, Any]) -> int:
+    """Bytes of a parameter as the model has it, in a checkpoint."""
+    if deepspeed_config.zero_stage(ds) == 3:
+        return 0
+    return 2 if deepspeed_config.precision(ds) != "float32" else 4
+
+
 def background_copy(parameters: int, ds: dict[str, Any], ranks: int) -> float:
-    """Bytes of host memory that a rank keeps for saves in the background: a copy of what it writes.
+    """Bytes of host memory that rank 0 keeps for saves in the background: a copy of what it writes.
 
     Only rank 0 writes parameters, and none does under ZeRO 3. Under ZeRO 0 the other ranks write nothing.
 
@@ -130,14 +144,76 @@ def background_copy(parameters: int, ds: dict[str, Any], ranks: int) -> float:
         ds: The resolved DeepSpeed JSON.
         ranks: Number of ranks.
     """
-    stage, half = deepspeed_config.zero_stage(ds), deepspeed_config.precision(ds) != "float32"
-    states = 12 if half or stage else 8  # torch's own optimizer in fp32 has no master weights
-    size = 0 if stage == 3 else 2 if half else 4
-    return parameters * (size + states / (ranks if stage else 1))
+    weights = parameters * _saved_weights(ds)
+    states = checkpoint_bytes(parameters, ds) - weights
+    return weights + states / (ranks if deepspeed_config.zero_stage(ds) else 1)
 
 
-def memory_lines(config: TrainConfig, model: BaseLCMConfig, ds: dict[str, Any], ranks: int) -> Iterator[str]:
-    """A rank's memory: a line for each ZeRO stage, the run's own marked, one for activations, one for background saves.
+def kept_for_backward(config: TrainConfig, model: Sizes, ds: dict[str, Any], micro_batch_rows: int) -> int:
+    """Bytes of activations of a micro-batch, as the run recomputes them.
+
+    Args:
+        config: The run.
+        model: Its model.
+        ds: The resolved DeepSpeed JSON.
+        micro_batch_rows: Rows of the micro-batch, instead of the config's.
+    """
+    concepts, half = micro_batch_rows * config.data.row_length, deepspeed_config.precision(ds) != "float32"
+    return activations(model, concepts, half, _recomputed_every(config, ds), config.train.recompute == "swiglu")
+
+
+def _recomputed_every(config: TrainConfig, ds: dict[str, Any]) -> int | None:
+    return (config.train.recompute_every or 1) if "activation_checkpointing" in ds else None
+
+
+def offloaded(ds: dict[str, Any]) -> dict[str, str]:
+    """Where a rank's parameters and optimizer states are, "cpu" or "nvme", if not on the device."""
+    zero = ds.get("zero_optimization", {})
+    blocks = {"parameters": "offload_param", "optimizer": "offload_optimizer"}
+    targets = {name: zero.get(block, {}).get("device", "none") for name, block in blocks.items()}
+    return {name: target for name, target in targets.items() if target != "none"}
+
+
+def device_peak(config: TrainConfig, model: Sizes, ds: dict[str, Any], ranks: int, micro_batch_rows: int) -> float:
+    """The most bytes of a device that a run needs at once.
+
+    Args:
+        config: The run.
+        model: Its model.
+        ds: The resolved DeepSpeed JSON.
+        ranks: Number of ranks.
+        micro_batch_rows: Instead of the config's; the number of micro-batches per step follows.
+    """
+    accumulated = config.batch.rows_per_step // (ranks * micro_batch_rows)
+    ds = {**ds, "gradient_accumulation_steps": accumulated}
+    states = States.of(count_parameters(model), deepspeed_config.zero_stage(ds), ranks, ds)
+    states = states._replace(**dict.fromkeys(offloaded(ds), 0.0))
+    return states.peak(kept_for_backward(config, model, ds, micro_batch_rows))
+
+
+def largest_micro_batch(
+    config: TrainConfig, model: Sizes, ds: dict[str, Any], ranks: int, gigabytes: float
+) -> int | None:
+    """The largest micro_batch_rows that divides a rank's rows of a step and fits a device; None if not even 1 does.
+
+    Args:
+        config: The run.
+        model: Its model.
+        ds: The resolved DeepSpeed JSON.
+        ranks: Number of ranks.
+        gigabytes: Memory of a device in 10⁹ bytes, of which `USABLE` is filled.
+    """
+    rows = config.batch.rows_per_step // ranks
+    fitting = (
+        micro_batch
+        for micro_batch in range(rows, 0, -1)
+        if rows % micro_batch == 0 and device_peak(config, model, ds, ranks, micro_batch) <= USABLE * gigabytes * 1e9
+    )
+    return next(fitting, None)
+
+
+def memory_lines(config: TrainConfig, model: Sizes, ds: dict[str, Any], ranks: int) -> Iterator[str]:
+    """A rank's memory: a line for each ZeRO stage, the run's own marked, for activations, for GPUs, for the host.
 
     Args:
         config: The run.
@@ -145,23 +221,17 @@ def memory_lines(config: TrainConfig, model: BaseLCMConfig, ds: dict[str, Any], 
         ds: The resolved DeepSpeed JSON.
         ranks: Number of ranks.
     """
-    parameters = count_parameters(model)
-    half = deepspeed_config.precision(ds) != "float32"
-    concepts = config.batch.micro_batch_rows * config.data.row_length
-    every = (config.train.recompute_every or 1) if "activation_checkpointing" in ds else None
-    kept = activations(model, concepts, half, every, config.train.recompute == "swiglu")
-    zero = ds.get("zero_optimization", {})
-    offload_blocks = {"parameters": "offload_param", "optimizer": "offload_optimizer"}
+    parameters, every = count_parameters(model), _recomputed_every(config, ds)
+    kept = kept_for_backward(config, model, ds, config.batch.micro_batch_rows)
     for stage in range(4):
         states = States.of(parameters, stage, ranks, ds)
         this = stage == deepspeed_config.zero_stage(ds)
-        parts = []
-        for name, size in states._asdict().items():
-            offload = zero.get(offload_blocks.get(name), {}) if this else {}
-            target = offload.get("device", "none")
-            parts.append(f"{name} {size / GIB:.3g}" + ("" if target == "none" else f" on {target}"))
-            if target != "none":
-                states = states._replace(**{name: 0.0})
+        elsewhere = offloaded(ds) if this else {}
+        parts = [
+            f"{name} {size / GIB:.3g}" + (f" on {elsewhere[name]}" if name in elsewhere else "")
+            for name, size in states._asdict().items()
+        ]
+        states = states._replace(**dict.fromkeys(elsewhere, 0.0))
         parts.insert(-1, f"activations {kept / GIB:.3g}")
         yield (
             f"ZeRO {stage}        {states.peak(kept) / GIB:.3g} GiB per rank ({', '.join(parts)})"
@@ -170,11 +240,29 @@ def memory_lines(config: TrainConfig, model: BaseLCMConfig, ds: dict[str, Any], 
     if ranks > 1:
         yield f"NCCL          at most {NCCL_BUFFERS / GIB:.3g} GiB more per rank on GPUs, for its buffers"
     yield (
-        f"activations   of {concepts:,} concepts, "
+        f"activations   of {config.batch.micro_batch_rows * config.data.row_length:,} concepts, "
         + ("every layer's" if every is None else f"one layer in {every} recomputed" if every > 1 else "all recomputed")
         + (", SwiGLU recomputed" if config.train.recompute == "swiglu" else "")
         + ("; compiled layers keep less" if config.train.compile and deepspeed_config.zero_stage(ds) < 3 else "")
     )
+    yield from _host_memory(config, parameters, ds, ranks)
+
+
+def _host_memory(config: TrainConfig, parameters: int, ds: dict[str, Any], ranks: int) -> Iterator[str]:
+    """Host memory that grows with the model; processes, libraries and the loader's rows are not counted."""
+    here = min(ranks, RANKS_PER_HOST)
+    states = States.of(parameters, deepspeed_config.zero_stage(ds), ranks, ds)._asdict()
+    on_cpu = sum(states[name] for name, target in offloaded(ds).items() if target == "cpu")
+    if on_cpu:
+        yield f"host memory   {on_cpu / GIB:.3g} GiB per rank for what is offloaded there, {_of(here, here * on_cpu)}"
     if saves_in_background(config.checkpoint, ds):
-        copied = background_copy(parameters, ds, ranks) / GIB
-        yield f"host memory   at most {copied:.3g} GiB per rank for saves in the background (checkpoint.background)"
+        first = background_copy(parameters, ds, ranks)
+        others = first - parameters * _saved_weights(ds) if deepspeed_config.zero_stage(ds) else 0
+        yield (
+            f"host memory   at most {first / GIB:.3g} GiB per rank for saves in the background "
+            f"(checkpoint.background), {_of(here, first + (here - 1) * others)}"
+        )
+
+
+def _of(ranks: int, size: float) -> str:
+    return f"{size / GIB:.3g} GiB for the {ranks} rank(s) of a host"

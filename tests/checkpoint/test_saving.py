@@ -12,8 +12,8 @@ from runs import launch_workers
 from saving_worker import CHANGED, CONVERTED, VARIANTS
 
 from lcm_ds.checkpoint import host_copy
+from lcm_ds.checkpoint.format import saves_in_background
 from lcm_ds.checkpoint.host_copy import HostBuffer
-from lcm_ds.checkpoint.save import saves_in_background
 from lcm_ds.config import CheckpointConfig
 
 # Each stage once, the shipped precisions, and what DeepSpeed does in another way; the others are marked slow.

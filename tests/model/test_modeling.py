@@ -12,6 +12,7 @@ from lcm_ds.errors import InputError
 from lcm_ds.model.config import PRESETS, BaseLCMConfig, resolve_model
 from lcm_ds.model.flops import matrix_weights, training_flops
 from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.model.sizes import count_parameters, parameter_shapes
 
 CASTS = [
     lambda model: model.bfloat16(),
@@ -29,6 +30,15 @@ def parameters_of(preset):
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_the_shapes_of_plans_are_those_of_the_model(preset):
+    config = resolve_model(ModelConfig(preset=preset))
+    with torch.device("meta"):
+        model = BaseLCM(config)
+    assert list(parameter_shapes(config).items()) == [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+    assert count_parameters(config) == parameters_of(preset)
 
 
 def test_the_largest_preset_has_exactly_metas_parameters():

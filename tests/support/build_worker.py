@@ -22,9 +22,9 @@ from lcm_ds import deepspeed_config
 from lcm_ds.config import ModelConfig, TrainConfig
 from lcm_ds.distributed.environment import detect_environment
 from lcm_ds.model.config import resolve_model
+from lcm_ds.model.sizes import count_parameters
 from lcm_ds.processes import exit_with
 from lcm_ds.train.engine import build_model, init_distributed
-from lcm_ds.train.memory import count_parameters
 
 SIZES = ModelConfig(
     embed_dim=256, hidden_size=1024, num_hidden_layers=4, num_attention_heads=8, intermediate_size=2816, dropout=0.1

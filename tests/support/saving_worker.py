@@ -27,10 +27,11 @@ from lcm_ds.config import CheckpointConfig, TrainConfig
 from lcm_ds.data.plan import Plan
 from lcm_ds.distributed.environment import detect_environment
 from lcm_ds.model.config import resolve_model
+from lcm_ds.model.sizes import count_parameters
 from lcm_ds.processes import exit_with
 from lcm_ds.train.engine import build_engine, build_model, init_distributed
 from lcm_ds.train.job import TrainJob
-from lcm_ds.train.memory import background_copy, count_parameters
+from lcm_ds.train.memory import background_copy
 from lcm_ds.train.run_metadata import identity
 from lcm_ds.train.step import Stepper
 

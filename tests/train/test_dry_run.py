@@ -27,7 +27,7 @@ def test_a_dry_run_prints_sizes_memory_and_steps_and_starts_nothing(dry_run, mak
     assert printed["layers.0-1.mlp.gate_proj.weight"] == "64 × 32"
     # ends 2 · (16·32) + 32 + 16, a layer 4 · (32² + 32) + 3 · 32 · 64 + 2 · 64 + 32 + 2 · 32, the last norm 32
     layer = 4 * (32 * 32 + 32) + 3 * 32 * 64 + 2 * 64 + 32 + 2 * 32
-    assert printed["parameters"] == f"{2 * 16 * 32 + 32 + 16 + 2 * layer + 32:,}"
+    assert printed["parameters"] == f"{2 * 16 * 32 + 32 + 16 + 2 * layer + 32:,} in float32"
     assert printed["step"] == "256 concepts: 2 rank(s) × 1 micro-batch(es) × 4 rows × 32"
     total = json.loads((concepts["train"] / "dataset.json").read_text())["totals"]["concepts"]
     assert printed["data"] == f"{total:,} concepts in 30 shards: {total / 256:,.1f} steps per epoch"
@@ -66,7 +66,8 @@ def test_a_dry_run_prints_how_many_targets_of_supervised_documents_are_reached(d
 
 
 @pytest.mark.parametrize(
-    ("name", "ranks"), [("mini", 1), ("150m", 8), ("400m", 8), ("1.6b", 32), ("1.6b_fp8", 32), ("7b", 64)]
+    ("name", "ranks"),
+    [("mini", 1), ("150m", 8), ("400m", 8), ("1.6b", 32), ("1.6b_fp8", 32), ("1.6b_100bt", 8), ("7b", 64)],
 )
 def test_every_shipped_config_can_be_built(dry_run, name, ranks, synthetic_dataset, tmp_path):
     data = synthetic_dataset(documents=10, embed_dim=1024, lengths=(2, 8))

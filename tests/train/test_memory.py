@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from allocations import Allocations
+from deepspeed.runtime import engine
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from machine import patience
 from memory_worker import PARAMETERS, PRECISIONS, SHIPPED
 from runs import SUPPORT
@@ -18,8 +20,9 @@ from lcm_ds.model.attention import SegmentLayout
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.float8 import use_float8
 from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.model.sizes import count_parameters
 from lcm_ds.train.loss import squared_error
-from lcm_ds.train.memory import States, activations, count_parameters
+from lcm_ds.train.memory import MEMORY_OPT_ALLREDUCE_SIZE, ZERO_DEFAULTS, States, activations
 
 HALF = {"bf16": {"enabled": True}}
 SIZES = {"embed_dim": 64, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 352}
@@ -30,6 +33,16 @@ def test_states_are_those_of_the_zero_paper():
     states = [States.of(7_500_000_000, stage, 64, HALF) for stage in range(4)]
     gigabytes = [(each.parameters + each.gradients + each.optimizer) / 1e9 for each in states]
     assert gigabytes == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
+
+
+def test_the_defaults_of_zero_are_deepspeeds():
+    """memory.py repeats them, as importing DeepSpeed takes seconds."""
+    assert MEMORY_OPT_ALLREDUCE_SIZE == engine.MEMORY_OPT_ALLREDUCE_SIZE
+    for stage in (1, 2, 3):
+        zero = DeepSpeedZeroConfig(stage=stage)
+        fields = {field.alias or name: getattr(zero, name) for name, field in type(zero).model_fields.items()}
+        assert {key: fields[key] for key in ZERO_DEFAULTS} == ZERO_DEFAULTS
+        assert zero.overlap_comm == (stage == 3)
 
 
 def test_zero_1_with_fp32_accumulation_holds_22_bytes_a_parameter_on_one_device():

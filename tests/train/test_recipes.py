@@ -12,17 +12,23 @@ from lcm_ds.config import TrainConfig, load
 from lcm_ds.deepspeed_config import accumulation_steps
 from lcm_ds.errors import InputError
 from lcm_ds.model.config import PRESETS, BaseLCMConfig
+from lcm_ds.model.sizes import count_parameters
 from lcm_ds.train.loss import squared_error
-from lcm_ds.train.memory import States, activations, count_parameters
+from lcm_ds.train.memory import States, activations
 from lcm_ds.train.monitoring.gradient_scale import GradientMeter
 
 CONFIGS = Path(__file__).parents[2] / "configs/train"
 # The quickstart has its own recipe, for 24 thousand sentences.
 PAPERS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "quickstart")
 PAPER_EPS, PAPERS_CLIP = 1e-5, 25.0  # arXiv 2412.08821, section 2.4.1; the loss is summed over dimensions
-# Concepts to train on: FineWeb-Edu and its sample of 10 billion tokens without the hundredth for validation, and the
-# 1000 documents of the mini one, with as many sentences each.
-CONCEPTS = {"fineweb_edu_full": 0.99 * 60e9, "fineweb_edu_10bt": 0.99 * 0.5e9, "fineweb_edu_mini": 0.99 * 52e3}
+# Concepts to train on: FineWeb-Edu and its samples of 100 and 10 billion tokens without the hundredth for validation,
+# and the 1000 documents of the mini one, with as many sentences each.
+CONCEPTS = {
+    "fineweb_edu_full": 0.99 * 60e9,
+    "fineweb_edu_100bt": 0.99 * 5e9,
+    "fineweb_edu_10bt": 0.99 * 0.5e9,
+    "fineweb_edu_mini": 0.99 * 52e3,
+}
 
 
 def config_of(name):

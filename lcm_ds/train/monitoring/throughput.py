@@ -9,41 +9,17 @@ from typing import Any
 
 import torch
 
-from lcm_ds.model.config import BaseLCMConfig
+from lcm_ds.devices import gpu_of
 from lcm_ds.model.flops import training_flops
-
-# Dense bf16 peak of one device in TFLOP/s, by a part of its name; the first match wins, so longer names come first.
-# From the vendors' datasheets, those of B300 from resellers' pages; half of NVIDIA's since Hopper, which assume
-# sparsity. GB200 and GB300: one GPU of the two.
-PEAK_TFLOPS = {
-    "GB300": 2500.0,  # GB300 NVL72: 360 PFLOPS, 72 GPUs
-    "B300": 2250.0,  # HGX B300: 36 PFLOPS, 8 GPUs of two dies
-    "GB200": 2500.0,  # GB200 NVL72: 360 PFLOPS, 72 GPUs
-    "B200": 2250.0,  # HGX B200: 36 PFLOPS, 8 GPUs
-    "GH200": 989.0,
-    "H200 NVL": 835.5,
-    "H200": 989.0,
-    "H100 NVL": 835.5,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "A100": 312.0,
-    "L40S": 362.0,
-    "MI300X": 1307.0,
-}
+from lcm_ds.model.sizes import Sizes
 
 
 def peak_tflops(device: torch.device, stated: float | None) -> float | None:
     """The device's peak as stated in the config or the table; None if unknown."""
     if stated is not None or device.type != "cuda":
         return stated
-    return peak_of(torch.cuda.get_device_name(device))
-
-
-def peak_of(name: str) -> float | None:
-    """The peak of a device that torch calls `name`; None if unknown, as for a part of one (MIG)."""
-    if " MIG " in name:
-        return None
-    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+    gpu = gpu_of(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.tflops
 
 
 def memory_gib(device: torch.device) -> float:
@@ -67,7 +43,7 @@ class _Totals:
 class ThroughputMeter:
     """Sums over the steps since the last report, and over all steps."""
 
-    def __init__(self, model: BaseLCMConfig, world_size: int, peak: float | None) -> None:
+    def __init__(self, model: Sizes, world_size: int, peak: float | None) -> None:
         self._model = model
         self._peak_flops = None if peak is None else peak * 1e12 * world_size
         self._overall = _Totals()

@@ -15,12 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lcm_ds.config import LogConfig, MlflowConfig, WandbConfig
 from lcm_ds.files import read_object, write_whole
-from lcm_ds.metrics import LOGGED
-from lcm_ds.train.monitoring.tensorboard import Setting
+
+if TYPE_CHECKING:
+    from lcm_ds.train.monitoring.tensorboard import Setting
 
 logger = logging.getLogger("lcm_ds")
 
@@ -105,7 +106,10 @@ class Prometheus:
     def __init__(self, path: str, run_dir: Path, settings: Mapping[str, Setting], known: str | None) -> None:
         import prometheus_client
 
+        from lcm_ds.metrics import LOGGED
+
         self._client, self.id = prometheus_client, path
+        self._about = {metric.tag: metric.about for metric in LOGGED.values()}
         self._labels = {"run": str(run_dir)}
         self._registry = prometheus_client.CollectorRegistry()
         self._gauges: dict[str, prometheus_client.Gauge] = {}
@@ -114,7 +118,7 @@ class Prometheus:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         self._set("step", step, "steps done so far")
         for tag, value in values.items():
-            self._set(tag.replace("/", "_"), value, DESCRIPTIONS.get(tag, tag))
+            self._set(tag.replace("/", "_"), value, self._about.get(tag, tag))
         self._set("reported", time.time(), "when these values were written, in seconds since 1970")
         self._write(running=True)
 
@@ -132,7 +136,6 @@ class Prometheus:
         self._client.write_to_textfile(self.id, self._registry)
 
 
-DESCRIPTIONS = {metric.tag: metric.about for metric in LOGGED.values() if metric.tag}
 KINDS: dict[str, Callable[..., Tracker]] = {"wandb": Wandb, "mlflow": Mlflow, "prometheus": Prometheus}
 PACKAGES = {"prometheus": "prometheus_client"}  # where its name is not the kind's
 
