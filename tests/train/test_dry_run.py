@@ -36,7 +36,7 @@ def test_a_dry_run_prints_sizes_memory_and_steps_and_starts_nothing(dry_run, mak
     assert "warning" not in printed
     assert "\nwarning: optim.schedule.warmup_steps: 5 is 25% of the run's 20 steps; " in dry_run(config, "steps=20")
     assert printed["NCCL"] == "at most 0.75 GiB more per rank on GPUs, for its buffers"
-    assert "NCCL" not in dry_run(config, "steps=30")
+    assert "\nNCCL " not in dry_run(config, "steps=30")
     assert sum(line.startswith("ZeRO") for line in out.splitlines()) == 4
     assert next(line for line in out.splitlines() if "this run" in line).startswith("ZeRO 2")
     assert not run_dir(config).exists()
