@@ -18,10 +18,10 @@ import numpy as np
 
 from lcm_ds.adopt.columns import Block
 from lcm_ds.adopt.lists import Concepts, Sentences
-from lcm_ds.adopt.parts import BLOCK_BYTES, stamp
+from lcm_ds.adopt.parts import BLOCK_BYTES
 from lcm_ds.config import SourceConfig
 from lcm_ds.errors import InputError, first_line
-from lcm_ds.text.files import check_size
+from lcm_ds.text.files import check_size, stamp
 
 _GROUP = 256  # documents
 _SUFFIXES = (".npy", ".npz")

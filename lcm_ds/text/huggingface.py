@@ -60,7 +60,7 @@ class HuggingFaceSource:
         self._commit: str | None = None
         if index is not None:
             self._commit = index["commit"]
-            self._files = [_kind(file["name"])(columns, **file) for file in index["files"]]
+            self._files = [_kind(file["name"])(columns=columns, **file) for file in index["files"]]
         elif config.dataset is not None and is_local(config):
             self._files = _inspect(columns, *_local(config))
         elif config.dataset is not None:

@@ -29,12 +29,17 @@ CONCEPTS = {
     "lists of half": pa.list_(pa.list_(pa.float16())),
     "large": pa.large_list(pa.large_list(pa.float32())),
     "large, fixed": pa.large_list(CONCEPT),
+    "views": pa.list_view(pa.list_view(pa.float32())),
+    "large views": pa.large_list_view(pa.large_list_view(pa.float16())),
+    "views, fixed": pa.list_view(CONCEPT),
 }
 SENTENCES = {
     "strings": pa.list_(pa.string()),
     "large": pa.large_list(pa.large_string()),
     "views": pa.list_(pa.string_view()),
     "categories": pa.list_(pa.dictionary(pa.int32(), pa.string())),
+    "list views": pa.list_view(pa.string()),
+    "large list views": pa.large_list_view(pa.string_view()),
 }
 
 
@@ -53,14 +58,33 @@ def test_each_arrow_type_of_concepts_is_read(adopt, tmp_path, concepts):
 @pytest.mark.parametrize("sentences", SENTENCES.values(), ids=SENTENCES)
 def test_each_arrow_type_of_sentences_is_read(adopt, tmp_path, sentences):
     made = Made(12)
-    table = made.table(sentences=pa.list_(pa.string()))
-    column = table.column("text_sentences").cast(sentences) if "dict" not in str(sentences) else None
-    if column is None:
+    if "dictionary" in str(sentences):
+        table = made.table()
         values = table.column("text_sentences").combine_chunks()
         column = pa.ListArray.from_arrays(values.offsets, values.values.dictionary_encode())
-    table = table.set_column(3, "text_sentences", column)
+        table = table.set_column(3, "text_sentences", column)
+    else:
+        table = made.table(sentences=sentences)
     pq.write_table(table, tmp_path / "a.parquet")
+    assert pq.read_schema(tmp_path / "a.parquet").field("text_sentences").type.id == sentences.id
     check(adopt(tmp_path / "a.parquet") / "train", made)
+
+
+def test_views_in_any_order_and_slices_of_them_are_read(adopt, tmp_path):
+    """Lists that lie in another order than the rows', share numbers, and have numbers between them."""
+    numbers = np.arange(20 * DIM, dtype=np.float32)
+    inner = pa.FixedSizeListArray.from_arrays(pa.array(numbers), DIM)
+    views = pa.ListViewArray.from_arrays(pa.array([9, 2, 2, 14], pa.int32()), pa.array([3, 0, 4, 1], pa.int32()), inner)
+    table = pa.table({"id": ["a", "b", "c", "d"], "e": views})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table.slice(1))
+    found = documents(adopt(tmp_path / "a.arrow", "max_refused=0.5") / "train")
+    assert list(found) == ["c", "d"]
+    np.testing.assert_array_equal(found["c"][1], numbers.reshape(20, DIM)[2:6])
+    np.testing.assert_array_equal(found["d"][1], numbers.reshape(20, DIM)[14:15])
+    lists = pa.array([[[1.0, 2.0], None], [[3.0, 4.0], [5.0, 7.0]], None], pa.list_view(pa.list_view(pa.float32())))
+    pq.write_table(pa.table({"id": ["a", "b", "c"], "e": lists}), tmp_path / "b.parquet")
+    assert list(documents(adopt(tmp_path / "b.parquet", "max_refused=0.7") / "train")) == ["b"]
 
 
 def test_lists_of_fixed_length_and_slices_of_tables_are_read(adopt, tmp_path):
@@ -90,6 +114,25 @@ def test_files_and_row_groups_of_any_size_give_the_documents_in_order(adopt, tmp
         np.concatenate([concepts for _, concepts, _ in found.values()]),
         np.concatenate([concepts for made in parts for concepts in made.concepts]),
     )
+
+
+def test_a_row_group_is_read_piece_by_piece(tmp_path):
+    from lcm_ds.adopt.source import ConceptSource
+    from lcm_ds.config import SourceConfig
+
+    numbers = pa.array(np.ones(16 << 20, np.float32))  # 64 MiB: 1024 documents of 16 concepts of 1024 numbers
+    rows = pa.ListArray.from_arrays(
+        np.arange(0, 16385, 16, dtype=np.int32), pa.FixedSizeListArray.from_arrays(numbers, 1024)
+    )
+    pq.write_table(pa.table({"e": rows}), tmp_path / "a.parquet", use_dictionary=False, compression="none")
+    del numbers, rows
+    source = ConceptSource(SourceConfig(name="concepts", paths=[str(tmp_path / "a.parquet")]))
+    before, most, concepts = pa.total_allocated_bytes(), 0, 0
+    for _, _, block in source.blocks(0, source.total):
+        concepts += len(block.concepts[0].values)
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert concepts == 16384
+    assert most < 16 << 20
 
 
 def test_folders_of_splits_decide_the_split(adopt, tmp_path):
