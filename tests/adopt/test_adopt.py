@@ -476,6 +476,17 @@ def test_hub_ids_are_told_from_paths(tmp_path, monkeypatch):
     assert adoption_config("owner-2/embeddings", "out").source.dataset == "owner-2/embeddings"
 
 
+def test_a_config_of_a_folder_in_the_layout_of_the_hub_is_read(adopt, tmp_path):
+    card = "configs:\n"
+    for config in ("de", "fr"):
+        (tmp_path / "hub" / config).mkdir(parents=True)
+        pq.write_table(Made(20, ord(config[0])).table(), tmp_path / "hub" / config / "0.parquet")
+        card += f"- config_name: {config}\n  data_files:\n  - split: train\n    path: {config}/*\n"
+    (tmp_path / "hub/README.md").write_text(f"---\n{card}---\n")
+    check(adopt(tmp_path / "hub", "source.config=fr") / "train", Made(20, ord("f")))
+    assert len(documents(adopt(tmp_path / "hub") / "train")) == 40
+
+
 def test_a_hub_dataset_is_read_by_its_name(tmp_path):
     import os
 
