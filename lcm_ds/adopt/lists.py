@@ -122,9 +122,17 @@ def _sentences(column: Any) -> list[list[str]]:
     """Raises ValueError naming the first null; UnicodeDecodeError is one."""
     lists: list[list[str]] = column.to_pylist()
     for sentences in lists:
-        if None in sentences:
-            raise ValueError(f"sentence {sentences.index(None)} is null")  # type: ignore[arg-type]
+        if (problem := sentence_problem(sentences)) is not None:
+            raise ValueError(problem)
     return lists
+
+
+def sentence_problem(sentences: list[Any]) -> str | None:
+    """The first item of a list that is no string; None if all are."""
+    for at, sentence in enumerate(sentences):
+        if not isinstance(sentence, str):
+            return f"sentence {at} is {'null' if sentence is None else f'{sentence!r:.60}'}"
+    return None
 
 
 def _flat(column: Any) -> tuple[Any, np.ndarray]:

@@ -17,7 +17,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from lcm_ds.adopt.columns import Block
-from lcm_ds.adopt.lists import Concepts, Sentences
+from lcm_ds.adopt.lists import Concepts, Sentences, sentence_problem
 from lcm_ds.adopt.parts import BLOCK_BYTES
 from lcm_ds.config import SourceConfig
 from lcm_ds.errors import InputError, first_line
@@ -123,9 +123,9 @@ class NumpyPart:
             document = json.loads(line.decode("utf-8-sig"))
         except ValueError as error:
             raise InputError(f"{location}: not JSON: {first_line(error)}") from None
-        sentences = document.get(self._field) if isinstance(document, dict) else None
-        if not isinstance(sentences, list) or not all(isinstance(one, str) for one in sentences):
-            raise InputError(f"{location}: has to be an object with a list of strings {self._field!r}")
+        if not isinstance(document, dict) or not isinstance(document.get(self._field), list):
+            shown = line.decode("utf-8-sig").strip()
+            raise InputError(f"{location}: {shown:.60}: has to be an object with a list of strings {self._field!r}")
         return document
 
     def _document(self, line: int) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class NumpyPart:
             lists = [document[self._field] for document in documents]
             names = [None if name is None else str(name) for name in ids]
             nothing: list[str | None] = [None] * len(names)
-            yield Block(len(names), names, nothing, [Concepts(values, offsets, {})], [Sentences(lists, {})])
+            yield Block(len(names), names, nothing, [Concepts(values, offsets, {})], [_checked(lists)])
             first = until
 
     def _from_files(self, first: int, last: int) -> Iterator[Block]:
@@ -165,7 +165,7 @@ class NumpyPart:
                 problems[0] = first_line(error)
             concepts = Concepts(np.ascontiguousarray(values), np.array([0, len(values)]), problems)
             lists = [] if self._jsonl is None else [self._document(self._line_of[name])[self._field]]
-            yield Block(1, [name], [None], [concepts], [Sentences(lists, {})] if lists else [])
+            yield Block(1, [name], [None], [concepts], [_checked(lists)] if lists else [])
 
     def _array(self, name: str) -> np.ndarray:
         """The array of a document, as it is. Raises ValueError, and InputError if its file cannot be read."""
@@ -185,6 +185,12 @@ class NumpyPart:
             except ValueError:
                 continue
         return None
+
+
+def _checked(lists: list[list[Any]]) -> Sentences:
+    """Sentences of JSONL, which may hold what is no string."""
+    problems = {row: problem for row, each in enumerate(lists) if (problem := sentence_problem(each)) is not None}
+    return Sentences([[] if row in problems else each for row, each in enumerate(lists)], problems)
 
 
 def numpy_places(folder: Path) -> list[Path]:

@@ -360,7 +360,9 @@ def test_numpy_files_that_do_not_fit_their_jsonl_are_refused(adopt, tmp_path, ca
     with pytest.raises(InputError, match=r"a.npy: has 5 concepts, a.jsonl 3 sentences"):
         adopt(folder)
     (folder / "a.jsonl").write_text('{"sentences": "a"}\n')
-    with pytest.raises(InputError, match=r"a.jsonl: line 1: has to be an object with a list of strings 'sentences'"):
+    with pytest.raises(
+        InputError, match=r'a.jsonl: line 1: {"sentences": "a"}: has to be an object with a list of str'
+    ):
         adopt(folder)
     (folder / "a.jsonl").rename(folder / "all.jsonl")
     np.save(folder / "b.npy", np.zeros((1, DIM), np.float32))
@@ -380,6 +382,44 @@ def test_numpy_files_that_do_not_fit_their_jsonl_are_refused(adopt, tmp_path, ca
     found = documents(adopt(folder, "max_refused=0.2") / "train")
     assert len(found) == 8
     assert "not read: arrays: row 0: Object arrays cannot be loaded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["stacked", "files"])
+def test_bad_documents_of_arrays_are_named_counted_and_left_out(adopt, tmp_path, layout, capsys):
+    made, folder = Made(30), tmp_path / "arrays"
+    folder.mkdir()
+    made.concepts[3] = made.concepts[3].copy()
+    made.concepts[3][0, 2] = np.nan
+    lines = [{"id": name, "sentences": [*each]} for name, each in zip(made.ids, made.sentences, strict=True)]
+    lines[7]["sentences"][0], lines[8]["sentences"][0] = None, 5
+    if layout == "stacked":
+        np.save(folder / "part.npy", np.concatenate(made.concepts))
+    else:
+        made.concepts[12] = made.concepts[12][:, :-1]
+        lines[14]["sentences"].append("One more.")
+        for name, concepts in zip(made.ids, made.concepts, strict=True):
+            np.save(folder / f"{name}.npy", concepts)
+    (folder / "part.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(InputError, match="of 30 documents could not be read or encoded, more than max_refused"):
+        adopt(folder)
+    capsys.readouterr()
+    found = documents(adopt(folder, "max_refused=0.2") / "train")
+    told = [line.partition(": row ")[2].partition(": ")[2] for line in capsys.readouterr().out.splitlines()]
+    expected = {3: "concept 0 is not finite: nan", 7: "sentence 0 is null", 8: "sentence 0 is 5"}
+    if layout == "files":
+        count = len(made.concepts[14])
+        expected |= {12: f"concept 0 has {DIM - 1} numbers, those of its dataset have {DIM}"}
+        expected |= {14: f"has {count + 1} sentences and {count} concepts"}
+    assert sorted(filter(None, told)) == sorted(expected.values())
+    assert sorted(found) == sorted(name for number, name in enumerate(made.ids) if number not in expected)
+
+
+def test_a_language_that_sonar_does_not_know_is_refused(adopt, tmp_path):
+    pq.write_table(Made(3).table(), tmp_path / "a.parquet")
+    for given, meant in (("eng_Lat", "eng_Latn"), ("de", "deu_Latn")):
+        with pytest.raises(InputError, match=f"SONAR has no language '{given}'; did you mean '{meant}'"):
+            adopt(tmp_path / "a.parquet", encoder={"name": "sonar", "model": "a/b", "language": given})
+    adopt(tmp_path / "a.parquet", encoder={"name": "sonar", "model": "a/b", "language": "deu_Latn"})
 
 
 def test_supervised_documents_have_a_source_and_a_target(adopt, tmp_path):
