@@ -135,6 +135,22 @@ def test_a_row_group_is_read_piece_by_piece(tmp_path):
     assert most < 16 << 20
 
 
+def test_globs_and_urls_name_files(adopt, tmp_path):
+    import fsspec
+
+    parts = [Made(12, seed) for seed in range(3)]
+    for made, name in zip(parts, ("a-0", "a-1", "b-0"), strict=True):
+        pq.write_table(made.table(), tmp_path / f"{name}.parquet", row_group_size=5)
+        with fsspec.open(f"memory://embeddings/{name}.parquet", "wb") as file:
+            file.write((tmp_path / f"{name}.parquet").read_bytes())
+    both = [name for made in parts[:2] for name in made.ids]
+    assert list(documents(adopt(tmp_path / "a-*.parquet") / "train")) == both
+    assert list(documents(adopt("memory://embeddings/a-*.parquet") / "train")) == both
+    check(adopt("memory://embeddings/b-0.parquet") / "train", parts[2])
+    with pytest.raises(InputError, match=r"source.paths: memory://embeddings/c-\*.parquet: no such file"):
+        adopt("memory://embeddings/c-*.parquet")
+
+
 def test_folders_of_splits_decide_the_split(adopt, tmp_path):
     train, more, validation = Made(20, 1), Made(5, 2), Made(7, 3)
     for folder, made in (("split=train/a", train), ("split=train/b", more), ("split=validation", validation)):
