@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import shutil
 import statistics
 import subprocess
@@ -23,7 +24,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -132,19 +132,15 @@ def export(dataset: Path, output: Path) -> None:
 
 
 def peak(way: str, path: Path, output: Path) -> int:
-    """The largest memory of a process that adopts a file, or exports what was adopted: proportional set size, bytes."""
+    """The largest resident memory of a process that adopts a file, or exports what was adopted, in bytes."""
     words = ["adopt", str(path), str(output), "--processes", "1", *SETTINGS]
     if way == "exported":
         words = ["export-data", str(output / "train"), str(output.with_suffix(".parquet"))]
-    process = psutil.Popen([sys.executable, "-m", "lcm_ds.cli", *words], stdout=subprocess.DEVNULL)
-    largest = 0
-    while process.poll() is None:
-        with contextlib.suppress(psutil.Error):
-            largest = max(largest, process.memory_full_info().pss)
-        time.sleep(0.02)
+    process = subprocess.Popen([sys.executable, "-m", "lcm_ds.cli", *words], stdout=subprocess.DEVNULL)
+    _, process.returncode, used = os.wait4(process.pid, 0)
     if process.returncode:
         raise SystemExit(f"lcm-ds {words[0]} ended with {process.returncode}")
-    return largest
+    return 1024 * used.ru_maxrss
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pydantic import (
 
 from lcm_ds import resources
 from lcm_ds.errors import InputError, did_you_mean, first_line
-from lcm_ds.languages import closest, sonar_code
+from lcm_ds.languages import closest, sonar_code, unknown_language
 
 
 class Schema(BaseModel):
@@ -139,6 +139,8 @@ class SourceConfig(Schema):
             raise ValueError("like and encoder both say what made the concepts: give one of them")
         if self.encoder and not self.encoder.get("name"):
             raise ValueError("encoder: has to have a name")
+        if (problem := unknown_language(self.encoder)) is not None:
+            raise ValueError(problem)
         if self.sentences_columns and len(self.sentences_columns) != max(1, len(self.concepts_columns)):
             raise ValueError(
                 f"sentences_columns: names {len(self.sentences_columns)} columns, concepts_columns "

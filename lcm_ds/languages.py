@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 # A language a line: SONAR's code, its English names, and other codes, "1:" before that of ISO 639-1.
 _TABLE = """
@@ -302,6 +304,16 @@ def closest(language: str) -> str:
     found = difflib.get_close_matches(language.strip().lower(), [each.lower() for each in known], n=1, cutoff=0.75)
     code = sonar_code(found[0]) if found else None
     return f"; did you mean {code!r}?" if code else ""
+
+
+def unknown_language(encoder: Mapping[str, Any]) -> str | None:
+    """What is wrong with the language in the description of an encoder that is SONAR's; None if nothing is."""
+    language = encoder.get("language")
+    if encoder.get("name") != "sonar" or language is None or language in _languages():
+        return None
+    code = sonar_code(str(language))
+    hint = closest(str(language)) if code is None else f"; did you mean {code!r}?"
+    return f"encoder.language: SONAR has no language {language!r}{hint}"
 
 
 def short_code(code: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,10 +88,6 @@ class Columns:
             raise InputError(errors)
         ours = METADATA in (schema.metadata or {}) and "source" in fields
         return cls(list(concepts), list(sentences), id_column, "source" if ours else None)
-
-    def index(self) -> dict[str, Any]:
-        """The arguments of the constructor."""
-        return asdict(self)
 
 
 def _sentences_of(concepts: Sequence[str], fields: dict[str, Any], part: str) -> list[str]:

@@ -48,7 +48,7 @@ def adoption_config(
     """
     mapping = read_yaml(_RECIPE, overrides)
     block = mapping["source"]
-    if is_hub_id(source):
+    if is_hub_id(source) or (block.get("config") is not None and Path(source).is_dir()):
         block["dataset"], block["paths"] = source, []
     else:
         block["paths"] = [source]

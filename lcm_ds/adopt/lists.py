@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.types as types
 
+from lcm_ds.text.columns import is_list
+
 _Read = TypeVar("_Read")
 CONCEPT_TYPES = "lists of lists of half, float or double"  # the types of a column of concepts, for messages
 SENTENCE_TYPES = "lists of strings"
@@ -32,12 +34,12 @@ class Sentences(NamedTuple):
 def holds_concepts(kind: Any) -> bool:
     """Whether a column of this type holds concepts: a list of lists of floats in each row."""
     kind = _plain(kind)
-    return _is_list(kind) and _is_list(inner := _plain(kind.value_type)) and types.is_floating(inner.value_type)
+    return is_list(kind) and is_list(inner := _plain(kind.value_type)) and types.is_floating(inner.value_type)
 
 
 def holds_sentences(kind: Any) -> bool:
     """Whether a column of this type holds a list of strings in each row."""
-    return _is_list(kind := _plain(kind)) and _is_string(kind.value_type)
+    return is_list(kind := _plain(kind)) and _is_string(kind.value_type)
 
 
 def width_of(kind: Any) -> int | None:
@@ -120,9 +122,17 @@ def _sentences(column: Any) -> list[list[str]]:
     """Raises ValueError naming the first null; UnicodeDecodeError is one."""
     lists: list[list[str]] = column.to_pylist()
     for sentences in lists:
-        if None in sentences:
-            raise ValueError(f"sentence {sentences.index(None)} is null")  # type: ignore[arg-type]
+        if (problem := sentence_problem(sentences)) is not None:
+            raise ValueError(problem)
     return lists
+
+
+def sentence_problem(sentences: list[Any]) -> str | None:
+    """The first item of a list that is no string; None if all are."""
+    for at, sentence in enumerate(sentences):
+        if not isinstance(sentence, str):
+            return f"sentence {at} is {'null' if sentence is None else f'{sentence!r:.60}'}"
+    return None
 
 
 def _flat(column: Any) -> tuple[Any, np.ndarray]:
@@ -131,6 +141,8 @@ def _flat(column: Any) -> tuple[Any, np.ndarray]:
         size = column.type.list_size
         values = column.values.slice(column.offset * size, len(column) * size)
         return values, np.arange(len(column) + 1, dtype=np.int64) * size
+    if _is_view(column.type):  # whose lists may lie in any order; pyarrow 26.0.1 casts them to others
+        return column.flatten(), np.concatenate([[0], np.cumsum(column.sizes.to_numpy(), dtype=np.int64)])
     offsets = column.offsets.to_numpy(zero_copy_only=True).astype(np.int64)
     return column.values.slice(offsets[0], offsets[-1] - offsets[0]), offsets - offsets[0]
 
@@ -148,8 +160,8 @@ def _plain(kind: Any) -> Any:
     return kind.storage_type if isinstance(kind, pa.BaseExtensionType) else kind
 
 
-def _is_list(kind: Any) -> bool:
-    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
+def _is_view(kind: Any) -> bool:
+    return bool(types.is_list_view(kind) or types.is_large_list_view(kind))
 
 
 def _is_string(kind: Any) -> bool:

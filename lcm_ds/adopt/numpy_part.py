@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,34 +18,37 @@ from zipfile import BadZipFile
 import numpy as np
 
 from lcm_ds.adopt.columns import Block
-from lcm_ds.adopt.lists import Concepts, Sentences
-from lcm_ds.adopt.parts import BLOCK_BYTES, stamp
+from lcm_ds.adopt.lists import Concepts, Sentences, sentence_problem
+from lcm_ds.adopt.parts import BLOCK_BYTES
 from lcm_ds.config import SourceConfig
 from lcm_ds.errors import InputError, first_line
-from lcm_ds.text.files import check_size
+from lcm_ds.text.files import check_size, stamp
 
 _GROUP = 256  # documents
 _SUFFIXES = (".npy", ".npz")
 
 
+@dataclass(kw_only=True, eq=False)
 class NumpyPart:
-    """Either layout; see Part. place: an .npy file with its own JSONL, or a folder."""
+    """Either layout; see Part.
+
+    place: an .npy file with its own JSONL, or a folder; field, id_field: the keys of sentences and id in a line of the
+    JSONL; files: the ids of a folder's documents, with the file that each one's array is in.
+    """
 
     together = supervised = False
 
-    def __init__(
-        self,
-        place: str,
-        name: str,
-        size: int,
-        split: str | None,
-        field: str,
-        id_field: str | None,
-        files: dict[str, str],
-    ) -> None:
-        self.place, self.name, self.size, self.split = place, name, size, split
-        self._field, self._id_field, self._files, self._ids = field, id_field, files, list(files)
-        path = Path(place)
+    place: str
+    name: str
+    size: int
+    split: str | None
+    field: str
+    id_field: str | None
+    files: dict[str, str]
+
+    def __post_init__(self) -> None:
+        path = Path(self.place)
+        self._ids = list(self.files)
         self._jsonl = path.with_suffix(".jsonl") if path.is_file() else _only_jsonl(path)
         self._lines = np.zeros(1, np.int64)  # where lines begin in the JSONL
         self._line_of: dict[str, int] = {}  # by id, in a folder
@@ -61,7 +65,7 @@ class NumpyPart:
         path = Path(place)
         files = {} if path.is_file() else _files(path)
         size = sum(file.stat().st_size for file in ([path] if path.is_file() else _arrays(path)))
-        return cls(place, name, size, split, field, config.id_column, files)
+        return cls(place=place, name=name, size=size, split=split, field=field, id_field=config.id_column, files=files)
 
     def read(self, group: int, first: int, last: int) -> Iterator[Block]:
         """As in Part."""
@@ -74,8 +78,7 @@ class NumpyPart:
 
     def index(self) -> dict[str, Any]:
         """As in Part."""
-        return {"place": self.place, "name": self.name, "size": self.size, "split": self.split,
-                "field": self._field, "id_field": self._id_field, "files": self._files}  # fmt: skip
+        return asdict(self)
 
     def described(self) -> dict[str, Any] | None:
         """As in Part."""
@@ -96,8 +99,8 @@ class NumpyPart:
                 if line.strip(b"\xef\xbb\xbf \t\r\n"):
                     document = self._object(line, f"{self._jsonl}: line {number}")
                     begins.append(begin)
-                    counts.append(len(document[self._field]))
-                    names.append(None if self._id_field is None else document.get(self._id_field))
+                    counts.append(len(document[self.field]))
+                    names.append(None if self.id_field is None else document.get(self.id_field))
                 begin += len(line)
         self._lines = np.array(begins, np.int64)
         if self._stacked:
@@ -123,9 +126,9 @@ class NumpyPart:
             document = json.loads(line.decode("utf-8-sig"))
         except ValueError as error:
             raise InputError(f"{location}: not JSON: {first_line(error)}") from None
-        sentences = document.get(self._field) if isinstance(document, dict) else None
-        if not isinstance(sentences, list) or not all(isinstance(one, str) for one in sentences):
-            raise InputError(f"{location}: has to be an object with a list of strings {self._field!r}")
+        if not isinstance(document, dict) or not isinstance(document.get(self.field), list):
+            shown = line.decode("utf-8-sig").strip()
+            raise InputError(f"{location}: {shown:.60}: has to be an object with a list of strings {self.field!r}")
         return document
 
     def _document(self, line: int) -> dict[str, Any]:
@@ -144,11 +147,11 @@ class NumpyPart:
             documents = [self._document(line) for line in range(first, until)]
             values = np.ascontiguousarray(array[self._ends[first] : self._ends[until]])
             offsets = self._ends[first : until + 1] - self._ends[first]
-            ids = [None if self._id_field is None else document.get(self._id_field) for document in documents]
-            lists = [document[self._field] for document in documents]
+            ids = [None if self.id_field is None else document.get(self.id_field) for document in documents]
+            lists = [document[self.field] for document in documents]
             names = [None if name is None else str(name) for name in ids]
             nothing: list[str | None] = [None] * len(names)
-            yield Block(len(names), names, nothing, [Concepts(values, offsets, {})], [Sentences(lists, {})])
+            yield Block(len(names), names, nothing, [Concepts(values, offsets, {})], [_checked(lists)])
             first = until
 
     def _from_files(self, first: int, last: int) -> Iterator[Block]:
@@ -164,12 +167,12 @@ class NumpyPart:
             except ValueError as error:
                 problems[0] = first_line(error)
             concepts = Concepts(np.ascontiguousarray(values), np.array([0, len(values)]), problems)
-            lists = [] if self._jsonl is None else [self._document(self._line_of[name])[self._field]]
-            yield Block(1, [name], [None], [concepts], [Sentences(lists, {})] if lists else [])
+            lists = [] if self._jsonl is None else [self._document(self._line_of[name])[self.field]]
+            yield Block(1, [name], [None], [concepts], [_checked(lists)] if lists else [])
 
     def _array(self, name: str) -> np.ndarray:
         """The array of a document, as it is. Raises ValueError, and InputError if its file cannot be read."""
-        path = Path(self.place) / self._files[name]
+        path = Path(self.place) / self.files[name]
         try:
             return np.asarray(np.load(path, allow_pickle=False) if path.suffix == ".npy" else _archive(str(path))[name])
         except OSError as error:
@@ -185,6 +188,12 @@ class NumpyPart:
             except ValueError:
                 continue
         return None
+
+
+def _checked(lists: list[list[Any]]) -> Sentences:
+    """Sentences of JSONL, which may hold what is no string."""
+    problems = {row: problem for row, each in enumerate(lists) if (problem := sentence_problem(each)) is not None}
+    return Sentences([[] if row in problems else each for row, each in enumerate(lists)], problems)
 
 
 def numpy_places(folder: Path) -> list[Path]:

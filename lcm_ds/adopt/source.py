@@ -19,7 +19,7 @@ from lcm_ds.config import SourceConfig
 from lcm_ds.data.format import SPLITS
 from lcm_ds.errors import Collector, InputError, first_line
 from lcm_ds.files import read_object
-from lcm_ds.text.huggingface import hub_files
+from lcm_ds.text.huggingface import commit_of, expand_urls, hub_files, hub_name
 
 _INSPECTION_THREADS = 8
 _KINDS: dict[str, type[ParquetPart] | type[ArrowPart] | type[NumpyPart]] = {
@@ -134,8 +134,8 @@ class ConceptSource:
         keys = {"paths", "dataset", "config", "split", "revision", "id_column", "concepts_columns", "sentences_columns"}
         chosen = self.config.model_dump(include=keys, exclude_none=True)
         chosen = {key: value for key, value in chosen.items() if value not in ([], {})}
-        commits = (re.search(r"@([0-9a-f]{40})/", part.place) for part in self.parts)
-        revision = next(({"revision": commit[1]} for commit in commits if commit), {})
+        commit = commit_of([part.place for part in self.parts])
+        revision = {} if commit is None else {"revision": commit}
         return {"name": "concepts", **chosen, **revision, "files": len(self.parts), "bytes": self.bytes}
 
     def index(self) -> dict[str, Any]:
@@ -165,7 +165,8 @@ def _named(config: SourceConfig) -> str:
 
 def places(config: SourceConfig) -> list[Place]:
     """The parts that `paths` or `dataset` name. Raises InputError."""
-    if config.dataset is not None and not Path(config.dataset).exists():
+    # A config of a local folder is one that its card names.
+    if config.dataset is not None and (config.config is not None or not Path(config.dataset).exists()):
         return _hub_places(config)
     found: list[Place] = []
     errors = Collector()
@@ -179,7 +180,7 @@ def places(config: SourceConfig) -> list[Place]:
 def _expanded(pattern: str) -> list[Place]:
     """The parts at a path, URL or glob."""
     if "://" in pattern:
-        return [Place("parquet", pattern, _split_of(pattern))]
+        return [Place("parquet", url, _split_of(url)) for url in expand_urls([pattern])]
     path = Path(pattern).expanduser()
     matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
     if not matches:
@@ -253,10 +254,7 @@ def _inspect(config: SourceConfig, found: list[Place]) -> list[Part]:
     common = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in local]) if local else ""
 
     def inspect(place: Place) -> Part | InputError:
-        remote = "://" in place.place
-        name = (
-            re.sub(r"^hf://datasets/|@[^/]+(?=/)", "", place.place) if remote else os.path.relpath(place.place, common)
-        )
+        name = hub_name(place.place) if "://" in place.place else os.path.relpath(place.place, common)
         try:
             return _KINDS[place.kind].inspect(config, place.place, name, _known_split(place))
         except InputError as error:

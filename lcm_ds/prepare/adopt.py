@@ -1,6 +1,6 @@
 """Units of concepts that exist already: read in small blocks by one thread, written as shards by others.
 
-In memory are a few blocks of about 4 MB, whatever the size of units and row groups.
+In memory are a few blocks of about 2 MB, whatever the size of units and row groups.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import pyarrow
 import torch
 
 from lcm_ds.adopt.columns import Block, checked
@@ -69,6 +70,8 @@ class AdoptedWork:
     """Concepts in parquet, Arrow or NumPy files; see Work. Only rank 0 inspects them, others read its index."""
 
     def __init__(self, config: PrepareConfig, first: bool, index: dict[str, Any] | None) -> None:
+        # Arrow's own allocators keep what one thread allocates and another one frees: 100 MB, and more with time.
+        pyarrow.set_memory_pool(pyarrow.system_memory_pool())
         self.config = config
         self.threads: int | None = None
         self._index = index

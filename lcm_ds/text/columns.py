@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lcm_ds.config import SourceConfig
@@ -170,6 +171,29 @@ class Columns:
         return errors
 
 
+@dataclass(kw_only=True, eq=False)
+class RowsFile:
+    """A file, or a dataset on disk, whose rows are documents: what the readers of all kinds have.
+
+    place: path or URL; name: for messages and ids; size: bytes; characters: of its texts, approximately.
+    """
+
+    columns: Columns
+    place: str
+    name: str
+    size: int = 0
+    characters: int = 0
+    rows: int = 0
+
+    def index(self) -> dict[str, Any]:
+        """The arguments of the constructor but the columns, as JSON."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.init and each.name != "columns"}
+
+    def pieces(self, size: int) -> Iterator[int]:
+        """Parts of `size` rows; a range may end after any row."""
+        yield from (min(size, self.rows - start) for start in range(0, self.rows, size))
+
+
 def _id(value: Any) -> str | None:
     """A document's id as a string, None if it has none.
 
@@ -182,17 +206,23 @@ def _id(value: Any) -> str | None:
 
 def _is_text(kind: Any) -> bool:
     """Whether a type of Arrow is that of texts or of lists of texts, plain or as categories."""
-    import pyarrow
+    import pyarrow.types as types
 
-    types = pyarrow.types
-    lists = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
-    if any(getattr(types, name)(kind) for name in lists):
+    if is_list(kind):
         kind = kind.value_type
     if types.is_dictionary(kind):  # what pandas and polars call categories
         kind = kind.value_type
     return any(
         is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
     )
+
+
+def is_list(kind: Any) -> bool:
+    """Whether a type of Arrow is one of lists."""
+    import pyarrow.types as types
+
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    return any(is_kind(kind) for is_kind in lists)
 
 
 def rows_of(table: Any) -> Iterator[dict[str, Any] | ValueError]:

@@ -114,6 +114,21 @@ def open_plain(place: str) -> Any:
     return io.BufferedReader(fsspec.open(place, "rb", compression="infer").open(), _PIECE)
 
 
+def size_of(place: str) -> int:
+    """Bytes of the file at a path or URL. Raises OSError and what the libraries of remote places raise."""
+    filesystem, path = fsspec.core.url_to_fs(place)
+    return int(filesystem.size(path))
+
+
+def stamp(place: str) -> tuple[int, int] | None:
+    """Bytes and time of change of a local file, by which one that is kept open is known; None if it is not there."""
+    try:
+        status = os.stat(place)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def check_size(place: str, name: str, size: int) -> None:
     """Raise InputError if a local file is gone or its size has changed since the source was opened."""
     if "://" in place:

@@ -15,8 +15,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from lcm_ds.config import SourceConfig
-from lcm_ds.errors import Collector, InputError
+from lcm_ds.errors import Collector, InputError, first_line
 from lcm_ds.text.base import TextDocument, even_units, window
 from lcm_ds.text.columns import Columns
 from lcm_ds.text.files import COMPRESSED, expand
@@ -27,6 +29,7 @@ from lcm_ds.text.stream import Stream
 from lcm_ds.text.table import TableFile
 
 _SAVED = ("state.json", "dataset_dict.json")  # one of them is in each folder of save_to_disk
+_HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?/")  # a repository, and its revision
 _INSPECTION_THREADS = 16  # footers are small and may be remote
 File = ParquetFile | JsonlFile | TableFile | SavedDataset
 _KINDS: dict[str, type[ParquetFile] | type[JsonlFile] | type[TableFile] | type[SavedDataset]] = {
@@ -60,19 +63,18 @@ class HuggingFaceSource:
         self._commit: str | None = None
         if index is not None:
             self._commit = index["commit"]
-            self._files = [_kind(file["name"])(columns, **file) for file in index["files"]]
+            self._files = [_kind(file["name"])(columns=columns, **file) for file in index["files"]]
         elif config.dataset is not None and is_local(config):
             self._files = _inspect(columns, *_local(config))
         elif config.dataset is not None:
             places = hub_files(config)
-            self._commit = next(
-                (revision[1] for place in places if (revision := re.search(r"@([0-9a-f]{40})/", place))), None
-            )
+            self._commit = commit_of(places)
             if all(place.endswith(".parquet") for place in places):
-                names = [re.sub(r"^hf://datasets/|@[^/]+(?=/)", "", place) for place in places]
-                self._files = _inspect(columns, places, names)
+                self._files = _inspect(columns, places, list(map(hub_name, places)))
         else:
-            self._files = _inspect(columns, *_places(config.paths))
+            places, names = _places(config.paths)
+            self._commit = commit_of(places)
+            self._files = _inspect(columns, places, names)
         if config.dataset is not None and not self._files:
             self._stream = Stream(columns, self._commit or config.revision, inspect=index is None)
         self._ends = list(accumulate(file.rows for file in self._files))
@@ -163,13 +165,56 @@ def hub_files(config: SourceConfig) -> list[str]:
     return [str(place) for place in splits.get(config.split, ())]
 
 
+def commit_of(places: Sequence[str]) -> str | None:
+    """The commit of files of the hub; None of others, and if they are of several repositories."""
+    commits = {match[1] for place in places if (match := re.search(r"@([0-9a-f]{40})/", place))}
+    return commits.pop() if len(commits) == 1 else None
+
+
+def hub_name(place: str) -> str:
+    """A file of the hub without the commit: REPOSITORY/PATH; other URLs as they are."""
+    return re.sub(r"^hf://datasets/([^/@]+/[^/@]+)(@[^/]+)?/", r"\1/", place)
+
+
+def expand_urls(urls: Sequence[str]) -> list[str]:
+    """The files at URLs and globs in them (`*`), each once; those of the hub with the commit they are read at.
+
+    Raises InputError with a line for each that matches nothing, or whose server does not list its files.
+    """
+    found: dict[str, None] = {}
+    errors = Collector()
+    for url in urls:
+        with errors:
+            found |= dict.fromkeys(_expand_url(url))
+    errors.raise_if_any()
+    return list(found)
+
+
+def _expand_url(url: str) -> list[str]:
+    try:
+        if (repository := _HUB.match(url)) is not None:
+            from huggingface_hub import HfApi
+
+            commit = HfApi().dataset_info(repository[1], revision=repository[2]).sha
+            url = f"hf://datasets/{repository[1]}@{commit}/{url[repository.end() :]}"
+        if "*" not in url:
+            return [url]
+        filesystem, pattern = fsspec.core.url_to_fs(url)
+        matches = [str(filesystem.unstrip_protocol(match)) for match in sorted(filesystem.glob(pattern))]
+    except Exception as error:  # of the libraries of remote places
+        raise InputError(f"source.paths: {url}: cannot be listed: {first_line(error)}") from None
+    if not matches:
+        raise InputError(f"source.paths: {hub_name(url)}: no such file")
+    return matches
+
+
 def _places(paths: Sequence[str]) -> tuple[list[str], list[str]]:
     """The files and URLs in order, and their names: a file's is its path below the common folder."""
-    urls = list(dict.fromkeys(path for path in paths if "://" in path))
+    urls = expand_urls([path for path in paths if "://" in path])
     files = expand([path for path in paths if "://" not in path])
     common = os.path.commonpath([path.parent for path in files]) if files else ""
     names = [Path(os.path.relpath(path, common)).as_posix() for path in files]
-    return [*map(str, files), *urls], [*names, *urls]
+    return [*map(str, files), *urls], [*names, *map(hub_name, urls)]
 
 
 def is_local(config: SourceConfig) -> bool:

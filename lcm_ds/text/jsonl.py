@@ -4,42 +4,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
-
-import fsspec
 
 from lcm_ds.errors import InputError, first_line
 from lcm_ds.text.base import Sequential, TextDocument
-from lcm_ds.text.columns import Columns
-from lcm_ds.text.files import COMPRESSED, check_size, open_plain
+from lcm_ds.text.columns import Columns, RowsFile
+from lcm_ds.text.files import COMPRESSED, check_size, open_plain, size_of
 
 _MARKED = 500  # rows from one mark to the next
 _INSPECTED = 100  # rows: one may lack columns that others have
 _BOM = b"\xef\xbb\xbf"
 
 
-class JsonlFile:
+@dataclass(kw_only=True, eq=False)
+class JsonlFile(RowsFile):
     """A file; a row is a line that is not blank.
 
-    marks: the byte at which every 500th row begins; blanks: blank lines before each of them; size: bytes of the file. A
-    plain file is read from the mark before a range, a compressed one from its beginning, or the end of the last range.
+    marks: the byte at which every 500th row begins; blanks: blank lines before each of them. A plain file is read from
+    the mark before a range, a compressed one from its beginning, or the end of the last range.
     """
 
-    def __init__(
-        self,
-        columns: Columns,
-        place: str,
-        name: str,
-        size: int,
-        characters: int,
-        rows: int,
-        marks: list[int],
-        blanks: list[int] | None = None,
-    ) -> None:
-        self.columns, self.place, self.name, self.size = columns, place, name, size
-        self.characters, self.rows, self.marks = characters, rows, marks
+    marks: list[int]
+    blanks: list[int] = field(default_factory=list)  # source.json had none before blank lines were passed over
+
+    def __post_init__(self) -> None:
         self._sequence = Sequential(lambda: self._from(0, 0))
-        self.blanks = blanks or [0] * len(marks)  # source.json had none of them before blank lines were known
+        self.blanks = self.blanks or [0] * len(self.marks)
 
     @classmethod
     def inspect(cls, columns: Columns, place: str, name: str) -> JsonlFile:
@@ -51,8 +42,7 @@ class JsonlFile:
         marks: list[int] = []
         blanks: list[int] = []
         try:
-            filesystem, path = fsspec.core.url_to_fs(place)
-            size = filesystem.size(path)
+            size = size_of(place)
             with open_plain(place) as file:
                 for line in file:
                     if _is_blank(line):
@@ -65,7 +55,8 @@ class JsonlFile:
                     position += len(line)
         except Exception as error:  # an OSError, and what the libraries of compression and of remote places raise
             raise InputError(f"{name}: cannot be read: {first_line(error)}") from None
-        reader = cls(columns, place, name, size, position, rows, marks, blanks)
+        reader = cls(columns=columns, place=place, name=name, size=size, characters=position, rows=rows, marks=marks,
+                     blanks=blanks)  # fmt: skip
         reader._check()
         return reader
 
@@ -83,15 +74,6 @@ class JsonlFile:
             raise InputError(f"source.paths: {self.name} is no JSONL: none of its first rows is read: {values[0]}")
         if rows:
             self.columns.check_rows(self.name, rows)
-
-    def index(self) -> dict[str, Any]:
-        """The arguments of the constructor."""
-        return {"place": self.place, "name": self.name, "size": self.size, "characters": self.characters,
-                "rows": self.rows, "marks": self.marks, "blanks": self.blanks}  # fmt: skip
-
-    def pieces(self, size: int) -> Iterator[int]:
-        """Parts of `size` rows; a range may end after any row."""
-        yield from (min(size, self.rows - start) for start in range(0, self.rows, size))
 
     def read(self, first: int, last: int) -> Iterator[TextDocument]:
         """Rows `first` up to, not including, `last`. Raises InputError."""

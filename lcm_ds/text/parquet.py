@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -11,20 +11,23 @@ import fsspec
 
 from lcm_ds.errors import InputError, first_line
 from lcm_ds.text.base import TextDocument
-from lcm_ds.text.columns import Columns, rows_of
-from lcm_ds.text.files import check_size
+from lcm_ds.text.columns import Columns, RowsFile, rows_of
+from lcm_ds.text.files import check_size, size_of, stamp
 
 # Rows decoded at a time: few enough for very long documents, enough that pyarrow's share of the time is small.
 _ROWS = 256
+_BUFFER_BYTES = 1 << 20  # that pyarrow reads of a column at a time
 
 
-class ParquetFile:
-    """A file; groups: the rows of each of its row groups; size: bytes of the file."""
+@dataclass(kw_only=True, eq=False)
+class ParquetFile(RowsFile):
+    """A file; groups: the rows of each of its row groups."""
 
-    def __init__(self, columns: Columns, place: str, name: str, size: int, characters: int, groups: list[int]) -> None:
-        self.columns, self.place, self.name, self.size = columns, place, name, size
-        self.characters, self.groups = characters, groups
-        self.rows = sum(groups)
+    groups: list[int]
+    rows: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rows = sum(self.groups)
 
     @classmethod
     def inspect(cls, columns: Columns, place: str, name: str) -> ParquetFile:
@@ -39,14 +42,8 @@ class ParquetFile:
             sum(g.column(column).total_uncompressed_size for column in texts) if flat else g.total_byte_size
             for g in groups
         )
-        filesystem, path = fsspec.core.url_to_fs(place)
-        size = filesystem.size(path)
-        return cls(columns, place, name, size, characters, [group.num_rows for group in groups])
-
-    def index(self) -> dict[str, Any]:
-        """The arguments of the constructor."""
-        return {"place": self.place, "name": self.name, "size": self.size, "characters": self.characters,
-                "groups": self.groups}  # fmt: skip
+        rows = [group.num_rows for group in groups]
+        return cls(columns=columns, place=place, name=name, size=size_of(place), characters=characters, groups=rows)
 
     def pieces(self, size: int) -> Iterator[int]:
         """Rows of the row groups; one of far more than `size` in even parts."""
@@ -87,22 +84,20 @@ class ParquetFile:
 
 def open_parquet(place: str, name: str) -> Any:
     """A parquet file at a path or URL, kept open; `name` is for messages. Raises InputError if it cannot be read."""
-    try:
-        stamp = 0 if "://" in place else os.stat(place).st_mtime_ns  # of another file at the same place
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror}") from None
-    return _opened(place, name, stamp)
+    return _opened(place, name, stamp(place))
 
 
 @lru_cache(maxsize=4)
-def _opened(place: str, name: str, stamp: int) -> Any:
+def _opened(place: str, name: str, stamp: tuple[int, int] | None) -> Any:
     try:
         import pyarrow.parquet
     except ImportError:
         raise InputError(f"{name}: reading parquet needs: pip install 'lcm-ds[prepare]'") from None
     try:
         if "://" not in place:
-            return pyarrow.parquet.ParquetFile(place)
+            # With a buffer, columns are read piece by piece: row groups may be larger than the memory. `pre_buffer`,
+            # which is on by default, would read a range's row groups before the first row.
+            return pyarrow.parquet.ParquetFile(place, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         # Of remote files pyarrow requests what a range needs in few large pieces; reading ahead would be wasted.
         filesystem, path = fsspec.core.url_to_fs(place)
         return pyarrow.parquet.ParquetFile(filesystem.open(path, "rb", cache_type="none"), pre_buffer=True)

@@ -31,14 +31,21 @@ _CLOSERS = re.compile(r"[”’」』）》〉】〕〗｣)»\]]*")
 _CJK = r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 # All scripts but Latin, Greek and Cyrillic: spaCy's tokenizers leave a full stop at their letters and vowel signs.
 _OTHER = rf"\u0530-\u1cff\u2d00-\u2ddf\ua500-\uabff\uac00-\ud7af\ufb1d-\ufdff{_CJK}"
+_ARMENIAN = r"\u0531-\u0587\ufb13-\ufb17"
+_INDIC = r"\u0900-\u0dff\u1c50-\u1c7f"
 # Ends that characters show, whatever finds the others: marks of a script; marks that need a space behind, i.e. those
-# of Latin behind other scripts, the Greek question mark and ellipses; and ! and ? between Chinese or Japanese letters.
+# of Latin behind other scripts, the Greek question mark and ellipses; ! and ? between Chinese or Japanese letters; and
+# what is typed for the full stop of Armenian and the danda of India.
 _SCRIPT_END = re.compile(
     rf"(?P<script>[{_SCRIPT_MARKS}](?:[{_SCRIPT_MARKS}!?…]| ?[།༎])*|፡፡+)"
     rf"|(?P<spaced>(?<=[{_OTHER}][{_OTHER}])(?:[.!?]+|…)|(?<=[\u0370-\u03ff\u1f00-\u1fff])[;\u037e]|\.{{3,}}|(?<=\w)\.\.|…+)"
     rf"(?=[”’»)\]\"']* )"
     rf"|(?P<cjk>(?<=[{_CJK}])[!?]+)(?=[”’」』）》〉】]*[{_CJK}“‘「『（《〈【])"
+    rf"|(?P<colon>(?<=[{_ARMENIAN}»”\")\d]):)(?=[”’»)\]\"']*(?: |[{_ARMENIAN}]))"
+    rf"|(?P<bar>(?<=[{_INDIC}”’\"')])(?: ?\|\|?(?:[\d ]+\|\|?)?))(?![|\d])"
 )
+# What stands before a colon or a bar, behind the last end mark or bar.
+_SINCE_END = re.compile(r"(?:[^|:.!?։।॥]|[:.](?=\d))*$")
 _LETTER = re.compile(r"\w")
 # Behind these words ("and", "namely", the topic's) the mark of Tibetan ends a clause, not a sentence.
 _TIBETAN_CLAUSE = re.compile("[་ ](?:དང|སྟེ|ཏེ|ནི|ཀྱང)[༌་]?།$")
@@ -61,7 +68,7 @@ _CLAUSE_END = re.compile(rf"[,;:!?…)\]—–{_UNSPACED_MARKS}][\"'”’»]?$|
 # Hard-wrapped text has lines at least this long, and at most that long; other line ends are ends of paragraphs.
 _WRAPPED_AT = range(40, 121)
 # The number of the rules below, in dataset.json: raise it whenever a text gets other sentences.
-_RULES = 3
+_RULES = 4
 # What may open a sentence before its first letter; what closes one behind a space, as in French; and Dutch and
 # Afrikaans words such as 's, after which capitals come.
 _OPENING = re.compile(r"[\"'“‘„«‹(\[{_*¡¿]*")
@@ -276,8 +283,27 @@ def _script_ends(text: str) -> Iterator[tuple[int, int]]:
     for match in _SCRIPT_END.finditer(text):
         spaced = match.lastgroup == "spaced"
         before, behind = text[match.start() - 1 : match.start()], text[match.end() : match.end() + 1]
-        if not (before.isdigit() and behind.isdigit()):
+        if not (before.isdigit() and behind.isdigit()) and _stands_for_stop(text, match):
             yield text.index(" ", match.end()) + 1 if spaced else match.end(), match.end() - 1
+
+
+def _stands_for_stop(text: str, match: re.Match[str]) -> bool:
+    """Whether a colon ends an Armenian sentence, a bar one of India's; true for all other marks.
+
+    A colon behind a single word is that of a label, and one before a lower-case letter that of an enumeration. A bar
+    with spaces on both sides, or on none, may also be between the items of a menu, which have one or two words.
+    """
+    kind = match.lastgroup
+    if kind not in ("colon", "bar"):
+        return True
+    since: str = _SINCE_END.search(text, 0, match.start()).group()  # type: ignore[union-attr]
+    words = len(since.split())
+    if kind == "bar":
+        alike = "||" not in match.group() and (match.group()[0] == " ") == (text[match.end() :][:1] == " ")
+        return re.search(f"[{_INDIC}]", since) is not None and words >= (3 if alike else 1)
+    closed = _CLOSERS.match(text, match.end()).end()  # type: ignore[union-attr]
+    letter = text[_OPENING.match(text, closed + (text[closed : closed + 1] == " ")).end() :][:1]  # type: ignore[union-attr]
+    return words > 1 and re.search(f"[{_ARMENIAN}]", since) is not None and (letter.isupper() or letter.isdigit())
 
 
 def _closed(text: str, start: int, end: int) -> int:

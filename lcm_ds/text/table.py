@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from lcm_ds.errors import InputError, first_line
 from lcm_ds.text.base import Sequential, TextDocument
-from lcm_ds.text.columns import Columns
-from lcm_ds.text.files import check_size, open_plain
+from lcm_ds.text.columns import Columns, RowsFile
+from lcm_ds.text.files import check_size, open_plain, size_of
 
 _BLOCK = 16 << 20  # bytes parsed at a time; a row has to fit
 
 
-class TableFile:
-    """A file; size: its bytes. Texts may hold line ends between quotes, so it is read from its beginning."""
+@dataclass(kw_only=True, eq=False)
+class TableFile(RowsFile):
+    """A file. Texts may hold line ends between quotes, so it is read from its beginning."""
 
-    def __init__(self, columns: Columns, place: str, name: str, size: int, characters: int, rows: int) -> None:
-        self.columns, self.place, self.name, self.size = columns, place, name, size
-        self.characters, self.rows = characters, rows
+    def __post_init__(self) -> None:
         self._sequence = Sequential(self._open)
 
     @classmethod
     def inspect(cls, columns: Columns, place: str, name: str) -> TableFile:
         """The file, read once to count its rows. Raises InputError if it cannot be read or columns are missing."""
-        file = cls(columns, place, name, 0, 0, 0)
+        file = cls(columns=columns, place=place, name=name)
         try:
-            filesystem, path = fsspec.core.url_to_fs(place)
-            file.size = filesystem.size(path)
+            file.size = size_of(place)
             columns.check_names(name, file._reader().schema.names)
         except InputError:
             raise
@@ -41,15 +38,6 @@ class TableFile:
             if isinstance(values, dict):
                 file.characters += sum(len(values.get(text) or "") for text in columns.config.text_columns)
         return file
-
-    def index(self) -> dict[str, Any]:
-        """The arguments of the constructor."""
-        return {"place": self.place, "name": self.name, "size": self.size, "characters": self.characters,
-                "rows": self.rows}  # fmt: skip
-
-    def pieces(self, size: int) -> Iterator[int]:
-        """Parts of `size` rows; a range may end after any row."""
-        yield from (min(size, self.rows - start) for start in range(0, self.rows, size))
 
     def read(self, first: int, last: int) -> Iterator[TextDocument]:
         """Rows `first` up to, not including, `last`. Raises InputError."""

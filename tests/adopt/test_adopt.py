@@ -29,12 +29,17 @@ CONCEPTS = {
     "lists of half": pa.list_(pa.list_(pa.float16())),
     "large": pa.large_list(pa.large_list(pa.float32())),
     "large, fixed": pa.large_list(CONCEPT),
+    "views": pa.list_view(pa.list_view(pa.float32())),
+    "large views": pa.large_list_view(pa.large_list_view(pa.float16())),
+    "views, fixed": pa.list_view(CONCEPT),
 }
 SENTENCES = {
     "strings": pa.list_(pa.string()),
     "large": pa.large_list(pa.large_string()),
     "views": pa.list_(pa.string_view()),
     "categories": pa.list_(pa.dictionary(pa.int32(), pa.string())),
+    "list views": pa.list_view(pa.string()),
+    "large list views": pa.large_list_view(pa.string_view()),
 }
 
 
@@ -53,14 +58,33 @@ def test_each_arrow_type_of_concepts_is_read(adopt, tmp_path, concepts):
 @pytest.mark.parametrize("sentences", SENTENCES.values(), ids=SENTENCES)
 def test_each_arrow_type_of_sentences_is_read(adopt, tmp_path, sentences):
     made = Made(12)
-    table = made.table(sentences=pa.list_(pa.string()))
-    column = table.column("text_sentences").cast(sentences) if "dict" not in str(sentences) else None
-    if column is None:
+    if "dictionary" in str(sentences):
+        table = made.table()
         values = table.column("text_sentences").combine_chunks()
         column = pa.ListArray.from_arrays(values.offsets, values.values.dictionary_encode())
-    table = table.set_column(3, "text_sentences", column)
+        table = table.set_column(3, "text_sentences", column)
+    else:
+        table = made.table(sentences=sentences)
     pq.write_table(table, tmp_path / "a.parquet")
+    assert pq.read_schema(tmp_path / "a.parquet").field("text_sentences").type.id == sentences.id
     check(adopt(tmp_path / "a.parquet") / "train", made)
+
+
+def test_views_in_any_order_and_slices_of_them_are_read(adopt, tmp_path):
+    """Lists that lie in another order than the rows', share numbers, and have numbers between them."""
+    numbers = np.arange(20 * DIM, dtype=np.float32)
+    inner = pa.FixedSizeListArray.from_arrays(pa.array(numbers), DIM)
+    views = pa.ListViewArray.from_arrays(pa.array([9, 2, 2, 14], pa.int32()), pa.array([3, 0, 4, 1], pa.int32()), inner)
+    table = pa.table({"id": ["a", "b", "c", "d"], "e": views})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table.slice(1))
+    found = documents(adopt(tmp_path / "a.arrow", "max_refused=0.5") / "train")
+    assert list(found) == ["c", "d"]
+    np.testing.assert_array_equal(found["c"][1], numbers.reshape(20, DIM)[2:6])
+    np.testing.assert_array_equal(found["d"][1], numbers.reshape(20, DIM)[14:15])
+    lists = pa.array([[[1.0, 2.0], None], [[3.0, 4.0], [5.0, 7.0]], None], pa.list_view(pa.list_view(pa.float32())))
+    pq.write_table(pa.table({"id": ["a", "b", "c"], "e": lists}), tmp_path / "b.parquet")
+    assert list(documents(adopt(tmp_path / "b.parquet", "max_refused=0.7") / "train")) == ["b"]
 
 
 def test_lists_of_fixed_length_and_slices_of_tables_are_read(adopt, tmp_path):
@@ -90,6 +114,41 @@ def test_files_and_row_groups_of_any_size_give_the_documents_in_order(adopt, tmp
         np.concatenate([concepts for _, concepts, _ in found.values()]),
         np.concatenate([concepts for made in parts for concepts in made.concepts]),
     )
+
+
+def test_a_row_group_is_read_piece_by_piece(tmp_path):
+    from lcm_ds.adopt.source import ConceptSource
+    from lcm_ds.config import SourceConfig
+
+    numbers = pa.array(np.ones(16 << 20, np.float32))  # 64 MiB: 1024 documents of 16 concepts of 1024 numbers
+    rows = pa.ListArray.from_arrays(
+        np.arange(0, 16385, 16, dtype=np.int32), pa.FixedSizeListArray.from_arrays(numbers, 1024)
+    )
+    pq.write_table(pa.table({"e": rows}), tmp_path / "a.parquet", use_dictionary=False, compression="none")
+    del numbers, rows
+    source = ConceptSource(SourceConfig(name="concepts", paths=[str(tmp_path / "a.parquet")]))
+    before, most, concepts = pa.total_allocated_bytes(), 0, 0
+    for _, _, block in source.blocks(0, source.total):
+        concepts += len(block.concepts[0].values)
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert concepts == 16384
+    assert most < 16 << 20
+
+
+def test_globs_and_urls_name_files(adopt, tmp_path):
+    import fsspec
+
+    parts = [Made(12, seed) for seed in range(3)]
+    for made, name in zip(parts, ("a-0", "a-1", "b-0"), strict=True):
+        pq.write_table(made.table(), tmp_path / f"{name}.parquet", row_group_size=5)
+        with fsspec.open(f"memory://embeddings/{name}.parquet", "wb") as file:
+            file.write((tmp_path / f"{name}.parquet").read_bytes())
+    both = [name for made in parts[:2] for name in made.ids]
+    assert list(documents(adopt(tmp_path / "a-*.parquet") / "train")) == both
+    assert list(documents(adopt("memory://embeddings/a-*.parquet") / "train")) == both
+    check(adopt("memory://embeddings/b-0.parquet") / "train", parts[2])
+    with pytest.raises(InputError, match=r"source.paths: memory://embeddings/c-\*.parquet: no such file"):
+        adopt("memory://embeddings/c-*.parquet")
 
 
 def test_folders_of_splits_decide_the_split(adopt, tmp_path):
@@ -317,7 +376,9 @@ def test_numpy_files_that_do_not_fit_their_jsonl_are_refused(adopt, tmp_path, ca
     with pytest.raises(InputError, match=r"a.npy: has 5 concepts, a.jsonl 3 sentences"):
         adopt(folder)
     (folder / "a.jsonl").write_text('{"sentences": "a"}\n')
-    with pytest.raises(InputError, match=r"a.jsonl: line 1: has to be an object with a list of strings 'sentences'"):
+    with pytest.raises(
+        InputError, match=r'a.jsonl: line 1: {"sentences": "a"}: has to be an object with a list of str'
+    ):
         adopt(folder)
     (folder / "a.jsonl").rename(folder / "all.jsonl")
     np.save(folder / "b.npy", np.zeros((1, DIM), np.float32))
@@ -337,6 +398,44 @@ def test_numpy_files_that_do_not_fit_their_jsonl_are_refused(adopt, tmp_path, ca
     found = documents(adopt(folder, "max_refused=0.2") / "train")
     assert len(found) == 8
     assert "not read: arrays: row 0: Object arrays cannot be loaded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["stacked", "files"])
+def test_bad_documents_of_arrays_are_named_counted_and_left_out(adopt, tmp_path, layout, capsys):
+    made, folder = Made(30), tmp_path / "arrays"
+    folder.mkdir()
+    made.concepts[3] = made.concepts[3].copy()
+    made.concepts[3][0, 2] = np.nan
+    lines = [{"id": name, "sentences": [*each]} for name, each in zip(made.ids, made.sentences, strict=True)]
+    lines[7]["sentences"][0], lines[8]["sentences"][0] = None, 5
+    if layout == "stacked":
+        np.save(folder / "part.npy", np.concatenate(made.concepts))
+    else:
+        made.concepts[12] = made.concepts[12][:, :-1]
+        lines[14]["sentences"].append("One more.")
+        for name, concepts in zip(made.ids, made.concepts, strict=True):
+            np.save(folder / f"{name}.npy", concepts)
+    (folder / "part.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(InputError, match="of 30 documents could not be read or encoded, more than max_refused"):
+        adopt(folder)
+    capsys.readouterr()
+    found = documents(adopt(folder, "max_refused=0.2") / "train")
+    told = [line.partition(": row ")[2].partition(": ")[2] for line in capsys.readouterr().out.splitlines()]
+    expected = {3: "concept 0 is not finite: nan", 7: "sentence 0 is null", 8: "sentence 0 is 5"}
+    if layout == "files":
+        count = len(made.concepts[14])
+        expected |= {12: f"concept 0 has {DIM - 1} numbers, those of its dataset have {DIM}"}
+        expected |= {14: f"has {count + 1} sentences and {count} concepts"}
+    assert sorted(filter(None, told)) == sorted(expected.values())
+    assert sorted(found) == sorted(name for number, name in enumerate(made.ids) if number not in expected)
+
+
+def test_a_language_that_sonar_does_not_know_is_refused(adopt, tmp_path):
+    pq.write_table(Made(3).table(), tmp_path / "a.parquet")
+    for given, meant in (("eng_Lat", "eng_Latn"), ("de", "deu_Latn")):
+        with pytest.raises(InputError, match=f"SONAR has no language '{given}'; did you mean '{meant}'"):
+            adopt(tmp_path / "a.parquet", encoder={"name": "sonar", "model": "a/b", "language": given})
+    adopt(tmp_path / "a.parquet", encoder={"name": "sonar", "model": "a/b", "language": "deu_Latn"})
 
 
 def test_supervised_documents_have_a_source_and_a_target(adopt, tmp_path):
@@ -431,6 +530,17 @@ def test_hub_ids_are_told_from_paths(tmp_path, monkeypatch):
     (tmp_path / "owner").mkdir()
     assert not is_hub_id("owner/embeddings")
     assert adoption_config("owner-2/embeddings", "out").source.dataset == "owner-2/embeddings"
+
+
+def test_a_config_of_a_folder_in_the_layout_of_the_hub_is_read(adopt, tmp_path):
+    card = "configs:\n"
+    for config in ("de", "fr"):
+        (tmp_path / "hub" / config).mkdir(parents=True)
+        pq.write_table(Made(20, ord(config[0])).table(), tmp_path / "hub" / config / "0.parquet")
+        card += f"- config_name: {config}\n  data_files:\n  - split: train\n    path: {config}/*\n"
+    (tmp_path / "hub/README.md").write_text(f"---\n{card}---\n")
+    check(adopt(tmp_path / "hub", "source.config=fr") / "train", Made(20, ord("f")))
+    assert len(documents(adopt(tmp_path / "hub") / "train")) == 40
 
 
 def test_a_hub_dataset_is_read_by_its_name(tmp_path):

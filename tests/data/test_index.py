@@ -259,6 +259,8 @@ def test_the_encoder_is_that_of_another_dataset_or_of_the_call(
     capsys.readouterr()
     assert main([*call[:2], str(tmp_path / "no"), "--like", str(synthetic_dataset())]) == 2
     assert "has embed_dim 5" in capsys.readouterr().err
+    assert main([*call[:2], str(tmp_path / "no"), "--encoder", "name=sonar", "model=a/b", "language=germn"]) == 2
+    assert capsys.readouterr().err == "--encoder.language: SONAR has no language 'germn'; did you mean 'deu_Latn'?\n"
     assert main([*call[:2], str(tmp_path / "no"), "--encoder", "sonar"]) == 2
     assert capsys.readouterr().err == "--encoder sonar: has to be KEY=VALUE\n"
     assert not (tmp_path / "no").exists()

@@ -42,6 +42,11 @@ def brought(tmp_path_factory):
     (folder / "folder").mkdir()
     made.to_parquet(folder / "folder/train.parquet")
     made.save_to_disk(folder / "saved")
+    card = "configs:\n"
+    for config, some in (("deu_Latn", made), ("fra_Latn", made.select([0]))):
+        some.to_parquet(folder / f"web/data/{config}/train/000_00000.parquet")
+        card += f"- config_name: {config}\n  data_files:\n  - split: train\n    path: data/{config}/train/*\n"
+    (folder / "web/README.md").write_text(f"---\n{card}---\n")
     sentences = pyarrow.table({"id": [0, 1], "text": [FIRST, SECOND]})
     pyarrow.parquet.write_table(sentences, folder / "sentences.parquet")
     split = [{"id": n, "text": "\n".join(some)} for n, some in enumerate((FIRST, SECOND))]
@@ -52,7 +57,7 @@ def brought(tmp_path_factory):
 
 
 def test_the_table_has_its_rows():
-    assert len(TABLE) == 10
+    assert len(TABLE) == 11
 
 
 @pytest.mark.parametrize(("form", "keys"), TABLE, ids=[form for form, _ in TABLE])

@@ -11,11 +11,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
 from hub import COMMIT, NAME
 from machine import patience
+
+from lcm_ds.config import SourceConfig
+from lcm_ds.text.open import open_source
 
 HUB = Path(__file__).with_name("hub.py")
 READ = """
@@ -32,14 +36,15 @@ except InputError as error:
 units = [unit for unit, _ in zip(first.units(40), range(5))]
 print("looked", file=sys.stderr, flush=True)
 second = open_source(config, index=json.loads(json.dumps(first.index())))
-documents = [[(d.id, d.text, d.refused) for d in second.documents(*unit)] for unit in units[1:]]
+documents = [[(d.id, d.text, d.refused, d.language) for d in second.documents(*unit)] for unit in units[1:]]
 print(json.dumps([first.total, first.describe(), units, documents]))
 """
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two datasets: parquet files of four row groups of 20 rows, mostly of a column that is not used; and JSONL."""
+    """Three datasets: parquet files of four row groups of 20 rows, mostly of a column that is not used; JSONL; and
+    parquet in FineWeb-2's layout, 50 rows a file."""
     (tmp_path / "tables/data").mkdir(parents=True)
     (tmp_path / "lines").mkdir()
     for file in range(2):
@@ -55,6 +60,29 @@ def folder(tmp_path: Path) -> Path:
     for name, path in (("tables", "data/*.parquet"), ("lines", "lines.jsonl")):
         card = f"---\nconfigs:\n- config_name: {name}\n  data_files:\n  - split: train\n    path: {path}\n---\nTales.\n"
         (tmp_path / name / "README.md").write_text(card)
+    card = "configs:\n"
+    for config in ("deu_Latn", "deu_Latn_removed", "cmn_Hani"):
+        card += f"- config_name: {config}\n  data_files:\n"
+        for split in ("train", "test") if config == "deu_Latn" else ("train",):
+            card += f"  - split: {split}\n    path: data/{config}/{split}/*\n"
+            (tmp_path / "web/data" / config / split).mkdir(parents=True)
+            for file in range(2 if split == "train" else 1):
+                ids = [f"<urn:uuid:{config}-{split}-{50 * file + n}>" for n in range(50)]
+                language, script = config.split("_")[:2]
+                columns = {"text": [f"Text {id}." for id in ids], "id": ids, "dump": ["CC-MAIN-2013-20"] * 50}
+                columns |= {
+                    "url": ["https://example.org"] * 50,
+                    "language": [language] * 50,
+                    "language_score": [0.9] * 50,
+                }
+                columns |= {
+                    "language_script": [script] * 50,
+                    "minhash_cluster_size": [1] * 50,
+                    "top_langs": ["{}"] * 50,
+                }
+                path = tmp_path / f"web/data/{config}/{split}/000_{file:05d}.parquet"
+                pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    (tmp_path / "web/README.md").write_text(f"---\n{card}---\nAs FineWeb-2 has it.\n")
     return tmp_path
 
 
@@ -93,7 +121,7 @@ def test_parquet_of_the_hub_is_read_by_row_groups_at_the_commit(read: Callable, 
     assert units == [[0, 40], [40, 80], [80, 120], [120, 150]]
     found = [document for unit in documents for document in unit]
     assert found == [
-        [f"{n}", f"Text {n}." if n % 5 >= 3 else "", None if n % 5 >= 3 else "filtered"] for n in range(40, 150)
+        [f"{n}", f"Text {n}." if n % 5 >= 3 else "", None if n % 5 >= 3 else "filtered", None] for n in range(40, 150)
     ]
     ranges = [tuple(map(int, pair)) for pair in re.findall(r"\.parquet bytes=(\d+)-(\d+)", log)]
     size = sum(path.stat().st_size for path in (folder / "tables/data").iterdir())
@@ -121,3 +149,54 @@ def test_what_the_hub_does_not_have_is_a_mistake_in_one_line(read: Callable) -> 
     done, _ = read("lines", text_column="content")
     assert "source.text_column" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+WEB = {"language_column": "language", "script_column": "language_script", "languages": "all"}
+
+
+def test_a_language_of_fineweb_2_is_a_config(read: Callable, folder: Path) -> None:
+    done, log = read("web", config="deu_Latn", **WEB)
+    assert done.returncode == 0, done.stderr
+    total, described, units, documents = json.loads(done.stdout)
+    assert (total, described["files"], described["revision"]) == (100, 2, COMMIT)
+    assert units == [[0, 50], [50, 100]]
+    ids = [f"<urn:uuid:deu_Latn-train-{n}>" for n in range(50, 100)]
+    assert documents == [[[id, f"Text {id}.", None, "deu_Latn"] for id in ids]]
+    assert "cmn_Hani/train/000" not in log.split("looked")[-1]
+    done, _ = read("web", config="deu_Latn", split="test", **WEB)
+    assert json.loads(done.stdout)[0] == 50
+
+
+def test_files_of_the_hub_may_be_named_by_globs(read: Callable) -> None:
+    globs = [f"hf://datasets/{NAME}/data/{config}/train/*.parquet" for config in ("deu_Latn", "cmn_Hani")]
+    done, log = read("web", dataset=None, config=None, paths=globs, **WEB)
+    assert done.returncode == 0, done.stderr
+    total, described, _, documents = json.loads(done.stdout)
+    assert (total, described["files"], described["revision"]) == (200, 4, COMMIT)
+    found = [document for unit in documents for document in unit]  # but the first 50
+    assert [language for *_, language in found] == ["deu_Latn"] * 50 + ["zho_Hans"] * 100
+    assert f"resolve/{COMMIT}/data/cmn_Hani/train/000_00001.parquet" in log
+    assert "resolve/main" not in log
+    done, _ = read("web", dataset=None, config=None, paths=[f"hf://datasets/{NAME}/data/fra_Latn/*.parquet", *globs])
+    assert done.stderr.strip() == f"source.paths: {NAME}/data/fra_Latn/*.parquet: no such file"
+    done, _ = read("web", dataset=None, config=None, paths=["hf://datasets/tales/of-nothing/*.parquet"])
+    assert done.stderr.startswith("source.paths: hf://datasets/tales/of-nothing/*.parquet: cannot be listed: ")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_folder_in_the_layout_of_the_hub_has_its_configs(folder: Path) -> None:
+    for config, split, rows in (("deu_Latn", "train", 100), ("deu_Latn", "test", 50), ("cmn_Hani", "train", 100)):
+        settings = {"name": "huggingface", "dataset": str(folder / "web"), "config": config, "split": split, **WEB}
+        of = open_source(SourceConfig.model_validate(settings))
+        found = list(of.documents())
+        assert [document.id for document in found] == [f"<urn:uuid:{config}-{split}-{n}>" for n in range(rows)]
+        assert {document.language for document in found} == {"deu_Latn" if config == "deu_Latn" else "zho_Hans"}
+
+
+def test_globs_in_urls_are_expanded(folder: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder / "tables/data"), "/tables", recursive=True)
+    of = open_source(SourceConfig(name="huggingface", paths=["memory://tables/*.parquet"]))
+    assert of.total == 160
+    assert next(of.documents(80, 81)).id == "80"
+    memory.rm("/tables", recursive=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import fsspec
 import pyarrow
+import pyarrow.feather
 import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
@@ -254,12 +255,19 @@ def test_lists_of_sentences_are_taken_as_they_are_in_every_type(tmp_path: Path) 
         "large_list": strings.cast(pyarrow.large_list(pyarrow.large_string())),
         "view": pyarrow.array(lists, pyarrow.list_(pyarrow.string_view())),
         "fixed": pyarrow.array(lists, pyarrow.list_(pyarrow.string(), 2)),
+        "list_view": pyarrow.array(lists, pyarrow.list_view(pyarrow.string())),
+        "large_list_view": pyarrow.array(lists, pyarrow.large_list_view(pyarrow.string_view())),
     }
     expected = [["One is here.", "Two is"], [], ""]
     for name, column in kinds.items():
-        pyarrow.parquet.write_table(pyarrow.table({"text": column, "id": list("abc")}), tmp_path / f"{name}.parquet")
-        of = source("huggingface", paths=[str(tmp_path / f"{name}.parquet")])
-        assert [document.text for document in of.documents()] == expected, name
+        table = pyarrow.table({"text": column, "id": list("abc")})
+        pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
+        with pyarrow.ipc.new_stream(str(tmp_path / f"{name}.arrow"), table.schema) as stream:
+            stream.write_table(table)
+        pyarrow.feather.write_feather(table, tmp_path / f"{name}-file.arrow")
+        for file in (f"{name}.parquet", f"{name}.arrow", f"{name}-file.arrow"):
+            of = source("huggingface", paths=[str(tmp_path / file)])
+            assert [document.text for document in of.documents()] == expected, file
     rows = [
         {"id": 1, "text": ["A \ud800 half.", "Whole."]},
         {"id": 2, "text": ["One.", None]},
@@ -572,6 +580,19 @@ def test_a_range_reads_its_own_row_groups_and_the_columns_that_are_used(tmp_path
         ([4, 5], ["text", "id"]),
         ([6, 7], ["text", "id"]),
     ]
+
+
+def test_a_row_group_is_read_piece_by_piece(tmp_path: Path) -> None:
+    texts = [random.Random(n).randbytes(500).hex() for n in range(32_000)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "0.parquet", compression="none")
+    assert (tmp_path / "0.parquet").stat().st_size > 31_000_000
+    of, most, read = source("huggingface", paths=[str(tmp_path / "0.parquet")]), 0, 0
+    before = pyarrow.total_allocated_bytes()
+    for document in of.documents():
+        read += len(document.text)
+        most = max(most, pyarrow.total_allocated_bytes() - before)
+    assert read == 32_000_000
+    assert most < 8 << 20
 
 
 def test_14_files_of_large_row_groups_feed_100_processes(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lcm_ds.config import SentencesConfig
 from lcm_ds.errors import InputError
 from lcm_ds.text.splitter import Splitter
 
-WORDS = st.text("abcdefgh.,;:!?()\"'-…XYZéß中文。，ا؟🎉\u200d", min_size=1, max_size=12)
+WORDS = st.text("abcdefgh.,;:!?()\"'-…XYZéß中文。，ا؟ԱաԲբकि|🎉\u200d", min_size=1, max_size=12)
 SPACES = st.sampled_from([" ", " ", " ", " ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u2028"])
 TEXTS = st.lists(st.tuples(WORDS, SPACES), max_size=120).map(lambda parts: "".join(map("".join, parts)))
 
@@ -179,6 +179,46 @@ def test_other_languages_end_their_sentences_where_they_do(language: str, senten
     assert splitter(language=language).split(" ".join(sentences)) == sentences
 
 
+# Marked by hand: texts in which ":" and "|" are typed for the Armenian full stop and the danda of India.
+TYPED = [
+    ["Անձրև է գալիս:", "Նա եկավ տուն:"],
+    ["Ժողովը սկսվեց ժամը 12:30-ին:", "Մասնակցում էր 25 հոգի:"],
+    ["Երևանը մայրաքաղաքն է:", "1991 թվականին երկիրն անկախացավ:"],
+    ["«Ես գալիս եմ»:", "Նա լռեց:", "Բոլորը գնացին:"],
+    ["Նա գնեց երեք բան: խնձոր, տանձ և խաղող:"],
+    ["Հեղինակ: Պողոս Պողոսյան"],
+    ["आज बारिश हो रही है|", "नदी बढ़ रही है|"],
+    ["आज बारिश हो रही है |", "नदी बढ़ रही है |", "हाँ|", "मैं आऊँगा|"],
+    ['उसने कहा, "मैं आ रहा हूँ|"', "फिर वह चला गया|"],
+    ["आजा वर्षा भइरहेको छ|", "नदी बढिरहेको छ|"],
+    ["আজ বৃষ্টি হচ্ছে|", "নদী বাড়ছে|"],
+    ["ଆଜି ବର୍ଷା ହେଉଛି|", "ନଦୀ ବଢୁଛି|"],
+    ["ਅੱਜ ਮੀਂਹ ਹੈ|", "ਨਦੀ ਵਧ ਰਹੀ ਹੈ|"],
+    ["ᱛᱮᱦᱮᱧ ᱫᱟᱜ|", "ᱜᱟᱰᱟ ᱯᱮᱨᱮᱡ|"],
+    [
+        "धर्मक्षेत्रे कुरुक्षेत्रे समवेता युयुत्सवः |",
+        "मामकाः पाण्डवाश्चैव किमकुर्वत सञ्जय ||1||",
+        "दृष्ट्वा तु पाण्डवानीकं व्यूढं दुर्योधनस्तदा |",
+        "आचार्यमुपसङ्गम्य राजा वचनमब्रवीत् || 2 ||",
+        "पश्यैतां पाण्डुपुत्राणामाचार्य महतीं चमूम् ||",
+    ],
+    ["होम | समाचार | खेल | मौसम | संपर्क करें"],
+    ["होम|समाचार|खेल यह 10|20 है।"],
+    ["Он сказал: Я приду."],
+    ["He said: Go home.", "The ratio is 3: Two of them."],
+    ["Home | News | About us | And so on it goes | The end"],
+]
+
+
+@pytest.mark.parametrize("sentences", TYPED)
+def test_marks_that_are_typed_for_those_of_a_script_end_sentences_in_it(sentences: list[str]) -> None:
+    for language in ("en", "xx", "hy", "hi"):
+        of = splitter(language=language)
+        assert of.split(" ".join(sentences)) == sentences
+        assert of.split("\n\n".join(sentences)) == sentences
+    assert ENGLISH.split("आज बारिश हो रही है|नदी बढ़ रही है|") == ["आज बारिश हो रही है|", "नदी बढ़ रही है|"]
+
+
 def test_hard_wrapped_lines_are_one_paragraph() -> None:
     wrapped = (
         "The ship that Captain Walton had hired in the summer before sailed from\n"
@@ -335,6 +375,8 @@ def test_icu_finds_the_same_ends_in_every_script() -> None:
             "(He did.)",
             "Yes.",
         ]
+        for sentences in TYPED:
+            assert of.split(" ".join(sentences)) == sentences
         assert len(of.split("ዛሬ ነው። ወደ ሄድን። Βρέχει σήμερα; Ναι. གནམ་འདུག། ང་ཡིན།")) == 6
     assert icu().split("Dr. Smith met Mr. Jones. They left... Then") == [
         "Dr. Smith met Mr. Jones.",
@@ -397,7 +439,7 @@ def test_settings_say_what_determines_the_sentences() -> None:
     said = splitter(max_characters=99).settings()
     assert said["max_characters"] == 99
     assert said["language"] == "en"
-    assert said["rules"] == 3  # another number where a text gets other sentences
+    assert said["rules"] == 4  # another number where a text gets other sentences
     assert said["library"].startswith("spacy 3.")
     assert "Thai and Lao: at spaces" in said["phrases"]
     assert splitter(splitter="none").settings() == {"splitter": "none", "language": "en", "max_characters": 250}

@@ -23,6 +23,7 @@ from lcm_ds.data.remote import fetch as remote
 from lcm_ds.data.shard import Shard, is_apple_double, split_name
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import sha256_of, write_whole
+from lcm_ds.languages import unknown_language
 
 THREADS = 4
 
@@ -153,6 +154,8 @@ def _checked(texts: str) -> str:
 def _about(encoder: Mapping[str, Any] | None, like: str | None) -> dict[str, Any]:
     """The encoder's part of dataset.json."""
     if like is None:
+        if (problem := unknown_language(encoder or {})) is not None:
+            raise InputError(f"--{problem}")
         return {"encoder": dict(encoder or {"name": "unknown"})}
     if encoder is not None:
         raise InputError("--like and --encoder both say what made the concepts: give one of them")
