@@ -198,6 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--silence", type=float, metavar="S", help="seconds without a heartbeat until a host is lost; default: 15")
 
     add = command.add_argument
+    add("--json", action="store_true", help="print events as lines of JSON on stdout, and all else on stderr")
     add("--dry-run", action="store_true", help="print the plan of that many workers; options as of prepare and train")
     _add_plan_of_run(_hidden(add))
     _add_plan_of_preparation(_hidden(add))
@@ -486,6 +487,7 @@ def _prices(arguments: argparse.Namespace) -> Prices:
 
 
 def launch(arguments: argparse.Namespace) -> int:
+    from lcm_ds.distributed.events import events
     from lcm_ds.launcher.launch import launch, planned_ranks
     from lcm_ds.launcher.task import LaunchOptions
 
@@ -496,7 +498,17 @@ def launch(arguments: argparse.Namespace) -> int:
         return _plan_launch(arguments, planned_ranks(**way))
     options = {name: vars(arguments)[name] for name in LaunchOptions.__dataclass_fields__}
     given = LaunchOptions(**{name: value for name, value in options.items() if value is not None})
-    return launch(arguments.config, arguments.overrides, **way, options=given)
+    if arguments.json:
+        events.take_stdout()
+    code = 1
+    try:
+        code = launch(arguments.config, arguments.overrides, **way, options=given)
+    except InputError as error:
+        code = error.exit_code
+        raise
+    finally:
+        events.emit("end", code=code)
+    return code
 
 
 def _plan_launch(arguments: argparse.Namespace, ranks: int) -> int:

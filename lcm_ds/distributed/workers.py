@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from lcm_ds.distributed.environment import DistEnv, free_port
+from lcm_ds.distributed.events import events
 from lcm_ds.processes import set_parent_death_signal
 from lcm_ds.signals import (
     DONE,
@@ -78,11 +79,12 @@ def run_local(
                 workers.send_signal(number)
                 forwarded += 1
             for rank, code in workers.poll().items():
-                if workers.first_failed == rank and code not in PATIENCE_SECONDS:
-                    message = (
-                        f"lcm-ds launch: rank {rank} (process {workers.processes[rank].pid}) {describe_exit(code)}"
-                    )
-                    print(message, file=sys.stderr, flush=True)
+                if workers.first_failed == rank:
+                    what = describe_exit(code)
+                    events.emit("failure", origin=f"rank {rank}", message=what, code=exit_code(code))
+                    if code not in PATIENCE_SECONDS:
+                        message = f"lcm-ds launch: rank {rank} (process {workers.processes[rank].pid}) {what}"
+                        print(message, file=sys.stderr, flush=True)
             time.sleep(POLL_SECONDS)
         return workers.exit_code
     finally:
@@ -118,6 +120,7 @@ def run_with_restarts(
             print(f"lcm-ds launch: no progress since the last restart (at {current}): giving up", file=sys.stderr)
             return code
         previous, seconds = current, min(backoff * 2**restart, MAX_BACKOFF_SECONDS)
+        events.emit("restart", number=restart + 1, of=max_restarts, seconds=seconds, progress=current)
         if _stop_signal_within(seconds, f"lcm-ds launch: restart {restart + 1} of {max_restarts} in {seconds:g} s"):
             return STOPPED
     raise AssertionError("the last run returns")

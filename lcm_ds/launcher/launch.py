@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lcm_ds.distributed.events import events
 from lcm_ds.distributed.workers import run_local, run_with_restarts
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.launcher import schedulers
@@ -79,19 +80,20 @@ def launch(
     assert task is not None
     assert task.folder is not None
 
-    print(f"{task.folder}: starting {_described(world_size, devices)}{task.log}", flush=True)
+    folder = str(task.folder)
+    print(f"{folder}: starting {_described(world_size, devices)}{task.log}", flush=True)
     if local is not None or (len(devices) == 1 and is_this_host(next(iter(devices)))):
         environ = dict(os.environ)
         task.check_local(world_size)
         if devices:  # a hostfile with only this host needs no ssh
             environ["CUDA_VISIBLE_DEVICES"] = visible_devices(*next(iter(devices.items())), environ)
         worker = [sys.executable, "-u", "-m", task.module, str(config_path), *overrides]
-        return run_with_restarts(
-            lambda signals: run_local(worker, world_size, environ, options.master_port, options.grace, signals, output),
-            task.progress,
-            options.max_restarts,
-            options.back_off,
-        )
+
+        def run(signals: list[int]) -> int:
+            events.emit("start", folder=folder, ranks=world_size)
+            return run_local(worker, world_size, environ, options.master_port, options.grace, signals, output)
+
+        return run_with_restarts(run, task.progress, options.max_restarts, options.back_off)
     if hostfile is not None and (errors := errors_of_call(task.folder)):
         raise InputError(errors)
     config = schedulers.resolve_config(task.config, Path(config_path), task.folder)
@@ -108,6 +110,7 @@ def launch(
             if slurm
             else schedulers.mpi_command(program, world_size, task.module, config, environ)
         )
+        events.emit("start", folder=folder, ranks=world_size, command=command[0])
         code = schedulers.run_scheduler(command, environ, task.stop_file)
     missing = task.missing() if code == 0 else None
     if missing is not None:

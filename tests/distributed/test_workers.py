@@ -150,6 +150,28 @@ def test_a_run_that_fails_is_started_again_as_long_as_that_helps(codes, came_to,
     assert code == expected
 
 
+def test_events_are_lines_of_json_and_all_else_goes_to_stderr(tmp_path):
+    worker = [sys.executable, "-m", "toy_worker", "0=exit:1,1=deaf", str(tmp_path)]
+    script = f"""
+import sys
+from lcm_ds.distributed.events import events
+from lcm_ds.distributed.workers import run_with_restarts, run_local
+events.emit("lost")
+events.take_stdout()
+print("printed")
+run = lambda signals: run_local({worker!r}, 2, grace=0.5, signals=signals)
+events.emit("end", code=run_with_restarts(run, iter([3, 3]).__next__, max_restarts=2, backoff=0.01), log=None)
+"""
+    env = {**os.environ, "PYTHONPATH": f"{SUPPORT}:{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(abs(event.pop("time") - time.time()) < patience(60) for event in found)
+    failure = {"event": "failure", "origin": "rank 0", "message": "ended with exit code 1", "code": 1}
+    restart = {"event": "restart", "number": 1, "of": 2, "seconds": 0.01, "progress": 3}
+    assert found == [failure, restart, failure, {"event": "end", "code": 1}]
+    assert "printed" in done.stderr
+
+
 @pytest.mark.parametrize("when", ["while it runs", "between two starts"])
 def test_a_run_that_was_asked_to_stop_is_not_started_again(tmp_path, when):
     deeds = "0=stop,1=exit:1" if when == "between two starts" else "0=deaf,1=stop"

@@ -1,11 +1,12 @@
 """`lcm-ds launch` and `lcm-ds doctor`: errors are reported once, before anything starts."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
-from runs import ROOT, write_tiny_config
+from runs import ROOT, finish, run_dir, start, write_tiny_config
 
 from lcm_ds.doctor.run_checks import doctor
 from lcm_ds.errors import InputError
@@ -140,6 +141,18 @@ def test_options_for_hosts_are_refused_where_there_are_none(config):
     assert lines == ["--max-restarts: goes with --hostfile", "--grace: goes with --hostfile"]
     lines = mistakes_of(config, local=2, options=LaunchOptions(max_restarts=3, silence=5))
     assert lines == ["--silence: goes with --hostfile"]
+
+
+def test_events_of_a_launch_are_on_stdout_alone(config):
+    code, out, err = finish(start("launch", "--json", "--local", 2, config))
+    assert code == 0, err
+    began, ended = map(json.loads, out.splitlines())
+    assert (began["event"], began["ranks"], began["folder"]) == ("start", 2, str(run_dir(config)))
+    assert (ended["event"], ended["code"]) == ("end", 0)
+    assert "done: 2 steps" in err
+    code, out, err = finish(start("launch", "--json", "--local", 2, config, "steps=-1"))
+    assert code == 2
+    assert [json.loads(line)["code"] for line in out.splitlines()] == [2]
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lcm_ds.distributed.environment import DEFAULT_PORT
+from lcm_ds.distributed.events import events
 from lcm_ds.distributed.workers import MAX_BACKOFF_SECONDS
 from lcm_ds.errors import InputError
 from lcm_ds.launcher.multihost.hostfile import is_this_host
@@ -109,6 +110,8 @@ class _Launch:
                 if failure is None or failure.code == STOPPED:
                     return failure.code if failure else DONE
                 self.last = failure.report()
+                log = None if failure.log is None else str(failure.log)
+                events.emit("failure", origin=failure.origin, message=failure.message, code=failure.code, log=log)
                 if failure.code == USER_ERROR or self.signals.count or not await self.made_progress():
                     self.print_last()
                     return failure.code
@@ -175,6 +178,7 @@ class _Launch:
             master_port=self.options.master_port or DEFAULT_PORT,
             hosts=hosts,
         )
+        events.emit("start", folder=str(self.task.folder), ranks=rank, hosts={h.name: h.devices for h in hosts})
         path = self.config.with_name("start.json")
         before = len(self.task.stragglers())
         failure = await Supervisor(spec, self.printer).run(path, self.listener, self.signals, self.options.ssh_port)
@@ -203,6 +207,8 @@ class _Launch:
         # A host that was lost kills its workers at most one heartbeat after the launcher has noticed.
         seconds = max(seconds, 2 * self.options.silence / HEARTBEATS_PER_TIMEOUT)
         self.print_last()
+        most, progress = self.options.max_restarts, self.failed_at
+        events.emit("restart", number=self.restarts, of=most, seconds=seconds, progress=progress)
         text = f"lcm-ds launch: restart {self.restarts} of {self.options.max_restarts} in {seconds:g} s"
         self.printer.say(text, error=True)
         await self.signals.sleep(seconds)
