@@ -170,7 +170,8 @@ def load_run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Train
     """RUN/config.yaml, with data that is found from any folder, also after the run was moved together with it.
 
     A relative path of data.train and data.validation that does not exist from here is taken from the folder in which
-    the run was started, or else from the one that now contains run_dir as that folder did then.
+    the run was started, or else from the one that now contains run_dir as that folder did then; so is an absolute one
+    that does not exist any more, if it was beside run_dir or in a folder above it that was moved as a whole.
 
     Args:
         run_dir: The run.
@@ -193,10 +194,14 @@ def load_run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Train
         and now.parts[-len(relative.parts) :] == relative.parts
     ):
         folders.append(Path(*now.parts[: -len(relative.parts)]))
+    moved_from, moved_to = _without_common_end(relative, now)
 
     def resolve(data: str) -> str:
-        if remote.is_remote(data) or Path(data).is_absolute() or Path(data).exists():
+        if remote.is_remote(data) or Path(data).exists():
             return data
+        if Path(data).is_absolute():
+            moved = Path(data).is_relative_to(moved_from) and moved_to / Path(data).relative_to(moved_from)
+            return str(moved) if moved and moved.exists() else data
         there = next((folder / data for folder in folders if (folder / data).exists()), None)
         return str(there or (folders[0] / data if started else data))
 
@@ -204,6 +209,13 @@ def load_run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Train
     validation = None if config.data.validation is None else resolve(config.data.validation)
     data = config.data.model_copy(update={"train": train, "validation": validation})
     return config.model_copy(update={"data": data})
+
+
+def _without_common_end(one: Path, other: Path) -> tuple[Path, Path]:
+    """Two paths without the last parts that are the same in both."""
+    while one.name and one.name == other.name:
+        one, other = one.parent, other.parent
+    return one, other
 
 
 def load_model(run_dir: str | Path, step: int | None = None) -> tuple[BaseLCM, TrainConfig, int]:

@@ -292,6 +292,20 @@ def test_a_run_is_evaluated_and_traced_from_another_folder_and_after_it_was_move
     assert load_run_config("runs/first").data.validation == "data/validation"
 
 
+def test_absolute_paths_of_data_that_was_moved_with_its_run_are_found(project, tmp_path):
+    config, moved = project / "runs/first/config.yaml", tmp_path / "new"
+    for name in ("runs/first", "data/train", "data/validation"):
+        config.write_text(config.read_text().replace(f": {name}\n", f": {project / name}\n"))
+    other = yaml.safe_load(config.read_text())
+    assert other["data"]["validation"] == f"{project}/data/validation"
+    assert load_run_config(project / "runs/first").data.validation == f"{project}/data/validation"
+    project.rename(moved)
+    data = load_run_config(moved / "runs/first").data
+    assert [data.validation, *(each.path for each in data.train)] == [f"{moved}/data/validation", f"{moved}/data/train"]
+    shutil.rmtree(moved / "data/validation")  # named as the config has it
+    assert load_run_config(moved / "runs/first").data.validation == f"{project}/data/validation"
+
+
 def test_without_the_training_data_a_dataset_is_evaluated_without_the_baselines_that_need_it(
     project, make_dataset, capsys
 ):
