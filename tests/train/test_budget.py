@@ -101,7 +101,7 @@ def test_the_length_of_epochs_of_unknown_data_is_unknown_and_everything_else_is_
     lines = plan("configs/train/400m.yaml", "data.train=not/there", "--gpu", "h100")
     assert lines["run"].startswith("1 epoch(s) of data whose size is not known")
     assert lines["hours"].startswith("not known: --concepts N")
-    assert lines["checkpoint"] == "5.6 GB: 14 bytes per parameter (weights, fp32 weights, two moments)"
+    assert lines["checkpoint"] == "5.6 GB: 14 bytes per parameter, weights and AdamW's states under ZeRO 1"
     assert "disk" not in lines
     assert "GiB per rank" in lines["host"]
 
