@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from lcm_ds import deepspeed_config
 from lcm_ds.config import CheckpointConfig
 from lcm_ds.devices import Gpu, Prices
-from lcm_ds.errors import InputError
 from lcm_ds.model.flops import training_flops
 from lcm_ds.model.sizes import count_parameters
 from lcm_ds.terminal import figure, in_bytes
@@ -69,13 +69,8 @@ def budget_lines(run: ConfiguredRun, ranks: int, prices: Prices) -> Iterator[str
     Args:
         run: The run.
         ranks: Number of ranks.
-        prices: The GPU and its price.
-
-    Raises:
-        InputError: A price that is not positive.
+        prices: The GPU and its price, checked.
     """
-    if errors := [*prices.errors()]:
-        raise InputError(errors)
     if run.epochs is not None and run.epochs > MAX_EPOCHS:
         yield (
             f"warning: {run.epochs:.1f} epochs: beyond {MAX_EPOCHS}, reading the same data again helps less and less "
@@ -125,8 +120,11 @@ def _hour_lines(run: ConfiguredRun, ranks: int, prices: Prices) -> Iterator[str]
 
 def _disk_lines(run: ConfiguredRun) -> Iterator[str]:
     size, rules = checkpoint_size(run), run.config.checkpoint
-    per_parameter = size // count_parameters(run.model)
-    yield f"checkpoint    {in_bytes(size)}: {per_parameter} bytes per parameter (weights, fp32 weights, two moments)"
+    per_parameter, stage = size // count_parameters(run.model), deepspeed_config.zero_stage(run.ds)
+    yield (
+        f"checkpoint    {in_bytes(size)}: {per_parameter} bytes per parameter, weights and AdamW's states under "
+        f"ZeRO {stage}"
+    )
     if run.total_steps is not None:
         stay, most = checkpoints_on_disk(rules, run.total_steps)
         kept = f"the {rules.keep} newest (checkpoint.keep)"

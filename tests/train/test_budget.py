@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from machine import patience
-from runs import ROOT, run_dir, start
+from runs import ROOT, finish, run_dir, start
 
 from lcm_ds.checkpoint.format import Checkpoint, folder_name, list_checkpoints, retain
 from lcm_ds.config import CheckpointConfig, PrepareConfig, TrainConfig, load
@@ -101,7 +101,7 @@ def test_the_length_of_epochs_of_unknown_data_is_unknown_and_everything_else_is_
     lines = plan("configs/train/400m.yaml", "data.train=not/there", "--gpu", "h100")
     assert lines["run"].startswith("1 epoch(s) of data whose size is not known")
     assert lines["hours"].startswith("not known: --concepts N")
-    assert lines["checkpoint"] == "5.6 GB: 14 bytes per parameter (weights, fp32 weights, two moments)"
+    assert lines["checkpoint"] == "5.6 GB: 14 bytes per parameter, weights and AdamW's states under ZeRO 1"
     assert "disk" not in lines
     assert "GiB per rank" in lines["host"]
 
@@ -286,16 +286,12 @@ def test_more_workers_than_processors_are_a_warning(capsys, monkeypatch):
     assert capsys.readouterr().err == "warning: 16 workers (or threads) slow each other down on 2 processor(s); use 2\n"
 
 
-def test_launch_says_at_once_what_it_starts(make_config):
-    process = start("launch", "--local", "8", make_config(batch={"rows_per_step": 8, "micro_batch_rows": 1}, steps=2),
-                    PYTHONUNBUFFERED="1")  # fmt: skip
-    try:
-        first = process.stdout.readline()
-    finally:
-        process.terminate()
-        process.communicate()
-    assert first.rstrip().endswith("log.txt")
-    assert ": starting 8 workers; log: " in first
+def test_launch_says_what_it_starts_before_torch_is_imported(make_config, tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    config = make_config(batch={"rows_per_step": 8, "micro_batch_rows": 1}, steps=2)
+    code, out, err = finish(start("launch", "--local", "8", config, PYTHONPATH=f"{tmp_path}:{ROOT}"))
+    assert (code, out) == (1, f"{run_dir(config)}: starting 8 workers; log: {run_dir(config)}/log.txt\n")
+    assert "no torch here" in err
 
 
 def test_sizes_and_their_defaults_are_those_of_the_model():

@@ -123,7 +123,7 @@ def test_a_run_does_not_resume_with_another_init_from(trained, make_config):
     config = make_config(run_dir=str(began), model={"init_from": str(began), "dropout": 0.1})
     code, out, err = finish(start("train", config))
     assert code == 2, out + err
-    assert f"model.init_from was None and is now '{began}'" in err
+    assert f"model.init_from was null and is now {began}; undo that" in err
 
 
 def test_sizes_other_than_those_of_the_weights_are_reported_at_once(exported, make_config):
