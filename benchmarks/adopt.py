@@ -4,7 +4,7 @@ python benchmarks/adopt.py [--concepts 300000] [--embed-dim 1024] [--row-group 1
 
 Read alone: pyarrow decodes every row of the file, and nothing is done with it. Adopted: it becomes shards in float16,
 synced to the disk, in one process. Written alone: pyarrow writes the table, already in memory, as it does by default.
-Exported: the shards become such a file. Memory is the largest of a process of its own, for a tenth of the rows and for
+Exported: the shards become such a file. Memory is the largest that is resident of a process of its own, for a tenth of the rows and for
 all of them. The sample that the normaliser is fitted to, which is of constant size, is small here.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -137,10 +137,14 @@ def peak(way: str, path: Path, output: Path) -> int:
     if way == "exported":
         words = ["export-data", str(output / "train"), str(output.with_suffix(".parquet"))]
     process = subprocess.Popen([sys.executable, "-m", "lcm_ds.cli", *words], stdout=subprocess.DEVNULL)
-    _, process.returncode, used = os.wait4(process.pid, 0)
+    status, kibibytes = Path(f"/proc/{process.pid}/status"), 0
+    while process.poll() is None:  # not wait4: its ru_maxrss counts the process that started it, too
+        if found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text()):
+            kibibytes = int(found[1])
+        time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"lcm-ds {words[0]} ended with {process.returncode}")
-    return 1024 * used.ru_maxrss
+    return 1024 * kibibytes
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class Columns:
         Raises:
             InputError: With a line for each column that is missing or of another type, or if types leave a choice.
         """
-        fields = {name: schema.field(name).type for name in schema.names}
+        fields = {field.name: field.type for field in schema}
         errors: list[str] = []
         concepts, sentences = config.concepts_columns, config.sentences_columns
         if not concepts:
@@ -84,6 +84,10 @@ class Columns:
             if id_column != SourceConfig.model_fields["id_column"].default:
                 errors.append(f"source.id_column: {part} has no column {id_column!r}; its columns: {', '.join(fields)}")
             id_column = None
+        used = [
+            name for name in (*concepts, *sentences, id_column) if name is not None and schema.names.count(name) > 1
+        ]
+        errors += [f"{part}: has several columns {name!r}: rename all but one" for name in used]
         if errors:
             raise InputError(errors)
         ours = METADATA in (schema.metadata or {}) and "source" in fields

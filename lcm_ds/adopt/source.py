@@ -22,6 +22,7 @@ from lcm_ds.files import read_object
 from lcm_ds.text.huggingface import commit_of, expand_urls, hub_files, hub_name
 
 _INSPECTION_THREADS = 8
+_HIDDEN = (".", "_")  # files and folders that Arrow and Spark pass over, too, such as _temporary
 _KINDS: dict[str, type[ParquetPart] | type[ArrowPart] | type[NumpyPart]] = {
     "parquet": ParquetPart,
     "arrow": ArrowPart,
@@ -206,7 +207,8 @@ def _in_folder(folder: Path) -> list[Place]:
         return _saved(folder, None)
     found: list[Place] = []
     for below, folders, names in os.walk(folder):
-        folders.sort()
+        folders[:] = sorted(folder for folder in folders if not folder.startswith(_HIDDEN))
+        names = [name for name in names if not name.startswith(_HIDDEN)]
         here = Path(below)
         found += [_file(here / name) for name in sorted(names) if name.endswith((".parquet", ".arrow"))]
         if any(name.endswith((".npy", ".npz")) for name in names):

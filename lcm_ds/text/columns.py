@@ -113,6 +113,8 @@ class Columns:
 
         errors = self._missing(part, schema.names)
         config, types = self.config, pyarrow.types
+        if len(set(schema.names)) < len(schema.names) and errors:
+            raise InputError(errors)
         for key, name in self._text_keys():
             if name in schema.names:
                 kind = schema.field(name).type
@@ -160,7 +162,7 @@ class Columns:
         listed, config = ", ".join(names), self.config
         keys = {**dict(self._text_keys()), "language_column": config.language_column}
         keys |= {"script_column": config.script_column}
-        if config.id_column != _OPTIONAL_ID:
+        if config.id_column != _OPTIONAL_ID or config.id_column in names:
             keys["id_column"] = config.id_column
         wanted: Sequence[tuple[str, str | None]] = [*keys.items(), *(("filter", name) for name in config.filter)]
         errors = []
@@ -168,6 +170,8 @@ class Columns:
             if name is not None and name not in names:
                 hint = " (null: documents are named by file and row)" if key == "id_column" else ""
                 errors.append(f"source.{key}: {part} has no column {name!r}; its columns: {listed}{hint}")
+            elif (count := list(names).count(name)) > 1:  # type: ignore[arg-type]
+                errors.append(f"source.{key}: {part} has {count} columns {name!r}: rename all but one")
         return errors
 
 

@@ -294,6 +294,25 @@ def test_columns_that_are_missing_or_leave_a_choice_are_told(adopt, tmp_path):
         adopt(tmp_path / "notes.md")
 
 
+def test_columns_of_one_name_are_told(adopt, tmp_path):
+    table = Made(3).table()
+    pq.write_table(table.append_column("url", table["url"]), tmp_path / "a.parquet")
+    adopt(tmp_path / "a.parquet")  # does not read them
+    for name in ("id", "text_sentences", "text_sentences_sonar_emb"):
+        pq.write_table(table.append_column(name, table[name]), tmp_path / "a.parquet")
+        with pytest.raises(InputError, match=f"a.parquet: has several columns '{name}': rename all but one"):
+            adopt(tmp_path / "a.parquet")
+
+
+def test_what_other_programs_hide_in_a_folder_is_passed_over(adopt, tmp_path):
+    made, data = Made(8), tmp_path / "data"
+    (data / "_temporary").mkdir(parents=True)
+    pq.write_table(made.table(), data / "0.parquet")
+    for name in (".0.parquet", "_metadata.parquet", "_temporary/1.parquet"):
+        (data / name).write_bytes(b"PAR1")
+    check(adopt(data) / "train", made)
+
+
 def test_concepts_without_sentences_are_kept(adopt, tmp_path):
     made = Made(12)
     pq.write_table(made.table().drop_columns(["text", "text_sentences"]), tmp_path / "a.parquet")

@@ -636,6 +636,19 @@ def test_rows_are_left_out_by_number_and_language_and_keep_their_place(tmp_path:
     ]
 
 
+def test_columns_of_one_name_are_told(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,text,text,id\n1,A.,B.,2\n")
+    table = pyarrow.table([["1"], ["A."], ["B."], ["2"]], names=["id", "text", "text", "id"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        with pytest.raises(InputError) as error:
+            source("huggingface", paths=[str(tmp_path / name)])
+        assert error.value.errors == [
+            f"source.{key}: {name} has 2 columns {column!r}: rename all but one"
+            for key, column in (("text_column", "text"), ("id_column", "id"))
+        ]
+
+
 def test_a_second_process_needs_no_second_look(folder: Path, monkeypatch) -> None:
     settings = {"paths": [str(folder / "*" / "*.parquet"), str(folder / "rows.jsonl")]}
     config = SourceConfig.model_validate({"name": "huggingface", **settings})
