@@ -120,10 +120,12 @@ def test_the_first_line_comes_before_torch_is_imported_and_the_phases_have_names
     assert "no torch here" in done.stderr
 
 
-def test_the_time_left_does_not_count_the_start_up(monkeypatch):
+def test_speed_and_time_left_do_not_count_the_start_up(monkeypatch, capsys):
     now = 100.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     with Progress(total=40, given=10, ranks=1, started=0.0) as shown:
         now = 160.0
         shown.add(10)
-        assert shown._left() == "0:02:00 left"  # 10 documents a minute, 20 left; the start took 100 s
+        shown.show([{"sentences": 600.0}])
+    # 10 documents a minute, 20 left; the start took 100 s
+    assert capsys.readouterr().out == "20 documents of 40 (50%), 10 sentences/s, 0:02:00 left\n"
