@@ -293,7 +293,11 @@ def test_more_workers_than_processors_are_a_warning(capsys, monkeypatch):
     task.check_local(2)
     assert capsys.readouterr().err == ""
     task.check_local(16)
-    assert capsys.readouterr().err == "warning: 16 workers (or threads) slow each other down on 2 processor(s); use 2\n"
+    warning = "warning: {} workers (or threads) slow each other down on 2 processor(s); use 2\n"
+    assert capsys.readouterr().err == warning.format(16)
+    monkeypatch.undo()
+    call = ("prepare", "configs/prepare/text_files.yaml", "source.paths=[none/*]", "processes=1", "encoder.threads=999")
+    assert finish(start(*call, CUDA_VISIBLE_DEVICES=""))[2].startswith("warning: 999 workers (or threads) slow each ")
 
 
 def test_launch_says_what_it_starts_before_torch_is_imported(make_config, tmp_path):
