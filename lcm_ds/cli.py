@@ -308,20 +308,22 @@ def _add_plan_of_preparation(add: Any) -> None:
     """Options of a preparation's plan: PLAN_OF_PREPARATION."""
     add("--documents", type=_count, metavar="N", help="plan for a source of this size: 9.7M")
     add("--sentences", type=_count, metavar="N", help="the same, by its sentences")
-    add("--rate", type=_count, metavar="R", help="plan with this many sentences per second and GPU")
+    add("--rate", type=_number, metavar="R", help="plan with this many sentences per second and GPU")
     add("--measure", type=_seconds, metavar="S", help="measure the rate here for this long: 30s")
 
 
-def _count(text: str) -> int:
-    """A number with k, M, G (or B) or T behind it."""
-    match = re.fullmatch(r"([\d.,_]+)\s*([kKMGBT]?)", text)
-    try:
-        number = float(match[1].replace(",", "").replace("_", "")) if match else 0.0
-    except ValueError:
-        number = 0.0
+def _number(text: str) -> float:
+    """A number above 0 with k, M, G (or B) or T behind it."""
+    match = re.fullmatch(r"(\d[\d,_]*(?:\.\d+)?)\s*([kKMGBT]?)", text)
+    number = float(match[1].replace(",", "").replace("_", "")) if match else 0.0
     if not match or number <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} has to be a number above 0, such as 500M or 57G")
-    return round(number * {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}[match[2].upper()])
+    return number * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}[match[2].upper()]
+
+
+def _count(text: str) -> int:
+    """A whole number, likewise."""
+    return max(1, round(_number(text)))
 
 
 def _seconds(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Linux: children that end with their parents, a clean exit, freed memory, and who holds a lock file."""
+"""Linux: children that end with their parents, a clean exit, processors, freed memory, who holds a lock file."""
 
 from __future__ import annotations
 
@@ -20,6 +20,14 @@ PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 SHARED_FILE_SYSTEMS = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "weka", "9p", "fuse")
 STALE_SECONDS = 600.0
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+
+
+def warn_of_few_cores(threads: int) -> None:
+    """Tell the user if workers that compute with so many threads, all together, share fewer processors."""
+    cores = len(os.sched_getaffinity(0))
+    if threads > cores:
+        text = f"warning: {threads} workers (or threads) slow each other down on {cores} processor(s); use {cores}"
+        print(text, file=sys.stderr, flush=True)
 
 
 def set_parent_death_signal(number: int = signal.SIGKILL, parent: int | None = None) -> Callable[[], None]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcm_ds.config import PrepareConfig, TrainConfig, load, read_yaml
 from lcm_ds.errors import Collector, InputError
+from lcm_ds.processes import warn_of_few_cores
 
 if TYPE_CHECKING:
     from lcm_ds.train.job import TrainJob
@@ -93,7 +92,7 @@ def preparation_task(config: PrepareConfig) -> LaunchTask:
 
         devices = torch.cuda.device_count()
         if devices == 0:
-            _warn_of_few_cores(ranks * config.threads)
+            warn_of_few_cores(ranks * config.threads)
         if config.encoder is not None and config.encoder.device is None and 0 < devices < ranks:
             raise InputError(f"--local {ranks}: this host has {devices} CUDA devices")
 
@@ -139,14 +138,6 @@ def run_task(job: TrainJob) -> LaunchTask:
     )
 
 
-def _warn_of_few_cores(threads: int) -> None:
-    """Tell the user if workers on CPUs have to share them."""
-    cores = len(os.sched_getaffinity(0))
-    if threads > cores:
-        text = f"warning: {threads} workers (or threads) slow each other down on {cores} processor(s); use {cores}"
-        print(text, file=sys.stderr, flush=True)
-
-
 def _check_devices(job: TrainJob, ranks: int) -> None:
     """Raise InputError if this host has fewer devices than ranks, or they lack the run's precision."""
     from deepspeed.accelerator import get_accelerator
@@ -156,7 +147,7 @@ def _check_devices(job: TrainJob, ranks: int) -> None:
         job.check_device(job.config.deepspeed if isinstance(job.config.deepspeed, str) else "deepspeed")
     device = get_accelerator()
     if device.device_name() == "cpu":
-        _warn_of_few_cores(ranks)
+        warn_of_few_cores(ranks)
     elif ranks > device.device_count():
         errors.errors.append(f"--local {ranks}: this host has {device.device_count()} {device.device_name()} devices")
     errors.raise_if_any()

@@ -69,6 +69,7 @@ from lcm_ds.prepare.state import (
     tidy,
 )
 from lcm_ds.prepare.work import Work
+from lcm_ds.processes import warn_of_few_cores
 from lcm_ds.signals import DONE, FAILED, describe_exit
 from lcm_ds.text.base import Source
 from lcm_ds.text.huggingface import is_local
@@ -328,6 +329,8 @@ class _RankZero:
         """Start the other ranks, unless a launcher has."""
         if self._launched:
             return
+        if self.config.encoder is not None and not torch.cuda.is_available():
+            warn_of_few_cores(self.env.world_size * self.config.threads)
         command = [sys.executable, "-m", "lcm_ds.prepare", "-"]
         for rank in range(1, self.env.world_size):
             env = DistEnv.local(rank, self.env.world_size, self.env.master_port)

@@ -68,32 +68,32 @@ class Progress:
         """Update the view with the figures of all ranks."""
         self._sums = {key: sum(each[key] for each in figures) for key in (figures[0] if figures else {})}
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.given, speed=self._speed(), left=self._left())
+            speed = self._speed(self._encoding_since)
+            self._bar.update(self._task, completed=self.given, speed=speed, left=self._left())
         elif time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
             share = "" if self.total is None else f" of {self.total:,} ({self.given / max(1, self.total):.0%})"
             left = self._left()
-            print(f"{self.given:,} documents{share}, {self._speed()}{left and ', ' + left}", flush=True)
+            speed = self._speed(self._encoding_since)
+            print(f"{self.given:,} documents{share}, {speed}{left and ', ' + left}", flush=True)
 
     def summary(self) -> str | None:
         """A line about the encoders' work and how busy they were; None if nothing was encoded."""
-        sums, seconds = self._sums, self._seconds()
+        sums, seconds = self._sums, max(1e-9, time.monotonic() - self._started)
         if not sums.get("sentences") or "encoded" not in sums:  # concepts that exist already are not encoded
             return None
         deduplicated = 1 - sums["encoded"] / sums["sentences"]
         processes = f" in {self.ranks} processes" if self.ranks > 1 else ""
         return (
-            f"encoded {sums['sentences']:,.0f} sentences in {seconds:.0f} s{processes}, {self._speed()}; "
+            f"encoded {sums['sentences']:,.0f} sentences in {seconds:.0f} s{processes}, {self._speed(self._started)}; "
             f"{deduplicated:.1%} duplicates skipped; "
             f"padding {1 - sums['tokens'] / max(1, sums['padded_tokens']):.1%} of {sums['padded_tokens']:,.0f} tokens; "
             f"encoder busy {sums['busy'] / (seconds * self.ranks):.0%} of the time"
         )
 
-    def _seconds(self) -> float:
-        return max(1e-9, time.monotonic() - self._started)
-
-    def _speed(self) -> str:
-        return f"{self._sums.get('sentences', 0) / self._seconds():,.0f} sentences/s"
+    def _speed(self, since: float) -> str:
+        seconds = max(1e-9, time.monotonic() - since)
+        return f"{self._sums.get('sentences', 0) / seconds:,.0f} sentences/s"
 
     def _left(self) -> str:
         """The time left at the average speed, to which the start-up does not belong."""

@@ -61,6 +61,20 @@ def test_a_plan_without_the_source_takes_its_size_and_needs_no_torch():
     assert lines["shards"].startswith(f"{math.ceil(9_672_101 / 1000):,} for training")
 
 
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [("500M", 500_000_000), ("1.5G", 1_500_000_000), ("57B", 57_000_000_000), ("9,672,101", 9_672_101), ("2k", 2000)],
+)
+def test_numbers_of_plans_have_the_usual_suffixes(plan, written, number):
+    assert f" {number:,} sentences" in plan(FINEWEB, "--sentences", written)["documents"]
+
+
+@pytest.mark.parametrize("written", ["0", "-1", "many", "1.2.3", "5X", ""])
+def test_what_is_no_number_is_refused(call, written):
+    with pytest.raises(SystemExit):
+        call("prepare", FINEWEB, "--dry-run", f"--rate={written}")
+
+
 def test_what_is_given_is_limited_to_what_is_taken(plan):
     assert plan(FINEWEB, "source.take=1000", "--documents", "1M", "--sentences", "50M")["documents"].startswith(
         "1,000, 50,000 sentences"
@@ -73,6 +87,7 @@ def test_a_source_that_cannot_be_read_is_not_there_yet_and_the_rest_is_printed(p
     assert lines["source"].startswith("not there yet: ")
     assert lines["sentences"].startswith("not known: --documents N")
     assert lines["rate"].startswith("10 sentences/s")
+    assert plan(FINEWEB, "--sentences", 1800, "--rate", 0.5)["hours"].startswith("1 on 1; ")
     assert {"hours", "disk", "shards"}.isdisjoint(lines)
     other = ("encoder.model=other/model", "--sentences", 1000)
     assert plan("configs/prepare/text_files.yaml", *other)["disk"].startswith("not known: --embed-dim D")
@@ -120,10 +135,12 @@ def test_the_first_line_comes_before_torch_is_imported_and_the_phases_have_names
     assert "no torch here" in done.stderr
 
 
-def test_the_time_left_does_not_count_the_start_up(monkeypatch):
+def test_speed_and_time_left_do_not_count_the_start_up(monkeypatch, capsys):
     now = 100.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     with Progress(total=40, given=10, ranks=1, started=0.0) as shown:
         now = 160.0
         shown.add(10)
-        assert shown._left() == "0:02:00 left"  # 10 documents a minute, 20 left; the start took 100 s
+        shown.show([{"sentences": 600.0}])
+    # 10 documents a minute, 20 left; the start took 100 s
+    assert capsys.readouterr().out == "20 documents of 40 (50%), 10 sentences/s, 0:02:00 left\n"

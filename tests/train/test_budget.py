@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from machine import patience
-from runs import ROOT, finish, run_dir, start
+from runs import ROOT, finish, metrics, run_dir, start
 
 from lcm_ds.checkpoint.format import Checkpoint, folder_name, list_checkpoints, retain
 from lcm_ds.config import CheckpointConfig, PrepareConfig, TrainConfig, load
@@ -14,7 +14,7 @@ from lcm_ds.devices import GPUS, gpu_named
 from lcm_ds.errors import InputError
 from lcm_ds.launcher.task import preparation_task
 from lcm_ds.model.sizes import PRESETS, ModelSizes, count_parameters
-from lcm_ds.train.budget import checkpoints_on_disk
+from lcm_ds.train.budget import checkpoints_on_disk, gpu_hours
 from lcm_ds.train.job_builder import outline
 from lcm_ds.train.memory import USABLE, checkpoint_bytes, device_peak, largest_micro_batch
 
@@ -80,6 +80,16 @@ def test_hours_are_those_of_six_flops_per_weight_and_concept(plan):
     assert float(stated["GPU-hours"].split()[0]) == pytest.approx(gpu_hours[0] / 2, rel=0.01)
     assert "1978 TFLOP/s (log.peak_tflops)" in stated["GPU-hours"]
     assert plan(*PAPER)["hours"].startswith("not known: --gpu h100")
+
+
+def test_at_the_utilisation_of_a_run_a_plan_has_the_runs_own_speed(trained):
+    """A plan counts segments of the maximum length, a few per cent more than there are."""
+    config = trained(2, steps=8, log={"every": 1, "peak_tflops": 0.01})
+    run = outline(config, [], 2, concepts=10_000)
+    mfu, step_time = metrics(config, "mfu"), metrics(config, "step_time")
+    for step in range(1, 8):
+        planned = gpu_hours(run, 0.01, mfu[step]) * 3600 / 2 / run.total_steps
+        assert 1 < planned / step_time[step] < 1.15
 
 
 def test_the_concepts_of_an_epoch_can_be_given_instead_of_the_data(plan, make_config, concepts):
@@ -283,7 +293,11 @@ def test_more_workers_than_processors_are_a_warning(capsys, monkeypatch):
     task.check_local(2)
     assert capsys.readouterr().err == ""
     task.check_local(16)
-    assert capsys.readouterr().err == "warning: 16 workers (or threads) slow each other down on 2 processor(s); use 2\n"
+    warning = "warning: {} workers (or threads) slow each other down on 2 processor(s); use 2\n"
+    assert capsys.readouterr().err == warning.format(16)
+    monkeypatch.undo()
+    call = ("prepare", "configs/prepare/text_files.yaml", "source.paths=[none/*]", "processes=1", "encoder.threads=999")
+    assert finish(start(*call, CUDA_VISIBLE_DEVICES=""))[2].startswith("warning: 999 workers (or threads) slow each ")
 
 
 def test_launch_says_what_it_starts_before_torch_is_imported(make_config, tmp_path):
