@@ -4,8 +4,8 @@ python benchmarks/adopt.py [--concepts 300000] [--embed-dim 1024] [--row-group 1
 
 Read alone: pyarrow decodes every row of the file, and nothing is done with it. Adopted: it becomes shards in float16,
 synced to the disk, in one process. Written alone: pyarrow writes the table, already in memory, as it does by default.
-Exported: the shards become such a file. Memory is the largest that is resident of a process of its own, for a tenth of
-the rows and for all of them. The sample that the normaliser is fitted to, which is of constant size, is small here.
+Exported: the shards become such a file. Memory is the most that a process of its own has resident, for a tenth of the
+rows and for all of them. The sample that the normaliser is fitted to, which is of constant size, is small here.
 """
 
 from __future__ import annotations

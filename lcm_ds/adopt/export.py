@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lcm_ds.adopt.columns import EMBEDDING_SUFFIX, METADATA
+from lcm_ds.adopt.lists import use_system_allocator
 from lcm_ds.data.format import Dataset, open_dataset
 from lcm_ds.data.remote.cache import Cache
 from lcm_ds.data.shard import Shard, open_shard_once
@@ -24,7 +25,7 @@ from lcm_ds.errors import InputError
 from lcm_ds.files import sync
 
 COLUMN, SOURCE_COLUMN, TARGET_COLUMN = "text_sentences", "prompt_sentences", "answer_sentences"
-GROUP_BYTES = 64 << 20  # of the concepts of a row group, which are in memory
+GROUP_BYTES = 32 << 20  # of the concepts of a row group, which are in memory
 
 
 class _Rows(NamedTuple):
@@ -58,6 +59,7 @@ def export_data(path: str | Path, output: str | Path) -> None:
         raise InputError(f"{output}: is there already; choose a new file")
     if not output.absolute().parent.is_dir():
         raise InputError(f"{output}: has to be a file in a folder that is there")
+    use_system_allocator()
     partial = output.with_name(f"{output.name}.partial")
     with tempfile.TemporaryDirectory(prefix="lcm-ds-") as cache:
         dataset = open_dataset(path, Cache(cache))
@@ -95,31 +97,45 @@ def _write(dataset: Dataset, path: Path) -> int:
     options: dict[str, Any] = {"compression": compression, "use_dictionary": texts, "write_statistics": ["id"]}
     with pyarrow.parquet.ParquetWriter(path, schema, **options) as writer:
         for rows in _row_groups(dataset, worded):
-            arrays = [pyarrow.array(rows.ids), pyarrow.array(rows.sources)]
-            for column in rows.columns:
-                if worded:
-                    arrays.append(pyarrow.ListArray.from_arrays(column.offsets, pyarrow.array(column.sentences)))
-                vectors = pyarrow.FixedSizeListArray.from_arrays(column.concepts.reshape(-1), type=concept)
-                arrays.append(pyarrow.ListArray.from_arrays(column.offsets, vectors))
-            writer.write_table(pyarrow.table(arrays, schema=schema), row_group_size=max(1, len(rows.ids)))
+            writer.write_table(_table(rows, schema), row_group_size=max(1, len(rows.ids)))
             count += len(rows.ids)
+            del rows  # before the next ones are read
+            pyarrow.default_memory_pool().release_unused()  # what is free between the chunks that the writer keeps
     return count
+
+
+def _table(rows: _Rows, schema: Any) -> Any:
+    """The documents as an Arrow table."""
+    import pyarrow
+
+    arrays = [pyarrow.array(rows.ids), pyarrow.array(rows.sources)]
+    for column in rows.columns:
+        if column.sentences is not None:
+            arrays.append(pyarrow.ListArray.from_arrays(column.offsets, pyarrow.array(column.sentences)))
+        concept = schema.field(len(arrays)).type.value_type
+        vectors = pyarrow.FixedSizeListArray.from_arrays(column.concepts.reshape(-1), type=concept)
+        arrays.append(pyarrow.ListArray.from_arrays(column.offsets, vectors))
+    return pyarrow.table(arrays, schema=schema)
 
 
 def _row_groups(dataset: Dataset, worded: bool) -> Iterator[_Rows]:
     """The documents in order of the shards, as many at a time as have GROUP_BYTES of concepts."""
     most = max(1, GROUP_BYTES // (4 * dataset.embed_dim))
+    # Of all row groups: what is allocated for each of them is not freed as it was, so that memory would grow.
+    buffers = [
+        np.empty((most, dataset.embed_dim), np.float32) for _ in range(1 if dataset.info.supervised is None else 2)
+    ]
     for index in range(len(dataset.shards)):
         shard = open_shard_once(dataset, index)
         ends = np.concatenate([[0], np.cumsum(shard.lengths)])
         first = 0
         while first < len(shard):
             last = max(first + 1, int(np.searchsorted(ends, ends[first] + most, side="right")) - 1)
-            yield _rows(dataset, shard, range(first, last), worded)
+            yield _rows(dataset, shard, range(first, last), worded, buffers)
             first = last
 
 
-def _rows(dataset: Dataset, shard: Shard, documents: range, worded: bool) -> _Rows:
+def _rows(dataset: Dataset, shard: Shard, documents: range, worded: bool, buffers: list[np.ndarray]) -> _Rows:
     """Some documents of a shard, without ends of text and suffixes. Raises InputError if one has no sentences.
 
     Args:
@@ -127,6 +143,7 @@ def _rows(dataset: Dataset, shard: Shard, documents: range, worded: bool) -> _Ro
         shard: Open.
         documents: Their numbers.
         worded: Whether documents have sentences.
+        buffers: For the concepts of each column, float32 [n, embed_dim]; a longer document gets one of its own.
     """
     info = dataset.info
     suffixed = info.supervised is not None and info.supervised.source_suffix is not None
@@ -150,9 +167,10 @@ def _rows(dataset: Dataset, shard: Shard, documents: range, worded: bool) -> _Ro
             own += map(_text, sentences[begin:stop])
             places.append((document, begin, stop))
     columns = []
-    for own, places in zip(texts, ranges, strict=True):
+    for own, places, buffer in zip(texts, ranges, buffers, strict=True):
         offsets = np.concatenate([[0], np.cumsum([stop - begin for _, begin, stop in places])]).astype(np.int32)
-        concepts = np.empty((int(offsets[-1]), dataset.embed_dim), np.float32)
+        count = int(offsets[-1])
+        concepts = buffer[:count] if count <= len(buffer) else np.empty((count, dataset.embed_dim), np.float32)
         for (document, begin, _), at, until in zip(places, offsets[:-1], offsets[1:], strict=True):
             shard.read_into(concepts[at:until], document, begin)
         columns.append(_Column(offsets, own if worded else None, concepts))

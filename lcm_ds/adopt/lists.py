@@ -16,6 +16,14 @@ CONCEPT_TYPES = "lists of lists of half, float or double"  # the types of a colu
 SENTENCE_TYPES = "lists of strings"
 
 
+def use_system_allocator() -> None:
+    """Have Arrow allocate from the C library in this process.
+
+    Its own allocators keep what one thread allocates and another one frees: 100 MB, and more with time.
+    """
+    pa.set_memory_pool(pa.system_memory_pool())
+
+
 class Concepts(NamedTuple):
     """The concepts of consecutive rows."""
 

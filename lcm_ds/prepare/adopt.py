@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import pyarrow
 import torch
 
 from lcm_ds.adopt.columns import Block, checked
-from lcm_ds.adopt.lists import Concepts
+from lcm_ds.adopt.lists import Concepts, use_system_allocator
 from lcm_ds.adopt.parts import Part
 from lcm_ds.adopt.source import ConceptSource, Unit
 from lcm_ds.config import PrepareConfig
@@ -70,8 +69,7 @@ class AdoptedWork:
     """Concepts in parquet, Arrow or NumPy files; see Work. Only rank 0 inspects them, others read its index."""
 
     def __init__(self, config: PrepareConfig, first: bool, index: dict[str, Any] | None) -> None:
-        # Arrow's own allocators keep what one thread allocates and another one frees: 100 MB, and more with time.
-        pyarrow.set_memory_pool(pyarrow.system_memory_pool())
+        use_system_allocator()
         self.config = config
         self.threads: int | None = None
         self._index = index

@@ -29,7 +29,7 @@ def order(monkeypatch, tmp_path):
             def read():
                 happened.append(f"read {index}")
                 flags = (int(index == stop_at), int(index == save_at), 0)
-                return StepOutcome(1.0, 0.5, 8, True, 8, 0, 8, flags, 0.0)
+                return StepOutcome(1.0, 0.5, 8, True, 8, 0, 8, flags, (), 0.0)
 
             return SimpleNamespace(read=read)
 
