@@ -66,18 +66,14 @@ def test_the_peak_of_a_step_is_what_deepspeed_allocates(ranks, precisions, tmp_p
     port = free_port()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, str(SUPPORT / "memory_worker.py"), str(out), *precisions]
-    workers = [
-        subprocess.Popen(
-            command,
-            env=DistEnv.local(rank, ranks, port).apply_to(env),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(ranks)
-    ]
-    for worker in workers:
-        _, err = worker.communicate(timeout=patience(500))
-        assert worker.returncode == 0, err.decode()
+    errors = [tmp_path / f"stderr-{rank}" for rank in range(ranks)]  # files: a full pipe would stop a worker
+    workers = []
+    for rank, path in enumerate(errors):
+        with path.open("w") as file:
+            environment = DistEnv.local(rank, ranks, port).apply_to(env)
+            workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=file))
+    for worker, path in zip(workers, errors, strict=True):
+        assert worker.wait(timeout=patience(500)) == 0, path.read_text()
     lines = out.read_text().splitlines()
     assert len(lines) == sum(6 if precision == SHIPPED else 8 for precision in precisions)
     for line in lines:
