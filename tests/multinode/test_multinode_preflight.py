@@ -32,7 +32,9 @@ def test_everything_that_is_wrong_on_any_host_is_told_at_once_with_2(hosts, make
         server.kill()
         server.wait()
     assert code == 2, out + err
-    assert [line.split()[:2] for line in out.splitlines()] == [
+    begins, *table = out.splitlines()
+    assert begins.startswith(f"{run_dir(config)}: starting 4 workers on 4 hosts; log")
+    assert [line.split()[:2] for line in table] == [
         ["worker-0", "1"],
         ["worker-1", "2"],
         ["worker-2", "1"],

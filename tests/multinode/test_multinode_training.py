@@ -7,7 +7,7 @@ import time
 import pytest
 from host_runs import finish, launch, wait_for, wait_for_step
 from machine import patience
-from small_run import ROOT, checkpoints, losses, run_dir
+from small_run import EMBED_DIM, ROOT, checkpoints, losses, run_dir
 
 
 def test_two_hosts_stopped_and_gone_on_with_give_the_losses_of_launch_local(hosts, make_config, local_losses):
@@ -95,8 +95,11 @@ def test_the_host_of_a_slow_rank_is_left_out_at_the_next_restart(hosts, make_con
     config = make_config(
         steps=100_000,
         checkpoint={"every": 2},
-        guard={"straggler": 1.5, "straggler_steps": 20},
+        guard={"straggler": 1.5, "straggler_steps": 4},
         deepspeed=str(ROOT / "ds_configs/zero2_fp32.json"),
+        # Its forward pass takes long enough for a process that runs a tenth of the time to be stopped in it.
+        model={"preset": "quickstart", "embed_dim": EMBED_DIM, "hidden_size": 256, "num_hidden_layers": 4},
+        batch={"rows_per_step": 32, "micro_batch_rows": 16},
     )
     options = ("--max-restarts", 1, "--min-hosts", 1, "--exclude-stragglers")
     launcher = launch(hosts, 2, config, *options)
@@ -117,7 +120,7 @@ def test_the_host_of_a_slow_rank_is_left_out_at_the_next_restart(hosts, make_con
     launcher.send_signal(signal.SIGINT)
     code, out, err = finish(launcher)
     assert code == 75, out + err
-    assert "rank 1: " in err or "is a straggler" in out + err
+    assert "rank 1 on " in out + err
     assert "continuing with 1 rank(s) on 1 host(s), without worker-1" in err
 
 

@@ -3,6 +3,7 @@
 import json
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,19 @@ from torch import nn
 from lcm_ds.config import GuardConfig
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.train.monitoring.stragglers import ForwardTimer, StragglerWatch, straggler_ranks
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch):
+    """Seconds that pass at each look at the clock."""
+    pace, now = {"seconds": 0.0}, [0.0]
+
+    def look():
+        now[0] += pace["seconds"]
+        return now[0]
+
+    monkeypatch.setattr("lcm_ds.train.monitoring.stragglers.time", SimpleNamespace(perf_counter=look))
+    return pace
 
 
 def watch(tmp_path, rank=1, **guard):
@@ -47,6 +61,17 @@ def test_others_and_a_watch_that_is_off_say_nothing(tmp_path, caplog):
     assert straggler_ranks(tmp_path) == []
 
 
+def test_a_slow_rank_that_costs_next_to_nothing_is_not_named(tmp_path, caplog, clock):
+    clock["seconds"] = 1e-3
+    slow = watch(tmp_path, straggler=1.5, straggler_steps=1)
+    slow.add(0, (100, 205, 90))  # 105 microseconds of a millisecond
+    assert len(caplog.messages) == 1
+    clock["seconds"] = 1.0
+    slow = watch(tmp_path, straggler=1.5, straggler_steps=1)
+    slow.add(0, (100, 205, 90))  # of a second
+    assert len(caplog.messages) == 1
+
+
 def test_the_slowest_rank_and_what_it_costs_are_those_since_the_last_report(tmp_path):
     ranks = watch(tmp_path)
     nothing = {"slowest_rank": None, "slowest_rank_share": None}
@@ -81,7 +106,8 @@ class Sleep(nn.Module):
 
 
 @pytest.mark.parametrize(("stage", "least"), [(2, 140_000), (3, 40_000)])
-def test_the_clock_runs_in_the_forward_passes_of_training(stage, least):
+def test_the_clock_runs_in_the_forward_passes_of_training(stage, least, monkeypatch):
+    monkeypatch.setattr("lcm_ds.train.monitoring.stragglers.time", time)
     model = Slow()
     timer = ForwardTimer(model, stage, torch.device("cpu"))
     assert timer.next_step() == 0

@@ -26,6 +26,7 @@ from lcm_ds.distributed.environment import DistEnv
 logger = logging.getLogger("lcm_ds.train")
 
 STRAGGLERS = "stragglers.jsonl"  # in the run's folder
+LEAST_SHARE = 0.05  # of the time of the steps: a rank that costs less is not worth a warning, as with tiny models
 
 
 class ForwardTimer:
@@ -82,6 +83,7 @@ class StragglerWatch:
     def __init__(self, config: GuardConfig, env: DistEnv, run_dir: Path) -> None:
         self._config, self._env, self._path = config, env, run_dir / STRAGGLERS
         self._window: list[Sequence[int]] = []  # the steps that are judged next
+        self._window_began = time.perf_counter()
         self._slow = False
         self.reset()
 
@@ -104,8 +106,10 @@ class StragglerWatch:
         if limit is None or len(self._window) < steps:
             return
         sums, self._window = _sum(self._window), []
-        factor = sums[self._env.rank] / statistics.median_low(sums)
-        was_slow, self._slow = self._slow, factor > limit
+        seconds, self._window_began = time.perf_counter() - self._window_began, time.perf_counter()
+        own, median = sums[self._env.rank], statistics.median_low(sums)
+        factor = own / median
+        was_slow, self._slow = self._slow, factor > limit and (own - median) / 1e6 > LEAST_SHARE * seconds
         if was_slow or not self._slow:
             return
         host = socket.gethostname()
