@@ -11,7 +11,7 @@ from torch import nn
 
 from lcm_ds.config import GuardConfig
 from lcm_ds.distributed.environment import DistEnv
-from lcm_ds.train.monitoring.stragglers import ForwardTimer, StragglerWatch, straggler_ranks
+from lcm_ds.train.monitoring.stragglers import WARM_UP, ForwardTimer, StragglerWatch, straggler_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +28,11 @@ def clock(monkeypatch):
 
 
 def watch(tmp_path, rank=1, **guard):
-    return StragglerWatch(GuardConfig(**guard), DistEnv.local(rank, 3, 1), tmp_path)
+    ranks = StragglerWatch(GuardConfig(**guard), DistEnv.local(rank, 3, 1), tmp_path)
+    for step in range(WARM_UP):
+        ranks.add(step, (100, 900, 90))
+    ranks.reset()
+    return ranks
 
 
 def test_a_rank_that_is_slow_for_long_is_named_once_with_its_host(tmp_path, caplog):

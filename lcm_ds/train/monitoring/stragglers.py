@@ -8,7 +8,6 @@ projections, whose parameters have been gathered before the clock starts.
 from __future__ import annotations
 
 import json
-import logging
 import socket
 import statistics
 import time
@@ -22,10 +21,10 @@ from torch import nn
 
 from lcm_ds.config import GuardConfig
 from lcm_ds.distributed.environment import DistEnv
-
-logger = logging.getLogger("lcm_ds.train")
+from lcm_ds.train.monitoring.console import console
 
 STRAGGLERS = "stragglers.jsonl"  # in the run's folder
+WARM_UP = 5  # steps after a start, in which operators are compiled and memory is found, that are not judged
 LEAST_SHARE = 0.05  # of the time of the steps: a rank that costs less is not worth a warning, as with tiny models
 
 
@@ -82,6 +81,7 @@ class StragglerWatch:
 
     def __init__(self, config: GuardConfig, env: DistEnv, run_dir: Path) -> None:
         self._config, self._env, self._path = config, env, run_dir / STRAGGLERS
+        self._warm_up = WARM_UP  # steps to come
         self._window: list[Sequence[int]] = []  # the steps that are judged next
         self._window_began = time.perf_counter()
         self._slow = False
@@ -102,6 +102,9 @@ class StragglerWatch:
         if len(times) < 2 or not all(times):
             return
         self._sums, self._steps = _sum([self._sums, times]), self._steps + 1
+        if self._warm_up:
+            self._warm_up, self._window_began = self._warm_up - 1, time.perf_counter()
+            return
         self._window.append(times)
         if limit is None or len(self._window) < steps:
             return
@@ -116,14 +119,9 @@ class StragglerWatch:
         entry = {"step": step + 1, "rank": self._env.rank, "host": host, "factor": round(factor, 3)}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
-        logger.warning(
-            "rank %d on %s is a straggler: in %d steps its forward passes took %s × as long as the median rank's "
-            "(guard.straggler: %s)",
-            entry["rank"],
-            host,
-            steps,
-            f"{factor:.2f}",
-            f"{limit:g}",
+        console.warning(
+            f"rank {self._env.rank} on {host} is a straggler: in {steps} steps its forward passes took {factor:.2f} × "
+            f"as long as the median rank's (guard.straggler: {limit:g})"
         )
 
     def read(self, step_time: float) -> dict[str, Any]:
