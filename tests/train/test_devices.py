@@ -139,7 +139,7 @@ def test_so_do_preparing_and_evaluating(devices, expected, on_gpus, monkeypatch)
     assert Ranks(place).device == torch.device("cuda", expected)
     monkeypatch.setattr(pipeline, "load_encoder", lambda encoder: encoder.device)
     assert (
-        pipeline._load(SimpleNamespace(encoder=EncoderConfig(name="sonar", model="random")), place)
+        pipeline.load_for_rank(SimpleNamespace(encoder=EncoderConfig(name="sonar", model="random")), place)
         == f"cuda:{expected}"
     )
     monkeypatch.setattr(collectives, "wait_for_all_ranks", lambda env, purpose: None)

@@ -14,14 +14,15 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from lcm_ds.config import GuardConfig
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.train.monitoring.console import console
+
+if TYPE_CHECKING:  # the launcher reads `straggler_ranks` before it imports torch
+    import torch
+    from torch import nn
 
 STRAGGLERS = "stragglers.jsonl"  # in the run's folder
 WARM_UP = 5  # steps after a start, in which operators are compiled and memory is found, that are not judged
@@ -35,7 +36,7 @@ class ForwardTimer:
         self._on_gpu = device.type == "cuda"
         self._seconds = 0.0  # of the current step, on a CPU
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # of the current step, on a GPU
-        self._earlier = deque[list[tuple[torch.cuda.Event, torch.cuda.Event]]]()  # steps that may not be done
+        self._earlier: deque[list[tuple[torch.cuda.Event, torch.cuda.Event]]] = deque()  # steps that may not be done
         self._started: Any = None
         self._last = 0
         layers = [module for name, module in model.named_modules() if name.endswith("mlp.down_proj")]
@@ -44,6 +45,8 @@ class ForwardTimer:
             module.register_forward_hook(self._stop)
 
     def _start(self, module: nn.Module, arguments: object) -> None:
+        import torch
+
         if torch.is_grad_enabled():  # not in a validation
             self._started = self._now()
 
@@ -59,6 +62,8 @@ class ForwardTimer:
     def _now(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter()
+        import torch
+
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event

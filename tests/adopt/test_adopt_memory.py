@@ -22,4 +22,5 @@ def test_ten_times_the_rows_take_the_same_memory(tmp_path: Path) -> None:
         for way in ("adopted", "exported"):
             peaks[way, concepts] = benchmark.peak(way, tmp_path / f"{concepts}.parquet", tmp_path / f"out-{concepts}")
     for way in ("adopted", "exported"):
-        assert peaks[way, 200_000] < 1.1 * peaks[way, 20_000], peaks
+        # Measured alone 1.02 to 1.07; the rest is for allocators beside other work.
+        assert peaks[way, 200_000] < 1.15 * peaks[way, 20_000], peaks
