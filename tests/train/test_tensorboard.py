@@ -305,15 +305,22 @@ def test_wandb_has_the_scalars_of_a_resumed_run_under_one_id(make_config, tmp_pa
     log = log_of(make_config, wandb={"project": "lcm", "mode": "offline"})
     ids = track(log, tmp_path, [1, 2])
     assert track(log, tmp_path, [3]) == ids
-    logged = {}
-    for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
-        assert ids["wandb"] in path.name
-        for data in wandb_records(path.read_bytes()):
-            history = wandb_internal_pb2.Record.FromString(data).history
-            items = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in history.item}
-            if "step" in items:
-                logged[items["step"]] = items["loss/train"]
-    assert logged == {1: 9.0, 2: 8.0, 3: 7.0}
+
+    def logged():
+        found = {}
+        for path in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")):
+            assert ids["wandb"] in path.name
+            for data in wandb_records(path.read_bytes()):
+                history = wandb_internal_pb2.Record.FromString(data).history
+                items = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in history.item}
+                if "step" in items:
+                    found[items["step"]] = items["loss/train"]
+        return found
+
+    deadline = time.monotonic() + patience(20)
+    while len(logged()) < 3 and time.monotonic() < deadline:  # its own process writes the file
+        time.sleep(0.1)
+    assert logged() == {1: 9.0, 2: 8.0, 3: 7.0}
 
 
 def test_a_tracker_that_fails_is_reported_and_not_used_any_further(make_config, tmp_path, caplog, monkeypatch):
