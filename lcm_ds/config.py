@@ -438,7 +438,8 @@ class GuardConfig(Schema):
     spike_window: int = Field(100, ge=2)  # number of previous steps
     on_spike: Literal["log", "rollback"] = "log"
     spike_steps: int = Field(10, gt=0)  # skipped after a rollback: the spike and the steps before it
-    # a rank whose forward passes take this many times as long as the median rank's is named; null: off
+    # a rank whose forward passes take this many times as long as the median rank's, and cost 5 % of the step, is named;
+    # null: off
     straggler: float | None = Field(1.5, gt=1)
     straggler_steps: int = Field(100, gt=0)  # over so many steps
     stall_minutes: float | None = Field(30.0, gt=0)  # end the run with exit code 1 after this time without progress
