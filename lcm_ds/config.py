@@ -441,7 +441,7 @@ class GuardConfig(Schema):
     # a rank whose forward passes take this many times as long as the median rank's, and cost 5 % of the step, is named;
     # null: off
     straggler: float | None = Field(1.5, gt=1)
-    straggler_steps: int = Field(100, gt=0)  # over so many steps
+    straggler_steps: int = Field(100, gt=0)  # steps that are compared together
     stall_minutes: float | None = Field(30.0, gt=0)  # end the run with exit code 1 after this time without progress
 
 

@@ -155,14 +155,22 @@ def upload(run_dir: Path, rules: CheckpointConfig, stopped: Event) -> bool:
         if rules.keep_every is None or step % rules.keep_every:
             remote.remove(remote.join(rules.dir, f"{folder_name(step)}/COMPLETE"), stopped)
             remote.remove(remote.join(rules.dir, folder_name(step)), stopped)
+    for name in remote.names(rules.dir, stopped):  # an upload was interrupted, and its checkpoint is gone by now
+        if _is_checkpoint(name) and int(name[5:]) not in there:
+            remote.remove(remote.join(rules.dir, name), stopped)
     return complete
 
 
 def steps(url: str, stopped: Event | None = None) -> list[int]:
     """The steps of the complete checkpoints at a URL, in order. Raises InputError, TransientError."""
-    folders = [name for name in remote.names(url, stopped) if re.fullmatch(r"step_\d+", name)]
+    folders = [name for name in remote.names(url, stopped) if _is_checkpoint(name)]
     complete = [name for name in folders if "COMPLETE" in remote.names(remote.join(url, name), stopped)]
     return [int(name[5:]) for name in complete]
+
+
+def _is_checkpoint(name: str) -> bool:
+    """Whether a folder is named as a checkpoint."""
+    return re.fullmatch(r"step_\d+", name) is not None
 
 
 def fetch_newest(run_dir: Path, rules: CheckpointConfig, on_progress: Callable[[str], None]) -> None:
@@ -173,11 +181,11 @@ def fetch_newest(run_dir: Path, rules: CheckpointConfig, on_progress: Callable[[
     Args:
         run_dir: The run.
         rules: With checkpoint.dir.
-        on_progress: Is told what is done.
+        on_progress: Called with the name of each file that this rank fetches.
 
     Raises:
-        InputError: The URL cannot be read.
-        RunFailedError: The server gives no answer, or a file there is not what was uploaded.
+        RunFailedError: The URL cannot be read, its server gives no answer and there is no checkpoint here, or a file
+            there is not what was uploaded.
     """
     assert rules.dir is not None
     step, files, error = from_first(_newer(run_dir, rules.dir) if dist.get_rank() == 0 else (0, {}, None))

@@ -90,6 +90,14 @@ def test_an_upload_that_was_cut_short_is_not_there_and_is_made_again(url, tmp_pa
     assert steps(url) == [10]
 
 
+def test_the_rest_of_an_upload_whose_checkpoint_is_gone_is_removed(url, tmp_path):
+    fetch.write_bytes(f"{url}/step_00000005/model.pt", b"weights")
+    fetch.write_bytes(f"{url}/notes/mine.txt", b"no checkpoint")
+    save(tmp_path / "run", 10)
+    assert upload(tmp_path / "run", CheckpointConfig(dir=url), Event())
+    assert fetch.names(url) == ["notes", "step_00000010"]
+
+
 def test_a_checkpoint_that_is_deleted_before_it_is_uploaded_is_left_out(url, tmp_path, monkeypatch):
     run, rules = tmp_path / "run", CheckpointConfig(dir=url)
     folder, put = save(run, 10), fetch.upload

@@ -110,8 +110,10 @@ class StragglerWatch:
         if self._warm_up:
             self._warm_up, self._window_began = self._warm_up - 1, time.perf_counter()
             return
+        if limit is None:
+            return
         self._window.append(times)
-        if limit is None or len(self._window) < steps:
+        if len(self._window) < steps:
             return
         sums, self._window = _sum(self._window), []
         seconds, self._window_began = time.perf_counter() - self._window_began, time.perf_counter()
