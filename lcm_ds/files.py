@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -118,7 +119,10 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        mode = stat.S_IMODE(partial.stat().st_mode) & 0o666  # as the umask has it; safetensors writes 0600
         for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
             sync(path)
         os.replace(partial, output)
         sync(output.parent)

@@ -425,6 +425,10 @@ def _read_info(folder: str) -> bytes:
     if not remote.is_remote(folder) and not Path(folder).is_dir():
         raise InputError(f"{folder}: no such dataset folder")
     text = remote.read_bytes(remote.join(folder, DATASET))
+    if text is None and not remote.is_remote(folder):
+        inside = [f"{folder}/{split}" for split in SPLITS if (Path(folder) / split / DATASET).is_file()]
+        if inside:
+            raise InputError(f"{folder}: is a folder of datasets: give {' or '.join(inside)} instead")
     if text is None:
         raise InputError(f"{folder}: not a finished dataset (it has no {DATASET}): run lcm-ds prepare again")
     return text

@@ -202,8 +202,8 @@ def allocate_lanes(weights: Sequence[float], lanes: int) -> list[int]:
         counts[source] += 1
     if 0 in counts:
         raise InputError(
-            f"weights {list(weights)} share {lanes} lanes as {counts}: dataset {counts.index(0)} would never be read; "
-            "raise its weight or rows_per_step"
+            f"weights {list(weights)} share {lanes} rows of a step as {counts}: "
+            f"dataset {counts.index(0)} would never be read; raise its weight or rows_per_step"
         )
     return counts
 

@@ -13,11 +13,10 @@ from lcm_ds.metrics import EVALUATION, HIGHER, NORMALISED, RAW, Metric
 from lcm_ds.terminal import rich_console
 
 WIDTH = 110  # of a table that is not printed to a terminal
-COLUMNS = 6  # in the first table; the others are in the second
 
 
 def print_tables(title: str, result: dict[str, Any]) -> None:
-    """Print the metrics as tables with the best value of each column marked; then intervals and notes."""
+    """Print the metrics that have a value as tables with the best of each column marked; then intervals and notes."""
     from rich.table import Table
 
     console = rich_console(width=None if rich_console().is_terminal else WIDTH)
@@ -26,8 +25,10 @@ def print_tables(title: str, result: dict[str, Any]) -> None:
         f"{title}: next-concept prediction on {result['dataset']}\n"
         f"{result['documents']:,} documents, {result['targets']:,} targets; * best of its column"
     )
-    for metrics in (EVALUATION[:COLUMNS], EVALUATION[COLUMNS:]):
-        table = Table(title=heading if metrics[0] is EVALUATION[0] else None)
+    shown = [metric for metric in EVALUATION if any(_value(by, metric) is not None for by in scores.values())]
+    half = -(-len(shown) // 2)
+    for metrics in (shown[:half], shown[half:]):
+        table = Table(title=heading if metrics[0] is shown[0] else None)
         table.add_column("predictor")
         for metric in metrics:
             table.add_column(f"{metric.label} {metric.better}".strip(), justify="right")
@@ -37,7 +38,7 @@ def print_tables(title: str, result: dict[str, Any]) -> None:
     if by_language := result.get("by_language"):
         console.print(_language_table(Table(title="by language"), by_language))
     for line in _lines(result):
-        console.print(line, highlight=False, markup=False)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _language_table(table: Any, by_language: dict[str, Any]) -> Any:
@@ -60,7 +61,7 @@ def _cells(scores: dict[str, Any], metrics: Iterable[Metric]) -> Iterable[tuple[
         metric: best({name: _loss(by, metric) for name, by in scores.items() if name != TRUTH}) for metric in metrics
     }
     for name, by in scores.items():
-        values = {metric: by[metric.space].get(metric.key) for metric in metrics}
+        values = {metric: _value(by, metric) for metric in metrics}
         if name == TRUTH and all(value is None for value in values.values()):
             continue
         yield (
@@ -72,9 +73,14 @@ def _cells(scores: dict[str, Any], metrics: Iterable[Metric]) -> Iterable[tuple[
         )
 
 
+def _value(by: dict[str, Any], metric: Metric) -> float | None:
+    value: float | None = by[metric.space].get(metric.key)
+    return value
+
+
 def _loss(by: dict[str, Any], metric: Metric) -> float | None:
     """A value that is lowest for the best predictor; None if no value is better than another."""
-    value = by[metric.space].get(metric.key)
+    value = _value(by, metric)
     return None if value is None or not metric.better else -value if metric.better == HIGHER else value
 
 
@@ -96,7 +102,8 @@ def _lines(result: dict[str, Any]) -> Iterable[str]:
     if difference is not None:
         ends = difference["interval"]
         bounds = "" if ends is None else f" (95 %: {ends[0]:+.4f} to {ends[1]:+.4f})"
-        yield f"{difference['of']} less {difference['less']}: MSE {difference['value']:+.4f}{bounds}"
+        verdict = _verdict(difference["value"], ends)
+        yield f"{difference['of']} less {difference['less']}: MSE {difference['value']:+.4f}{bounds}: {verdict}"
         yield from _choice(result["baselines"])
     retrieval = result["retrieval"]
     yield (
@@ -104,6 +111,13 @@ def _lines(result: dict[str, Any]) -> Iterable[str]:
         f"R@k, MRR: {retrieval['targets']:,} targets among {retrieval['candidates']:,} concepts."
     )
     yield from (f"– {note}" for note in result["notes"])
+
+
+def _verdict(value: float, interval: list[float] | None) -> str:
+    """What the difference of the model's error and the best baseline's says, in words."""
+    if interval is not None and interval[0] <= 0 <= interval[1]:
+        return "the data cannot tell it and the best baseline apart"
+    return f"{'worse' if value > 0 else 'better'} than the best baseline"
 
 
 def _choice(baselines: dict[str, Any]) -> Iterable[str]:

@@ -36,7 +36,7 @@ def open_task(source: ModelSource, dataset: str | None) -> EvaluationTask:
 
     Raises:
         InputError: with every mistake: no dataset to evaluate on, one that cannot be opened, has concepts of another
-            size or encoder than the model's, or has no targets.
+            size or encoder than the model's, is a single document or has no targets.
     """
     path = dataset or source.data.validation
     if path is None and source.run is None:
@@ -61,6 +61,11 @@ def open_task(source: ModelSource, dataset: str | None) -> EvaluationTask:
     elif encoder is not None:
         errors.errors.append(
             f"{validation.path}: encoded with {validation.info.encoder}, the model was trained on {encoder}"
+        )
+    if validation.info.totals.documents == 1:
+        errors.errors.append(
+            f"{validation.path}: is a single document, and intervals need at least two: "
+            "prepare more text, or a larger share for validation"
         )
     with errors:
         if problem := missing_targets(validation, source.data.row_length, source.data.max_segment):

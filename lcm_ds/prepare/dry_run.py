@@ -47,7 +47,13 @@ class Amount:
 
 
 def dry_run(path: str | Path, overrides: Sequence[str], ranks: int | None, given: Given) -> None:
-    """Print what a preparation takes.
+    """Print what a preparation takes; arguments and errors of `plan_lines`."""
+    for line in plan_lines(path, overrides, ranks, given):
+        print(line, flush=True)
+
+
+def plan_lines(path: str | Path, overrides: Sequence[str], ranks: int | None, given: Given) -> Iterator[str]:
+    """Everything that is known about a preparation, one line each.
 
     Args:
         path: A prepare config.
@@ -64,19 +70,8 @@ def dry_run(path: str | Path, overrides: Sequence[str], ranks: int | None, given
         errors.append(f"{path}: source: concepts that exist are not encoded; leave --dry-run out")
     if errors:
         raise InputError(errors)
-    for line in plan_lines(config, ranks or config.processes or 1, given):
-        print(line, flush=True)
-
-
-def plan_lines(config: PrepareConfig, ranks: int, given: Given) -> Iterator[str]:
-    """Everything that is known about a preparation, one line each.
-
-    Args:
-        config: Of the preparation.
-        ranks: Number of processes that encode, or GPUs.
-        given: What is taken as given.
-    """
     assert config.encoder is not None
+    ranks = ranks or config.processes or 1
     yield f"encoder       {config.encoder.name}, {config.encoder.model}: {ranks} process(es), or GPU(s)"
     amount: Amount | None = None
     try:

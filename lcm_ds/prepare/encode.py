@@ -31,6 +31,7 @@ from lcm_ds.prepare.coordinator import Coordinator
 from lcm_ds.prepare.deduplicate import write_ids
 from lcm_ds.prepare.readers import Readers, TokenizedUnit, WorkUnit
 from lcm_ds.prepare.state import UnitResult, shard_name
+from lcm_ds.text.base import FILTERED
 
 REPORT_SECONDS = 1.0
 _MAX_WRITING = 2  # units whose shards are being written while the next one is encoded
@@ -298,7 +299,7 @@ def _documents(rank: WorkerContext, done: _Concepts) -> tuple[UnitResult, dict[s
     config, tokenized, failed = rank.config, done.unit, done.failed
     unit = UnitResult(tokenized.unit.unit, given=len(tokenized.documents), encoded=len(tokenized.sentences))
     end = 0
-    refused: Counter[str] = Counter()
+    refused = Counter({FILTERED: 0} if config.source.filter else {})  # a filter tells of no rows, too
     languages: Counter[str] = Counter()
     documents: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for text in tokenized.documents:

@@ -35,6 +35,7 @@ class TextDocument:
 
 
 UNREADABLE = "unreadable"  # `refused` of a document with a `problem`
+FILTERED = "filtered"  # by source.filter
 Row = TypeVar("Row")
 
 

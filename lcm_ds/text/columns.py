@@ -10,7 +10,7 @@ from typing import Any
 from lcm_ds.config import SourceConfig
 from lcm_ds.errors import InputError, first_line
 from lcm_ds.languages import closest, short_code, sonar_code
-from lcm_ds.text.base import UNREADABLE, TextDocument
+from lcm_ds.text.base import FILTERED, UNREADABLE, TextDocument
 from lcm_ds.text.splitter import clean
 
 # What a column of texts may hold, for messages.
@@ -102,9 +102,9 @@ class Columns:
         for name, limits in self.config.filter.items():
             value = values.get(name)
             if not isinstance(value, (int, float)) or math.isnan(value):
-                return "filtered"
+                return FILTERED
             if (limits.min is not None and value < limits.min) or (limits.max is not None and value > limits.max):
-                return "filtered"
+                return FILTERED
         return None
 
     def check_schema(self, part: str, schema: Any) -> None:

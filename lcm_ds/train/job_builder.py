@@ -274,7 +274,7 @@ def _ds_origin(config: TrainConfig, path: str | Path) -> str:
 def _train_paths(data: dict[str, Any]) -> list[Any]:
     train = data.get("train")
     if isinstance(train, list):
-        return [entry.get("path") for entry in train if isinstance(entry, dict)]
+        return [entry.get("path") if isinstance(entry, dict) else entry for entry in train]
     return [train]
 
 
@@ -287,10 +287,6 @@ def _open(
     cache_limit = cache_gb if isinstance(cache_gb, int | float) else None
     cache = Cache.of(cache_dir, cache_limit) if isinstance(cache_dir, str) else None
     checksums, skip_bad = data.get("verify") != "size", data.get("on_bad_shard") == "skip"
-    split = f"{value}/{key.removeprefix('data.')}"
-    if not is_remote(value) and split in (found := _datasets_in(value)) and value not in found:
-        errors.errors.append(f"{path}: {key}: {value}: is a folder of two datasets; give one of them: {key}={split}")
-        return None
     with errors:
         try:
             return indexed(open_dataset(value, cache, checksums, sizes, skip_bad))

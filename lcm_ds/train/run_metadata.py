@@ -88,7 +88,8 @@ def log_run_header(
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
     lanes = job.plan.lanes_per_source
     data = ", ".join(
-        f"{dataset.path} ({sum(shard.concepts for shard in dataset.shards):,} concepts, {count} of {sum(lanes)} lanes)"
+        f"{dataset.path} ({sum(shard.concepts for shard in dataset.shards):,} concepts, "
+        f"{count} of {sum(lanes)} rows of a step)"
         for dataset, count in zip(job.datasets, lanes, strict=True)
     )
     lines = [

@@ -76,7 +76,7 @@ def _format_loss(loss: float | None) -> str:
 
 def _print(line: TraceLine, text: bool, with_dataset: bool) -> None:
     dataset = f"{line.dataset}  " if with_dataset else ""
-    columns = [f"lane {line.lane:>3}  {dataset}{line.shard} {line.key}  concepts {line.start}-{line.stop}  {line.id}"]
+    columns = [f"row {line.lane:>3}  {dataset}{line.shard} {line.key}  concepts {line.start}-{line.stop}  {line.id}"]
     if not text and line.sentences:
         columns.append(" ".join(" ".join(line.sentences).split()[:FIRST_WORDS]))
     print(strip_control_chars("  ".join(columns)))

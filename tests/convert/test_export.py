@@ -44,6 +44,12 @@ def test_every_weight_is_the_trained_one(exported):
     assert not torch.equal(loaded.normalizer.scale, torch.ones_like(loaded.normalizer.scale))
 
 
+def test_every_file_has_the_mode_that_the_umask_gives(exported, tmp_path):
+    _, output = exported
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in output.rglob("*.*")} == {(tmp_path / "new").stat().st_mode}
+
+
 def test_the_cards_example_runs_without_deepspeed_and_the_packages_of_prepare(exported):
     _, output = exported
     (snippet,) = re.findall(r"```python\n(.*?)```", (output / "README.md").read_text(), re.DOTALL)

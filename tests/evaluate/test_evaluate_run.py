@@ -22,6 +22,7 @@ from lcm_ds.errors import InputError
 from lcm_ds.evaluate import baselines
 from lcm_ds.evaluate import run as evaluation
 from lcm_ds.evaluate.compute import measure
+from lcm_ds.evaluate.report import print_tables
 from lcm_ds.evaluate.run import evaluate
 from lcm_ds.evaluate.task import EvaluationTask
 from lcm_ds.evaluate.text_metrics import TextMetrics
@@ -109,8 +110,16 @@ def test_each_dataset_of_a_mixture_gets_the_share_of_its_weight(make_dataset, mo
     assert squared_distance_of_the_mean_concept(figures) == pytest.approx(1 + 1.5**2, rel=0.15)
 
 
-def test_one_target_has_an_error_and_no_figure_that_needs_others(run, make_dataset, capsys):
-    figures = evaluate(run, str(make_dataset(0.5, documents=1, length=2)))
+def test_a_single_document_is_refused(run, make_dataset):
+    alone = make_dataset(0.5, documents=1)
+    with pytest.raises(
+        InputError, match=f"{alone}: is a single document, and intervals need at least two: prepare more"
+    ):
+        evaluate(run, str(alone))
+
+
+def test_one_target_has_an_error_and_no_figure_that_needs_others(make_dataset, capsys):
+    figures = measured(str(make_dataset(0.0)), make_dataset(0.5, documents=1, length=2))
     assert figures["targets"] == 1
     for by in figures["scores"].values():
         for space in ("normalised", "raw"):
@@ -122,7 +131,12 @@ def test_one_target_has_an_error_and_no_figure_that_needs_others(run, make_datas
     # One document cannot be drawn again and again.
     assert all(ends is None for by in figures["intervals"].values() for space in by.values() for ends in space.values())
     assert figures["difference"]["interval"] is None
-    assert "–" in capsys.readouterr().out
+    print_tables("a model", {**figures, "dataset": "it"})
+    printed = capsys.readouterr().out
+    assert "MSE ↓" in printed
+    assert "CA % ↑" not in printed  # empty for all
+    assert "MI ↑" not in printed
+    assert " than the best baseline" in printed
 
 
 def test_a_dataset_without_targets_is_refused(run, make_dataset):
@@ -201,6 +215,22 @@ def test_an_evaluation_of_another_version_or_with_missing_concepts_is_repeated(r
     assert {key: value for key, value in again.items() if not key.startswith("seconds")} == {
         key: value for key, value in first.items() if not key.startswith("seconds")
     }
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "said"),
+    [
+        (0.2, [0.1, 0.3], "worse than the best baseline"),
+        (-0.2, [-0.3, -0.1], "better than the best baseline"),
+        (0.2, [-0.1, 0.3], "the data cannot tell it and the best baseline apart"),
+        (-0.2, None, "better than the best baseline"),
+    ],
+)
+def test_the_difference_is_said_in_words(run, capsys, value, interval, said):
+    found = evaluate(run)
+    capsys.readouterr()
+    print_tables("a model", {**found, "difference": {**found["difference"], "value": value, "interval": interval}})
+    assert f": {said}\n" in capsys.readouterr().out
 
 
 def test_the_difference_is_to_the_baseline_that_held_out_training_documents_choose(run, capsys):

@@ -123,6 +123,17 @@ def test_a_document_with_too_many_sentences_is_refused_and_the_next_is_kept(tmp_
     assert dataset.info.source["refused"] == {"too_many_sentences": 1}
 
 
+def test_a_filter_that_leaves_no_row_out_says_so(tmp_path, capsys):
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": [PARAGRAPH], "id": ["a"], "score": [3]}), tmp_path / "rows.parquet"
+    )
+    paths = str(tmp_path / "rows.parquet")  # one path stands for a list of one
+    source = {"name": "huggingface", "paths": paths, "filter": {"score": {"min": 3}}}
+    prepare(config_for(tmp_path, "", source=source), HashEncoder())
+    assert open_dataset(tmp_path / "out/train").info.source["refused"] == {"filtered": 0}
+    assert ", 0 refused (filtered); " in capsys.readouterr().out
+
+
 def test_rows_that_the_source_leaves_out_are_counted_by_reason(tmp_path):
     columns = {
         "text": [PARAGRAPH] * 5,

@@ -1,14 +1,15 @@
 """The functions for notebooks do the same as the commands, with configs as objects."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
-from lcm_ds import api
+from lcm_ds import api, cli
 from lcm_ds.config import TrainConfig, load
+from lcm_ds.data.format import open_dataset
+from lcm_ds.model.modeling import BaseLCM
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -38,13 +39,42 @@ def test_errors_in_an_object_are_raised_without_the_name_of_a_file(make_config):
     assert line.startswith("config: data.validation: gone")
 
 
+def test_a_plan_is_the_lines_of_a_dry_run(make_config, capsys):
+    path = make_config(steps=4)
+    assert cli.main(["train", str(path), "--dry-run", "--ranks", "2", "--gpu", "h100", "--concepts", "10k"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert api.plan(load(TrainConfig, path), 2, gpu="h100", concepts=10_000) == printed
+    preparation = load(api.PrepareConfig, "configs/prepare/fineweb_edu_10bt.yaml")
+    lines = api.plan(preparation, 8, sentences=1_000_000, rate=1000.0, price_per_gpu_hour=2.0)
+    assert any(line.startswith("hours         0.0347 on 8; 0.278 GPU-hours") for line in lines), lines
+    with pytest.raises(api.InputError, match="give only one of them"):
+        api.plan(preparation, rate=1.0, measure=1.0)
+
+
+def test_a_dataset_is_looked_at_by_its_lines(concepts):
+    found = api.inspect(concepts["train"], verify=True)
+    (summary,) = found.values()
+    assert summary["concepts"].startswith(f"{open_dataset(concepts['train']).info.totals.concepts:,} of 16 × ")
+    with pytest.raises(api.InputError, match="no such dataset folder"):
+        api.inspect(concepts["train"].parent / "gone")
+
+
+def test_a_run_is_exported(make_config, tmp_path):
+    run = api.train(load(TrainConfig, make_config(steps=2)))
+    model = BaseLCM.from_pretrained(api.export(run, tmp_path / "model", dtype="bfloat16"))
+    assert model.config.embed_dim == 16
+    with pytest.raises(api.InputError, match="step 7"):
+        api.export(run, tmp_path / "other", step=7)
+
+
 @pytest.mark.slow
-def test_the_example_runs_from_text_to_figures(tmp_path):
-    command = [sys.executable, "examples/first_run.py", str(tmp_path)]
-    done = subprocess.run(
-        command, cwd=REPOSITORY, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == ""
-    assert "step  60: validation loss" in done.stdout
-    assert (tmp_path / "run" / "evaluation.json").is_file()
+def test_the_notebook_goes_the_whole_way_with_two_figures(tmp_path):
+    notebook = nbformat.read(REPOSITORY / "examples" / "first_run.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert [output.text for output in outputs if output.get("name") == "stderr"] == []
+    assert sum("image/png" in output.get("data", ()) for output in outputs) == 2
+    printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    assert "step  60/60" in printed
+    assert "Base-LCM less" in printed
+    assert BaseLCM.from_pretrained(tmp_path / "first_run" / "model").num_parameters() == 5_648_768

@@ -271,7 +271,7 @@ def test_a_dataset_is_found_in_the_folder_of_its_preparation(call, make_config, 
     both = tmp_path / "both"
     config = make_config(data={"train": str(both), "validation": str(both), "row_length": 32, "max_segment": 16})
     expected = [
-        f"{config}: data.{split}: {both}: is a folder of two datasets; give one of them: data.{split}={both}/{split}"
+        f"{config}: data.{split}: {both}: is a folder of datasets: give {both}/train or {both}/validation instead"
         for split in ("train", "validation")
     ]
     for command in (("train",), ("train", "--dry-run"), ("launch", "--local", 2)):

@@ -23,7 +23,7 @@ LINES = [
     r"step 0 of \d+, \d+ rows of \d+ concepts per step",
     r"total: [\d,]+ concepts, \d+\.\d\d epochs; warm-up \d+ steps, \S+% of the run",
     STEP,
-    r"step +\d+/\d+  validation loss +\S+(  mean \S+)?(  copy \S+)?(  ridge \S+)?  cosine \S+",
+    r"step +\d+/\d+  validation loss +\S+(  mean of targets \S+)?(  copy \S+)?(  ridge \S+)?  cosine \S+",
     r"done: \d+ steps, [\d,]+ concepts; \S+",
     r"  (time|speed|validation|next|    ) +\S.*",
 ]
@@ -59,7 +59,7 @@ def test_a_validation_is_shown_with_its_baselines():
     both = {**values, "val_loss_of_mean": 0.98, "val_loss_of_copy": 1.35, "val_loss_of_ridge": 0.81}
     assert (
         validation_line(50, 200, both)
-        == "step  50/200  validation loss  0.8000  mean 0.9800  copy 1.3500  ridge 0.8100  cosine 0.3500"
+        == "step  50/200  validation loss  0.8000  mean of targets 0.9800  copy 1.3500  ridge 0.8100  cosine 0.3500"
     )
 
 

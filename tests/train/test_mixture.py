@@ -53,7 +53,8 @@ def test_the_shares_of_a_mixture_are_those_of_its_weights_and_are_printed(mixtur
     _, ours, damaged, out = mixture
     totals = [sum(shard.concepts for shard in open_dataset(path, skip_bad=True).shards) for path in (ours, damaged)]
     assert (
-        f"data: {ours} ({totals[0]:,} concepts, 6 of 8 lanes), {damaged} ({totals[1]:,} concepts, 2 of 8 lanes)" in out
+        f"data: {ours} ({totals[0]:,} concepts, 6 of 8 rows of a step), {damaged} ({totals[1]:,} concepts, 2 of 8 rows of a step)"
+        in out
     )
 
 
@@ -104,9 +105,9 @@ def test_a_trace_shows_the_dataset_of_a_document(mixture, capsys):
     printed = capsys.readouterr().out.splitlines()[1:]
     for lane in range(8):
         path = ours if lane < 6 else damaged
-        lines = [line for line in printed if line.startswith(f"lane {lane:>3}  ")]
+        lines = [line for line in printed if line.startswith(f"row {lane:>3}  ")]
         assert lines
-        assert all(line.startswith(f"lane {lane:>3}  {path}  shard-") for line in lines)
+        assert all(line.startswith(f"row {lane:>3}  {path}  shard-") for line in lines)
 
 
 def test_a_trace_of_a_moved_run_has_its_losses_and_marks_non_finite_ones(mixture, tmp_path, capsys):

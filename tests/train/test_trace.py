@@ -37,7 +37,7 @@ def test_a_range_has_the_loss_of_every_step_beside_its_documents(call, trained):
     sentences = [text for lines in steps for line in lines for text in line.sentences]
     printed = [line.split(maxsplit=1)[1] for line in out.splitlines() if line.startswith("    ")]
     assert printed == sentences
-    assert sum(line.startswith("lane ") for line in out.splitlines()) == sum(map(len, steps))
+    assert sum(line.startswith("row ") for line in out.splitlines()) == sum(map(len, steps))
 
 
 def test_a_run_folder_and_its_config_trace_alike(trained):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import safe_open
@@ -24,6 +24,7 @@ from lcm_ds.terminal import strip_control_chars
 # Read for the lengths of sentences; the second if shards have to be fetched.
 SAMPLED_SHARDS, FETCHED_SHARDS = 50, 5
 BAR = 28  # characters of the longest bar of a histogram
+T = TypeVar("T")
 
 
 def inspect(path: str | Path, verify: bool = False, sample: int = 0) -> None:
@@ -39,7 +40,33 @@ def inspect(path: str | Path, verify: bool = False, sample: int = 0) -> None:
     """
     if sample < 0:
         raise InputError(f"--sample: {sample} is below 0; it is how many documents to print")
-    errors = Collector()
+
+    def look(dataset: Dataset) -> None:
+        if verify:
+            count = len(dataset.shards)
+            print(f"{dataset.path}: {count} shards verified: every checksum and every document is as written")
+        _print_table(dataset)
+        if sample:
+            _print_documents(dataset, sample)
+
+    look_at_each(path, verify, look)
+
+
+def look_at_each(path: str | Path, verify: bool, look: Callable[[Dataset], T]) -> list[T]:
+    """Open each dataset of a folder and look at it.
+
+    Args:
+        path: A folder or a URL.
+        verify: Whether to read every shard first and compare its checksum.
+        look: Called with each; what it reads of a remote dataset is gone afterwards.
+
+    Returns:
+        What `look` returned.
+
+    Raises:
+        InputError: With the errors of all datasets.
+    """
+    errors, seen = Collector(), []
     with tempfile.TemporaryDirectory(prefix="lcm-ds-") as cache:
         for folder in _datasets_in(str(path)):
             with errors:
@@ -47,10 +74,14 @@ def inspect(path: str | Path, verify: bool = False, sample: int = 0) -> None:
                 dataset = open_dataset(folder, Cache(cache), checksums=False, sizes=not verify)
                 if verify:
                     _verify(dataset)
-                _print_table(dataset)
-                if sample:
-                    _print_documents(dataset, sample)
+                seen.append(look(dataset))
     errors.raise_if_any()
+    return seen
+
+
+def summary(dataset: Dataset) -> dict[str, str]:
+    """Totals, lengths, encoder, splitter and refusals of a dataset, as the lines of a table by name."""
+    return dict(_rows(dataset))
 
 
 def _datasets_in(path: str) -> list[str]:
@@ -73,7 +104,6 @@ def _verify(dataset: Dataset) -> None:
         found += errors
     if found:
         raise InputError(found)
-    print(f"{dataset.path}: {len(dataset.shards)} shards verified: every checksum and every document is as written")
 
 
 def _print_documents(dataset: Dataset, count: int) -> None:
@@ -99,7 +129,7 @@ def _print_table(dataset: Dataset) -> None:
     table = Table(title=str(dataset.path), show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for name, value in _rows(dataset):
+    for name, value in summary(dataset).items():
         table.add_row(name, value)
     Console().print(table, markup=False)
 
