@@ -72,8 +72,8 @@ class SourceConfig(Schema):
     """The source of documents."""
 
     name: Literal["sample", "huggingface", "files", "concepts"]
-    """Chapters that come with lcm-ds; datasets and tables (parquet, JSONL, CSV, TSV); text files, each a document; or
-    sentences that are encoded already."""
+    """sample: chapters that come with lcm-ds; huggingface: datasets and tables (parquet, JSONL, CSV, TSV); files: text
+    files, each a document; concepts: sentences that are encoded already."""
     dataset: str | None = None
     """huggingface, concepts: a hub id, or a folder or file as load_dataset takes it."""
     config: str | None = None
@@ -100,7 +100,7 @@ class SourceConfig(Schema):
     languages: Literal["all"] | Texts | None = None
     """Languages that are taken, each document encoded with its own SONAR code."""
     filter: dict[str, RangeConfig] = {}
-    """huggingface: ranges of numeric columns, e.g. {int_score: {min: 3}}; rows without a number are not taken."""
+    """huggingface: ranges of columns of numbers, e.g. {int_score: {min: 3}}; rows without a number are left out."""
     paths: Texts = []
     """huggingface, files, concepts: paths and globs."""
     skip: int = Field(0, ge=0)
@@ -262,11 +262,11 @@ class PrepareConfig(Schema):
     sentences: SentencesConfig = SentencesConfig()  # type: ignore[call-arg]
     """Sentence splitting."""
     encoder: EncoderConfig | None
-    """The encoder, which turns a sentence into a concept; required but for source concepts, which has none."""
+    """The encoder, which turns a sentence into a concept; required, except with source.name concepts."""
     dtype: Literal["float16", "float32", "int8"] = "float16"
     """Type of the stored concepts; int8 takes half the space of float16, with a scale for each dimension."""
     processes: int | None = Field(None, gt=0)
-    """Encoding processes, without a launcher; default: one a GPU, on a CPU one for encoder.threads cores."""
+    """Encoding processes, without a launcher; default: one for each GPU; on a CPU, one for encoder.threads cores."""
     split_workers: int = Field(1, ge=0)
     """Processes an encoder that read, split and tokenize texts; 0: threads do."""
     documents_per_shard: int = Field(1000, gt=0)
@@ -284,7 +284,7 @@ class PrepareConfig(Schema):
     normalizer_samples: int = Field(1_000_000, gt=1)
     """Concepts that the normaliser is fitted to."""
     max_refused: float = Field(0.01, ge=0, le=1)
-    """Share of documents that may be unreadable; one always may."""
+    """Share of documents that may be unreadable; one is always allowed, and filtered ones do not count."""
     check_space: bool = True
     """Refuse to start if, by an estimate, the dataset will not fit on the disk."""
 
@@ -338,7 +338,7 @@ class ModelConfig(Schema):
     hidden_size: int | None = Field(None, gt=0)
     """Width of the layers."""
     num_hidden_layers: int | None = Field(None, gt=0)
-    """Number of layers."""
+    """Number of layers: the depth."""
     num_attention_heads: int | None = Field(None, gt=0)
     """Attention heads of a layer."""
     intermediate_size: int | None = Field(None, gt=0)

@@ -115,7 +115,7 @@ def _type(field: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in field.get("enum", [field.get("const")]))
     if field["type"] == "array":
         if "prefixItems" in field:
-            return ", ".join(map(_type, field["prefixItems"]))
+            return f"{len(field['prefixItems'])} × {_type(field['prefixItems'][0])}"
         return f"list of {_type(field['items'])}"
     word = {"string": "text", "boolean": "true or false", "object": "mapping"}.get(field["type"], field["type"])
     bounds = [f"{sign} {_value(field[key]).strip('`')}" for key, sign in _BOUNDS.items() if key in field]

@@ -5,6 +5,7 @@ Every line names what it stands on. FineWeb-Edu's sample of 10 billion tokens sa
 
 from __future__ import annotations
 
+import glob
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,16 +73,19 @@ def plan_lines(path: str | Path, overrides: Sequence[str], ranks: int | None, gi
         raise InputError(errors)
     assert config.encoder is not None
     ranks = ranks or config.processes or 1
-    yield f"encoder       {config.encoder.name}, {config.encoder.model}: {ranks} process(es), or GPU(s)"
     amount: Amount | None = None
     try:
         amount = amount_of(config, given)
     except InputError as error:
+        if _is_here(config):
+            raise
         yield f"source        not there yet: {error.errors[0]}"
+    yield f"encoder       {config.encoder.name}, {config.encoder.model}: {ranks} process(es), or GPU(s)"
     if amount is None:
         yield "sentences     not known: --documents N or --sentences N gives the size of the source"
     else:
-        yield f"documents     {amount.documents:,.0f}, {amount.sentences:,.0f} sentences ({amount.origin})"
+        unfiltered = ", before source.filter" if config.source.filter else ""
+        yield f"documents     {amount.documents:,.0f}, {amount.sentences:,.0f} sentences ({amount.origin}{unfiltered})"
     rate, origin, embed_dim = given.rate, "--rate", given.embed_dim or _known_dims(config)
     if given.measure is not None:
         from lcm_ds.prepare.measure import measure
@@ -90,6 +94,12 @@ def plan_lines(path: str | Path, overrides: Sequence[str], ranks: int | None, gi
         rate, origin, embed_dim = measured.rate, measured.described, measured.embed_dim
     yield from _hours(amount, rate, origin, ranks, given.price_per_gpu_hour)
     yield from _disk(config, amount, embed_dim)
+
+
+def _is_here(config: PrepareConfig) -> bool:
+    """Whether the source's files are on this machine, so that what is wrong with them is a mistake."""
+    places = config.source.paths or [config.source.dataset or ""]
+    return all(glob.glob(place, recursive=True) for place in places)
 
 
 def amount_of(config: PrepareConfig, given: Given) -> Amount | None:

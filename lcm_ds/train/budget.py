@@ -86,8 +86,9 @@ def _fit_lines(run: ConfiguredRun, ranks: int, gpu: Gpu | None) -> Iterator[str]
     largest = {size: largest_micro_batch(run.config, run.model, run.ds, ranks, size) for size in sizes}
     found = " / ".join("none" if rows is None else str(rows) for rows in largest.values())
     yield (
-        f"fits          micro_batch_rows up to {found} on {' / '.join(map(str, sizes))} GB; {1 - USABLE:.0%} is left "
-        "for CUDA, NCCL and fragmentation"
+        f"fits          micro_batch_rows up to {found} on {' / '.join(map(str, sizes))} GB, of the divisors of "
+        f"{run.config.batch.rows_per_step // ranks} (rows_per_step / ranks); {1 - USABLE:.0%} is left for CUDA, NCCL "
+        "and fragmentation"
     )
     rows = run.config.batch.micro_batch_rows
     if gpu is not None and (fits := largest[gpu.gigabytes] or 0) < rows:

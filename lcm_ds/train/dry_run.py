@@ -75,11 +75,11 @@ def plan_lines(run: ConfiguredRun, ranks: int, prices: Prices, shapes: bool = Tr
         prices: The GPU and its price.
         shapes: Also those of its parameters.
     """
-    yield from _shapes(run.model) if shapes else ()
     yield f"parameters    {count_parameters(run.model):,} in {deepspeed_config.precision(run.ds)}"
     yield from memory_lines(run.config, run.model, run.ds, ranks)
     yield from _steps(run, ranks)
     yield from budget_lines(run, ranks, prices)
+    yield from _shapes(run.model) if shapes else ()
 
 
 def _shapes(model: Sizes) -> Iterator[str]:

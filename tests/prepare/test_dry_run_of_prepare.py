@@ -43,6 +43,19 @@ def test_a_plan_of_a_source_that_is_here_counts_its_characters(plan, tmp_path):
     assert plan("configs/prepare/text_files.yaml", *source, "source.take=2")["documents"].startswith("2, 200 sentences")
 
 
+def test_a_wrong_column_of_a_source_that_is_here_is_an_error_and_not_a_missing_source(call, plan, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": "a", "text": "One. Two.", "score": 3}\n')
+    table = ("configs/prepare/table.yaml", f"source.paths={path}", f"output={tmp_path / 'out'}")
+    code, out, err = call("prepare", *table, "source.filter={scores: {min: 3}}", "--dry-run")
+    assert (code, out) == (2, "")
+    assert "has no column 'scores'" in err
+    counted = plan(*table, "source.filter={score: {min: 3}}")["documents"]
+    assert counted.endswith(" characters, 92 to a sentence, before source.filter)")
+    gone = plan(*table, f"source.paths={tmp_path / 'gone.jsonl'}")["source"]
+    assert gone.startswith("not there yet: ")
+
+
 def test_a_plan_without_the_source_takes_its_size_and_needs_no_torch():
     command = ["prepare", FINEWEB, "--dry-run", "--documents", "9672101", "--rate", "5k", "dtype=int8"]
     code = (

@@ -53,8 +53,8 @@ def test_the_shares_of_a_mixture_are_those_of_its_weights_and_are_printed(mixtur
     _, ours, damaged, out = mixture
     totals = [sum(shard.concepts for shard in open_dataset(path, skip_bad=True).shards) for path in (ours, damaged)]
     assert (
-        f"data: {ours} ({totals[0]:,} concepts, 6 of 8 rows of a step), {damaged} ({totals[1]:,} concepts, 2 of 8 rows of a step)"
-        in out
+        f"data: {ours} ({totals[0]:,} concepts, 6 of 8 rows of a step), "
+        f"{damaged} ({totals[1]:,} concepts, 2 of 8 rows of a step)" in out
     )
 
 
