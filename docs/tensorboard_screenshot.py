@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -29,7 +30,8 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 # picture → page
 PAGES = {
     "tensorboard": "#custom_scalars&_smoothingWeight=0",
-    "tensorboard_scalars": "#scalars&_smoothingWeight=0&tagFilter=loss%7Coptim%7Cval",
+    "tensorboard_scalars": "#scalars&_smoothingWeight=0&tagFilter="
+    + quote("loss/(train|validation)$|optim/(lr|grad_norm)$|val/(cosine|l2)$", safe=""),
 }
 WIDTH, HEIGHT = 1500, 850  # pixels
 CURVE = (255, 112, 67)  # TensorBoard's colour of the first run

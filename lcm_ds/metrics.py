@@ -126,7 +126,7 @@ LOGGED = {
         _logged("val_loss_of_mean", "`val_loss` of the mean of these targets", "loss/validation_of_mean",
                 label="mean of targets", curve="mean of targets"),
         _logged("val_loss_of_copy", "`val_loss` of a copy of the concept before each target", "loss/validation_of_copy",
-                label="copy", curve="copy"),
+                label="copy"),  # no curve: its error is so high that the others would be one line
         _logged("val_loss_of_ridge", "`val_loss` of the ridge regression that is best on held-out training documents",
                 "loss/validation_of_ridge", label="ridge", curve="best ridge"),
         _logged("val_cosine", "mean cosine similarity of prediction and target, normalised space",

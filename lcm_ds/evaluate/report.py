@@ -136,29 +136,55 @@ def draw_figure(title: str, result: dict[str, Any]) -> bytes:
 
     by_position = result["by_position"]
     shown = [bucket for bucket, count in enumerate(by_position["targets"]) if count]
-    figure = Figure(figsize=(13, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(13, 4.8), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = (("mse", f"MSE, {NORMALISED} space"), ("cosine", f"cosine, {RAW} space"))
+    panels = (
+        ("mse", f"MSE, {NORMALISED} space (lower is better)"),
+        ("cosine", f"cosine, {RAW} space (higher is better)"),
+    )
+    predictors = by_position["predictors"]
+    with_band = {MODEL, result["baselines"]["best"]}  # bands of all would hide each other
     for axes, (metric, label) in zip(figure.subplots(1, 2), panels, strict=True):
-        for name, by in by_position["predictors"].items():
+        for name, by in predictors.items():
             values = [by[metric][bucket] for bucket in shown]
             intervals = [by[f"{metric}_intervals"][bucket] for bucket in shown]
             ends = [each or (math.nan, math.nan) for each in intervals]  # no interval of few documents: no band
             width = 2.5 if name == MODEL else 1.2
             (line,) = axes.plot(range(len(shown)), values, marker="o", markersize=3, linewidth=width, label=name)
-            axes.fill_between(
-                range(len(shown)), *zip(*ends, strict=True), alpha=0.15, color=line.get_color(), linewidth=0
-            )
+            if name in with_band:
+                axes.fill_between(
+                    range(len(shown)), *zip(*ends, strict=True), alpha=0.2, color=line.get_color(), linewidth=0
+                )
+        if metric == "mse" and (limits := _limits(predictors, shown, with_band)) is not None:
+            axes.set_ylim(*limits)
         names = [_bucket(*by_position["positions"][bucket]) for bucket in shown]
         axes.set_xticks(range(len(shown)), names, rotation=45, ha="right", rotation_mode="anchor")
         axes.set(xlabel="concepts before the target in its document", ylabel=label)
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    bands = any(any(by["mse_intervals"]) for by in by_position["predictors"].values())
-    figure.suptitle(title + (" (bands: 95 %, bootstrap over documents)" if bands else ""), fontsize="medium")
+    bands = any(any(predictors[name]["mse_intervals"]) for name in with_band)
+    notes = ["bands: 95 %, bootstrap over documents; of one document there is none"] if bands else []
+    notes += [f"above the left plot: {', '.join(above)}"] if (above := _far_above(predictors, shown)) else []
+    figure.suptitle("\n".join([title, *notes]), fontsize="medium")
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
+
+
+def _far_above(predictors: dict[str, Any], shown: list[int]) -> list[str]:
+    """Baselines whose error is nowhere near the model's: with them in the plot the others would be one line."""
+    highest = max(predictors[MODEL]["mse"][bucket] for bucket in shown)
+    return [name for name, by in predictors.items() if min(by["mse"][bucket] for bucket in shown) > 1.2 * highest]
+
+
+def _limits(predictors: dict[str, Any], shown: list[int], with_band: set[str]) -> tuple[float, float] | None:
+    """The errors that the plot shows; None: all."""
+    above = _far_above(predictors, shown)
+    errors = [by["mse"][bucket] for name, by in predictors.items() if name not in above for bucket in shown]
+    bands = [predictors[name]["mse_intervals"][bucket] for name in with_band for bucket in shown]
+    ends = [end for band in bands if band for end in band]
+    low, high = min(errors + ends), max(errors + ends)
+    return (low - 0.05 * (high - low), high + 0.05 * (high - low)) if above and high > low else None
 
 
 def _bucket(first: int, last: int | None) -> str:

@@ -91,7 +91,7 @@ def test_tensorboard_holds_each_step_of_a_resumed_run_once(resumed):
 def test_each_curve_of_the_mse_chart_is_a_run_with_its_name(resumed):
     folder = run_dir(resumed) / "tensorboard"
     assert {path.name for path in folder.iterdir() if path.is_dir()} == set(CURVES.values())
-    assert set(CURVES.values()) == {"training", "model", "mean", "copy", "best ridge"}
+    assert set(CURVES.values()) == {"training", "model", "mean of targets", "best ridge"}
     full = read(folder)
     for tag, curve in CURVES.items():
         assert values(read(folder / curve), "mse") == values(full, tag)
