@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from deepspeed.runtime import engine
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from machine import patience
 from memory_worker import PARAMETERS, PRECISIONS, SHIPPED
-from runs import SUPPORT
+from runs import ROOT, SUPPORT
 
 from lcm_ds.distributed.environment import DistEnv, free_port
 from lcm_ds.model import modeling
@@ -21,8 +22,9 @@ from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.float8 import use_float8
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.sizes import count_parameters
+from lcm_ds.train.dry_run import Assumptions, read_run
 from lcm_ds.train.loss import squared_error
-from lcm_ds.train.memory import MEMORY_OPT_ALLREDUCE_SIZE, ZERO_DEFAULTS, States, activations
+from lcm_ds.train.memory import GIB, MEMORY_OPT_ALLREDUCE_SIZE, ZERO_DEFAULTS, States, activations, kept_for_backward
 
 HALF = {"bf16": {"enabled": True}}
 SIZES = {"embed_dim": 64, "hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 352}
@@ -33,6 +35,27 @@ def test_states_are_those_of_the_zero_paper():
     states = [States.of(7_500_000_000, stage, 64, HALF) for stage in range(4)]
     gigabytes = [(each.parameters + each.gradients + each.optimizer) / 1e9 for each in states]
     assert gigabytes == pytest.approx([120, 31.4, 16.6, 1.9], abs=0.05)
+
+
+def table():
+    """The rows of the table of docs/deepspeed.md: config, ranks, rows, their length, and four figures."""
+    page = (ROOT / "docs" / "deepspeed.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| ([\w.]+) \| (\d+) \| (\d+) × (\d+)" + 4 * r" \| ([\d.]+)" + r" \|$", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize("row", table(), ids=lambda row: " ".join(row[:4]))
+def test_the_figures_of_the_documentation_are_those_of_a_dry_run(row):
+    name, ranks, rows, length, *figures = row
+    path, micro_batch = f"configs/train/{name}.yaml", f"batch.micro_batch_rows={rows}"
+    run = read_run(path, [micro_batch], int(ranks), Assumptions(concepts=10**9))
+    assert run.config.data.row_length == int(length)
+    kept = kept_for_backward(run.config, run.model, run.ds, int(rows))
+    peaks = [States.of(count_parameters(run.model), stage, int(ranks), run.ds).peak(kept) for stage in (1, 2, 3)]
+    assert [f"{size / GIB:.1f}" for size in (*peaks, kept)] == figures
+
+
+def test_the_table_of_the_documentation_is_found():
+    assert len(table()) > 8
 
 
 def test_the_defaults_of_zero_are_deepspeeds():
