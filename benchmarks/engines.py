@@ -2,9 +2,10 @@
 
 python benchmarks/engines.py [--config CONFIG] [--processes 2] [--repeats 3] [key=value …]
 
-Each is the complete call in processes of its own, with its start and the finishing of the dataset: `lcm-ds prepare`,
-`lcm-ds prepare --on ray` with a cluster that it starts on this host, and datatrove's LocalPipelineExecutor with
-EncodeConcepts in as many tasks as processes, then FinishDataset. They take turns. It fails if checksums differ.
+Each is the complete call in processes of its own: `lcm-ds prepare`, `lcm-ds prepare --on ray` with a cluster that it
+starts on this host, and datatrove's LocalPipelineExecutor with EncodeConcepts in as many tasks as processes, then
+FinishDataset. They take turns. The first figure is that of the encoding, between the first unit that is made and the
+last one; the second that of the whole call, with its start and its end. It fails if checksums differ.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from lcm_ds.config import PrepareConfig, dump, load
 from lcm_ds.data.format import read_shards
-from lcm_ds.prepare.state import read_units
+from lcm_ds.prepare.state import REPORTS, UNITS, read_units
 
 PREPARE = [sys.executable, "-m", "lcm_ds.cli", "prepare"]
 DATATROVE = """
@@ -45,37 +48,45 @@ def main() -> None:
     arguments, more = parser.parse_known_args()
     overrides = [*arguments.overrides, *more, f"processes={arguments.processes}"]
     config = load(PrepareConfig, arguments.config, overrides)
-    seconds: dict[str, list[float]] = {}
-    sentences, checksums = 0, set()
+    found: dict[str, list[Measured]] = {}
+    checksums = set()
     for _ in range(arguments.repeats):
         for name in ("lcm-ds prepare", "lcm-ds prepare --on ray", "datatrove, local executor"):
             with tempfile.TemporaryDirectory() as folder:
-                seconds.setdefault(name, []).append(prepared(name, config, Path(folder)))
-                out = Path(folder) / "out"
-                sentences = sum(unit.sentences for unit in read_units(out))
-                checksums.add(shards_of(out))
-    print(f"{sentences:,} sentences, {arguments.processes} processes\n")
-    print("| way | sentences/s (median) | from – to | seconds (median) | ratio |\n| --- | ---: | ---: | ---: | ---: |")
-    base = statistics.median(seconds["lcm-ds prepare"])
-    for name, found in seconds.items():
-        middle, slowest, fastest = statistics.median(found), max(found), min(found)
-        print(f"| {name} | {sentences / middle:,.0f} | {sentences / slowest:,.0f} – {sentences / fastest:,.0f} "
-              f"| {middle:.1f} | {base / middle:.2f} |")  # fmt: skip
+                found.setdefault(name, []).append(prepared(name, config, Path(folder)))
+                checksums.add(shards_of(Path(folder) / "out"))
+    print(f"{found['lcm-ds prepare'][0].sentences:,} sentences, {arguments.processes} processes\n")
+    print("| way | encoding: sentences/s (median) | from – to | ratio | whole call: sentences/s (median) | from – to |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    base = statistics.median(each.encoding for each in found["lcm-ds prepare"])
+    for name, measured in found.items():
+        encoding, whole = (sorted(kind) for kind in zip(*((m.encoding, m.whole) for m in measured), strict=True))
+        middle = statistics.median(encoding)
+        print(f"| {name} | {middle:,.0f} | {encoding[0]:,.0f} – {encoding[-1]:,.0f} | {middle / base:.2f} | "
+              f"{statistics.median(whole):,.0f} | {whole[0]:,.0f} – {whole[-1]:,.0f} |")  # fmt: skip
     if len(checksums) > 1:
         raise SystemExit("the shards differ")
     print("\nall shards have the same checksums")
 
 
-def prepared(name: str, config: PrepareConfig, folder: Path) -> float:
-    """Prepare into FOLDER/out and return the seconds that it took.
+class Measured(NamedTuple):
+    """Of a call."""
+
+    sentences: int
+    encoding: float  # sentences per second from the first unit to the last one
+    whole: float  # sentences per second of the call
+
+
+def prepared(name: str, config: PrepareConfig, folder: Path) -> Measured:
+    """Prepare into FOLDER/out.
 
     Args:
         name: The way.
         config: What is prepared.
         folder: An empty one.
     """
-    path = folder / "config.yaml"
-    path.write_text(dump(config.model_copy(update={"output": str(folder / "out")})), encoding="utf-8")
+    path, out = folder / "config.yaml", folder / "out"
+    path.write_text(dump(config.model_copy(update={"output": str(out)})), encoding="utf-8")
     command = [*PREPARE, str(path)]
     if name.endswith("ray"):
         command += ["--on", "ray"]
@@ -85,10 +96,27 @@ def prepared(name: str, config: PrepareConfig, folder: Path) -> float:
         command = [sys.executable, str(script), str(path), str(config.processes), str(folder)]
     environment = {**os.environ, "RAY_ADDRESS": "local"}  # not a cluster that happens to run here
     started = time.perf_counter()
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise SystemExit(f"{name} ended with {done.returncode}: {done.stdout}")
-    return time.perf_counter() - started
+    seen: dict[int, float] = {}  # when a unit was made
+    with (folder / "log.txt").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        while process.poll() is None:
+            time.sleep(0.05)
+            for unit in made(out) - seen.keys():
+                seen[unit] = time.perf_counter()
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise SystemExit(f"{name} ended with {process.returncode}: {(folder / 'log.txt').read_text(encoding='utf-8')}")
+    sizes = {unit.unit: unit.sentences for unit in read_units(out)}
+    first, last = min(seen.values()), max(seen.values())
+    after = sum(sizes[unit] for unit, at in seen.items() if at > first)
+    return Measured(sum(sizes.values()), after / max(last - first, 1e-9), sum(sizes.values()) / seconds)
+
+
+def made(out: Path) -> set[int]:
+    """The units that are committed or, by a task of datatrove, reported."""
+    reported = {int(path.stem) for path in (out / REPORTS).glob("*[0-9].json")}
+    lines = (out / UNITS).read_text(encoding="utf-8").splitlines() if (out / UNITS).exists() else []
+    return reported | {int(match[1]) for line in lines if (match := re.match(r'{"unit": (\d+),', line))}
 
 
 def shards_of(out: Path) -> str:

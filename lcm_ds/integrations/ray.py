@@ -82,7 +82,17 @@ class Maker:
 
     def quantization(self) -> Quantization:
         """The steps of int8."""
+        self._check_output()
         return self._work.quantization()
+
+    def _check_output(self) -> None:
+        """Raise InputError if this node does not see that the preparation has begun."""
+        source = Path(self._work.config.output) / SOURCE
+        if not source.exists():
+            raise InputError(
+                f"{source.absolute()}: not seen on {socket.gethostname()}: the nodes of a Ray cluster have to share "
+                "the folder `output`"
+            )
 
     def make_units(self, board: Any, turn: int, described: dict[str, Any], done: set[int]) -> None:
         """Make units until none is left to claim.
@@ -96,14 +106,12 @@ class Maker:
         Raises:
             InputError: As `make_units` of Work, or the encoder here is another one.
         """
-        work, host = self._work, socket.gethostname()
+        work = self._work
         if work.encoder() != described:
-            raise InputError(f"on {host} the encoder is {work.encoder()}, on the first node {described}")
-        source = Path(work.config.output) / SOURCE
-        if not source.exists():
             raise InputError(
-                f"{source.absolute()}: not seen on {host}: the nodes of a Ray cluster have to share the folder `output`"
+                f"on {socket.gethostname()} the encoder is {work.encoder()}, on the first node {described}"
             )
+        self._check_output()
         quantization = pipeline.read_quantization(work.config)
         work.make_units(_Claims(board, turn, self._name), quantization, done)
 

@@ -1,6 +1,7 @@
 """datatrove's executors make the dataset that `prepare` alone makes, from any number of tasks, killed ones included."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -45,12 +46,12 @@ def test_tasks_of_the_local_executor_one_of_them_killed_make_what_prepare_makes(
     ours, logs = config("ours", dtype="int8"), str(tmp_path / "logs")
     environ = {**os.environ, SECONDS: "0.1"}
     command = [sys.executable, "-c", KILLED, str(SUPPORT), f"{tmp_path}/ours.yaml", logs]
-    process = subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=environ, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + patience(60)
     while len(reports(tmp_path / "ours")) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.kill()
+    os.killpg(process.pid, signal.SIGKILL)  # with the manager that datatrove starts
     process.wait()
     before = reports(tmp_path / "ours")
     assert len(before) < 12

@@ -136,6 +136,23 @@ def test_the_command_joins_the_cluster_that_runs(cluster, config, tmp_path, docu
     assert written(tmp_path / "ray") == written(tmp_path / "alone")
 
 
+def test_datatroves_ray_executor_runs_the_stages(joined, config, tmp_path):
+    pytest.importorskip("datatrove", reason="needs the extra datatrove")
+    from datatrove.executor import RayPipelineExecutor
+    from hash_on_datatrove import HashConcepts
+
+    from lcm_ds.integrations.datatrove import FinishDataset
+
+    pipeline.prepare(config("alone"), HashEncoder())
+    ours = config("ours")
+    environment = {"runtime_env": {"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}}
+    options = {"mem_per_cpu_gb": 0.1, "ray_remote_kwargs": environment}
+    encode = RayPipelineExecutor([HashConcepts(ours)], tasks=2, logging_dir=str(tmp_path / "encode"), **options)
+    finish = RayPipelineExecutor([FinishDataset(ours)], logging_dir=f"{tmp_path}/finish", depends=encode, **options)
+    finish.run()
+    assert written(tmp_path / "ours") == written(tmp_path / "alone")
+
+
 def test_a_cluster_that_does_not_answer_is_named(config, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "nothing-there")
     with pytest.raises(InputError, match="--on ray: the cluster nothing-there cannot be joined: "):
