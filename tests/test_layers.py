@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "evaluate": ("baselines", "checkpoint", "data", "distributed", "encoders", "model"),
     "generate": ("checkpoint", "data", "encoders", "model", "text"),
     "launcher": ("checkpoint", "deepspeed_config", "distributed", "train"),
+    "integrations": ("data", "distributed", "launcher", "prepare", "text"),
     "doctor": ("checkpoint", "deepspeed_config", "distributed", "launcher", "model", "train"),
 }
 LARGEST_SHARE, MOST_FILES = 0.15, 15

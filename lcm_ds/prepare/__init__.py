@@ -16,22 +16,26 @@ if TYPE_CHECKING:
     from lcm_ds.config import PrepareConfig
 
 
-def main(config_path: str, overrides: Sequence[str] = ()) -> int:
+def main(
+    config_path: str, overrides: Sequence[str] = (), prepare: Callable[[PrepareConfig], None] | None = None
+) -> int:
     """Run one rank of a preparation, or all of it if no launcher started this process.
 
     Args:
         config_path: A YAML file, or "-" for standard input.
         overrides: key=value.
+        prepare: Instead of `lcm_ds.prepare.pipeline.prepare`.
 
     Returns:
         The exit code; 75 after a stop signal, with all committed units kept.
     """
     from lcm_ds.config import PrepareConfig, load
 
-    return run(lambda: load(PrepareConfig, "/dev/stdin" if config_path == "-" else config_path, overrides))
+    path = "/dev/stdin" if config_path == "-" else config_path
+    return run(lambda: load(PrepareConfig, path, overrides), prepare)
 
 
-def run(read_config: Callable[[], PrepareConfig]) -> int:
+def run(read_config: Callable[[], PrepareConfig], prepare: Callable[[PrepareConfig], None] | None = None) -> int:
     """`main` with a config that a function returns."""
     # When one rank closes its connections, libraries in the others would print their stacks.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -45,8 +49,10 @@ def run(read_config: Callable[[], PrepareConfig]) -> int:
         config = read_config()
         if detect_environment(os.environ).rank == 0:
             print(_first_line(config), flush=True)
-        from lcm_ds.prepare.pipeline import prepare  # imports torch, which takes seconds
+        if prepare is None:
+            from lcm_ds.prepare import pipeline  # imports torch, which takes seconds
 
+            prepare = pipeline.prepare
         prepare(config)
         return DONE
     except InputError as error:

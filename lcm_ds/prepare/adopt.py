@@ -66,11 +66,18 @@ class _Piece(NamedTuple):
 
 
 class AdoptedWork:
-    """Concepts in parquet, Arrow or NumPy files; see Work. Only rank 0 inspects them, others read its index."""
+    """Concepts in parquet, Arrow or NumPy files; see Work.
 
-    def __init__(self, config: PrepareConfig, first: bool, index: dict[str, Any] | None) -> None:
+    Args:
+        config: Of the preparation.
+        processes: The number of ranks.
+        index: Of the source, if it is known.
+        first: Whether this is rank 0, which inspects the files; others read its index.
+    """
+
+    def __init__(self, config: PrepareConfig, processes: int, index: dict[str, Any] | None, first: bool) -> None:
         use_system_allocator()
-        self.config = config
+        self.config, self.processes = config, processes
         self.threads: int | None = None
         self._index = index
         if first:

@@ -82,6 +82,9 @@ class Committer:
             self.coordinator.fail(self._error)
 
     def _commit(self, message: dict[str, Any]) -> None:
+        if "note" in message:  # not of a unit
+            self.progress.say(message["note"])
+            return
         unit = UnitResult(**message["unit"])
         for problem in unit.problems:
             self.progress.say(problem)

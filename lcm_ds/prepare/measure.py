@@ -11,8 +11,9 @@ from typing import NamedTuple
 from lcm_ds.config import PrepareConfig, SourceConfig
 from lcm_ds.distributed.environment import detect_environment
 from lcm_ds.errors import InputError
-from lcm_ds.prepare.pipeline import load_for_rank, sentences_of, threads
+from lcm_ds.prepare.pipeline import threads
 from lcm_ds.prepare.readers import Reader
+from lcm_ds.prepare.texts import load_for_rank, sentences_of
 from lcm_ds.text.open import open_source
 
 FIRST, LARGEST = 64, 4096  # sentences encoded at once: to warm up, and at most

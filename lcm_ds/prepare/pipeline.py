@@ -16,9 +16,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from functools import cached_property
-from itertools import islice
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +24,13 @@ import numpy as np
 import torch
 
 from lcm_ds.config import PrepareConfig, dump
-from lcm_ds.data.format import (
-    SPLITS,
-    DatasetInfo,
-    EndOfText,
-    QuantParams,
-    Supervised,
-    finish,
-    read_shards,
-    write_normalizer,
-)
+from lcm_ds.data.format import SPLITS, DatasetInfo, QuantParams, finish, read_shards, write_normalizer
 from lcm_ds.data.normalizer import Constants, constant, draw, fit
 from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.shard import Shard
 from lcm_ds.distributed.environment import DistEnv, detect_environment, free_port
 from lcm_ds.distributed.workers import Workers
-from lcm_ds.encoders import Encoder, load_encoder
+from lcm_ds.encoders import Encoder
 from lcm_ds.errors import InputError, PeerFailed
 from lcm_ds.files import sync, write_whole
 from lcm_ds.prepare import disk_space
@@ -49,9 +38,8 @@ from lcm_ds.prepare.adopt import ADOPTING_CORES, AdoptedWork
 from lcm_ds.prepare.committer import Committer
 from lcm_ds.prepare.coordinator import Coordinator
 from lcm_ds.prepare.deduplicate import drop_duplicates, has_ids, remove_ids
-from lcm_ds.prepare.encode import WorkerContext, disk_error, encode_units, storable
+from lcm_ds.prepare.encode import disk_error
 from lcm_ds.prepare.progress import Progress
-from lcm_ds.prepare.readers import Reader, Readers, WorkUnit, open_reader
 from lcm_ds.prepare.state import (
     CONFIG,
     IDS,
@@ -65,21 +53,24 @@ from lcm_ds.prepare.state import (
     is_finished,
     locked,
     read_units,
+    remove_reports,
+    saved_reports,
     summary,
     tidy,
 )
+from lcm_ds.prepare.texts import Texts, TextWork
 from lcm_ds.prepare.work import Work
 from lcm_ds.processes import warn_of_few_cores
 from lcm_ds.signals import DONE, FAILED, describe_exit
-from lcm_ds.text.base import Source
 from lcm_ds.text.huggingface import is_local
 from lcm_ds.text.open import open_source
 
-_CALIBRATION_SENTENCES = 4096  # from the beginning of the source, for the steps of int8
 _EXIT_SECONDS = 10.0  # for the other processes to end after a failure, before they are killed
+# Makes the work of a config, given the source's index if it is known.
+OpenWork = Callable[[PrepareConfig, dict[str, Any] | None], Work]
 
 
-def prepare(config: PrepareConfig, encoder: Encoder | None = None) -> None:
+def prepare(config: PrepareConfig, encoder: Encoder | None = None, open_work: OpenWork | None = None) -> None:
     """Make the datasets OUT/train and OUT/validation, or resume after a former call; a finished dataset is kept.
 
     Under a launcher this process is one of its ranks; otherwise it starts `processes` − 1 others.
@@ -87,6 +78,7 @@ def prepare(config: PrepareConfig, encoder: Encoder | None = None) -> None:
     Args:
         config: What is prepared.
         encoder: To be used in this process instead of the one that the config names.
+        open_work: Work whose units others make than ranks of this program, so that this process is the only rank.
 
     Raises:
         InputError: a source or an encoder that cannot be used, or no longer is what it was when the dataset was
@@ -96,8 +88,13 @@ def prepare(config: PrepareConfig, encoder: Encoder | None = None) -> None:
     """
     env = detect_environment(os.environ)
     with threads(config.threads):
+        if open_work is not None and env.world_size > 1:
+            raise InputError(
+                f"started in {env.world_size} processes (WORLD_SIZE, or a launcher): one starts and finishes a "
+                "preparation whose units others make; start it without a launcher"
+            )
         if env.rank == 0:
-            _RankZero(config, env, encoder).prepare()
+            _RankZero(config, env, encoder, open_work).prepare()
         else:
             _run_other_rank(config, env, encoder)
 
@@ -119,13 +116,16 @@ def threads(count: int) -> Iterator[None]:
 class _RankZero:
     """Rank 0: checks everything first, commits what all ranks make, and finishes the dataset."""
 
-    def __init__(self, config: PrepareConfig, env: DistEnv, encoder: Encoder | None) -> None:
+    def __init__(
+        self, config: PrepareConfig, env: DistEnv, encoder: Encoder | None, open_work: OpenWork | None
+    ) -> None:
         self.config, self.env, self.out = config, env, Path(config.output)
         self.started = time.monotonic()
-        self._encoder = encoder
+        self._open = open_work or (lambda config, index: _open_work(config, self.env, encoder, True, index))
         self._workers = Workers(grace=_EXIT_SECONDS / 2, patience=_EXIT_SECONDS)  # the ranks that this process starts
         self._launched = env.world_size > 1
-        if not self._launched and encoder is None and (processes := _processes(config)) > 1:
+        alone = encoder is not None or open_work is not None
+        if not self._launched and not alone and (processes := _processes(config)) > 1:
             self.env = DistEnv.local(0, processes, free_port())
 
     def prepare(self) -> None:
@@ -154,6 +154,7 @@ class _RankZero:
         if not is_finished(self.out, self.config):
             return False
         remove_ids(self.out)
+        remove_reports(self.out)
         print(f"{self.out}: already prepared: {summary(read_units(self.out))}")
         return True
 
@@ -164,7 +165,7 @@ class _RankZero:
         at_hub = config.source.dataset is not None and not is_local(config.source)
         known = at_hub and (out / SOURCE).exists()
         index = json.loads((out / SOURCE).read_text(encoding="utf-8")) if known else None
-        with contextlib.closing(_open_work(config, self.env, self._encoder, True, index)) as work:
+        with contextlib.closing(self._open(config, index)) as work:
             try:
                 out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -175,8 +176,7 @@ class _RankZero:
                 is_finished(out, config)
                 try:
                     units = self._begin(work)
-                    quantization = self._quantization(work)
-                    self._print_phase(work, units)
+                    quantization = quantization_of(config, work)
                     progress = self._encode(work, coordinator, quantization, units)
                     print(f"normaliser: of at most {config.normalizer_samples:,} concepts", flush=True)
                     tidy(out, {unit.unit for unit in units})
@@ -185,6 +185,7 @@ class _RankZero:
                 except OSError as error:
                     raise disk_error(out, error) from error
                 remove_ids(out)
+                remove_reports(out)
             lines = [progress.summary(), work.summary(units, scale)]
         for line in lines:
             if line:
@@ -195,50 +196,28 @@ class _RankZero:
         """Write down which parts make the dataset; returns the units that are done."""
         out = self.out
         units = [unit for unit in read_units(out) if has_ids(out, unit.unit)]
-        disk_space.check(self.config, work.estimate(), work.total, sum(unit.given for unit in units))
-        write_whole(out / CONFIG, dump(self.config))
-        if (out / SOURCE).exists():
-            check_files(out, work.sizes_in(json.loads((out / SOURCE).read_text(encoding="utf-8"))), work.sizes)
-        check_parts(
-            out,
-            {
-                "encoder": work.encoder(),
-                "sentences": work.splitter(),
-                "source": work.describe(),
-                # Older preparations have no such key: without ids they were split by path.
-                **({} if self.config.source.has_ids else {"split": "by text"}),
-            },
-        )
-        if not (out / SOURCE).exists():
-            write_whole(out / SOURCE, json.dumps(work.index()))
-        for folder in (*SPLITS, IDS):
-            (out / folder).mkdir(exist_ok=True)
-        sync(out)
+        done = {unit.unit for unit in units}
+        given = sum(unit.given for unit in units)
+        given += sum(report["unit"]["given"] for report in saved_reports(out, done))
+        disk_space.check(self.config, work.estimate(), work.total, given)
+        begin(self.config, work)
         if units:
             print(f"{out}: resuming after {summary(units)}", flush=True)
-        tidy(out, {unit.unit for unit in units})
+        tidy(out, done)
         return units
 
-    def _print_phase(self, work: Work, units: list[UnitResult]) -> None:
-        """The line that ends the start-up."""
+    def _print_phase(self, work: Work, given: int) -> None:
+        """The line that ends the start-up; `given` documents are done."""
+        if work.total == given:
+            return
         seconds = time.monotonic() - self.started
-        given = sum(unit.given for unit in units)
         left = "documents" if work.total is None else f"{work.total - given:,} documents"
         verb = "encoding" if work.threads is not None else "adopting"
-        ranks = self.env.world_size
+        count = work.processes
         print(
-            f"{verb}: {left} in {ranks} process{'es' if ranks > 1 else ''}, after a start-up of {seconds:.0f} s",
+            f"{verb}: {left} in {count} process{'es' if count > 1 else ''}, after a start-up of {seconds:.0f} s",
             flush=True,
         )
-
-    def _quantization(self, work: Work) -> Quantization | None:
-        """For int8: the step of each dimension, determined once, from the first concepts."""
-        if self.config.dtype != "int8":
-            return None
-        path = self.out / QUANTIZATION
-        if not path.exists():
-            write_whole(path, _quant_params(work.quantization()).model_dump_json())
-        return _read_quantization(path)
 
     def _encode(
         self, work: Work, coordinator: Coordinator, quantization: Quantization | None, units: list[UnitResult]
@@ -255,11 +234,16 @@ class _RankZero:
             The progress at the end.
         """
         done = {unit.unit for unit in units}
-        coordinator.start({"done": _ranges(sorted(done))})
+        reports = saved_reports(self.out, done)  # of tasks that made units on their own; see shares.py
+        done |= {report["unit"]["unit"] for report in reports}
         given = sum(unit.given for unit in units)
-        with Progress(work.total, given, self.env.world_size, self.started) as progress:
+        self._print_phase(work, given + sum(report["unit"]["given"] for report in reports))
+        coordinator.start({"done": _ranges(sorted(done))})
+        with Progress(work.total, given, work.processes, self.started) as progress:
             committer = Committer(self.config, coordinator, units, progress, self._check_workers)
             try:
+                for report in reports:
+                    coordinator.report(report)
                 work.make_units(coordinator, quantization, done)
                 coordinator.deregister()
                 committer.close()
@@ -357,7 +341,7 @@ def _run_other_rank(config: PrepareConfig, env: DistEnv, encoder: Encoder | None
             rank_0_encoder = json.loads((out / PARTS).read_text(encoding="utf-8"))["encoder"]
             if rank_0_encoder != work.encoder():
                 raise InputError(f"rank {env.rank}: its encoder is {work.encoder()}, that of rank 0 {rank_0_encoder}")
-            quantization = _read_quantization(out / QUANTIZATION) if config.dtype == "int8" else None
+            quantization = read_quantization(config)
             work.make_units(coordinator, quantization, {u for first, end in message["done"] for u in range(first, end)})
             coordinator.deregister()
         coordinator.wait_for_finish()
@@ -384,105 +368,9 @@ def _open_work(
         InputError: The source or the encoder cannot be used.
     """
     if config.source.name == "concepts":
-        return AdoptedWork(config, first, index)
-    return TextWork(
-        config, env, encoder, open_source(config.source, config.sentences.language, index) if first else None
-    )
-
-
-class TextWork:
-    """Texts, split and encoded; see Work. source: None for that of rank 0's index, once it is there."""
-
-    def __init__(self, config: PrepareConfig, env: DistEnv, encoder: Encoder | None, source: Source | None) -> None:
-        self.config = config
-        self._reader = None if source is None else Reader(config, source)
-        self._readers = Readers(config)  # they start while the encoder is loaded
-        try:
-            self._encoder = encoder or load_for_rank(config, env)
-            self._end = _end_of_text(config, self._encoder)
-        except BaseException:
-            self._readers.close()
-            raise
-        self.embed_dim: int = self._encoder.embed_dim
-        self.end_of_text: EndOfText | None = EndOfText(text=config.end_of_text, vector=[float(v) for v in self._end])
-        self.supervised = Supervised(source_suffix=config.source_suffix) if config.source.supervised else None
-        self.threads: int | None = config.threads
-
-    @cached_property
-    def reader(self) -> Reader:
-        """Of the source."""
-        return self._reader or open_reader(self.config)
-
-    @property
-    def total(self) -> int | None:
-        """Documents of the source."""
-        return self.reader.source.total
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The bytes of each file of the source."""
-        return self.reader.source.sizes
-
-    def estimate(self) -> int | None:
-        """Approximate bytes of the dataset."""
-        return disk_space.estimate(self.config, self.reader.source, self.embed_dim)
-
-    def encoder(self) -> dict[str, Any]:
-        """For dataset.json."""
-        return self._encoder.describe()
-
-    def splitter(self, units: Sequence[UnitResult] | None = None) -> dict[str, Any]:
-        """For dataset.json, once the units are made."""
-        if units is None:
-            return self.reader.settings()
-        lists = sum(unit.lists for unit in units)
-        return self.reader.settings(lists, texts=max(0, sum(sum(unit.kept.values()) for unit in units) - lists))
-
-    def language(self) -> str | None:
-        """For dataset.json; None for several."""
-        return self.config.sentences.language if self.config.source.languages is None else None
-
-    def describe(self) -> dict[str, Any]:
-        """Where the documents are from."""
-        return self.reader.source.describe()
-
-    def index(self) -> dict[str, Any]:
-        """The result of inspecting the source."""
-        return self.reader.source.index()
-
-    def sizes_in(self, index: dict[str, Any]) -> dict[str, int]:
-        """The bytes of each file by an older `index`."""
-        return open_source(self.config.source, self.config.sentences.language, index).sizes
-
-    def quantization(self) -> Quantization:
-        """The steps of int8, from the first sentences."""
-        found = list(islice(sentences_of(self.reader), _CALIBRATION_SENTENCES))
-        if len(found) < 2:
-            raise InputError(f"{self.config.output}: int8 needs sentences to determine its steps; the source has none")
-        sentences = [sentence for sentence, _ in found]
-        languages = [str(language) for _, language in found]
-        each, encode = self.config.language_of_each, self._encoder.encode
-        return Quantization.of(*fit(encode(sentences, languages) if each else encode(sentences)))
-
-    def make_units(self, coordinator: Coordinator, quantization: Quantization | None, done: set[int]) -> None:
-        """Make units until none is left to claim; see Work."""
-        rank = WorkerContext(self.config, self._encoder, self._end, quantization, coordinator)
-        encode_units(rank, self._readers, _pending(self.reader.source, self.config.documents_per_shard, done))
-
-    def summary(self, units: list[UnitResult], scale: np.ndarray) -> str | None:
-        """Nothing that Progress has not said."""
-        return None
-
-    def close(self) -> None:
-        """End the reading processes."""
-        self._readers.close()
-
-
-def _pending(source: Source, size: int, done: set[int]) -> Iterator[WorkUnit]:
-    """The units that are not done, in order."""
-    for number, (start, stop) in enumerate(source.units(size)):
-        if number not in done:
-            yield WorkUnit(number, start, stop)
+        return AdoptedWork(config, env.world_size, index, first)
+    source = open_source(config.source, config.sentences.language, index) if first else None
+    return TextWork(config, env, encoder, source)
 
 
 def _processes(config: PrepareConfig) -> int:
@@ -497,16 +385,6 @@ def _processes(config: PrepareConfig) -> int:
     if config.encoder.device is None and torch.cuda.is_available():
         return torch.cuda.device_count()
     return max(1, cores // config.threads)
-
-
-def load_for_rank(config: PrepareConfig, env: DistEnv) -> Encoder:
-    """This rank's encoder, on its own device."""
-    encoder = config.encoder
-    assert encoder is not None
-    if encoder.device is None and torch.cuda.is_available():
-        device = f"cuda:{env.device_index(torch.cuda.device_count())}"
-        encoder = encoder.model_copy(update={"device": device})
-    return load_encoder(encoder)
 
 
 def _fit(
@@ -541,31 +419,50 @@ def _fit(
     return center, scale, statistics
 
 
-def _end_of_text(config: PrepareConfig, encoder: Encoder) -> np.ndarray:
-    """The end-of-text concept. If it could not be stored, every document would be refused, after hours of encoding."""
-    concept: np.ndarray = encoder.encode([config.end_of_text])[0]
-    if not storable(concept, config.dtype):
-        raise InputError(f"end_of_text: the encoder makes {config.end_of_text!r} a concept that is not finite")
-    return concept
+def begin(config: PrepareConfig, work: Work | Texts) -> None:
+    """Write down which config, parts and source make the dataset, or compare them with what is written.
+
+    Raises InputError with a line for each that has changed.
+    """
+    out = Path(config.output)
+    write_whole(out / CONFIG, dump(config))
+    if (out / SOURCE).exists():
+        check_files(out, work.sizes_in(json.loads((out / SOURCE).read_text(encoding="utf-8"))), work.sizes)
+    check_parts(
+        out,
+        {
+            "encoder": work.encoder(),
+            "sentences": work.splitter(),
+            "source": work.describe(),
+            # Older preparations have no such key: without ids they were split by path.
+            **({} if config.source.has_ids else {"split": "by text"}),
+        },
+    )
+    if not (out / SOURCE).exists():
+        write_whole(out / SOURCE, json.dumps(work.index()))
+    for folder in (*SPLITS, IDS):
+        (out / folder).mkdir(exist_ok=True)
+    sync(out)
 
 
-def sentences_of(reader: Reader) -> Iterator[tuple[str, str | None]]:
-    """All sentences of the documents that are not refused, in order, each with its document's language."""
-    for unit in _pending(reader.source, reader.config.documents_per_shard, set()):
-        documents = reader.read(unit)
-        if not documents:
-            return
-        for document in documents:
-            yield from ((sentence, document.language) for sentence in document.sentences)
+def quantization_of(config: PrepareConfig, work: Work) -> Quantization | None:
+    """For int8: the step of each dimension, determined once, from the first concepts."""
+    path = Path(config.output) / QUANTIZATION
+    if config.dtype == "int8" and not path.exists():
+        write_whole(path, _quant_params(work.quantization()).model_dump_json())
+    return read_quantization(config)
+
+
+def read_quantization(config: PrepareConfig) -> Quantization | None:
+    """For int8: the step of each dimension, as the output of a preparation that has begun holds it."""
+    if config.dtype != "int8":
+        return None
+    numbers: dict[str, Any] = json.loads((Path(config.output) / QUANTIZATION).read_text(encoding="utf-8"))
+    return Quantization(*(np.asarray(numbers[key], np.float32) for key in ("center", "step")))
 
 
 def _quant_params(quantization: Quantization) -> QuantParams:
     return QuantParams(center=quantization.center.tolist(), step=quantization.step.tolist())
-
-
-def _read_quantization(path: Path) -> Quantization:
-    numbers: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return Quantization(*(np.asarray(numbers[key], np.float32) for key in ("center", "step")))
 
 
 def _ranges(numbers: list[int]) -> list[tuple[int, int]]:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,12 +17,12 @@ from typing import Any
 import yaml
 
 from lcm_ds.config import PrepareConfig
-from lcm_ds.data.format import DATASET, SHARDS, SPLITS, read_shards
+from lcm_ds.data.format import DATASET, SHARDS, SPLITS, read_shards, record_path
 from lcm_ds.errors import InputError
 from lcm_ds.files import lock, write_whole
 
 CONFIG, PARTS, SOURCE, QUANTIZATION = "prepare.yaml", "parts.json", "source.json", "quantization.json"
-UNITS, IDS, LOCK = "units.jsonl", "ids", "prepare.lock"
+UNITS, IDS, LOCK, REPORTS = "units.jsonl", "ids", "prepare.lock", "reports"
 
 # Keys that decide how a dataset is made, not what is in it.
 RUNTIME_ONLY_KEYS = ("output", "processes", "split_workers", "max_refused", "check_space", "encoder.device")
@@ -67,7 +68,7 @@ def is_finished(out: Path, config: PrepareConfig) -> bool:
         if out.exists() and not out.is_dir():
             raise InputError(f"{out}: output: is a file; name a folder")
         # All that the launcher, or a call that was killed at its start, may have left.
-        harmless = (LOCK, f"{CONFIG}.partial", "launch")
+        harmless = (LOCK, REPORTS, f"{CONFIG}.partial", "launch")
         if out.exists() and any(path.name not in harmless for path in out.iterdir()):
             raise InputError(f"{out}: output: is not empty and holds no {CONFIG}; choose a new folder")
         return False
@@ -165,12 +166,38 @@ def keep_units(out: Path, units: Iterable[UnitResult]) -> None:
     _uncommit_shards(out, {unit.unit for unit in units})
 
 
+def save_report(out: Path, report: dict[str, Any]) -> None:
+    """Keep the report of a unit, its shards written, until the process that commits it takes it up."""
+    write_whole(out / REPORTS / f"{report['unit']['unit']:08d}.json", json.dumps(report))
+
+
+def saved_reports(out: Path, done: set[int]) -> list[dict[str, Any]]:
+    """The saved reports of units that are not done, in their order; only those whose files are all there."""
+    found = []
+    for path in sorted((out / REPORTS).glob("*[0-9].json")):
+        if int(path.stem) not in done:
+            report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            places = [(out / split / shard["name"], shard["bytes"]) for split, shard in report["shards"].items()]
+            records = [record_path(tar.parent, tar.name) for tar, _ in places]
+            whole = all(tar.exists() and tar.stat().st_size == size for tar, size in places)
+            if whole and all(each.exists() for each in (*records, out / IDS / path.stem)):
+                found.append(report)
+    return found
+
+
+def remove_reports(out: Path) -> None:
+    """Remove all saved reports, once the dataset is finished."""
+    shutil.rmtree(out / REPORTS, ignore_errors=True)
+
+
 def tidy(out: Path, done: set[int]) -> None:
-    """Remove what is not part of the dataset: shards of units that are not done, and incomplete files."""
+    """Remove what is not part of the dataset: shards of units that are neither done nor reported; incomplete files."""
     _uncommit_shards(out, done)
+    reported = [shard["name"] for report in saved_reports(out, done) for shard in report["shards"].values()]
+    spared = {name for shard in reported for name in (shard, record_path("", shard).name)}
     for split in SPLITS:
         folder = out / split
-        listed = {shard.name for shard in read_shards(folder)} if folder.exists() else set()
+        listed = spared | {shard.name for shard in read_shards(folder)} if folder.exists() else spared
         for path in folder.glob("*.tar*"):
             if path.name not in listed:
                 path.unlink(missing_ok=True)
@@ -198,11 +225,14 @@ def split_of(key: str, validation: float) -> str:
 
 
 @contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Lock the output folder against other processes. The kernel releases the lock however this process ends."""
+def locked(out: Path, shared: bool = False) -> Iterator[None]:
+    """Lock the output folder against other processes. The kernel releases the lock however this process ends.
+
+    shared: other processes may hold it as well that share it.
+    """
     with (out / LOCK).open("w") as file:
         try:
-            lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB, out)
+            lock(file.fileno(), (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB, out)
         except BlockingIOError:
             raise InputError(f"{out}: another process is preparing this dataset") from None
         yield

@@ -33,6 +33,10 @@ class Work(Protocol):
         """Of a process that encodes; None if nothing is encoded."""
 
     @property
+    def processes(self) -> int:
+        """That make units, over all ranks."""
+
+    @property
     def total(self) -> int | None:
         """Documents of the source; None if only known after reading all."""
 

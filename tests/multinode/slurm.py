@@ -48,8 +48,8 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 KillWait=30
 FirstJobId={first_job}
-NodeName={host} NodeAddr=127.0.0.1 NodeHostname={host} Port={ports[1]} CPUs=2
-NodeName={host}-second NodeAddr=127.0.0.1 NodeHostname={host} Port={ports[2]} CPUs=2
+NodeName={host} NodeAddr=127.0.0.1 NodeHostname={host} Port={ports[1]} CPUs=2 RealMemory=4096
+NodeName={host}-second NodeAddr=127.0.0.1 NodeHostname={host} Port={ports[2]} CPUs=2 RealMemory=4096
 PartitionName=all Nodes=ALL Default=YES State=UP MaxTime=INFINITE
 """
 

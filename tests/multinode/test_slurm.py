@@ -10,8 +10,11 @@ import sys
 
 import pytest
 import slurm
+from preparing import HashEncoder, written
+from runs import SUPPORT
 from small_run import (
     EMBED_DIM,
+    ROOT,
     STEPS,
     checkpoints,
     finish,
@@ -23,6 +26,9 @@ from small_run import (
     with_variable,
     write_config,
 )
+
+from lcm_ds.config import PrepareConfig
+from lcm_ds.prepare.pipeline import prepare
 
 pytestmark = pytest.mark.skipif(slurm.missing() is not None, reason=f"{slurm.missing()}")
 
@@ -84,6 +90,36 @@ def test_a_task_finds_its_rank_whatever_srun_offers_mpi(cluster, mpi):
     out = cluster("srun", "--nodes=2", "--ntasks-per-node=1", f"--mpi={mpi}", sys.executable, "-c", code)
     host = socket.gethostname().partition(".")[0]
     assert sorted(out.splitlines()) == [f"{rank} 2 0 1 {host} True" for rank in (0, 1)], out + cluster.logs()
+
+
+def test_datatrove_stages_make_the_dataset_that_prepare_makes(cluster, monkeypatch, tmp_path):
+    pytest.importorskip("datatrove", reason="needs the extra datatrove")
+    from datatrove.executor import SlurmPipelineExecutor
+    from hash_on_datatrove import HashConcepts
+
+    from lcm_ds.integrations.datatrove import FinishDataset
+
+    for name, value in cluster.environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(SUPPORT), str(ROOT)]))
+    source = {"name": "sample", "take": 12}
+    encoder = {"name": "sentence-transformers", "model": "minilm"}
+    mapping = {"source": source, "encoder": encoder, "documents_per_shard": 1, "split_workers": 0, "validation": 0.2}
+    ours, alone = (PrepareConfig(output=str(tmp_path / output), **mapping) for output in ("ours", "alone"))
+    options = {"partition": "all", "time": "5", "mem_per_cpu_gb": 1}
+    encode = SlurmPipelineExecutor([HashConcepts(ours)], tasks=3, logging_dir=f"{tmp_path}/encode", **options)
+    finish = SlurmPipelineExecutor(
+        [FinishDataset(ours)], tasks=1, logging_dir=f"{tmp_path}/finish", depends=encode, **options
+    )
+    finish.run()
+
+    def logs():
+        return cluster.logs() + "".join(path.read_text()[-3000:] for path in tmp_path.glob("*/slurm_logs/*"))
+
+    wait_for(lambda: cluster.job(finish.job_id).get("JobState") in slurm.ENDED, 120, logs)
+    assert cluster.job(finish.job_id)["JobState"] == "COMPLETED", logs()
+    prepare(alone, HashEncoder())
+    assert written(tmp_path / "ours") == written(tmp_path / "alone")
 
 
 @pytest.mark.slow

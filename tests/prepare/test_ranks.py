@@ -145,7 +145,7 @@ def test_killed_at_ten_random_moments_the_dataset_is_that_of_one_run(write_confi
 def test_the_datasets_are_there_when_prepare_returns_on_any_rank(write_config):
     """Also the second time in the same processes."""
     code = "import sys; sys.path.insert(0, sys.argv[1]); from preparing import HashEncoder; from lcm_ds import api\n"
-    code += "from lcm_ds.prepare import pipeline; pipeline.load_encoder = lambda config: HashEncoder()\n"
+    code += "from lcm_ds.prepare import texts; texts.load_encoder = lambda config: HashEncoder()\n"
     code += (
         "for path in sys.argv[2:]: print(api.prepare(api.load(api.PrepareConfig, path)).train.info.totals.documents)"
     )

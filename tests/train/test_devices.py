@@ -18,7 +18,7 @@ from lcm_ds.config import EncoderConfig
 from lcm_ds.distributed import collectives
 from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.distributed.environment import DistEnv
-from lcm_ds.prepare import pipeline
+from lcm_ds.prepare import texts
 from lcm_ds.train import engine
 
 deepspeed_comm = sys.modules["deepspeed.comm.torch"]  # its package has an attribute torch, which is torch
@@ -137,9 +137,9 @@ def test_so_do_preparing_and_evaluating(devices, expected, on_gpus, monkeypatch)
     on_gpus(devices)
     place = DistEnv(5, 8, 5, 8, "127.0.0.1", 29500)
     assert Ranks(place).device == torch.device("cuda", expected)
-    monkeypatch.setattr(pipeline, "load_encoder", lambda encoder: encoder.device)
+    monkeypatch.setattr(texts, "load_encoder", lambda encoder: encoder.device)
     assert (
-        pipeline.load_for_rank(SimpleNamespace(encoder=EncoderConfig(name="sonar", model="random")), place)
+        texts.load_for_rank(SimpleNamespace(encoder=EncoderConfig(name="sonar", model="random")), place)
         == f"cuda:{expected}"
     )
     monkeypatch.setattr(collectives, "wait_for_all_ranks", lambda env, purpose: None)

@@ -1,0 +1,1 @@
+"""lcm-ds on engines of others: Ray and datatrove."""
