@@ -67,6 +67,8 @@ class SourceConfig(Schema):
     source_column: str | None = None
     target_column: str | None = None
     id_column: str | None = "id"
+    # documents with the same value (a book, a web site) are on the same side: the split is a hash of it, not of the id
+    group_column: str | None = None
     # rows whose language differs from sentences.language are refused; null: there is no such column. Codes of ISO 639
     # (de, deu), of SONAR (deu_Latn) and English names
     language_column: str | None = None
@@ -115,6 +117,8 @@ class SourceConfig(Schema):
         columns = {"filter": self.filter, "language_column": self.language_column, "source_column": self.source_column}
         if self.name != "huggingface" and (named := [name for name, value in columns.items() if value]):
             raise ValueError(f"{', '.join(named)}: only for source huggingface; {self.name} has no columns")
+        if self.name in ("sample", "files") and self.group_column is not None:
+            raise ValueError(f"group_column: only for sources huggingface and concepts; {self.name} has no columns")
         if self.language_column is None and (self.languages is not None or self.script_column is not None):
             raise ValueError("languages and script_column need language_column, which names each document's language")
         if (self.source_column is None) != (self.target_column is None):

@@ -24,7 +24,7 @@ def print_tables(title: str, result: dict[str, Any]) -> None:
     scores = {**result["scores"], TRUTH: result["truth"]["scores"]}
     heading = (
         f"{title}: next-concept prediction on {result['dataset']}\n"
-        f"{result['documents']:,} documents, {result['targets']:,} targets; * best of its column"
+        f"{result['documents']:,} documents{_in_groups(result)}, {result['targets']:,} targets; * best of its column"
     )
     for metrics in (EVALUATION[:COLUMNS], EVALUATION[COLUMNS:]):
         table = Table(title=heading if metrics[0] is EVALUATION[0] else None)
@@ -38,6 +38,11 @@ def print_tables(title: str, result: dict[str, Any]) -> None:
         console.print(_language_table(Table(title="by language"), by_language))
     for line in _lines(result):
         console.print(line, highlight=False, markup=False)
+
+
+def _in_groups(result: dict[str, Any]) -> str:
+    """Which units the bootstrap resamples, unless they are documents."""
+    return f" in {result['groups']:,} groups" if "groups" in result else ""
 
 
 def _language_table(table: Any, by_language: dict[str, Any]) -> Any:
@@ -141,7 +146,8 @@ def draw_figure(title: str, result: dict[str, Any]) -> bytes:
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     bands = any(any(by["mse_intervals"]) for by in by_position["predictors"].values())
-    figure.suptitle(title + (" (bands: 95 %, bootstrap over documents)" if bands else ""), fontsize="medium")
+    units = "groups of documents" if "groups" in result else "documents"
+    figure.suptitle(title + (f" (bands: 95 %, bootstrap over {units})" if bands else ""), fontsize="medium")
     png = io.BytesIO()
     figure.savefig(png, format="png")
     return png.getvalue()
