@@ -211,6 +211,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_evaluation(command)
     command.add_argument("--processes", type=int, metavar="N", help="number of processes; default: one per GPU")
 
+    add = _add_command(commands, "compare", compare, "several runs on the same targets, with paired differences",
+                       "lcm-ds compare runs/small runs/large --figure comparison.png").add_argument  # fmt: skip
+    add("runs", metavar="RUN|FOLDER", nargs="+", help="two or more; differences are to the first")
+    add("--dataset", metavar="DATASET", help="default: the validation dataset that all runs have")
+    add("--json", metavar="FILE", help="also write the result to FILE")
+    add("--figure", metavar="FILE.png", help="also plot it to FILE.png")
+    add("--no-baselines", action="store_true", help="do not fit the best linear baseline of each run")
+
     add = _add_command(commands, "generate", generate, "continue a text, concept by concept",
                        "lcm-ds generate runs/quickstart --prompt 'The sea was calm. We set sail at dawn.'",
                        ).add_argument  # fmt: skip
@@ -561,6 +569,12 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from lcm_ds.distributed.workers import run_local
 
     return run_local(worker(arguments), processes)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    from lcm_ds.evaluate.compare import compare
+
+    compare(arguments.runs, arguments.dataset, arguments.json, arguments.figure, not arguments.no_baselines)
 
 
 def generate(arguments: argparse.Namespace) -> None:

@@ -92,6 +92,9 @@ class SourceConfig(Schema):
     """huggingface: column of their target part."""
     id_column: str | None = "id"
     """huggingface, concepts: column of the documents' ids; null: they are made from paths and row numbers."""
+    group_column: str | None = None
+    """huggingface, concepts: documents with the same value (a book, a web site) are on one side of the split, which is a hash
+    of it."""
     language_column: str | None = None
     """huggingface: column of languages, as ISO 639 (de, deu), SONAR's codes (deu_Latn) or English names; rows of
     another language than sentences.language are refused."""
@@ -143,6 +146,8 @@ class SourceConfig(Schema):
         columns = {"filter": self.filter, "language_column": self.language_column, "source_column": self.source_column}
         if self.name != "huggingface" and (named := [name for name, value in columns.items() if value]):
             raise ValueError(f"{', '.join(named)}: only for source huggingface; {self.name} has no columns")
+        if self.name in ("sample", "files") and self.group_column is not None:
+            raise ValueError(f"group_column: only for sources huggingface and concepts; {self.name} has no columns")
         if self.language_column is None and (self.languages is not None or self.script_column is not None):
             raise ValueError("languages and script_column need language_column, which names each document's language")
         if (self.source_column is None) != (self.target_column is None):

@@ -12,12 +12,20 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("train/*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*CONFIGS.glob("train/*.yaml"), *CONFIGS.glob("experiments/*/train.yaml")]),
+    ids=lambda path: str(path.relative_to(CONFIGS)),
+)
 def test_every_train_config_loads(path):
     load(TrainConfig, path)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("prepare/*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*CONFIGS.glob("prepare/*.yaml"), *CONFIGS.glob("experiments/*/prepare.yaml")]),
+    ids=lambda path: str(path.relative_to(CONFIGS)),
+)
 def test_every_prepare_config_loads(path):
     load(PrepareConfig, path)
 

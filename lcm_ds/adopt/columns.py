@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,8 +21,10 @@ from lcm_ds.adopt.lists import (
 )
 from lcm_ds.config import SourceConfig
 from lcm_ds.errors import InputError
+from lcm_ds.text.columns import name_of
 
 METADATA = b"lcm_ds"  # the key in the metadata of a file that export-data wrote; its value is JSON
+GROUP = "group"  # the column of groups in such a file
 EMBEDDING_SUFFIX = "_sonar_emb"  # in Meta's columns: of the concepts of the sentences in the column without it
 
 
@@ -34,11 +36,13 @@ class Columns:
     sentences: list[str]  # none, or as many
     id: str | None = None
     source: str | None = None  # of files that export-data wrote: `source` of each document
+    group: str | None = None
 
     @property
     def names(self) -> list[str]:
         """All of them."""
-        return [*self.concepts, *self.sentences, *(name for name in (self.id, self.source) if name is not None)]
+        others = dict.fromkeys(name for name in (self.id, self.source, self.group) if name is not None)
+        return [*self.concepts, *self.sentences, *others]
 
     @classmethod
     def of(cls, config: SourceConfig, part: str, schema: Any) -> Columns:
@@ -84,14 +88,24 @@ class Columns:
             if id_column != SourceConfig.model_fields["id_column"].default:
                 errors.append(f"source.id_column: {part} has no column {id_column!r}; its columns: {', '.join(fields)}")
             id_column = None
+        ours = METADATA in (schema.metadata or {}) and "source" in fields
+        group_column = config.group_column or (GROUP if ours and GROUP in fields else None)
+        if group_column is not None and group_column not in fields:
+            errors.append(missing_group(part, group_column, fields))
         used = [
-            name for name in (*concepts, *sentences, id_column) if name is not None and schema.names.count(name) > 1
+            name
+            for name in dict.fromkeys((*concepts, *sentences, id_column, group_column))
+            if name is not None and schema.names.count(name) > 1
         ]
         errors += [f"{part}: has several columns {name!r}: rename all but one" for name in used]
         if errors:
             raise InputError(errors)
-        ours = METADATA in (schema.metadata or {}) and "source" in fields
-        return cls(list(concepts), list(sentences), id_column, "source" if ours else None)
+        return cls(list(concepts), list(sentences), id_column, "source" if ours else None, group_column)
+
+
+def missing_group(part: str, column: str, names: Iterable[str]) -> str:
+    """The line about a group column that is not there; names: of the columns that are."""
+    return f"source.group_column: {part} has no column {column!r}; its columns: {', '.join(names)}"
 
 
 def _sentences_of(concepts: Sequence[str], fields: dict[str, Any], part: str) -> list[str]:
@@ -122,6 +136,7 @@ class Block(NamedTuple):
     rows: int
     ids: list[str | None]
     sources: list[str | None]
+    groups: list[str | None]
     concepts: list[Concepts]  # of each column
     sentences: list[Sentences]
 
@@ -153,6 +168,7 @@ def block_of(batch: Any, columns: Columns, width: int) -> Block:
         batch.num_rows,
         empty if columns.id is None else _texts(batch.column(columns.id)),
         empty if columns.source is None else _texts(batch.column(columns.source)),
+        empty if columns.group is None else [name_of(value) for value in batch.column(columns.group).to_pylist()],
         [read_concepts(batch.column(name), width) for name in columns.concepts],
         [read_sentences(batch.column(name)) for name in columns.sentences],
     )

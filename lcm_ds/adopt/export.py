@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lcm_ds.adopt.columns import EMBEDDING_SUFFIX, METADATA
+from lcm_ds.adopt.columns import EMBEDDING_SUFFIX, GROUP, METADATA
 from lcm_ds.adopt.lists import use_system_allocator
 from lcm_ds.data.format import Dataset, open_dataset
 from lcm_ds.data.remote.cache import Cache
@@ -33,6 +33,7 @@ class _Rows(NamedTuple):
 
     ids: list[str]
     sources: list[str]
+    groups: list[str | None]
     columns: list[_Column]  # one, or source and target
 
 
@@ -85,12 +86,16 @@ def _write(dataset: Dataset, path: Path) -> int:
     first = open_shard_once(dataset, next(index for index, shard in enumerate(dataset.shards) if shard.documents))
     worded = bool(first.meta(0)["sentences"])
     fields = [("id", pyarrow.string()), ("source", pyarrow.string())]
+    fields += [(GROUP, pyarrow.string())] if dataset.has_groups else []
     for name in names:
         fields += [(name, pyarrow.list_(pyarrow.string()))] if worded else []
         fields += [(name + EMBEDDING_SUFFIX, pyarrow.list_(concept))]
     schema = pyarrow.schema(fields, metadata={METADATA: json.dumps(_described(dataset, first))})
     # Concepts neither repeat nor shrink: a dictionary and compression would only take time.
-    texts = ["id", "source", *(f"{name}.list.element" for name in names if worded)]
+    texts = [
+        *(name for name, _ in fields if name in ("id", "source", GROUP)),
+        *(f"{name}.list.element" for name in names if worded),
+    ]
     compression = dict.fromkeys(texts, "ZSTD")
     compression |= {f"{name}{EMBEDDING_SUFFIX}.list.element.list.element": "NONE" for name in names}
     count = 0
@@ -109,6 +114,8 @@ def _table(rows: _Rows, schema: Any) -> Any:
     import pyarrow
 
     arrays = [pyarrow.array(rows.ids), pyarrow.array(rows.sources)]
+    if GROUP in schema.names:
+        arrays.append(pyarrow.array(rows.groups, pyarrow.string()))
     for column in rows.columns:
         if column.sentences is not None:
             arrays.append(pyarrow.ListArray.from_arrays(column.offsets, pyarrow.array(column.sentences)))
@@ -147,7 +154,7 @@ def _rows(dataset: Dataset, shard: Shard, documents: range, worded: bool, buffer
     """
     info = dataset.info
     suffixed = info.supervised is not None and info.supervised.source_suffix is not None
-    ids, sources = [], []
+    ids, sources, groups = [], [], []
     texts: list[list[str]] = [[] for _ in range(1 if info.supervised is None else 2)]
     ranges: list[list[tuple[int, int, int]]] = [[] for _ in texts]  # document, first and last concept
     for document in documents:
@@ -157,6 +164,7 @@ def _rows(dataset: Dataset, shard: Shard, documents: range, worded: bool, buffer
             raise InputError(f"{shard.location}: {shard.keys[document]}: has {len(sentences)} sentences, unlike others")
         ids.append(_text(meta["id"]))
         sources.append(_text(meta["source"]))
+        groups.append(_text(meta["group"]) if "group" in meta else None)
         length = int(shard.lengths[document])
         end = info.end_of_text is not None and (not sentences or sentences[-1] == info.end_of_text.text)
         bounds = [(0, length - end)]
@@ -174,7 +182,7 @@ def _rows(dataset: Dataset, shard: Shard, documents: range, worded: bool, buffer
         for (document, begin, _), at, until in zip(places, offsets[:-1], offsets[1:], strict=True):
             shard.read_into(concepts[at:until], document, begin)
         columns.append(_Column(offsets, own if worded else None, concepts))
-    return _Rows(ids, sources, columns)
+    return _Rows(ids, sources, groups, columns)
 
 
 def _described(dataset: Dataset, first: Shard) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from lcm_ds.adopt.columns import Block
+from lcm_ds.adopt.columns import Block, missing_group
 from lcm_ds.adopt.lists import Concepts, Sentences, sentence_problem
 from lcm_ds.adopt.parts import BLOCK_BYTES
 from lcm_ds.config import SourceConfig
 from lcm_ds.errors import InputError, first_line
+from lcm_ds.text.columns import name_of
 from lcm_ds.text.files import check_size, stamp
 
 _GROUP = 256  # documents
@@ -32,8 +33,8 @@ _SUFFIXES = (".npy", ".npz")
 class NumpyPart:
     """Either layout; see Part.
 
-    place: an .npy file with its own JSONL, or a folder; field, id_field: the keys of sentences and id in a line of the
-    JSONL; files: the ids of a folder's documents, with the file that each one's array is in.
+    place: an .npy file with its own JSONL, or a folder; field, id_field, group_column: the keys of sentences, id and
+    group in a line of the JSONL; files: the ids of a folder's documents, with the file that each one's array is in.
     """
 
     together = supervised = False
@@ -45,6 +46,7 @@ class NumpyPart:
     field: str
     id_field: str | None
     files: dict[str, str]
+    group_column: str | None = None
 
     def __post_init__(self) -> None:
         path = Path(self.place)
@@ -65,7 +67,8 @@ class NumpyPart:
         path = Path(place)
         files = {} if path.is_file() else _files(path)
         size = sum(file.stat().st_size for file in ([path] if path.is_file() else _arrays(path)))
-        return cls(place=place, name=name, size=size, split=split, field=field, id_field=config.id_column, files=files)
+        keys = {"id_field": config.id_column, "group_column": config.group_column}
+        return cls(place=place, name=name, size=size, split=split, files=files, field=field, **keys)
 
     def read(self, group: int, first: int, last: int) -> Iterator[Block]:
         """As in Part."""
@@ -91,8 +94,10 @@ class NumpyPart:
     def _inspect(self) -> None:
         """Read the JSONL once. Raises InputError if documents and arrays do not belong together."""
         if self._jsonl is None:
+            if self.group_column is not None:
+                raise InputError(missing_group(self.name, self.group_column, ()))
             return
-        begins, counts, names = [], [], []
+        begins, counts, names, keys = [], [], [], dict[str, None]()
         with self._jsonl.open("rb") as file:
             begin = 0
             for number, line in enumerate(file, start=1):
@@ -101,7 +106,10 @@ class NumpyPart:
                     begins.append(begin)
                     counts.append(len(document[self.field]))
                     names.append(None if self.id_field is None else document.get(self.id_field))
+                    keys |= dict.fromkeys(document)
                 begin += len(line)
+        if begins and self.group_column is not None and self.group_column not in keys:
+            raise InputError(missing_group(str(self._jsonl), self.group_column, keys))
         self._lines = np.array(begins, np.int64)
         if self._stacked:
             self._ends = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -151,7 +159,8 @@ class NumpyPart:
             lists = [document[self.field] for document in documents]
             names = [None if name is None else str(name) for name in ids]
             nothing: list[str | None] = [None] * len(names)
-            yield Block(len(names), names, nothing, [Concepts(values, offsets, {})], [_checked(lists)])
+            groups = [self._group(document) for document in documents]
+            yield Block(len(names), names, nothing, groups, [Concepts(values, offsets, {})], [_checked(lists)])
             first = until
 
     def _from_files(self, first: int, last: int) -> Iterator[Block]:
@@ -167,8 +176,12 @@ class NumpyPart:
             except ValueError as error:
                 problems[0] = first_line(error)
             concepts = Concepts(np.ascontiguousarray(values), np.array([0, len(values)]), problems)
-            lists = [] if self._jsonl is None else [self._document(self._line_of[name])[self.field]]
-            yield Block(1, [name], [None], [concepts], [_checked(lists)] if lists else [])
+            document = None if self._jsonl is None else self._document(self._line_of[name])
+            texts = [] if document is None else [_checked([document[self.field]])]
+            yield Block(1, [name], [None], [self._group(document or {})], [concepts], texts)
+
+    def _group(self, document: dict[str, Any]) -> str | None:
+        return None if self.group_column is None else name_of(document.get(self.group_column))
 
     def _array(self, name: str) -> np.ndarray:
         """The array of a document, as it is. Raises ValueError, and InputError if its file cannot be read."""

@@ -39,6 +39,10 @@ class Part(Protocol):
     def supervised(self) -> bool:
         """Whether it has concepts of sources and of targets."""
 
+    @property
+    def group_column(self) -> str | None:
+        """Where it has the documents' groups."""
+
     def read(self, group: int, first: int, last: int) -> Iterator[Block]:
         """Rows `first` up to, not including, `last` of a group. Raises InputError if the file cannot be read."""
 
@@ -71,6 +75,11 @@ class TablePart:
     def supervised(self) -> bool:
         """As in Part."""
         return len(self.columns.concepts) == 2
+
+    @property
+    def group_column(self) -> str | None:
+        """As in Part."""
+        return self.columns.group
 
     @property
     def block_rows(self) -> int:

@@ -137,7 +137,9 @@ class ConceptSource:
         chosen = {key: value for key, value in chosen.items() if value not in ([], {})}
         commit = commit_of([part.place for part in self.parts])
         revision = {} if commit is None else {"revision": commit}
-        return {"name": "concepts", **chosen, **revision, "files": len(self.parts), "bytes": self.bytes}
+        group = next((part.group_column for part in self.parts if part.group_column is not None), None)
+        groups = {} if group is None else {"group_column": group}
+        return {"name": "concepts", **chosen, **groups, **revision, "files": len(self.parts), "bytes": self.bytes}
 
     def index(self) -> dict[str, Any]:
         """The parts, with the results of inspecting them."""
@@ -277,6 +279,10 @@ def _inspect(config: SourceConfig, found: list[Place]) -> list[Part]:
             )
     if len({part.split is None for part in parts}) > 1:
         raise InputError(f"{_named(config)}: some of its files are in folders of splits (split=…) and others are not")
+    if config.group_column is not None and parts and parts[0].split is not None:
+        raise InputError(
+            f"source.group_column: {_named(config)} has folders of splits (split=…), which decide: leave it out"
+        )
     return parts
 
 

@@ -159,6 +159,11 @@ class Dataset:
         """Numbers in a concept."""
         return self.info.embed_dim
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether its documents' JSON has their groups (source.group_column), which the split keeps together."""
+        return self.info.source.get("group_column") is not None
+
     @cached_property
     def storage(self) -> Quantization | BFloat16 | None:
         """How the numbers in the shards are decoded; None if they are the concepts."""

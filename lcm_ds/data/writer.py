@@ -44,6 +44,7 @@ class Document:
     concepts: np.ndarray  # [n, embed_dim], raw space, any float dtype
     given: int | None = None  # of a supervised document: how many concepts are its source, the rest being its target
     language: str | None = None  # in a dataset of several: its code of SONAR
+    group: str | None = None  # what it shares with other documents (source.group_column)
 
 
 def write_shard(
@@ -251,6 +252,8 @@ def _meta(document: Document) -> bytes:
     meta: dict[str, Any] = {"id": document.id, "source": document.source}
     if document.language is not None:
         meta["language"] = document.language
+    if document.group is not None:
+        meta["group"] = document.group
     if document.sentences is None:
         assert document.given is None
     elif document.given is None:

@@ -1,7 +1,8 @@
 """Sums over groups of documents, and from them each metric with a bootstrap confidence interval.
 
 The bootstrap resamples documents, not targets, because targets of one document are alike (Efron & Tibshirani 1993,
-chapter 8). There are at most GROUPS groups, so that memory does not grow with the dataset.
+chapter 8); with source.group_column it resamples what documents share, such as books. There are at most GROUPS groups,
+so that memory does not grow with the dataset. `documents` of the functions are these units.
 """
 
 from __future__ import annotations

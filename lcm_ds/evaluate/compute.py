@@ -21,6 +21,7 @@ from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.errors import InputError
 from lcm_ds.evaluate.accumulator import BUCKETS, Accumulator, bootstrap_weights, bucket_of, interval, json_float
 from lcm_ds.evaluate.baselines import NEAREST, Predictor, fit_baselines
+from lcm_ds.evaluate.groups import Groups
 from lcm_ds.evaluate.languages import Languages, languages_of
 from lcm_ds.evaluate.target_sample import BottomKSampler, TargetSample, count_nearer
 from lcm_ds.evaluate.task import EvaluationTask
@@ -57,7 +58,10 @@ def measure(
     reader = TargetReader(task.data, ranks.rank, ranks.size)
     baselines = fit_baselines(reader, task.training, task.weights, model.normalizer, ranks)
     sample_size = max(RETRIEVAL_TARGETS, samples)
-    accumulators, sample = _pass_over_targets(model, reader, ranks, task.validation, baselines.predictors, sample_size)
+    groups = Groups(task.validation)
+    accumulators, sample = _pass_over_targets(
+        model, reader, ranks, task.validation, groups, baselines.predictors, sample_size
+    )
     if not len(sample):
         raise InputError(f"{task.validation.path}: holds nothing to predict: each of its documents is a single concept")
     ranked = sample.smallest(RETRIEVAL_TARGETS)
@@ -67,14 +71,15 @@ def measure(
             "recall_at_10": metrics.recall_at(10, nearer),
             "mrr": metrics.reciprocal_rank(nearer),
         }
-        _add_sampled(accumulators[name], ranked, values)
+        _add_sampled(accumulators[name], ranked, groups, values)
     missing = sum(ranks.gather(reader.missing))
     decoded = sample.smallest(samples)
     for name, values in text_metrics.compute(decoded, task.validation, ranks).items():
-        _add_sampled(accumulators[name], decoded, values)
+        _add_sampled(accumulators[name], decoded, groups, values)
     totals = task.validation.info.totals
     return {
         "documents": totals.documents,
+        **({"groups": groups.count} if groups.named else {}),
         "targets": int(accumulators[MODEL].counts(f"{NORMALISED}/mse")),
         "baselines": baselines.to_json(),
         "retrieval": {"targets": len(ranked), "candidates": totals.concepts},
@@ -108,10 +113,21 @@ def _pass_over_targets(
     reader: TargetReader,
     ranks: Ranks,
     validation: Dataset,
+    groups: Groups,
     baselines: Mapping[str, Predictor],
     sample_size: int,
 ) -> tuple[dict[str, Accumulator], TargetSample]:
-    """The sums of every predictor over the targets of all ranks, and a sample of these targets."""
+    """The sums of every predictor over the targets of all ranks, and a sample of these targets.
+
+    Args:
+        model: in evaluation mode.
+        reader: of this rank's share.
+        ranks: all of which call this.
+        validation: the targets' dataset.
+        groups: of its documents.
+        baselines: by name.
+        sample_size: targets of the sample.
+    """
     normalizer = model.normalizer
     accumulators = {name: Accumulator(ranks.device) for name in (MODEL, *baselines, TRUTH)}
     sampler = BottomKSampler(sample_size)
@@ -122,14 +138,15 @@ def _pass_over_targets(
                 accumulators[name].declare(f"{LANGUAGE}{language}/{metric}")
     for batch, rows in reader.rows(validation, normalizer):
         truth = rows.concepts[:, 1:][rows.mask]
-        _add_vectors(accumulators[TRUTH], rows.targets.truth, truth, rows)
+        group = groups.of(rows.targets.document)
+        _add_vectors(accumulators[TRUTH], rows.targets.truth, truth, group)
         truth_cosine = rows.max_context_cosine(truth)
         raw = {}
         for name in (MODEL, *baselines):
             predicted = _predict(model, batch, rows, reader) if name == MODEL else baselines[name](rows.targets)
             raw[name] = normalizer.denormalize(predicted)
-            _add(accumulators[name], predicted, raw[name], truth, truth_cosine, rows)
-            _add_by_language(accumulators[name], predicted, raw[name], truth, rows, languages)
+            _add(accumulators[name], predicted, raw[name], truth, truth_cosine, rows, group)
+            _add_by_language(accumulators[name], predicted, raw[name], truth, rows, group, languages)
         sampler.add(rows.targets, truth, raw)
     for accumulator in accumulators.values():
         accumulator.all_reduce(ranks)
@@ -143,28 +160,50 @@ def _predict(model: BaseLCM, batch: Batch, rows: Rows, reader: TargetReader) -> 
 
 
 def _add(
-    accumulator: Accumulator, predicted: Tensor, raw: Tensor, raw_truth: Tensor, truth_cosine: Tensor, rows: Rows
+    accumulator: Accumulator,
+    predicted: Tensor,
+    raw: Tensor,
+    raw_truth: Tensor,
+    truth_cosine: Tensor,
+    rows: Rows,
+    group: Tensor,
 ) -> None:
-    """Add a predictor's metrics on the targets of a batch: predictions and truth, [n, embed_dim], in both spaces."""
+    """Add a predictor's metrics on the n targets of a batch.
+
+    Args:
+        accumulator: the predictor's.
+        predicted: [n, embed_dim], normalised space.
+        raw: the same in raw space.
+        raw_truth: [n, embed_dim].
+        truth_cosine: [n], the largest cosine of each target to its context.
+        rows: the batch.
+        group: int64 [n], the groups of the targets' documents.
+    """
     targets = rows.targets
-    document, buckets = targets.document, bucket_of(targets.position)
+    buckets = bucket_of(targets.position)
     for space, values, truth in ((NORMALISED, predicted, targets.truth), (RAW, raw, raw_truth)):
         error, cosine = metrics.squared_error(values, truth), metrics.cosine(values, truth)
-        accumulator.add(f"{space}/mse", error, document)
-        accumulator.add(f"{space}/l2", metrics.l2(values, truth), document)
-        accumulator.add(f"{space}/cosine", cosine, document)
-        accuracy = metrics.contrastive_accuracy(values, truth, document, targets.position)
-        accumulator.add(f"{space}/ca", accuracy, document)
+        accumulator.add(f"{space}/mse", error, group)
+        accumulator.add(f"{space}/l2", metrics.l2(values, truth), group)
+        accumulator.add(f"{space}/cosine", cosine, group)
+        accuracy = metrics.contrastive_accuracy(values, truth, targets.document, targets.position)
+        accumulator.add(f"{space}/ca", accuracy, group)
         if space == NORMALISED:
-            accumulator.add("by_position/mse", error, document, buckets)
+            accumulator.add("by_position/mse", error, group, buckets)
         else:
-            accumulator.add("by_position/cosine", cosine, document, buckets)
-    accumulator.add(f"{RAW}/par", metrics.paraphrasing(rows.max_context_cosine(raw), truth_cosine), document)
-    _add_vectors(accumulator, predicted, raw, rows)
+            accumulator.add("by_position/cosine", cosine, group, buckets)
+    accumulator.add(f"{RAW}/par", metrics.paraphrasing(rows.max_context_cosine(raw), truth_cosine), group)
+    _add_vectors(accumulator, predicted, raw, group)
 
 
 def _add_by_language(
-    accumulator: Accumulator, predicted: Tensor, raw: Tensor, raw_truth: Tensor, rows: Rows, languages: Languages
+    accumulator: Accumulator,
+    predicted: Tensor,
+    raw: Tensor,
+    raw_truth: Tensor,
+    rows: Rows,
+    group: Tensor,
+    languages: Languages,
 ) -> None:
     """Add a predictor's metrics on the targets of each language; as `_add`."""
     if not languages.names:
@@ -175,19 +214,20 @@ def _add_by_language(
     for index, name in enumerate(languages.names):
         of_it = own == index
         for metric, each in zip(BY_LANGUAGE, values, strict=True):
-            accumulator.add(f"{LANGUAGE}{name}/{metric}", each[of_it], targets.document[of_it])
+            accumulator.add(f"{LANGUAGE}{name}/{metric}", each[of_it], group[of_it])
 
 
-def _add_vectors(accumulator: Accumulator, normalised: Tensor, raw: Tensor, rows: Rows) -> None:
-    accumulator.add_vectors(NORMALISED, normalised, rows.targets.document)
-    accumulator.add_vectors(RAW, raw, rows.targets.document)
-    accumulator.add_spectrum(normalised, rows.targets.document)
+def _add_vectors(accumulator: Accumulator, normalised: Tensor, raw: Tensor, group: Tensor) -> None:
+    accumulator.add_vectors(NORMALISED, normalised, group)
+    accumulator.add_vectors(RAW, raw, group)
+    accumulator.add_spectrum(normalised, group)
 
 
-def _add_sampled(accumulator: Accumulator, sample: TargetSample, values: Mapping[str, Tensor]) -> None:
+def _add_sampled(accumulator: Accumulator, sample: TargetSample, groups: Groups, values: Mapping[str, Tensor]) -> None:
     """Add metrics of sampled targets, [n] each, which are the same on all ranks."""
     for name, each in values.items():
-        accumulator.add(f"{RAW}/{name}", *(tensor.to(accumulator.device) for tensor in (each, sample.document)))
+        drawn = each, groups.of(sample.document)
+        accumulator.add(f"{RAW}/{name}", *(tensor.to(accumulator.device) for tensor in drawn))
 
 
 def _candidates(reader: TargetReader, dataset: Dataset) -> Iterator[Tensor]:

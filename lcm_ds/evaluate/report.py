@@ -23,7 +23,7 @@ def print_tables(title: str, result: dict[str, Any]) -> None:
     scores = {**result["scores"], TRUTH: result["truth"]["scores"]}
     heading = (
         f"{title}: next-concept prediction on {result['dataset']}\n"
-        f"{result['documents']:,} documents, {result['targets']:,} targets; * best of its column"
+        f"{result['documents']:,} documents{_in_groups(result)}, {result['targets']:,} targets; * best of its column"
     )
     shown = [metric for metric in EVALUATION if any(_value(by, metric) is not None for by in scores.values())]
     half = -(-len(shown) // 2)
@@ -39,6 +39,11 @@ def print_tables(title: str, result: dict[str, Any]) -> None:
         console.print(_language_table(Table(title="by language"), by_language))
     for line in _lines(result):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _in_groups(result: dict[str, Any]) -> str:
+    """Which units the bootstrap resamples, unless they are documents."""
+    return f" in {result['groups']:,} groups" if "groups" in result else ""
 
 
 def _language_table(table: Any, by_language: dict[str, Any]) -> Any:
@@ -163,7 +168,8 @@ def draw_figure(title: str, result: dict[str, Any]) -> bytes:
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     bands = any(any(predictors[name]["mse_intervals"]) for name in with_band)
-    notes = ["bands: 95 %, bootstrap over documents; of one document there is none"] if bands else []
+    units = "groups of documents" if "groups" in result else "documents"
+    notes = [f"bands: 95 %, bootstrap over {units}; of a single one there is none"] if bands else []
     notes += [f"above the left plot: {', '.join(above)}"] if (above := _far_above(predictors, shown)) else []
     figure.suptitle("\n".join([title, *notes]), fontsize="medium")
     png = io.BytesIO()

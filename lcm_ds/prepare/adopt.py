@@ -384,13 +384,15 @@ class _Maker:
         split = part.split
         if split is None:
             # As in prepare: without an id, and of a supervised document its source, the text decides.
-            key = TextDocument(id, source, sentences[0] if sentences else id, named=name is not None).split_key
-            split = split_of(key, self.config.validation)
+            words = sentences[0] if sentences else id
+            document = TextDocument(id, source, words, named=name is not None, group=block.groups[at])
+            split = split_of(document.split_key, self.config.validation)
         concepts = values[0] if len(values) == 1 else np.concatenate(values)
         if self._end is not None and not (text and text[-1] == self._end[0]):
             concepts, text = _with(concepts, text, self._end)
         known = text if sentences else None
-        return _Row(Document(f"{number:012d}", id, source, known, concepts, given), split, sentences=count)
+        stored = Document(f"{number:012d}", id, source, known, concepts, given, group=block.groups[at])
+        return _Row(stored, split, sentences=count)
 
 
 class _UnitWriter:

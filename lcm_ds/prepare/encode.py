@@ -320,7 +320,8 @@ def _documents(rank: WorkerContext, done: _Concepts) -> tuple[UnitResult, dict[s
             continue
         key = f"{text.number:012d}"
         sentences = [*text.sentences, config.end_of_text]
-        documents[text.split].append(Document(key, text.id, text.source, sentences, own, text.given, text.language))
+        document = Document(key, text.id, text.source, sentences, own, text.given, text.language, text.group)
+        documents[text.split].append(document)
         unit.sentences += len(text.sentences)
         unit.lists += text.is_list
         languages.update([] if text.language is None else [text.language])

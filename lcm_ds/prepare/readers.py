@@ -55,6 +55,7 @@ class SplitDocument(NamedTuple):
     split: str = ""  # unless it is refused
     language: str | None = None  # its code of SONAR, if the source has several
     is_list: bool = False  # whether it came as a list of sentences
+    group: str | None = None  # of the source's group_column
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class Reader:
                     split,
                     document.language,
                     isinstance(document.text, list),
+                    document.group,
                 )
             )
         return documents

@@ -21,14 +21,17 @@ class TextDocument:
     problem: str | None = None  # of a row that cannot be read: what is wrong with it, with file and row
     language: str | None = None  # its code of SONAR, if the source has several languages
     named: bool = True  # whether the id is the document's own; otherwise it is made of file and row
+    group: str | None = None  # what it shares with other documents, which are on the same side of the split
 
     @property
     def split_key(self) -> str:
-        """What decides the split: the id, or without one the text (of a supervised document, the source).
+        """What decides the split: the group, else the id, else the text (of a supervised document, the source).
 
         Not the path, which may be spelt differently on another machine. Texts that differ only in whitespace have the
         same key.
         """
+        if self.group is not None:
+            return self.group
         if self.named:
             return self.id
         return " ".join((self.text if isinstance(self.text, str) else " ".join(self.text)).split())

@@ -23,7 +23,8 @@ class Columns:
 
     def __init__(self, config: SourceConfig, language: str) -> None:
         self.config, self.language = config, language.lower()
-        named = [*config.text_columns, config.id_column, config.language_column, config.script_column, *config.filter]
+        named = [*config.text_columns, config.id_column, config.group_column, config.language_column]
+        named += [config.script_column, *config.filter]
         self.names = list(dict.fromkeys(name for name in named if name is not None))
 
     def document(
@@ -41,7 +42,7 @@ class Columns:
             The document; a refused one for a row that cannot be read.
         """
         config = self.config
-        own = _id(values.get(config.id_column)) if config.id_column is not None and isinstance(values, dict) else None
+        own, group = _name(values, config.id_column), _name(values, config.group_column)
         named, id = own is not None, f"{part}#{row}" if own is None else own
         try:
             if isinstance(values, ValueError):
@@ -55,7 +56,7 @@ class Columns:
             problem = f"{part}: {row_name or f'row {row}'}: {first_line(error)}"
             return TextDocument(id, part, "", UNREADABLE, problem=problem)
         target_text = target[0] if target else None
-        return TextDocument(id, part, text, target=target_text, language=language, named=named)
+        return TextDocument(id, part, text, target=target_text, language=language, named=named, group=group)
 
     def _text(self, name: str, values: dict[str, Any]) -> str | list[str]:
         """The text in a column of a row. Raises ValueError if it is not a text."""
@@ -161,7 +162,7 @@ class Columns:
         """A line for each missing column."""
         listed, config = ", ".join(names), self.config
         keys = {**dict(self._text_keys()), "language_column": config.language_column}
-        keys |= {"script_column": config.script_column}
+        keys |= {"script_column": config.script_column, "group_column": config.group_column}
         if config.id_column != _OPTIONAL_ID or config.id_column in names:
             keys["id_column"] = config.id_column
         wanted: Sequence[tuple[str, str | None]] = [*keys.items(), *(("filter", name) for name in config.filter)]
@@ -198,10 +199,15 @@ class RowsFile:
         yield from (min(size, self.rows - start) for start in range(0, self.rows, size))
 
 
-def _id(value: Any) -> str | None:
-    """A document's id as a string, None if it has none.
+def _name(values: dict[str, Any] | ValueError, column: str | None) -> str | None:
+    """The id or group in a column of a row; None if there is none, or the row cannot be read."""
+    return None if column is None or isinstance(values, ValueError) else name_of(values.get(column))
 
-    Missing numbers make pandas' columns of integers floats: 7.0 is 7, and NaN is missing. An empty id names nothing.
+
+def name_of(value: Any) -> str | None:
+    """An id or a group as a string, None if it names nothing.
+
+    Missing numbers make pandas' columns of integers floats: 7.0 is 7, and NaN is missing. An empty text names nothing.
     """
     if isinstance(value, float):
         return None if math.isnan(value) else str(int(value)) if value.is_integer() else str(value)

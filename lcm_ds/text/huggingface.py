@@ -127,8 +127,8 @@ class HuggingFaceSource:
     def describe(self) -> dict[str, Any]:
         """Where the documents are from, for dataset.json."""
         texts = {"source_column", "target_column"} if self.config.supervised else {"text_column"}
-        keys = {"dataset", "config", "split", "revision", "paths", "id_column", "language_column", "script_column",
-                "languages", "filter", "skip", "take", *texts}  # fmt: skip
+        keys = {"dataset", "config", "split", "revision", "paths", "id_column", "group_column", "language_column",
+                "script_column", "languages", "filter", "skip", "take", *texts}  # fmt: skip
         chosen = self.config.model_dump(include=keys, exclude_none=True)
         files = {"files": len(self._files), "bytes": sum(file.size for file in self._files)} if self._files else {}
         commit = {"revision": self._commit} if self._commit else {}

@@ -20,6 +20,7 @@ from lcm_ds.data.format import open_dataset
 from lcm_ds.data.shard import verify
 from lcm_ds.errors import InputError
 from lcm_ds.prepare.pipeline import prepare
+from lcm_ds.prepare.state import split_of
 
 CONCEPTS = {
     "Meta's": pa.list_(CONCEPT),
@@ -586,3 +587,55 @@ def test_a_hub_dataset_is_read_by_its_name(tmp_path):
     assert done.returncode == 0, done.stderr
     check(tmp_path / "out/train", made)
     assert open_dataset(tmp_path / "out/train").info.source["revision"] == "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_documents_of_a_group_are_on_one_side(adopt, tmp_path):
+    made = Made(60)
+    groups = [None if n == 3 else n % 12 for n in range(60)]
+    table = made.table().append_column("book", pa.array(groups, pa.int64()))
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=25)
+    out = adopt(tmp_path / "a.parquet", "validation=0.3", "source.group_column=book")
+    found = {split: documents(out / split) for split in ("train", "validation")}
+    assert open_dataset(out / "train").info.source["group_column"] == "book"
+    assert len(found["train"]) + len(found["validation"]) == 60
+    assert min(map(len, found.values())) > 5
+    for split, some in found.items():
+        for name, (_, _, meta) in some.items():
+            group = groups[made.ids.index(name)]
+            assert meta.get("group") == (None if group is None else str(group))
+            assert split_of(name if group is None else str(group), 0.3) == split
+    with pytest.raises(InputError, match=r"source.group_column: a.parquet has no column 'novel'; its columns: id, url"):
+        adopt(tmp_path / "a.parquet", "source.group_column=novel")
+    (tmp_path / "data/split=train").mkdir(parents=True)
+    pq.write_table(table, tmp_path / "data/split=train/0.parquet")
+    with pytest.raises(
+        InputError, match=r"source.group_column: .*data has folders of splits \(split=…\), which decide"
+    ):
+        adopt(tmp_path / "data", "source.group_column=book")
+
+
+@pytest.mark.parametrize("layout", ["stacked", "files"])
+def test_groups_of_arrays_are_in_the_jsonl_beside_them(adopt, tmp_path, layout):
+    made, folder = Made(40), tmp_path / "arrays"
+    folder.mkdir()
+    lines = [{"id": name, "sentences": each, "book": int(name.split("-")[1]) % 8}
+             for name, each in zip(made.ids, made.sentences, strict=True)]  # fmt: skip
+    if layout == "stacked":
+        np.save(folder / "part.npy", np.concatenate(made.concepts))
+    else:
+        for name, concepts in zip(made.ids, made.concepts, strict=True):
+            np.save(folder / f"{name}.npy", concepts)
+    jsonl = folder / ("part.jsonl" if layout == "stacked" else "all.jsonl")
+    jsonl.write_text("\n".join(map(json.dumps, lines)))
+    out = adopt(folder, "validation=0.4", "source.group_column=book")
+    for split in ("train", "validation"):
+        found = documents(out / split)
+        assert {split_of(meta["group"], 0.4) for _, _, meta in found.values()} == {split}
+    with pytest.raises(
+        InputError, match=r"source.group_column: .*l has no column 'novel'; its columns: id, sentences, b"
+    ):
+        adopt(folder, "source.group_column=novel")
+    if layout == "files":
+        jsonl.unlink()
+        with pytest.raises(InputError, match=r"source.group_column: arrays has no column 'book'; its columns: $"):
+            adopt(folder, "source.group_column=book")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from adopting import DIM, Made, documents
@@ -126,3 +127,16 @@ def test_documents_of_which_some_have_sentences_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"0.tar: b: has 0 sentences, unlike others"):
         export_data(tmp_path, tmp_path / "b.parquet")
     assert not list(tmp_path.glob("b.parquet*"))
+
+
+def test_groups_are_kept(adopt, tmp_path):
+    made = Made(20)
+    pq.write_table(
+        made.table().append_column("book", pa.array([f"b{n % 4}" for n in range(20)])), tmp_path / "a.parquet"
+    )
+    before = adopt(tmp_path / "a.parquet", "source.group_column=book") / "train"
+    assert main(["export-data", str(before), str(tmp_path / "data.parquet")]) == 0
+    after = adopt(tmp_path / "data.parquet") / "train"
+    assert open_dataset(after).has_groups
+    assert [meta for _, _, meta in documents(before).values()] == [meta for _, _, meta in documents(after).values()]
+    assert {meta["group"] for _, _, meta in documents(after).values()} == {"b0", "b1", "b2", "b3"}

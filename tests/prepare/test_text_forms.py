@@ -34,6 +34,8 @@ def brought(tmp_path_factory):
     for row in rows:
         (folder / f"texts/{row['id']}.txt").write_text(row["text"])
     pyarrow.parquet.write_table(pyarrow.table({"id": [0, 1], "body": texts}), folder / "corpus.parquet")
+    chapters = {"id": [0, 1], "text": texts, "book": ["A", "A"]}
+    pyarrow.parquet.write_table(pyarrow.table(chapters), folder / "chapters.parquet")
     lines = "\n".join(map(json.dumps, rows))
     (folder / "corpus.jsonl.zst").write_bytes(pyarrow.compress(lines.encode(), codec="zstd", asbytes=True))
     (folder / "corpus.csv").write_text("id,text\n" + "".join(f'{row["id"]},"{row["text"]}"\n' for row in rows))
@@ -57,7 +59,7 @@ def brought(tmp_path_factory):
 
 
 def test_the_table_has_its_rows():
-    assert len(TABLE) == 11
+    assert len(TABLE) == 12
 
 
 @pytest.mark.parametrize(("form", "keys"), TABLE, ids=[form for form, _ in TABLE])
