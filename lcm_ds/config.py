@@ -93,8 +93,7 @@ class SourceConfig(Schema):
     id_column: str | None = "id"
     """huggingface, concepts: column of the documents' ids; null: they are made from paths and row numbers."""
     group_column: str | None = None
-    """huggingface, concepts: documents with the same value (a book, a web site) are on one side of the split, which is a hash
-    of it."""
+    """huggingface, concepts: documents with the same value (a book, a site) are on one side of the split."""
     language_column: str | None = None
     """huggingface: column of languages, as ISO 639 (de, deu), SONAR's codes (deu_Latn) or English names; rows of
     another language than sentences.language are refused."""
