@@ -225,13 +225,13 @@ def load_model(run_dir: str | Path, step: int | None = None) -> tuple[BaseLCM, T
     """
     import torch
 
-    from lcm_ds.model.config import BaseLCMConfig
     from lcm_ds.model.modeling import BaseLCM
+    from lcm_ds.model.sizes import ModelSizes
 
     checkpoint = find(run_dir, step)
     config = load_run_config(run_dir)
     with torch.device("meta"):  # the tensors that are read become the model's, without a copy
-        model = BaseLCM(BaseLCMConfig(**checkpoint.state()["model"]))
+        model = BaseLCM(ModelSizes(**checkpoint.state()["model"]))
     model.load_state_dict(fp32_weights(checkpoint), assign=True)
     return model.eval(), config, checkpoint.step
 
@@ -285,9 +285,9 @@ def _replicated_masters(checkpoint: Checkpoint, saved: dict[str, Any]) -> dict[s
     import torch
 
     from lcm_ds.config import OptimConfig
-    from lcm_ds.model.config import BaseLCMConfig
     from lcm_ds.model.modeling import BaseLCM
     from lcm_ds.model.parameter_groups import parameter_groups
+    from lcm_ds.model.sizes import ModelSizes
 
     optimizer = saved.get("optimizer") or {}
     groups = optimizer.get("fp32_groups") or [[flat] for flat in optimizer.get("fp32_groups_flat", [])]
@@ -295,7 +295,7 @@ def _replicated_masters(checkpoint: Checkpoint, saved: dict[str, Any]) -> dict[s
         return {}
     state = checkpoint.state()
     with torch.device("meta"):  # only for the order of the optimizer's parameters
-        model = BaseLCM(BaseLCMConfig(**state["model"]))
+        model = BaseLCM(ModelSizes(**state["model"]))
     names = {parameter: name for name, parameter in model.named_parameters()}
     masters: dict[str, Any] = {}
     optim = OptimConfig(lr=1.0)  # type: ignore[call-arg]

@@ -18,9 +18,9 @@ from lcm_ds.data.format import DATASET, Dataset, read_info
 from lcm_ds.data.index.first_use import open_for_run
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import sha256_of
-from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
-from lcm_ds.model.pretrained import read_folder
+from lcm_ds.model.pretrained import read_config, read_folder
+from lcm_ds.model.sizes import ModelSizes, Sizes
 
 SEGMENTS_PER_ROW = 8  # of an exported model, which has no row_length
 
@@ -30,7 +30,7 @@ class ModelSource:
     """A model that was found at a path."""
 
     path: Path
-    config: BaseLCMConfig
+    config: Sizes
     checkpoint: Checkpoint | None  # None: an exported folder
     run: TrainConfig | None  # config.yaml of the run; None: an exported folder
     info: ConceptInfo | None  # how the model's concepts were made; None: unknown, or not asked for
@@ -124,7 +124,7 @@ def _from_run(
         with errors:
             info, info_path = _info_of_run(config.data, dataset)
     errors.raise_if_any()
-    return ModelSource(run_dir, BaseLCMConfig(**checkpoint.state()["model"]), checkpoint, config, info, info_path)
+    return ModelSource(run_dir, ModelSizes(**checkpoint.state()["model"]), checkpoint, config, info, info_path)
 
 
 def _info_of_run(data: DataConfig, dataset: str | None) -> tuple[ConceptInfo, str]:
@@ -152,7 +152,7 @@ def _from_export(
         errors.errors.append(f"--step {step}: {folder} is an exported model, which has one step only")
     info, info_path = None, str(folder / CONCEPTS)
     with errors:
-        config = _read_config(folder)
+        config = read_config(folder)
     with errors:
         info = None if weights_only else ConceptInfo.read(folder)
         if info is None and needs_info:
@@ -164,10 +164,3 @@ def _from_export(
             info, info_path = ConceptInfo.of(read_info(dataset)), f"{dataset}/{DATASET}"
     errors.raise_if_any()
     return ModelSource(folder, config, None, None, info, info_path)
-
-
-def _read_config(folder: Path) -> BaseLCMConfig:
-    try:
-        return BaseLCMConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: its config.json cannot be read: {str(error).splitlines()[0]}") from None

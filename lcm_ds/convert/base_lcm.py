@@ -12,9 +12,9 @@ from torch import Tensor
 from lcm_ds.convert.fairseq2 import attention_heads, check_names, header_number, layer_count, read_checkpoint
 from lcm_ds.errors import InputError
 from lcm_ds.files import check_new
-from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.pretrained import write_folder
+from lcm_ds.model.sizes import ModelSizes
 
 # Meta's names → ours, prefixes first. In fairseq2's GLU, SiLU(gate_proj) gates inner_proj.
 RENAMED = (
@@ -59,7 +59,7 @@ def import_meta(checkpoint: str | Path, output: str | Path, heads: int | None = 
     return model.eval()
 
 
-def read_meta(checkpoint: str | Path, heads: int | None = None) -> tuple[BaseLCMConfig, dict[str, Tensor]]:
+def read_meta(checkpoint: str | Path, heads: int | None = None) -> tuple[ModelSizes, dict[str, Tensor]]:
     """The sizes of the model in Meta's checkpoint, and its weights under our names, fp32, with the normaliser if any.
 
     heads: number of attention heads, which the weights do not determine; default: that in the file's header, else one
@@ -84,7 +84,7 @@ def rename(name: str) -> str:
     return name
 
 
-def _config_of(weights: dict[str, Tensor], header: dict[str, str], heads: int | None, origin: Any) -> BaseLCMConfig:
+def _config_of(weights: dict[str, Tensor], header: dict[str, str], heads: int | None, origin: Any) -> ModelSizes:
     """Sizes, from the shapes of the weights."""
     for name in ("pre_net.weight", "layers.0.mlp.gate_proj.weight"):
         if name not in weights or weights[name].ndim != 2:
@@ -93,7 +93,7 @@ def _config_of(weights: dict[str, Tensor], header: dict[str, str], heads: int | 
     heads = attention_heads(heads, header, "num_heads", hidden_size, HEAD_DIM, origin)
     if heads < 1 or hidden_size % (2 * heads):
         raise InputError(f"{origin}: --heads {heads}: has to divide the hidden size {hidden_size} into even parts")
-    return BaseLCMConfig(
+    return ModelSizes(
         embed_dim=embed_dim,
         hidden_size=hidden_size,
         num_hidden_layers=layer_count(weights),

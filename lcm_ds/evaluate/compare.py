@@ -145,7 +145,7 @@ def _measure(
     """
     ranks = Ranks()
     model = source.load()
-    model.to(ranks.device)  # type: ignore[arg-type]
+    model.to(ranks.device)
     reader = TargetReader(task.data)
     baseline_name, baseline = None, None
     if fitted is not None and task.training:

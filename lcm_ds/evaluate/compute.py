@@ -54,7 +54,7 @@ def measure(
         InputError: if the validation dataset has no targets.
     """
     started = time.perf_counter()
-    model.to(ranks.device)  # type: ignore[arg-type]
+    model.to(ranks.device)
     reader = TargetReader(task.data, ranks.rank, ranks.size)
     baselines = fit_baselines(reader, task.training, task.weights, model.normalizer, ranks)
     sample_size = max(RETRIEVAL_TARGETS, samples)

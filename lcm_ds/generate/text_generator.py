@@ -121,7 +121,7 @@ class TextGenerator:
             splitter = Splitter.from_settings(info.splitter, info.language, source.info_path)
             encoder = from_dataset.encoder_of(info.encoder, embed_dim, source.info_path, device, prompt_language)
         errors.raise_if_any()
-        model = source.load().to(resolve_device(device))  # type: ignore[arg-type]
+        model = source.load().to(resolve_device(device))
         return cls(model, encoder, splitter, source, loaded, datasets, notes)
 
     def generate(

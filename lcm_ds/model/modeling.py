@@ -9,19 +9,20 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lcm_ds.model.attention import Cache, Rope, SegmentLayout, attend, rotate
-from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.counter_rng import Draw, DropoutDraws, add_dropped
 from lcm_ds.model.fused import fused, training_pass
 from lcm_ds.model.linear import project
 from lcm_ds.model.normalizer import Normalizer
 from lcm_ds.model.recompute import recomputed_swiglu
+from lcm_ds.model.sizes import Sizes
 
 CHUNK = 2**22  # initial values that are drawn at a time
 
@@ -42,7 +43,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention, causal inside segments."""
 
-    def __init__(self, config: BaseLCMConfig, layer: int) -> None:
+    def __init__(self, config: Sizes, layer: int) -> None:
         super().__init__()
         size = config.hidden_size
         self.layer, self.head_dim = layer, config.head_dim
@@ -63,7 +64,7 @@ class MLP(nn.Module):
 
     recompute = False  # SwiGLU, in the backward pass
 
-    def __init__(self, config: BaseLCMConfig) -> None:
+    def __init__(self, config: Sizes) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -86,7 +87,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 class DecoderLayer(nn.Module):
     """Pre-norm attention and feed-forward, each added to its input."""
 
-    def __init__(self, config: BaseLCMConfig, layer: int) -> None:
+    def __init__(self, config: Sizes, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config, layer)
@@ -106,20 +107,20 @@ class DecoderLayer(nn.Module):
         return add_dropped(x, self.mlp(self.post_attention_layernorm(x)), draws[1])
 
 
-class BaseLCM(PreTrainedModel):
+class BaseLCM(nn.Module):
     """Predicts from the concepts of a segment, up to each of them, the one that follows.
 
-    The normaliser is part of the model, as buffers: `save_pretrained` and `from_pretrained` keep it.
+    The normaliser is part of the model, as buffers: `save_pretrained` and `from_pretrained` keep it. These two import
+    transformers (model/hugging_face.py); a rank that trains does without it.
     """
 
-    config_class = BaseLCMConfig
-    base_model_prefix = "base_lcm"
-    main_input_name = "concepts"
-    _no_split_modules = ["DecoderLayer"]  # noqa: RUF012 (Hugging Face's own declaration)
-    _keep_in_fp32_modules_strict = ["normalizer"]  # noqa: RUF012
+    def __init__(self, config: Sizes) -> None:
+        super().__init__()
+        self.config = config
+        self._build(config)
+        self.apply(self._init_weights)
 
-    def __init__(self, config: BaseLCMConfig) -> None:
-        super().__init__(config)
+    def _build(self, config: Sizes) -> None:
         self.normalizer = Normalizer(config.embed_dim)
         self.pre_net = nn.Linear(config.embed_dim, config.hidden_size)
         layers = [DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)]
@@ -129,7 +130,6 @@ class BaseLCM(PreTrainedModel):
         # Calls a layer without keeping its activations (torch's or DeepSpeed's checkpointing); None keeps them.
         self.recompute: Callable[..., Tensor] | None = None
         self.recompute_every = 1  # with n, every n-th layer, from the first on
-        self.post_init()
 
     def forward(
         self,
@@ -175,6 +175,25 @@ class BaseLCM(PreTrainedModel):
                 hidden = call(hidden) if recompute is None or i % self.recompute_every else recompute(call, hidden)
         return project(self.norm(hidden), self.post_net)[0]
 
+    # --- Hugging Face folders -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> BaseLCM:
+        """The model of an exported folder or a hub id; options as of transformers' PreTrainedModel."""
+        from lcm_ds.model import hugging_face
+
+        return hugging_face.BaseLCM.from_pretrained(folder, **options)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write config.json and the weights; options as of transformers' PreTrainedModel."""
+        from lcm_ds.model import hugging_face
+
+        hugging_face.BaseLCM.of(self).save_pretrained(folder, **options)
+
+    def num_parameters(self) -> int:
+        """The number of trainable parameters."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
     def compile_layers(self) -> None:
         """torch.compile for each layer, which share the compiled code. Not for ZeRO-3, whose hooks break the graph."""
         for layer in self.layers:
@@ -183,7 +202,7 @@ class BaseLCM(PreTrainedModel):
     # --- initial weights ----------------------------------------------------------------------------------------------
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Hugging Face's hook: fresh weights for a model made without a seed."""
+        """Fresh weights for a model made without a seed, or for those that a folder lacks."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self._std(module))
             nn.init.zeros_(module.bias)

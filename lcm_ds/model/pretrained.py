@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from lcm_ds.errors import InputError
 from lcm_ds.files import new_folder
 from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.model.sizes import Sizes
 from lcm_ds.terminal import silence_transformers
 
 MAX_SHARD_SIZE = "5GB"
@@ -36,6 +37,17 @@ def write_folder(
             model.save_pretrained(folder, max_shard_size=max_shard_size)
         for name, text in (more or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
+
+
+def read_config(folder: Path) -> Sizes:
+    """The sizes of the model in such a folder. Raises InputError if its config.json cannot be read."""
+    from lcm_ds.model.config import BaseLCMConfig
+
+    try:
+        config: Sizes = BaseLCMConfig.from_pretrained(folder)
+        return config
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: its config.json cannot be read: {str(error).splitlines()[0]}") from None
 
 
 def read_folder(path: str | Path) -> BaseLCM:

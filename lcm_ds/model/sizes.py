@@ -21,8 +21,15 @@ class Sizes(Protocol):
     num_hidden_layers: int
     num_attention_heads: int
     intermediate_size: int
+    rms_norm_eps: float
+    rope_theta: float
     dropout: float
+    initializer_range: float
     attention: str
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
 
     def sizes(self) -> dict[str, Any]:
         """What makes this model and no other, by the names of Hugging Face configs."""
@@ -42,6 +49,11 @@ class ModelSizes:
     dropout: float = 0.0
     initializer_range: float = 0.02
     attention: str = "document"
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
 
     def sizes(self) -> dict[str, Any]:
         """The fields by name."""

@@ -19,7 +19,6 @@ from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.distributed.rendezvous import wait_for_all_ranks
-from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.float8 import use_float8
 from lcm_ds.model.fused import enable_fusion, gpu_compiles
 from lcm_ds.model.modeling import BaseLCM
@@ -112,15 +111,14 @@ def build_model(
             caller fills them.
         ds: The resolved DeepSpeed JSON.
     """
-    config = BaseLCMConfig(**sizes.sizes())
     partitioned = deepspeed_config.zero_stage(ds) == 3
     if partitioned:
         with deepspeed.zero.Init(config_dict_or_path=ds):
-            model = BaseLCM(config)
+            model = BaseLCM(sizes)
     else:
         with torch.device("meta"):
-            model = BaseLCM(config)
-        model.to(dtype=getattr(torch, deepspeed_config.precision(ds)))  # type: ignore[call-arg]
+            model = BaseLCM(sizes)
+        model.to(dtype=getattr(torch, deepspeed_config.precision(ds)))
         model.to_empty(device=get_accelerator().current_device_name())
     for parameters, fill in model.initialization(seed) if seed is not None else ():
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=partitioned):

@@ -20,8 +20,8 @@ from lcm_ds.config import ModelConfig
 from lcm_ds.convert.base_lcm import read_meta
 from lcm_ds.distributed.collectives import from_first
 from lcm_ds.errors import InputError
-from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.model.sizes import Sizes
 
 CENTER, SCALE = "normalizer.center", "normalizer.scale"
 
@@ -31,7 +31,7 @@ class InitFrom:
     """A model to start from: its sizes, and a function that reads its weights."""
 
     description: str
-    config: BaseLCMConfig
+    config: Sizes
     read: Callable[[], dict[str, Tensor]]  # fp32, under our names, with the normaliser if there is one
     has_normalizer: bool  # other than the identity; else the run uses that of its training data
 

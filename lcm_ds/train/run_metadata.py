@@ -15,7 +15,6 @@ from typing import Any
 
 import deepspeed
 import torch
-import transformers
 
 import lcm_ds
 from lcm_ds import deepspeed_config
@@ -60,7 +59,7 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,
-        "transformers": transformers.__version__,
+        "transformers": version("transformers"),
         "torchao": "not installed" if find_spec("torchao") is None else version("torchao"),  # only used by fp8
     }
 
