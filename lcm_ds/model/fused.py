@@ -11,7 +11,7 @@ import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -53,12 +53,15 @@ def training_pass(training: bool) -> Iterator[None]:
 
 def fused(function: Callable[P, T]) -> Callable[P, T]:
     """Compile a function separately in training, if that is enabled; generation, with its many shapes, stays eager."""
-    compiled = torch.compile(function, dynamic=False)
+
+    @cache
+    def compiled() -> Callable[P, T]:
+        return torch.compile(function, dynamic=False)  # imports torch's compiler, a thousand modules
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         if torch.compiler.is_compiling() or not _enabled:
             return function(*args, **kwargs)
-        return (compiled if _training or torch.is_grad_enabled() else function)(*args, **kwargs)
+        return (compiled() if _training or torch.is_grad_enabled() else function)(*args, **kwargs)
 
     return call
