@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lcm_ds.model.modeling import BaseLCM as BaseLCM
+    from lcm_ds.model.hugging_face import BaseLCM as BaseLCM
 
 __version__ = "0.1.0"
 
@@ -42,7 +42,7 @@ sys.meta_path.insert(0, _WithoutUnused())
 def __getattr__(name: str) -> Any:
     """`from lcm_ds import BaseLCM`, without importing torch and transformers for those who do not ask for it."""
     if name == "BaseLCM":
-        from lcm_ds.model.modeling import BaseLCM
+        from lcm_ds.model.hugging_face import BaseLCM
 
         return BaseLCM
     raise AttributeError(f"module 'lcm_ds' has no attribute {name!r}")

@@ -91,7 +91,17 @@ def test_no_folder_is_too_large_to_find_anything_in():
 
 
 def test_training_needs_nothing_of_preparation():
-    heavy = ("spacy", "datasets", "sentence_transformers", "typer", "rich", "mlflow", "wandb", "torchao")
+    heavy = (
+        "spacy",
+        "datasets",
+        "sentence_transformers",
+        "typer",
+        "rich",
+        "mlflow",
+        "wandb",
+        "torchao",
+        "transformers",
+    )
     code = f"import sys, lcm_ds.train.loop, lcm_ds.train.job_builder; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"

@@ -1,4 +1,4 @@
-"""A Base-LCM as transformers knows it: what reads and writes folders of Hugging Face.
+"""`lcm_ds.BaseLCM`: a Base-LCM as transformers knows it, which reads and writes folders of Hugging Face.
 
 Apart from the model itself, so that ranks that train do not import transformers, which takes seconds.
 """

@@ -9,8 +9,6 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,8 +108,8 @@ class DecoderLayer(nn.Module):
 class BaseLCM(nn.Module):
     """Predicts from the concepts of a segment, up to each of them, the one that follows.
 
-    The normaliser is part of the model, as buffers: `save_pretrained` and `from_pretrained` keep it. These two import
-    transformers (model/hugging_face.py); a rank that trains does without it.
+    The normaliser is part of the model, as buffers. `lcm_ds.BaseLCM` is the same model with `from_pretrained` and
+    `save_pretrained` (model/hugging_face.py).
     """
 
     def __init__(self, config: Sizes) -> None:
@@ -174,21 +172,6 @@ class BaseLCM(nn.Module):
                 call = partial(layer, rope=rope, layout=layout, draws=draws, cache=cache)
                 hidden = call(hidden) if recompute is None or i % self.recompute_every else recompute(call, hidden)
         return project(self.norm(hidden), self.post_net)[0]
-
-    # --- Hugging Face folders -----------------------------------------------------------------------------------------
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> BaseLCM:
-        """The model of an exported folder or a hub id; options as of transformers' PreTrainedModel."""
-        from lcm_ds.model import hugging_face
-
-        return hugging_face.BaseLCM.from_pretrained(folder, **options)
-
-    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Write config.json and the weights; options as of transformers' PreTrainedModel."""
-        from lcm_ds.model import hugging_face
-
-        hugging_face.BaseLCM.of(self).save_pretrained(folder, **options)
 
     def num_parameters(self) -> int:
         """The number of trainable parameters."""

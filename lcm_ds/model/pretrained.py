@@ -32,9 +32,11 @@ def write_folder(
     Raises:
         InputError: The folder exists already or cannot be written.
     """
+    from lcm_ds.model import hugging_face  # transformers takes seconds to import, and a rank that trains has no need
+
     with new_folder(output) as folder:
         with silence_transformers():
-            model.save_pretrained(folder, max_shard_size=max_shard_size)
+            hugging_face.BaseLCM.of(model).save_pretrained(folder, max_shard_size=max_shard_size)
         for name, text in (more or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
 
@@ -55,9 +57,11 @@ def read_folder(path: str | Path) -> BaseLCM:
 
     transformers fills missing weights with random values and continues; here they are an error.
     """
+    from lcm_ds.model import hugging_face
+
     try:
         with silence_transformers():
-            loading: Any = BaseLCM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            loading: Any = hugging_face.BaseLCM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be loaded as a Base-LCM: {str(error).splitlines()[0]}") from None
     model: BaseLCM = loading[0].eval()

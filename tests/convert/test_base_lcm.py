@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from tolerance import rounding_of
 
+from lcm_ds import BaseLCM
 from lcm_ds.convert.base_lcm import import_meta
 from lcm_ds.errors import InputError
 from lcm_ds.generate.sampler import generate
-from lcm_ds.model.modeling import BaseLCM
 
 
 def weights_of(golden, prefix=""):

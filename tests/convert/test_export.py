@@ -11,12 +11,12 @@ import pytest
 import torch
 from runs import finish, metrics, run_dir, start
 
+from lcm_ds import BaseLCM
 from lcm_ds.checkpoint.format import load_model
 from lcm_ds.convert.export import export
 from lcm_ds.errors import InputError
 from lcm_ds.files import sha256_of
 from lcm_ds.metrics import VERSION
-from lcm_ds.model.modeling import BaseLCM
 
 
 @pytest.fixture(scope="module")

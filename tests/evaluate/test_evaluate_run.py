@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from lcm_ds import BaseLCM
 from lcm_ds.checkpoint import model_source
 from lcm_ds.checkpoint.format import load_run_config
 from lcm_ds.config import DataConfig
@@ -27,7 +28,6 @@ from lcm_ds.evaluate.run import evaluate
 from lcm_ds.evaluate.task import EvaluationTask
 from lcm_ds.evaluate.text_metrics import TextMetrics
 from lcm_ds.model.config import BaseLCMConfig
-from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.train.trace import trace
 
 EMBED_DIM = 8

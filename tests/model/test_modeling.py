@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import lcm_ds
 from lcm_ds.config import ModelConfig
 from lcm_ds.errors import InputError
 from lcm_ds.model.config import PRESETS, BaseLCMConfig, resolve_model
@@ -236,8 +237,8 @@ def test_the_normaliser_moves_with_the_model(make_model):
 
 def test_saving_and_loading_changes_no_bit(make_model, tmp_path):
     model = make_model(dropout=0.1, rope_theta=500.0)
-    model.save_pretrained(tmp_path)
-    loaded = BaseLCM.from_pretrained(tmp_path)
+    lcm_ds.BaseLCM.of(model).save_pretrained(tmp_path)
+    loaded = lcm_ds.BaseLCM.from_pretrained(tmp_path)
     assert loaded.config.sizes() == model.config.sizes()
     assert loaded.state_dict().keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
@@ -250,8 +251,8 @@ def test_saving_and_loading_changes_no_bit(make_model, tmp_path):
 def test_loading_in_half_precision_keeps_the_normaliser_exact(make_model, tmp_path, stored):
     model = make_model()
     center, scale = model.normalizer.center.clone(), model.normalizer.scale.clone()
-    model.to(stored).save_pretrained(tmp_path)
-    loaded = BaseLCM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    lcm_ds.BaseLCM.of(model.to(stored)).save_pretrained(tmp_path)
+    loaded = lcm_ds.BaseLCM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.pre_net.weight.dtype == torch.bfloat16
     assert loaded.normalizer.center.dtype == torch.float32
     assert torch.equal(loaded.normalizer.center, center)

@@ -6,10 +6,9 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from lcm_ds import api, cli
+from lcm_ds import BaseLCM, api, cli
 from lcm_ds.config import TrainConfig, load
 from lcm_ds.data.format import open_dataset
-from lcm_ds.model.modeling import BaseLCM
 
 REPOSITORY = Path(__file__).parents[2]
 

@@ -9,9 +9,9 @@ import torch
 import yaml
 from runs import finish, metrics, run_dir, start
 
+from lcm_ds import BaseLCM
 from lcm_ds.config import TrainConfig, load
 from lcm_ds.convert.export import export
-from lcm_ds.model.modeling import BaseLCM
 
 BF16 = "ds_configs/zero1_bf16.json"
 SAVES = {"checkpoint": {"every": 20, "keep": 2}}

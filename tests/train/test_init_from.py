@@ -8,12 +8,12 @@ import pytest
 import torch
 from runs import finish, run_dir, start
 
+from lcm_ds import BaseLCM
 from lcm_ds.checkpoint.format import find, load_model
 from lcm_ds.convert.base_lcm import read_meta
 from lcm_ds.convert.export import export
 from lcm_ds.data.format import read_normalizer, write_normalizer
 from lcm_ds.errors import InputError
-from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.pretrained import write_folder
 from lcm_ds.train.job_builder import build_job
 

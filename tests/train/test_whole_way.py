@@ -12,13 +12,12 @@ import torch
 from runs import ROOT, launch_workers, metrics, run_dir
 from safetensors.torch import load_file
 
-from lcm_ds import deepspeed_config
+from lcm_ds import BaseLCM, deepspeed_config
 from lcm_ds.checkpoint.format import load_model
 from lcm_ds.checkpoint.model_source import find_model
 from lcm_ds.convert.export import export
 from lcm_ds.errors import InputError
 from lcm_ds.generate.sampler import generate
-from lcm_ds.model.modeling import BaseLCM
 
 SAVED_AT, LAST = 4, 6
 JSONS = {path.stem: json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))}
