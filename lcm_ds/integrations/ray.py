@@ -231,7 +231,7 @@ class RayWork(Texts):
             if sums:
                 coordinator.report_progress(sums)
             coordinator.raise_if_failed()
-            if claimants:
+            if claimants.intersection(calls.values()):
                 reminded = time.monotonic()
             elif time.monotonic() - reminded > REMIND_SECONDS:
                 reminded = time.monotonic()

@@ -28,13 +28,17 @@ from ray.cluster_utils import Cluster  # noqa: E402
 @pytest.fixture(scope="module")
 def cluster():
     """A head without room for an encoder, which the driver joins, and two nodes with room for one each."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # No reports to Ray's makers, and no yielding to other tests (a niceness of 15).
+    settings = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+    os.environ.update(settings)
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     for _ in range(2):
         made.add_node(num_cpus=1)
     yield made
     ray.shutdown()
     made.shutdown()
+    for name in settings:
+        del os.environ[name]
 
 
 @pytest.fixture
@@ -147,10 +151,27 @@ def test_datatroves_ray_executor_runs_the_stages(joined, config, tmp_path):
     ours = config("ours")
     environment = {"runtime_env": {"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}}
     options = {"mem_per_cpu_gb": 0.1, "ray_remote_kwargs": environment}
-    encode = RayPipelineExecutor([HashConcepts(ours)], tasks=2, logging_dir=str(tmp_path / "encode"), **options)
+    encode = RayPipelineExecutor([HashConcepts(ours)], logging_dir=str(tmp_path / "encode"), **options)
     finish = RayPipelineExecutor([FinishDataset(ours)], logging_dir=f"{tmp_path}/finish", depends=encode, **options)
     finish.run()
     assert written(tmp_path / "ours") == written(tmp_path / "alone")
+
+
+def test_a_cluster_without_room_is_waited_for_until_a_stop_signal(cluster, config, tmp_path, monkeypatch, capsys):
+    """Ray sets its own handler of SIGTERM, which would end this process at once with 15."""
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    monkeypatch.setattr(on_ray, "REMIND_SECONDS", 0.5)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop = after(ray.is_initialized, lambda: (time.sleep(2), os.kill(os.getpid(), signal.SIGTERM)))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            on_ray.prepare(config("out", encoder={"name": "sentence-transformers", "model": "minilm", "threads": 5}))
+    finally:
+        stop.join()
+        signal.signal(signal.SIGTERM, before)
+    assert "waiting for a Ray cluster with room: a process needs 5 CPU of a node\n" in capsys.readouterr().out
+    assert not ray.is_initialized()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_cluster_that_does_not_answer_is_named(config, monkeypatch):
