@@ -18,6 +18,7 @@ import contextlib
 import io
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -80,8 +81,17 @@ class Table(Schema):
 class Experiment:
     """The points and their state in an output folder."""
 
-    def __init__(self, corpus: list[str], output: Path, scale: float, processes: int) -> None:
-        self.output, self.scale, self.processes = output, scale, processes
+    def __init__(self, corpus: list[str], output: Path, scale: float, most_steps: int | None, processes: int) -> None:
+        """Read the table of points.
+
+        Args:
+            corpus: Parquet files and globs; not needed once it is prepared.
+            output: The folder of everything.
+            scale: Of sets and runs; below 1 there is one seed and one learning rate.
+            most_steps: Of a run; None for no limit.
+            processes: Ranks of a run.
+        """
+        self.output, self.scale, self.most_steps, self.processes = output, scale, most_steps, processes
         self.table = validate(Table, read_yaml(CONFIGS / "points.yaml"), CONFIGS / "points.yaml")
         sets = {name: None if size is None else self._scaled(size) for name, size in self.table.sets.items()}
         held = {
@@ -187,14 +197,15 @@ class Experiment:
             f"optim.lr={rate}",
             f"steps={steps}",
             f"optim.schedule.warmup_steps={max(1, steps // 20)}",
-            f"evaluate.every={max(1, -(-steps // 4))}",
-            f"checkpoint.every={max(1, -(-steps // 4))}",
+            f"evaluate.every={max(50, -(-steps // 4))}",
+            f"checkpoint.every={max(50, -(-steps // 4))}",
         ]
 
     def steps(self, point: Point, share: float = 1.0) -> int:
         """The steps of a run of a point."""
         config = load(TrainConfig, CONFIGS / "train.yaml")
-        return max(LEAST_STEPS, round(point.concepts * self.scale * share / (_step_concepts(config))))
+        steps = max(LEAST_STEPS, round(point.concepts * self.scale * share / _step_concepts(config)))
+        return steps if self.most_steps is None else min(steps, self.most_steps)
 
     def _evaluate(self, name: str, run: Path, point: Point) -> dict[str, Any]:
         """The evaluation of a run on the validation books, in OUTPUT/evaluations."""
@@ -303,6 +314,7 @@ def _train_here(overrides: Sequence[str]) -> int:
 def _worker(overrides: list[str]) -> None:
     from lcm_ds.train import main
 
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # RUN/log.txt has it
     sys.exit(main(str(CONFIGS / "train.yaml"), overrides))
 
 
@@ -324,13 +336,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path, metavar="FOLDER", help="of everything that is made")
     parser.add_argument("--only", nargs="+", metavar="POINT|PART", help="these points; parts: data size paper storage")
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="sizes of sets and runs; default: 1")
+    parser.add_argument("--steps", type=int, metavar="N", help="steps of a run, at most: to try everything out")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="ranks of a run; default: 2")
     parser.add_argument("--list", action="store_true", help="print the points with their state and exit")
     parser.add_argument("--report", action="store_true", help="print docs/results.md of the points that are done")
     options = parser.parse_args(arguments)
     try:
         options.output.mkdir(parents=True, exist_ok=True)
-        experiment = Experiment(options.corpus, options.output, options.scale, options.processes)
+        experiment = Experiment(options.corpus, options.output, options.scale, options.steps, options.processes)
         if options.encoded is not None:
             experiment.data.encoded = Path(options.encoded)
         if options.report:
