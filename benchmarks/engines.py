@@ -110,7 +110,9 @@ def prepared(name: str, config: PrepareConfig, folder: Path) -> Measured:
     sizes = {unit.unit: unit.sentences for unit in read_units(out)}
     first, last = min(seen.values()), max(seen.values())
     after = sum(sizes[unit] for unit, at in seen.items() if at > first)
-    return Measured(sum(sizes.values()), after / max(last - first, 1e-9), sum(sizes.values()) / seconds)
+    if last == first:
+        raise SystemExit("all units were made at once: needs more text, or a smaller documents_per_shard")
+    return Measured(sum(sizes.values()), after / (last - first), sum(sizes.values()) / seconds)
 
 
 def made(out: Path) -> set[int]:

@@ -24,7 +24,9 @@ RUNS = {
         "--sentences 40 --repeats 1 --split-workers 5",
         "--encoder sonar-random --layers 1 --sentences 40 --repeats 1 --ways way",
     ],
-    "engines": ["--config {folder}/prepare.yaml --repeats 1 --processes 1"],
+    "engines": [
+        "--config {folder}/prepare.yaml --repeats 1 --processes 1 source.take_sentences=500 documents_per_shard=1"
+    ],
     "generate": ["--preset quickstart --concepts 8 --batches 1 2 --repeats 1 --rounds 1"],
     "loader": ["--concepts 40000 --embed-dim 16 --seconds 0.05", "--plan"],
     "mixing": ["--documents 20000 --shards 100 --topics 100 --rows 4"],
