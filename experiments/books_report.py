@@ -39,7 +39,7 @@ class Curve:
         """
         if len(self.sizes) < 4:
             return None
-        spread = (self.intervals[:, 1] - self.intervals[:, 0]) / (2 * 1.96)
+        spread = np.nan_to_num(self.intervals[:, 1] - self.intervals[:, 0]) / (2 * 1.96)
         random = np.random.default_rng(0)
         draws = [_fit(self.sizes, self.losses + random.normal(size=len(spread)) * spread) for _ in range(DRAWS)]
         estimate = _fit(self.sizes, self.losses)
@@ -128,7 +128,7 @@ def _row(experiment: Experiment, name: str, state: dict[str, Any]) -> str:
         name,
         f"{state['learning_rate']:g}",
         f"{own['normalised']['mse']:.4f}{spread}",
-        _ends(intervals["normalised"]["mse"]),
+        _ends(intervals["normalised"].get("mse")),
         f"{scores[best]['normalised']['mse']:.4f} ({best.replace('ridge from ', '')})",
         f"{difference['value']:+.4f}",
         _ends(difference["interval"], "+.4f"),
@@ -164,7 +164,7 @@ def _curves(experiment: Experiment, done: dict[str, Any]) -> str:
         curve = Curve(
             sizes,
             [each["scores"][MODEL]["normalised"]["mse"] for each in found],
-            [each["intervals"][MODEL]["normalised"]["mse"] or [np.nan, np.nan] for each in found],
+            [each["intervals"][MODEL]["normalised"].get("mse") or [np.nan, np.nan] for each in found],
         )
         law = curve.power_law()
         figure = experiment.output / "figures" / f"books_{part}.png"
@@ -210,7 +210,7 @@ def _draw_curve(
     baselines = [each["baselines"]["best"] for each in found]
     for label, names in ((MODEL, [MODEL] * len(found)), ("best baseline", baselines)):
         values = [each["scores"][name]["normalised"]["mse"] for each, name in zip(found, names, strict=True)]
-        ends = [each["intervals"][name]["normalised"]["mse"] for each, name in zip(found, names, strict=True)]
+        ends = [each["intervals"][name]["normalised"].get("mse") for each, name in zip(found, names, strict=True)]
         bars = [[v - e[0], e[1] - v] if e else [0, 0] for v, e in zip(values, ends, strict=True)]
         axes.errorbar(sizes, values, yerr=np.abs(np.array(bars).T), marker="o", capsize=3, label=label)
     if law is not None:

@@ -21,7 +21,7 @@ PARTS = ("data", "size", "paper", "storage")
 def corpus(tmp_path):
     """Beginnings of 100 chapters in the columns of the experiment; each pair of chapters is a book."""
     texts = pyarrow.parquet.read_table(BOOKS, columns=["text"]).slice(0, 100)["text"].to_pylist()
-    rows = [{"id": f"c{n}", "file_path": f"Book {n // 2}", "text": text[:3500]} for n, text in enumerate(texts)]
+    rows = [{"id": f"c{n}", "file_path": f"Volume {n // 2}", "text": text[:3500]} for n, text in enumerate(texts)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "books-0.parquet")
     return tmp_path / "books-*.parquet"
 
