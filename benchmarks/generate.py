@@ -78,7 +78,7 @@ def main() -> None:
 
 def print_ratio(model: BaseLCM, batch: int, concepts: int, repeats: int) -> None:
     """Rows of a table: recomputing and caching."""
-    prompts = list(torch.randn(batch, 1, model.config.embed_dim, device=model.device))
+    prompts = list(torch.randn(batch, 1, model.config.embed_dim, device=model.normalizer.center.device))
     generate(model, prompts, 4, stop_end=None, stop_repeat=None)  # warm up
     cached = statistics.median(
         timed(lambda: generate(model, prompts, concepts, stop_end=None, stop_repeat=None), model)
@@ -107,8 +107,11 @@ def print_lengths(model: BaseLCM, batch: int, rounds: int) -> None:
     caches = {length: Cache() for length in LENGTHS}
     for length, cache in caches.items():
         # halfway through the timed steps the cache holds `length` concepts
-        model(torch.randn(batch, length - STEPS // 2, model.config.embed_dim, device=model.device), cache=cache)
-    new = torch.randn(batch, 1, model.config.embed_dim, device=model.device)
+        model(
+            torch.randn(batch, length - STEPS // 2, model.config.embed_dim, device=model.normalizer.center.device),
+            cache=cache,
+        )
+    new = torch.randn(batch, 1, model.config.embed_dim, device=model.normalizer.center.device)
     times: dict[int, list[float]] = {length: [] for length in LENGTHS}
     for round in range(rounds + 1):
         for length, cache in caches.items():
@@ -125,7 +128,7 @@ def print_lengths(model: BaseLCM, batch: int, rounds: int) -> None:
 
 def timed(run: Callable[[], object], model: BaseLCM) -> float:
     """Seconds of a call."""
-    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    wait = torch.cuda.synchronize if model.normalizer.center.device.type == "cuda" else lambda: None
     wait()
     start = clock()
     run()
