@@ -19,7 +19,7 @@ STEP = r"step +\d+/\d+  loss +\S+  lr \S+  grad norm +\S+ +\S+ concepts/s  eta +
 LINES = [
     r"\S+: starting 2 workers; log: \S+/log\.txt",
     r"\S+: [\d,]+ parameters, 2 rank\(s\), ZeRO \d, \w+",
-    r"data: \S+ \([\d,]+ concepts, \d+ of \d+ lanes\)",
+    r"data: \S+ \([\d,]+ concepts, \d+ of \d+ rows of a step\)",
     r"step 0 of \d+, \d+ rows of \d+ concepts per step",
     r"total: [\d,]+ concepts, \d+\.\d\d epochs; warm-up \d+ steps, \S+% of the run",
     STEP,
