@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 from lcm_ds import cli, reference
 from lcm_ds.config import Schema
 
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+CONFIGS = sorted(path for name in reference.SCHEMAS for path in (REPOSITORY / "configs" / name).glob("*.yaml"))
 
 
 def errors(name, mapping):

@@ -10,6 +10,7 @@ from lcm_ds.data.format import open_dataset, read_normalizer
 from lcm_ds.files import sha256_of
 from lcm_ds.model.config import BaseLCMConfig
 from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.model.pretrained import write_folder
 from lcm_ds.prepare.pipeline import prepare
 
 TEXTS = {
@@ -123,7 +124,7 @@ def exported(dataset, sonar_dataset, tiny_sonar, make_model, tmp_path_factory):
         if constant:
             torch.nn.init.zeros_(made.post_net.weight)
         folder = tmp_path_factory.mktemp("exported")
-        made.save_pretrained(folder)
+        write_folder(made, folder)
         info = make.datasets[of].info.model_dump()
         encoder = dict(info["encoder"], **({} if model is None else {"model": model}))
         if of == "sonar" and decoder is not None:

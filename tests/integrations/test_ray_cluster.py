@@ -97,7 +97,7 @@ def test_a_node_that_is_killed_changes_nothing_in_the_dataset(joined, config, tm
 def test_an_interrupted_preparation_resumes_without_ray(joined, config, tmp_path, monkeypatch, capsys):
     pipeline.prepare(config("alone"), HashEncoder())
     ours = config("ray", processes=1)
-    monkeypatch.setenv(SECONDS, "0.1")
+    monkeypatch.setenv(SECONDS, "0.5")  # long enough for the signal to come before the end
     stop = after(lambda: units_in(ours) >= 3, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         on_ray.prepare(ours)

@@ -255,7 +255,7 @@ def test_a_batch_is_started_before_the_one_before_is_waited_for_also_between_uni
             future.exception()
             return future
 
-    monkeypatch.setattr("lcm_ds.prepare.pipeline.Readers", Ready)
+    monkeypatch.setattr("lcm_ds.prepare.texts.Readers", Ready)
     prepare(config_of(lines, tmp_path / "out"), encoder)
     steps = [step for step in encoder.log if step[1] != ["End of text."]]
     started = [texts for kind, texts in steps if kind == "start"]
@@ -276,7 +276,7 @@ def test_a_unit_that_is_not_read_yet_leaves_nothing_on_the_device(lines, tmp_pat
             future.result = lambda *a: (waiting.append(len([k for k, _ in encoder.log if k == "start"])), result(*a))[1]
             return future
 
-    monkeypatch.setattr("lcm_ds.prepare.pipeline.Readers", Slow)
+    monkeypatch.setattr("lcm_ds.prepare.texts.Readers", Slow)
     prepare(config_of(lines, tmp_path / "out"), encoder)
     kinds = "".join(kind[0] for kind, texts in encoder.log if texts != ["End of text."])
     assert re.fullmatch(r"(s(sw){19}w){5}", kinds)

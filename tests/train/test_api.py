@@ -74,6 +74,6 @@ def test_the_notebook_goes_the_whole_way_with_two_figures(tmp_path):
     assert [output.text for output in outputs if output.get("name") == "stderr"] == []
     assert sum("image/png" in output.get("data", ()) for output in outputs) == 2
     printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
-    assert "step  60/60" in printed
+    assert "step 40/40" in printed
     assert "Base-LCM less" in printed
     assert BaseLCM.from_pretrained(tmp_path / "first_run" / "model").num_parameters() == 5_648_768

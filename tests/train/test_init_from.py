@@ -14,6 +14,7 @@ from lcm_ds.convert.base_lcm import read_meta
 from lcm_ds.convert.export import export
 from lcm_ds.data.format import read_normalizer, write_normalizer
 from lcm_ds.errors import InputError
+from lcm_ds.model import modeling
 from lcm_ds.model.pretrained import write_folder
 from lcm_ds.train.job_builder import build_job
 
@@ -89,7 +90,7 @@ def test_a_checkpoint_of_metas_takes_the_normaliser_of_the_data(make_config, syn
 
 def test_a_mixture_needs_one_normaliser_if_the_model_has_none(make_config, moved_away, tmp_path):
     train = [{"path": moved_away(48, seed)} for seed in (5, 6)]
-    write_folder(BaseLCM(read_meta(GOLDEN, None)[0]).initialize(0), tmp_path / "imported")
+    write_folder(modeling.BaseLCM(read_meta(GOLDEN, None)[0]).initialize(0), tmp_path / "imported")
     for source in (GOLDEN, tmp_path / "imported"):
         model = {"init_from": str(source)}
         with pytest.raises(InputError) as refused:
