@@ -19,6 +19,7 @@ import os
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ __all__ = [
     "InputError", "PrepareConfig", "Prepared", "Run", "TrainConfig",
     "evaluate", "export", "generate", "inspect", "load", "plan", "prepare", "train",
 ]  # fmt: skip
+
+
+# Libraries import tqdm's bars for notebooks, which warn if ipywidgets is missing; none of them is shown.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 @dataclass(frozen=True)

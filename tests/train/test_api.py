@@ -73,7 +73,8 @@ def test_the_notebook_goes_the_whole_way_with_two_figures(tmp_path):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     assert [output.text for output in outputs if output.get("name") == "stderr"] == []
     assert sum("image/png" in output.get("data", ()) for output in outputs) == 2
-    printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    # Tables are displayed, lines are printed.
+    printed = "".join(output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs)
     assert "step 40/40" in printed
     assert "Base-LCM less" in printed
     assert BaseLCM.from_pretrained(tmp_path / "first_run" / "model").num_parameters() == 5_648_768
