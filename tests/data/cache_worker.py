@@ -9,8 +9,8 @@ from lcm_ds.data.format import open_dataset
 from lcm_ds.data.index.first_use import indexed
 from lcm_ds.data.loader import Loader
 from lcm_ds.data.plan import Plan
+from lcm_ds.data.remote import cache
 from lcm_ds.data.remote import fetch as remote
-from lcm_ds.data.remote.cache import Cache
 from lcm_ds.data.supervised import source_of
 from lcm_ds.errors import InputError
 
@@ -19,7 +19,8 @@ ROWS, LENGTH, MAX_SEGMENT = 8, 16, 8
 
 def main(url: str, folder: str, rank: str, world_size: str, out: str) -> int:
     remote.FIRST_PAUSE = 0.01
-    dataset = indexed(open_dataset(url, Cache(folder)))
+    cache.FREE_SHARE = 0.0  # however full this machine's disk is
+    dataset = indexed(open_dataset(url, cache.Cache(folder)))
     plan = Plan([source_of(dataset, LENGTH, MAX_SEGMENT, shuffle_shards=2)], 0, ROWS, LENGTH, epochs=1)
     try:
         loader = Loader([dataset], plan, int(rank), int(world_size), 2, workers=2)
