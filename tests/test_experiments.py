@@ -1,4 +1,4 @@
-"""The experiments run whole, at a hundredth of their size."""
+"""The experiments run, at a hundredth of their size."""
 
 import json
 import os

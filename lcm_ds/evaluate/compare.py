@@ -161,7 +161,7 @@ def _measure(
     return _Measured(
         name,
         source,
-        sum(parameter.numel() for parameter in model.parameters()),
+        model.num_parameters(),
         (model.normalizer.center.cpu(), model.normalizer.scale.cpu()),
         _cost(source, model, pairs),
         found[0],
