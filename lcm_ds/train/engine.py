@@ -50,8 +50,18 @@ def init_distributed(env: DistEnv, stall_minutes: float | None = None) -> torch.
         ask_cuda_for_free_memory(accelerator)
     else:
         keep_freed_memory()
+    leave_out_kernels_of_inference()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=collective_timeout(stall_minutes))
     return torch.device(accelerator.current_device_name())
+
+
+def leave_out_kernels_of_inference() -> None:
+    """Have DeepSpeed compile nothing when it joins ranks on CPUs.
+
+    It would compile an all-reduce in shared memory, for most of a minute at the first start, which takes g++ and which
+    only tensor-parallel inference calls.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def share_compile_threads(local_ranks: int) -> None:

@@ -143,9 +143,11 @@ def test_options_for_hosts_are_refused_where_there_are_none(config):
     assert lines == ["--silence: goes with --hostfile"]
 
 
-def test_events_of_a_launch_are_on_stdout_alone(config):
-    code, out, err = finish(start("launch", "--json", "--local", 2, config))
+def test_events_of_a_launch_are_on_stdout_alone_and_nothing_is_compiled(config, tmp_path):
+    extensions = tmp_path / "extensions"
+    code, out, err = finish(start("launch", "--json", "--local", 2, config, TORCH_EXTENSIONS_DIR=str(extensions)))
     assert code == 0, err
+    assert not extensions.exists()
     began, ended = map(json.loads, out.splitlines())
     assert (began["event"], began["ranks"], began["folder"]) == ("start", 2, str(run_dir(config)))
     assert (ended["event"], ended["code"]) == ("end", 0)

@@ -16,6 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lcm_ds.processes import exit_with
+from lcm_ds.train.engine import leave_out_kernels_of_inference
 
 WIDTH, LAYERS = 128, 16
 PARAMETERS = WIDTH * WIDTH * LAYERS
@@ -86,6 +87,7 @@ def walk(events):
 
 def main():
     logging.disable(logging.ERROR)
+    leave_out_kernels_of_inference()
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     with open(sys.argv[1] if os.environ["RANK"] == "0" else os.devnull, "w") as out:
         for ds in settings(sys.argv[2:]):
