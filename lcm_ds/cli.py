@@ -186,7 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--master-port", type=int, metavar="PORT", help="port on that host; default: 29500, with --local any free port")
     add = command.add_argument_group("with --hostfile and --local").add_argument
     add("--max-restarts", type=int, metavar="K", help="restarts after failures; default: 0")
-    add("--back-off", type=float, metavar="S", help="seconds before the first restart; default: 10, doubling")
+    add("--back-off", type=float, metavar="S", help="seconds before a restart; default: 10")
     add("--grace", type=float, metavar="S", help="seconds from SIGTERM to SIGKILL; default: 30")
     add = command.add_argument_group("with --hostfile").add_argument
     add("--include", default="", metavar="HOSTS", help="only these, in DeepSpeed's syntax: a@b:0,2")

@@ -29,7 +29,6 @@ from lcm_ds.signals import (
 )
 
 GRACE_SECONDS = 30.0  # between SIGTERM and SIGKILL, as DeepSpeed's launcher has it
-MAX_BACKOFF_SECONDS = 300.0
 POLL_SECONDS = 0.05
 KILLED_SECONDS = 5.0  # until a killed process has to be gone
 # Before SIGTERM goes to the other workers of a stopped or refused run, which are about to exit and may be saving.
@@ -104,7 +103,7 @@ def run_with_restarts(
         run: Returns an exit code, and appends the stop signals that it got to its list.
         progress: A number that grows as the work advances.
         max_restarts: 0: call it once.
-        backoff: Seconds before the first restart, doubled before each further one.
+        backoff: Seconds before a restart.
 
     Returns:
         The last exit code.
@@ -119,9 +118,9 @@ def run_with_restarts(
         if previous is not None and current <= previous:
             print(f"lcm-ds launch: no progress since the last restart (at {current}): giving up", file=sys.stderr)
             return code
-        previous, seconds = current, min(backoff * 2**restart, MAX_BACKOFF_SECONDS)
-        events.emit("restart", number=restart + 1, of=max_restarts, seconds=seconds, progress=current)
-        if _stop_signal_within(seconds, f"lcm-ds launch: restart {restart + 1} of {max_restarts} in {seconds:g} s"):
+        previous = current
+        events.emit("restart", number=restart + 1, of=max_restarts, seconds=backoff, progress=current)
+        if _stop_signal_within(backoff, f"lcm-ds launch: restart {restart + 1} of {max_restarts} in {backoff:g} s"):
             return STOPPED
     raise AssertionError("the last run returns")
 

@@ -22,7 +22,7 @@ class LaunchOptions:
 
     max_restarts: int = 0
     min_hosts: int | None = None  # for a restart; None: all
-    back_off: float = 10.0  # before the first restart; doubled before each further one
+    back_off: float = 10.0  # before a restart; doubled as long as too few hosts are fit
     silence: float = 15.0  # without a heartbeat, after which a host is lost
     grace: float = 30.0  # between SIGTERM and SIGKILL
     master_addr: str | None = None

@@ -44,6 +44,7 @@ def shards(output: Path) -> dict[str, object]:
     return {name: data for name, data in written(output).items() if name.endswith(kept)}
 
 
+@pytest.mark.slow
 def test_three_processes_killed_once_write_the_shards_of_one(folder, tmp_path):
     done = subprocess.run(command(folder, tmp_path / "one", 1), capture_output=True, text=True, check=True)
     assert "480 documents: " in done.stdout

@@ -19,7 +19,7 @@ def trained(dataset, folder, json):
     return folder / "run"
 
 
-@pytest.mark.parametrize("json", ["zero2_fp32.json", "zero2_bf16.json"])
+@pytest.mark.parametrize("json", [pytest.param("zero2_fp32.json", marks=pytest.mark.slow), "zero2_bf16.json"])
 def test_zero_to_fp32_takes_the_newest_checkpoint(synthetic_dataset, tmp_path, json):
     run = trained(synthetic_dataset(), tmp_path, json)
     checkpoints = run / "checkpoints"

@@ -243,15 +243,18 @@ def test_the_tasks_on_each_node_of_a_slurm_list():
     "launcher",
     [
         ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"],
-        [
-            "deepspeed.launcher.runner",
-            "--hostfile",
-            "HOSTFILE",
-            "--no_ssh_check",
-            "--master_addr",
-            "127.0.0.1",
-            "--module",
-        ],
+        pytest.param(
+            [
+                "deepspeed.launcher.runner",
+                "--hostfile",
+                "HOSTFILE",
+                "--no_ssh_check",
+                "--master_addr",
+                "127.0.0.1",
+                "--module",
+            ],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["torchrun", "deepspeed"],
 )

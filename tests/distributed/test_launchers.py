@@ -39,7 +39,12 @@ ACCELERATE = [
         # passes --local-rank=N
         (["torch.distributed.launch", "--nproc-per-node", "2", "--master-port", "PORT"], WORKER),
         # passes --local_rank=N, in front of the command
-        (["deepspeed.launcher.runner", *DEEPSPEED], [str(ROOT / "lcm_ds/cli.py"), "train"]),
+        pytest.param(
+            ["deepspeed.launcher.runner", *DEEPSPEED],
+            [str(ROOT / "lcm_ds/cli.py"), "train"],
+            marks=pytest.mark.slow,
+            id="deepspeed",
+        ),
         (["accelerate.commands.launch", *ACCELERATE, "--main_process_port", "PORT"], WORKER),
         (["mpirun.openmpi", "-n", "2", sys.executable], WORKER),
         (["mpiexec.mpich", "-n", "2", sys.executable], WORKER),

@@ -144,10 +144,12 @@ def test_what_a_worker_started_ends_with_it(tmp_path):
         ([0], [], 0),
     ],
 )
-def test_a_run_that_fails_is_started_again_as_long_as_that_helps(codes, came_to, expected):
-    codes, came_to = iter(codes), iter(came_to)
-    code = run_with_restarts(lambda signals: next(codes), lambda: next(came_to), max_restarts=3, backoff=0.001)
+def test_a_run_that_fails_is_started_again_as_long_as_that_helps(codes, came_to, expected, capfd):
+    left, came_to = iter(codes), iter(came_to)
+    code = run_with_restarts(lambda signals: next(left), lambda: next(came_to), max_restarts=3, backoff=0.001)
     assert code == expected
+    restarts = len(codes) - len(list(left)) - 1
+    assert capfd.readouterr().err.count(" of 3 in 0.001 s") == restarts  # no wait is longer than the first
 
 
 def test_events_are_lines_of_json_and_all_else_goes_to_stderr(tmp_path):

@@ -81,6 +81,7 @@ def test_where_torch_or_deepspeed_is_broken_the_table_comes_all_the_same_and_end
     assert done.stdout.splitlines()[-1] == "no run can start here: see imports, accelerator"
 
 
+@pytest.mark.slow
 def test_without_a_compiler_what_has_to_be_compiled_says_what_to_install(tmp_path):
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
     done = run("lcm_ds.doctor.kernels", PATH=str(tmp_path), **caches)

@@ -60,6 +60,7 @@ def test_starting_a_batch_waits_for_nothing(tiny_sonar: tuple[Path, Path], kind:
     assert {name for name, *_ in operators.calls}.isdisjoint(WAITING)
 
 
+@pytest.mark.slow
 def test_a_model_of_sentence_transformers_gives_the_bytes_of_its_library_with_and_without_padding() -> None:
     encoder, plain = minilm(dtype="float32"), minilm(dtype="float32")
     plain._model[0]._forward_pre_hooks.clear()  # its mask is that of the library then

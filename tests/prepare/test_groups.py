@@ -87,6 +87,7 @@ def test_without_the_key_the_split_and_the_documents_are_as_before(chapters):
     assert not dataset.has_groups
 
 
+@pytest.mark.slow
 def test_ranks_with_processes_that_read_split_as_one_does(chapters, tmp_path):
     prepare(config(chapters, "one"), HashEncoder())
     several = config(chapters, "several", split_workers=1)

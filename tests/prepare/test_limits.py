@@ -106,6 +106,7 @@ def test_what_will_not_fit_is_refused_before_anything_is_encoded(small_disk, tmp
     assert encoder.seen == ["End of text."]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_source(tmp_path):
     peaks = {}
     for count in (400, 4000):

@@ -425,6 +425,7 @@ def test_webdataset_reads_what_was_written(make_config):
     assert all(np.array_equal(sample["npy"], concepts) for sample, (_, concepts) in zip(samples, ours, strict=True))
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_whole_things_only_and_the_real_encoder_goes_on(make_config, tmp_path, capsys):
     source = {"name": "sample", "take_sentences": 800}
     config = make_config(source=source, validation=0.0, documents_per_shard=1)

@@ -158,6 +158,7 @@ def test_the_datasets_are_there_when_prepare_returns_on_any_rank(write_config):
     assert len(set(counts)) == 1
 
 
+@pytest.mark.slow
 def test_a_mistake_that_one_rank_finds_is_told_once_and_ends_all_with_2(write_config, tmp_path, lines):
     broken = tmp_path / "broken.parquet"
     table = pyarrow.Table.from_pylist([json.loads(line) for line in lines.read_text().splitlines()])
@@ -174,6 +175,7 @@ def test_a_mistake_that_one_rank_finds_is_told_once_and_ends_all_with_2(write_co
     assert "broken.parquet: cannot be read" in errors
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_and_what_is_committed_stays(write_config, tmp_path):
     config = write_config("out")
     process = launcher(2, hashing(config, 0.3))

@@ -79,6 +79,7 @@ def test_every_shipped_config_can_be_built(dry_run, name, ranks, synthetic_datas
         assert "1,649,185,792" in out
 
 
+@pytest.mark.slow
 def test_steps_are_traced_for_perfetto(trained):
     config = trained(
         2, train={"profile_steps": [3, 5], "compile": True}, deepspeed="ds_configs/zero3_fp32.json", steps=8

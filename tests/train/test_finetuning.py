@@ -64,6 +64,7 @@ def test_inspect_shows_the_lengths_of_sources_and_targets(prepared):
     assert f"{3 * documents} concepts are given, {3 * documents} are learned; sources end with '[MODEL]:'" in output
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_is_trained_and_validated_only_on_the_targets(prepared, tmp_path):
     folder, _ = prepared
     validation = open_dataset(folder / "validation").info.totals.documents

@@ -28,6 +28,7 @@ def half_way(trained, make_config):
     return config
 
 
+@pytest.mark.slow
 def test_a_run_learns_as_in_bf16(trained):
     fp8, bf16 = (metrics(trained(2, **changes), "val_loss") for changes in (EMULATED, {"deepspeed": BF16, **SAVES}))
     assert fp8 != bf16

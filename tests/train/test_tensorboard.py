@@ -71,6 +71,7 @@ def resumed(make_config):
     return config
 
 
+@pytest.mark.slow
 def test_tensorboard_holds_each_step_of_a_resumed_run_once(resumed):
     board = read(run_dir(resumed) / "tensorboard")
     assert {tag.partition("/")[0] for tag in tags(board, "scalars")} == GROUPS

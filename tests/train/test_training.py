@@ -92,6 +92,7 @@ def test_bf16_follows_fp32(trained, json_name):
         assert rough[step] == pytest.approx(exact[step], rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_run_continues_without_a_bad_shard_if_the_config_allows_it(make_config, concepts, tmp_path):
     train = Path(shutil.copytree(concepts["train"], tmp_path / "train"))
     shard = sorted(train.glob("*.tar"))[3]
@@ -116,6 +117,7 @@ def test_a_run_continues_without_a_bad_shard_if_the_config_allows_it(make_config
     assert min(losses(config).values()) < 0.9 * losses(config)[1]
 
 
+@pytest.mark.slow
 def test_ranks_read_a_dataset_from_a_server_through_one_cache(trained, make_config, concepts, tmp_path):
     requests = Counter()
 

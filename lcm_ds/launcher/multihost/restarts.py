@@ -15,7 +15,6 @@ from pathlib import Path
 
 from lcm_ds.distributed.environment import DEFAULT_PORT
 from lcm_ds.distributed.events import events
-from lcm_ds.distributed.workers import MAX_BACKOFF_SECONDS
 from lcm_ds.errors import InputError
 from lcm_ds.launcher.multihost.hostfile import is_this_host
 from lcm_ds.launcher.multihost.launch_spec import Host, LaunchSpec
@@ -27,6 +26,8 @@ from lcm_ds.launcher.multihost.supervisor import Failure, Supervisor
 from lcm_ds.launcher.schedulers import environment_of_workers
 from lcm_ds.launcher.task import LaunchOptions, LaunchTask
 from lcm_ds.signals import DONE, FAILED, STOPPED, USER_ERROR
+
+MAX_BACKOFF_SECONDS = 300.0
 
 
 def run_on_hosts(
@@ -92,6 +93,7 @@ class _Launch:
     listener: Listener
     environment: dict[str, str] = field(default_factory=lambda: environment_of_workers(os.environ))
     restarts: int = 0
+    waits: int = 0  # restarts in a row without progress: too few hosts were fit, or it is not known
     slow: set[str] = field(default_factory=set)  # hosts of stragglers
     failed_at: int | None = None  # the progress at the last failure
     last: list[str] = field(default_factory=list)  # the lines that the user sees last
@@ -118,7 +120,6 @@ class _Launch:
             if self.restarts >= self.options.max_restarts:
                 self.print_last()
                 return FAILED
-            self.restarts += 1
             await self.back_off()
         return STOPPED
 
@@ -199,11 +200,13 @@ class _Launch:
         if previous is not None and self.failed_at <= previous:
             self.last.append(f"lcm-ds launch: no progress since the last restart (at {previous}): giving up")
             return False
+        self.waits = 0
         return True
 
     async def back_off(self) -> None:
         """Report the failure and wait before the next start."""
-        seconds = min(self.options.back_off * 2 ** (self.restarts - 1), MAX_BACKOFF_SECONDS)
+        seconds = min(self.options.back_off * 2**self.waits, max(MAX_BACKOFF_SECONDS, self.options.back_off))
+        self.restarts, self.waits = self.restarts + 1, self.waits + 1
         # A host that was lost kills its workers at most one heartbeat after the launcher has noticed.
         seconds = max(seconds, 2 * self.options.silence / HEARTBEATS_PER_TIMEOUT)
         self.print_last()
