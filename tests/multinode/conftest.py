@@ -12,13 +12,13 @@ from small_run import EMBED_DIM, losses_in, write_config
 def all_hosts(tmp_path_factory):
     if reason := why_not():
         pytest.skip(reason)
-    with Hosts(tmp_path_factory.mktemp("hosts"), 4) as made:
+    with Hosts(tmp_path_factory.mktemp("hosts"), 8) as made:
         yield made
 
 
 @pytest.fixture
 def hosts(all_hosts):
-    """Four hosts; a test that leaves a process on any of them fails."""
+    """Eight hosts; a test that leaves a process on any of them fails."""
     yield all_hosts
     try:
         all_hosts.wait_until_idle(1)

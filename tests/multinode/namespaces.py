@@ -1,12 +1,18 @@
 """Hosts on one machine: a network namespace each, on one bridge, with an address, names for the others and an sshd."""
 
 import contextlib
+import fcntl
 import os
+import random
+import select
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import threading
 import time
+from collections import deque
 from pathlib import Path
 
 from machine import patience
@@ -76,17 +82,43 @@ class Hosts:
         return f"{PREFIX}-{os.getpid()}-{number}"
 
     def _make(self, number):
-        namespace, veth = self.namespace(number), f"{self.bridge}v{number}"
+        namespace = self.namespace(number)
         settings = Path("/etc/netns") / namespace
         settings.mkdir(parents=True)
         names = zip(self.addresses, self.names, strict=True)
         (settings / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{a} {name}\n" for a, name in names))
         ip("netns", "add", namespace)
-        ip("link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", namespace)
+        ip("-n", namespace, "link", "set", "lo", "up")
+        self._connect(number)
+
+    def _connect(self, number):
+        veth = f"{self.bridge}v{number}"
+        ip("link", "add", veth, "type", "veth", "peer", "name", "eth0", "netns", self.namespace(number))
         ip("link", "set", veth, "master", self.bridge, "up")
+        self._take_address(number)
+
+    def _take_address(self, number):
+        namespace = self.namespace(number)
         ip("-n", namespace, "addr", "add", f"{self.addresses[number]}/24", "dev", "eth0")
-        for device in ("lo", "eth0"):
-            ip("-n", namespace, "link", "set", device, "up")
+        ip("-n", namespace, "link", "set", "eth0", "up")
+
+    @contextlib.contextmanager
+    def bad_link(self, number, delay, loss):
+        """While it is entered, what a host sends takes so many seconds longer, and a share of its frames gets lost."""
+        ip("link", "del", f"{self.bridge}v{number}")  # and its other end, eth0
+        near, far = f"{self.bridge}n{number}", f"{self.bridge}f{number}"
+        with tap(near) as bridge, tap(far) as host:
+            ip("link", "set", near, "master", self.bridge, "up")
+            ip("link", "set", far, "netns", self.namespace(number), "name", "eth0")
+            self._take_address(number)
+            relay = Relay(host, bridge, delay, loss)
+            relay.start()
+            try:
+                yield relay
+            finally:
+                relay.ended = True
+                relay.join()
+        self._connect(number)
 
     def _make_ssh(self):
         for key in ("host", "user"):
@@ -100,8 +132,11 @@ class Hosts:
         wrapper.chmod(0o755)
         Path("/run/sshd").mkdir(exist_ok=True)
 
-    def restore(self, number, before="true"):
-        """A host as it has to be, after whatever was done to it. before: a shell's commands, in its own mounts."""
+    def restore(self, number, before="true", environment=""):
+        """A host as it has to be, after whatever was done to it.
+
+        before: a shell's commands, in its own mounts. environment: NAME=VALUE … that its sessions have.
+        """
         self.set_link(number, "up")
         if number in self.servers:
             self.servers[number].kill()
@@ -113,6 +148,7 @@ class Hosts:
             "PermitRootLogin": "yes",
             "PidFile": "none",
             "UsePAM": "no",
+            **({"SetEnv": f"'{environment}'"} if environment else {}),
         }
         sshd = f"{before} && exec {SSHD} -D -f /dev/null " + " ".join(f"-o {k}={v}" for k, v in options.items())
         command = [IP, "netns", "exec", self.namespace(number), "sh", "-c", sshd]
@@ -182,6 +218,50 @@ class Hosts:
 
     def _all(self, number):
         return [int(pid) for pid in ip("netns", "pids", self.namespace(number), check=False).split()]
+
+
+@contextlib.contextmanager
+def tap(name):
+    """The file descriptor of a network device whose frames a process reads and writes; gone when it is left."""
+    descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    try:
+        no_packet_information, ethernet, set_interface = 0x1000, 0x0002, 0x400454CA  # linux/if_tun.h
+        fcntl.ioctl(descriptor, set_interface, struct.pack("16sH", name.encode(), ethernet | no_packet_information))
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+class Relay(threading.Thread):
+    """Carries frames between two devices: those of `slow` late and not all of them, as netem does."""
+
+    def __init__(self, slow, fast, delay, loss):
+        super().__init__(daemon=True)
+        self.slow, self.fast, self.delay, self.loss = slow, fast, delay, loss
+        self.ended, self.carried, self.lost = False, 0, 0
+
+    def run(self):
+        chance, late = random.Random(1), deque()  # (time to deliver it, frame)
+        while not self.ended:
+            wait = max(0.0, late[0][0] - time.monotonic()) if late else 0.1
+            for device in select.select([self.slow, self.fast], [], [], min(wait, 0.1))[0]:
+                for frame in self._frames(device):
+                    if device == self.fast:
+                        os.write(self.slow, frame)
+                    elif chance.random() < self.loss:
+                        self.lost += 1
+                    else:
+                        late.append((time.monotonic() + self.delay, frame))
+            while late and late[0][0] <= time.monotonic():
+                with contextlib.suppress(BlockingIOError):
+                    os.write(self.fast, late.popleft()[1])
+                self.carried += 1
+
+    @staticmethod
+    def _frames(device):
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(100):
+                yield os.read(device, 65536)
 
 
 def remove_leftovers():

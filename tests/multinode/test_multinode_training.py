@@ -31,9 +31,9 @@ def test_two_hosts_stopped_and_gone_on_with_give_the_losses_of_launch_local(host
 
 
 @pytest.mark.slow
-def test_four_hosts_give_the_losses_of_launch_local(hosts, make_config, local_losses):
-    config = make_config()
-    code, out, err = finish(launch(hosts, 4, config))
+def test_eight_hosts_give_the_losses_of_launch_local(hosts, make_config, local_losses):
+    config = make_config(batch={"rows_per_step": 8, "micro_batch_rows": 1})
+    code, out, err = finish(launch(hosts, 8, config))
     assert code == 0, out + err
     assert losses(config) == pytest.approx(local_losses(config), abs=1e-5)
 
