@@ -88,12 +88,12 @@ def test_a_short_cut_a_full_disk_and_a_clock_that_leaps_stop_nothing(hosts, make
     for leap in ("3600", "-3600"):
         clock.write_text(leap)
         before = max(losses(config))
-        wait_for_step(launcher, config, before + 100)
+        wait_for_step(launcher, config, before + 30)
     hosts.set_link(2, "down")
     before = max(losses(config))
     wait_for(launcher, lambda: max(losses(config)) > before, "a step while the launcher is cut off")
     hosts.set_link(2, "up")
-    wait_for_step(launcher, config, max(losses(config)) + 100)
+    wait_for_step(launcher, config, max(losses(config)) + 30)
     (run_dir(config) / "STOP").touch()
     code, out, err = finish(launcher)
     assert code == 75, out + err
