@@ -16,8 +16,8 @@ from lcm_ds.checkpoint.format import saves_in_background
 from lcm_ds.checkpoint.host_copy import HostBuffer
 from lcm_ds.config import CheckpointConfig
 
-# Each stage once, the shipped precisions, and what DeepSpeed does in another way but for the optimizer on the CPU, which
-# waits for a compiler; the others are marked slow.
+# Each stage once, the shipped precisions, and what DeepSpeed does in another way; the others are marked slow, and so is
+# the optimizer on the CPU, which waits for a compiler.
 FAST = {
     "zero 0, fp32",
     "zero 1, bf16",
