@@ -96,6 +96,21 @@ def test_a_node_that_is_killed_changes_nothing_in_the_dataset(joined, config, tm
 
 
 @pytest.mark.slow
+def test_each_actor_has_a_gpu_of_its_own_where_the_cluster_has_gpus(joined, config, tmp_path, monkeypatch):
+    """Ray's own count of GPUs is what it is told; the encoder runs on the CPU if there is no real one."""
+    monkeypatch.setenv(SECONDS, "1")  # a unit, so that the second actor is there before all are made
+    node = joined.add_node(num_cpus=4, num_gpus=2)
+    try:
+        on_ray.prepare(config("ray", split_workers=1))
+        monkeypatch.delenv(SECONDS)
+        pipeline.prepare(config("alone"), HashEncoder())
+    finally:
+        joined.remove_node(node)
+    assert {*(tmp_path / f"ray.{node.node_id}").read_text().split()} == {"0", "1"}
+    assert written(tmp_path / "ray") == written(tmp_path / "alone")
+
+
+@pytest.mark.slow
 def test_an_interrupted_preparation_resumes_without_ray(joined, config, tmp_path, monkeypatch, capsys):
     pipeline.prepare(config("alone"), HashEncoder())
     ours = config("ray", processes=1)

@@ -19,9 +19,10 @@ class HashMaker(Maker):
         return super()._work
 
     def make_units(self, *arguments):
-        """Tell the test on which node this is."""
+        """Tell the test on which node and GPU this is."""
         node = ray.get_runtime_context().get_node_id()
-        Path(self._mapping["output"]).with_suffix(f".{node}").touch()
+        with Path(self._mapping["output"]).with_suffix(f".{node}").open("a") as told:
+            told.write(f"{os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
         super().make_units(*arguments)
 
 
