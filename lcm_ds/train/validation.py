@@ -42,7 +42,7 @@ def fit_ridge(stepper: Stepper, on_progress: Callable[[], None]) -> Linear:
     reader = TargetReader(job.config.data, env.rank, env.world_size, rows)
     normalizer: Normalizer = stepper.engine.module.normalizer
 
-    def targets() -> Iterator[Targets]:
+    def targets() -> Iterator[tuple[Targets, Tensor]]:
         for batch in training_targets(reader, job.datasets, job.config.data.train, normalizer, RIDGE_CONCEPTS):
             on_progress()
             yield batch
