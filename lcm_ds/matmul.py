@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Multiplications from which oneDNN is used: it generates code for every new shape, and wakes all threads for little.
 LARGE = 2**22
+# Sizes that vary from batch to batch are padded to multiples of it: code for a shape takes time, and stays in memory.
+STEP = 128
 # With these oneDNN may compute in fewer bits, whatever torch asks for.
 FEWER_BITS = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
 
@@ -29,9 +32,18 @@ def products(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     large = len(left) * right.numel() >= LARGE
     if large and left.device.type == "cpu" and _has_onednn():
-        made: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, bias, "none", [], "")
-        return made
+        padded = None if bias is None else pad(bias, 0)
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(pad(left, 0), pad(right, 0), padded, "none", [], "")
+        return made[: len(left), : len(right)]
     return left @ right.T if bias is None else torch.addmm(bias, left, right.T)
+
+
+def pad(vectors: Tensor, dim: int) -> Tensor:
+    """Zeros at the end of a dimension, so that its size is a multiple of STEP."""
+    missing = -vectors.shape[dim] % STEP
+    if not missing:
+        return vectors
+    return F.pad(vectors, (0, 0) * (vectors.dim() - 1 - dim) + (0, missing))
 
 
 def full_precision() -> bool:

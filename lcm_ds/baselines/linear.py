@@ -19,7 +19,7 @@ from lcm_ds.baselines.held_out import held_out_of
 from lcm_ds.baselines.targets import TargetReader, Targets
 from lcm_ds.config import DataConfig, WeightedPath
 from lcm_ds.data.format import Dataset
-from lcm_ds.matmul import full_precision, products
+from lcm_ds.matmul import full_precision, pad, products
 from lcm_ds.model.normalizer import Normalizer
 
 MEAN, COPY = "mean concept", "copy of the last"
@@ -59,7 +59,7 @@ class Sums:
     @staticmethod
     def _products(left: Tensor, right: Tensor) -> Tensor:
         """left · rightᵀ of fp32 [n, samples] and [m, samples]."""
-        return products(left, right) if full_precision() else left.double() @ right.double().T
+        return products(pad(left, 1), pad(right, 1)) if full_precision() else left.double() @ right.double().T
 
     @property
     def count(self) -> int:
