@@ -35,8 +35,8 @@ class TargetSample:
         return len(self.hashes)
 
     def smallest(self, size: int) -> TargetSample:
-        """The `size` targets with the smallest hashes."""
-        return self.select(self.hashes.sort(stable=True).indices[:size])
+        """The `size` targets with the smallest hashes, which come first: nothing is copied."""
+        return self.select(slice(size))
 
     def select(self, index: Tensor | slice) -> TargetSample:
         """A part of the sample."""
@@ -52,14 +52,15 @@ class TargetSample:
         return TargetSample(hashes, document, function(self.position), function(self.truth), predicted)
 
     @classmethod
-    def cat(cls, parts: list[TargetSample]) -> TargetSample:
-        """Concatenate samples."""
+    def merge(cls, parts: Sequence[TargetSample], size: int) -> TargetSample:
+        """The `size` targets of all parts with the smallest hashes; one field after another, to save memory."""
+        order = torch.cat([part.hashes for part in parts]).sort(stable=True).indices[:size]
         return cls(
-            torch.cat([part.hashes for part in parts]),
-            torch.cat([part.document for part in parts]),
-            torch.cat([part.position for part in parts]),
-            torch.cat([part.truth for part in parts]),
-            {name: torch.cat([part.predicted[name] for part in parts]) for name in parts[0].predicted},
+            torch.cat([part.hashes for part in parts])[order],
+            torch.cat([part.document for part in parts])[order],
+            torch.cat([part.position for part in parts])[order],
+            torch.cat([part.truth for part in parts])[order],
+            {name: torch.cat([part.predicted[name] for part in parts])[order] for name in parts[0].predicted},
         )
 
 
@@ -83,7 +84,7 @@ class BottomKSampler:
         hashes = splitmix64(targets.document, targets.position)
         sample = TargetSample(hashes, targets.document, targets.position, truth, dict(predicted))
         kept = (hashes <= self._threshold).nonzero().flatten()
-        self._parts.append(sample.select(kept).to(torch.device("cpu")).smallest(self.size))
+        self._parts.append(TargetSample.merge([sample.select(kept).to(torch.device("cpu"))], self.size))
         self._count += len(self._parts[-1])
         if self._count > 1.25 * self.size:
             self._shrink()
@@ -91,10 +92,11 @@ class BottomKSampler:
     def gather(self, ranks: Ranks) -> TargetSample:
         """The sample of all ranks, the same on each; a collective call."""
         self._shrink()
-        return TargetSample.cat(ranks.gather(self._parts[0])).smallest(self.size)
+        parts = ranks.gather(self._parts.pop())
+        return parts[0] if len(parts) == 1 else TargetSample.merge(parts, self.size)
 
     def _shrink(self) -> None:
-        self._parts = [TargetSample.cat(self._parts).smallest(self.size)]
+        self._parts = [TargetSample.merge(self._parts, self.size)]
         self._count = len(self._parts[0])
         if self._count == self.size:
             self._threshold = int(self._parts[0].hashes[-1])
@@ -173,15 +175,14 @@ class _Counter:
 
     def __init__(self, predicted: Tensor, truth: Tensor) -> None:
         self.nearer = torch.zeros(len(predicted), dtype=torch.int64, device=predicted.device)
-        self._exact = predicted.double()
         self._minus_twice = -2 * predicted
-        self._limit = _limits(self._exact, truth.double())
-        self._length = self._exact.square().sum(1).sqrt()
+        self._limit = _limits(predicted.double(), truth.double())
+        self._length = predicted.double().square().sum(1).sqrt()
 
     def add(self, candidates: Tensor, squares: Tensor) -> None:
         """Count candidates: fp32 [m, embed_dim], and their squared lengths, fp64 [m]."""
         if not full_precision():  # nothing is sure
-            exact = torch.addmm(squares, self._exact, candidates.double().T, alpha=-2)
+            exact = torch.addmm(squares, self._minus_twice.double(), candidates.double().T)
             self.nearer += (exact < self._limit.unsqueeze(1)).sum(1)
             return
         distances = products(self._minus_twice, candidates, squares.float())
@@ -192,7 +193,7 @@ class _Counter:
         rows = (~(above.abs().amin(1) > error)).nonzero().flatten()
         unsure = (~(above[rows].abs() > error[rows].unsqueeze(1))).nonzero()
         for row, column in ((rows[some[:, 0]], some[:, 1]) for some in unsure.split(BLOCK)):
-            exact = squares[column] - 2 * (self._exact[row] * candidates[column].double()).sum(1)
+            exact = squares[column] + (self._minus_twice[row].double() * candidates[column].double()).sum(1)
             self.nearer.index_add_(0, row, (exact < self._limit[row]).long() + negative[row, column])
 
     def _rounding(self, largest: Tensor, dims: int) -> Tensor:
