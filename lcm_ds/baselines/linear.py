@@ -50,11 +50,17 @@ class Sums:
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add samples: [n, inputs] and [n, outputs]."""
         for some_inputs, some_outputs in zip(inputs.split(BLOCK), outputs.split(BLOCK), strict=True):
-            x, y = F.pad(some_inputs, (0, 1), value=1.0).T.contiguous(), some_outputs.T.contiguous()
-            self.xx += self._products(x, x)
-            self.xy += self._products(x, y)
+            x, y, n = some_inputs.T.contiguous(), some_outputs.T.contiguous(), len(some_inputs)
+            self.xx[:-1, :-1] += self._products(x, x)
+            self.xy[:-1] += self._products(x, y)
+            # Of the 1 that is appended to the inputs.
+            sums = x.double().sum(1)
+            self.xx[:-1, -1] += sums
+            self.xx[-1, :-1] += sums
+            self.xx[-1, -1] += n
+            self.xy[-1] += y.double().sum(1)
             self.counts[0] += y.double().square().sum()
-            self.counts[1] += y.shape[1]
+            self.counts[1] += n
 
     @staticmethod
     def _products(left: Tensor, right: Tensor) -> Tensor:
