@@ -132,7 +132,7 @@ def make(folder: Path, concepts: int, embed_dim: int, seed: int) -> None:
 
     Args:
         folder: of the dataset.
-        concepts: at least so many, in documents of LENGTH, each close to the one before.
+        concepts: how many at least, in documents of LENGTH; each is close to the one before.
         embed_dim: of the concepts.
         seed: other seeds make other documents.
     """
