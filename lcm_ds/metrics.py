@@ -6,6 +6,7 @@ docs/evaluation.md and docs/monitoring.md. "LCM paper" is arXiv 2412.08821, sect
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -194,9 +195,27 @@ def equal(vectors: Tensor) -> Tensor:
     return both - 2 * exact @ exact.T <= SAME * both
 
 
-def contrastive_accuracy(
-    predicted: Tensor, truth: Tensor, document: Tensor, position: Tensor, block: int = BLOCK
-) -> Tensor:
+def others(truth: Tensor, document: Tensor, position: Tensor, block: int = BLOCK) -> list[Tensor]:
+    """The targets that contrastive accuracy compares with each target; all predictors of the same targets share them.
+
+    Args:
+        truth: [n, embed_dim].
+        document: int64 [n].
+        position: int64 [n].
+        block: targets are compared in the fewest equal parts of at most this size, in their order.
+
+    Returns:
+        bool [size, size] of each part: not the target itself, its neighbours and targets equal to it (to rounding).
+    """
+    counted = []
+    for part in torch.arange(len(truth), device=truth.device).tensor_split(max(1, -(-len(truth) // block))):
+        same = document[part].unsqueeze(1) == document[part].unsqueeze(0)
+        apart = (position[part].unsqueeze(1) - position[part].unsqueeze(0)).abs()
+        counted.append(~(same & (apart <= 1)) & ~equal(truth[part]))
+    return counted
+
+
+def contrastive_accuracy(predicted: Tensor, truth: Tensor, counted: Sequence[Tensor]) -> Tensor:
     """CA: the share of other targets that are further from a prediction than its truth is.
 
     LCM paper, section 2.4.1, "Contrastive accuracy": "the ratio of embeddings in a batch that are further away (in
@@ -209,20 +228,16 @@ def contrastive_accuracy(
     Args:
         predicted: [n, embed_dim].
         truth: [n, embed_dim], same space.
-        document: int64 [n]; neighbours have the same document, and positions that differ by 1.
-        position: int64 [n].
-        block: targets are compared in the fewest equal parts of at most this size, in their order.
+        counted: which targets each one is compared with, see `others`.
 
     Returns:
         [n], 0 to 1; NaN for a target without others to compare with.
     """
     accuracies = []
-    for part in torch.arange(len(truth), device=truth.device).tensor_split(max(1, -(-len(truth) // block))):
-        further = compare(predicted[part], truth[part], truth[part]) > 0
-        same = document[part].unsqueeze(1) == document[part].unsqueeze(0)
-        apart = (position[part].unsqueeze(1) - position[part].unsqueeze(0)).abs()
-        counted = ~(same & (apart <= 1)) & ~equal(truth[part])
-        accuracies.append((further & counted).sum(1) / counted.sum(1))
+    sizes = [len(part) for part in counted]
+    for values, true, compared in zip(predicted.split(sizes), truth.split(sizes), counted, strict=True):
+        further = compare(values, true, true) > 0
+        accuracies.append((further & compared).sum(1) / compared.sum(1))
     return torch.cat(accuracies)
 
 

@@ -32,7 +32,10 @@ RUNS = {
     "mixing": ["--documents 20000 --shards 100 --topics 100 --rows 4"],
     "prepare": ["--config {folder}/prepare.yaml --repeats 1"],
     "quantization": ["{dataset} --concepts 500"],
-    "retrieval": ["--targets 50 --candidates 3000 --repeats 1"],
+    "retrieval": [
+        "--targets 50 --candidates 3000 --repeats 1",
+        "--evaluation --training 20000 --targets 500 --embed-dim 16 --folder {folder}",
+    ],
     "sentences": ["--documents 2 --repeats 1"],
     "train_step": [
         "--preset quickstart --rows 2 --row-length 16 --documents --steps 1 "
@@ -57,7 +60,7 @@ SHOWN = {
     "mixing": ["| lcm-ds |", "webdataset, buffer of 1000"],
     "prepare": ["lcm-ds prepare, all of it", "encoder busy", "MiB for"],
     "quantization": ["cosine", "bytes a concept"],
-    "retrieval": ["| fp64 |", "| count_nearer |"],
+    "retrieval": ["| fp64 |", "| count_nearer |", "memory, MiB |", "| 2,000 |", "| 20,000 |"],
     "sentences": ["splitter: spacy", "splitter: icu", "splitter: none", "ICU's rules alone"],
     "train_step": [
         "plain, fp32",

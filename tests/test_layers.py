@@ -20,6 +20,7 @@ GROUND = (
     "errors",
     "files",
     "languages",
+    "matmul",
     "metrics",
     "processes",
     "signals",

@@ -18,6 +18,10 @@ def in_documents_of_their_own(n):
     return torch.arange(n), torch.ones(n, dtype=torch.long)
 
 
+def contrastive_accuracy(predicted, truth, document, position, **block):
+    return metrics.contrastive_accuracy(predicted, truth, metrics.others(truth, document, position, **block))
+
+
 def test_squared_error_l2_and_cosine():
     truth = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     predicted = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
@@ -31,30 +35,30 @@ def test_contrastive_accuracy_leaves_out_the_neighbours_in_the_document():
     # Six concepts of one document on a line at 0, 1, … 5; each prediction lies 1.5 to the right of its truth: nearer to
     # both that follow than to its truth, of which one is a neighbour and left out.
     truth = torch.arange(6.0).unsqueeze(1)
-    shares = metrics.contrastive_accuracy(truth + 1.5, truth, *in_one_document(6))
+    shares = contrastive_accuracy(truth + 1.5, truth, *in_one_document(6))
     # counted: 4 for the ends, 3 inside; not further: the second that follows, and the third as far as the truth is
     assert shares.tolist() == pytest.approx([2 / 4, 1 / 3, 1 / 3, 2 / 3, 1.0, 1.0])
 
 
 def test_concepts_of_other_documents_are_no_neighbours():
     truth = torch.arange(4.0).unsqueeze(1)
-    shares = metrics.contrastive_accuracy(truth + 0.75, truth, *in_documents_of_their_own(4))
+    shares = contrastive_accuracy(truth + 0.75, truth, *in_documents_of_their_own(4))
     assert shares.tolist() == pytest.approx([2 / 3, 2 / 3, 2 / 3, 1.0])
 
 
 def test_contrastive_accuracy_compares_inside_equal_parts():
     # Five targets in parts of three at most: the first three, and the last two, which have one other each.
     truth = torch.tensor([[0.0], [1.0], [2.0], [10.0], [11.0]])
-    shares = metrics.contrastive_accuracy(truth + 0.75, truth, *in_documents_of_their_own(5), block=3)
+    shares = contrastive_accuracy(truth + 0.75, truth, *in_documents_of_their_own(5), block=3)
     assert shares.tolist() == pytest.approx([1 / 2, 1 / 2, 1, 0, 1])
 
 
 def test_a_perfect_prediction_wins_every_comparison_and_a_constant_one_half():
     truth = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
     separate = in_documents_of_their_own(200)
-    assert metrics.contrastive_accuracy(truth, truth, *separate).mean().item() == 1.0
+    assert contrastive_accuracy(truth, truth, *separate).mean().item() == 1.0
     constant = torch.zeros_like(truth)
-    assert metrics.contrastive_accuracy(constant, truth, *separate).mean().item() == pytest.approx(0.5, abs=0.01)
+    assert contrastive_accuracy(constant, truth, *separate).mean().item() == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("sentences", [2, 3, 8, 30])
@@ -67,9 +71,9 @@ def test_a_perfect_prediction_has_all_of_it_although_every_document_ends_with_th
     truth = torch.cat(documents)
     document = torch.arange(len(documents)).repeat_interleave(sentences)
     position = torch.arange(1, sentences + 1).repeat(len(documents))
-    perfect = metrics.contrastive_accuracy(truth, truth, document, position)
+    perfect = contrastive_accuracy(truth, truth, document, position)
     assert perfect.min().item() == perfect.max().item() == 1.0
-    chance = metrics.contrastive_accuracy(torch.randn(truth.shape, generator=draw), truth, document, position)
+    chance = contrastive_accuracy(torch.randn(truth.shape, generator=draw), truth, document, position)
     assert chance.mean().item() == pytest.approx(0.5, abs=0.03)
     nearer = (metrics.compare(truth, truth, truth) < 0).sum(1)
     assert metrics.reciprocal_rank(nearer).min().item() == 1.0
@@ -78,14 +82,14 @@ def test_a_perfect_prediction_has_all_of_it_although_every_document_ends_with_th
 def test_a_target_that_all_others_equal_has_no_contrastive_accuracy():
     # Documents of one sentence and the end of text: every target is the same vector.
     truth = torch.ones(5, 3)
-    assert metrics.contrastive_accuracy(truth, truth, *in_documents_of_their_own(5)).isnan().all()
+    assert contrastive_accuracy(truth, truth, *in_documents_of_their_own(5)).isnan().all()
 
 
 def test_a_target_without_others_has_no_contrastive_accuracy():
     truth = torch.randn(2, 3)
-    assert metrics.contrastive_accuracy(truth[:1], truth[:1], *in_one_document(1)).isnan().all()
-    assert metrics.contrastive_accuracy(truth, truth, *in_one_document(2)).isnan().all()  # two neighbours
-    assert len(metrics.contrastive_accuracy(truth[:0], truth[:0], *in_one_document(0))) == 0
+    assert contrastive_accuracy(truth[:1], truth[:1], *in_one_document(1)).isnan().all()
+    assert contrastive_accuracy(truth, truth, *in_one_document(2)).isnan().all()  # two neighbours
+    assert len(contrastive_accuracy(truth[:0], truth[:0], *in_one_document(0))) == 0
 
 
 def test_paraphrasing_is_the_best_cosine_to_the_context_over_that_of_the_truth():

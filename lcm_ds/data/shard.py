@@ -190,6 +190,12 @@ class Shard:
             raise InputError(f"{self.location}: {key}: has {count} sentences and {length} concepts")
         return meta | {"sentences": sentences or []}
 
+    @property
+    def groups(self) -> list[str | None]:
+        """What each document shares with others (source.group_column), None if nothing. Raises InputError as `meta`."""
+        groups = (self.meta(document).get("group") for document in range(len(self)))
+        return [None if group is None else str(group) for group in groups]
+
     @cached_property
     def given(self) -> np.ndarray:
         """int64: how many concepts of each document are its source, in a supervised dataset; else 0.

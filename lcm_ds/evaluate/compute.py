@@ -6,7 +6,7 @@ Three passes over data: the training data that baselines are fitted on, the targ
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -141,11 +141,15 @@ def _pass_over_targets(
         group = groups.of(rows.targets.document)
         _add_vectors(accumulators[TRUTH], rows.targets.truth, truth, group)
         truth_cosine = rows.max_context_cosine(truth)
+        compared = {
+            space: metrics.others(vectors, rows.targets.document, rows.targets.position)
+            for space, vectors in ((NORMALISED, rows.targets.truth), (RAW, truth))
+        }
         raw = {}
         for name in (MODEL, *baselines):
             predicted = _predict(model, batch, rows, reader) if name == MODEL else baselines[name](rows.targets)
             raw[name] = normalizer.denormalize(predicted)
-            _add(accumulators[name], predicted, raw[name], truth, truth_cosine, rows, group)
+            _add(accumulators[name], predicted, raw[name], truth, truth_cosine, rows, group, compared)
             _add_by_language(accumulators[name], predicted, raw[name], truth, rows, group, languages)
         sampler.add(rows.targets, truth, raw)
     for accumulator in accumulators.values():
@@ -167,6 +171,7 @@ def _add(
     truth_cosine: Tensor,
     rows: Rows,
     group: Tensor,
+    compared: Mapping[str, Sequence[Tensor]],
 ) -> None:
     """Add a predictor's metrics on the n targets of a batch.
 
@@ -178,6 +183,7 @@ def _add(
         truth_cosine: [n], the largest cosine of each target to its context.
         rows: the batch.
         group: int64 [n], the groups of the targets' documents.
+        compared: in each space, which targets contrastive accuracy compares (`metrics.others`).
     """
     targets = rows.targets
     buckets = bucket_of(targets.position)
@@ -186,7 +192,7 @@ def _add(
         accumulator.add(f"{space}/mse", error, group)
         accumulator.add(f"{space}/l2", metrics.l2(values, truth), group)
         accumulator.add(f"{space}/cosine", cosine, group)
-        accuracy = metrics.contrastive_accuracy(values, truth, targets.document, targets.position)
+        accuracy = metrics.contrastive_accuracy(values, truth, compared[space])
         accumulator.add(f"{space}/ca", accuracy, group)
         if space == NORMALISED:
             accumulator.add("by_position/mse", error, group, buckets)

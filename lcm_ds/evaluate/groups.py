@@ -23,10 +23,9 @@ class Groups:
         numbers: dict[tuple[bool, str], int] = {}
         found = []
         for shard in (open_shard(dataset, index) for index in range(len(dataset.shards))):
-            for document in range(len(shard)):
-                group = shard.meta(document).get("group")
+            for document, group in enumerate(shard.groups):
                 # A document without a group is one of its own.
-                key = (False, f"{shard.name}#{document}") if group is None else (True, str(group))
+                key = (False, f"{shard.name}#{document}") if group is None else (True, group)
                 found.append(numbers.setdefault(key, len(numbers)))
         self._of_document, self.count = torch.tensor(found), len(numbers)
 

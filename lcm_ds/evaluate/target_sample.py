@@ -6,7 +6,7 @@ are in the sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lcm_ds.baselines.targets import Targets
 from lcm_ds.distributed.collectives import Ranks
+from lcm_ds.matmul import full_precision, products
 from lcm_ds.metrics import SAME
 
-BLOCK = 2048  # candidates that are compared at a time; only memory and speed depend on it
+BLOCK = 1024  # candidates that are compared at a time; only memory and speed depend on it
 PREDICTIONS = 512  # that they are compared with at a time: the distances stay in the processor's cache
 
 
@@ -34,8 +35,8 @@ class TargetSample:
         return len(self.hashes)
 
     def smallest(self, size: int) -> TargetSample:
-        """The `size` targets with the smallest hashes."""
-        return self.select(self.hashes.sort(stable=True).indices[:size])
+        """The `size` targets with the smallest hashes, which come first: nothing is copied."""
+        return self.select(slice(size))
 
     def select(self, index: Tensor | slice) -> TargetSample:
         """A part of the sample."""
@@ -51,14 +52,15 @@ class TargetSample:
         return TargetSample(hashes, document, function(self.position), function(self.truth), predicted)
 
     @classmethod
-    def cat(cls, parts: list[TargetSample]) -> TargetSample:
-        """Concatenate samples."""
+    def merge(cls, parts: Sequence[TargetSample], size: int) -> TargetSample:
+        """The `size` targets of all parts with the smallest hashes; one field after another, to save memory."""
+        order = torch.cat([part.hashes for part in parts]).sort(stable=True).indices[:size]
         return cls(
-            torch.cat([part.hashes for part in parts]),
-            torch.cat([part.document for part in parts]),
-            torch.cat([part.position for part in parts]),
-            torch.cat([part.truth for part in parts]),
-            {name: torch.cat([part.predicted[name] for part in parts]) for name in parts[0].predicted},
+            torch.cat([part.hashes for part in parts])[order],
+            torch.cat([part.document for part in parts])[order],
+            torch.cat([part.position for part in parts])[order],
+            torch.cat([part.truth for part in parts])[order],
+            {name: torch.cat([part.predicted[name] for part in parts])[order] for name in parts[0].predicted},
         )
 
 
@@ -82,7 +84,7 @@ class BottomKSampler:
         hashes = splitmix64(targets.document, targets.position)
         sample = TargetSample(hashes, targets.document, targets.position, truth, dict(predicted))
         kept = (hashes <= self._threshold).nonzero().flatten()
-        self._parts.append(sample.select(kept).to(torch.device("cpu")).smallest(self.size))
+        self._parts.append(TargetSample.merge([sample.select(kept).to(torch.device("cpu"))], self.size))
         self._count += len(self._parts[-1])
         if self._count > 1.25 * self.size:
             self._shrink()
@@ -90,10 +92,11 @@ class BottomKSampler:
     def gather(self, ranks: Ranks) -> TargetSample:
         """The sample of all ranks, the same on each; a collective call."""
         self._shrink()
-        return TargetSample.cat(ranks.gather(self._parts[0])).smallest(self.size)
+        parts = ranks.gather(self._parts.pop())
+        return parts[0] if len(parts) == 1 else TargetSample.merge(parts, self.size)
 
     def _shrink(self) -> None:
-        self._parts = [TargetSample.cat(self._parts).smallest(self.size)]
+        self._parts = [TargetSample.merge(self._parts, self.size)]
         self._count = len(self._parts[0])
         if self._count == self.size:
             self._threshold = int(self._parts[0].hashes[-1])
@@ -119,11 +122,7 @@ def count_nearer(sample: TargetSample, candidates: Iterable[Tensor], ranks: Rank
         By predictor, int64 [n]. Memory is bounded by PREDICTIONS against BLOCK candidates.
     """
     sample = sample.to(ranks.device)
-    parts = [slice(first, first + PREDICTIONS) for first in range(0, len(sample), PREDICTIONS)]
-    counters = {
-        name: [_Counter(predicted[part], sample.truth[part]) for part in parts]
-        for name, predicted in sample.predicted.items()
-    }
+    counters = {name: _counters(predicted, sample.truth) for name, predicted in sample.predicted.items()}
     for block in (part for some in candidates for part in some.to(ranks.device).split(BLOCK)):
         squares = block.double().square().sum(1)
         for counter in (counter for own in counters.values() for counter in own):
@@ -136,6 +135,37 @@ def count_nearer(sample: TargetSample, candidates: Iterable[Tensor], ranks: Rank
     return nearer
 
 
+def _counters(predicted: Tensor, truth: Tensor) -> Sequence[_Counter | _ConstantCounter]:
+    """What counts for a predictor's predictions and their truths, [n, embed_dim] each: parts of them, in order."""
+    if len(predicted) and (predicted == predicted[0]).all():
+        return [_ConstantCounter(predicted[0], truth)]
+    parts = [slice(first, first + PREDICTIONS) for first in range(0, len(predicted), PREDICTIONS)]
+    return [_Counter(predicted[part], truth[part]) for part in parts]
+
+
+def _limits(predicted: Tensor, truth: Tensor) -> Tensor:
+    """Distances below which candidates are nearer, as in `metrics.compare`: fp64 [n] of fp64 [n, embed_dim] each.
+
+    Distances are ‖c‖² − 2 x̂·c, without ‖x̂‖², which is the same for all candidates.
+    """
+    own = (truth.square() - 2 * predicted * truth).sum(1)
+    return own - SAME * (truth.square().sum(1) + predicted.square().sum(1))
+
+
+class _ConstantCounter:
+    """Counts as `_Counter`, for n equal predictions, [embed_dim], such as the mean: all have the same distances."""
+
+    def __init__(self, predicted: Tensor, truth: Tensor) -> None:
+        self.nearer = torch.zeros(len(truth), dtype=torch.int64, device=truth.device)
+        self._exact = predicted.double()
+        self._limit = _limits(self._exact.expand(len(truth), -1), truth.double())
+
+    def add(self, candidates: Tensor, squares: Tensor) -> None:
+        """Count candidates: fp32 [m, embed_dim], and their squared lengths, fp64 [m]."""
+        distances = torch.addmv(squares, candidates.double(), self._exact, alpha=-2)
+        self.nearer += torch.searchsorted(distances.sort().values, self._limit)
+
+
 class _Counter:
     """Counts the candidates nearer to predictions than their truths, [n, embed_dim] each, as `metrics.compare` does.
 
@@ -145,33 +175,32 @@ class _Counter:
 
     def __init__(self, predicted: Tensor, truth: Tensor) -> None:
         self.nearer = torch.zeros(len(predicted), dtype=torch.int64, device=predicted.device)
-        self._predicted, self._exact = predicted, predicted.double()
-        lengths, true = self._exact.square().sum(1), truth.double()
-        own = (true.square() - 2 * self._exact * true).sum(1)
-        # Distances are ‖c‖² − 2 x̂·c, without ‖x̂‖², which is the same for all candidates.
-        self._limit = own - SAME * (true.square().sum(1) + lengths)
-        self._length = lengths.sqrt()
+        self._minus_twice = -2 * predicted
+        self._limit = _limits(predicted.double(), truth.double())
+        self._length = predicted.double().square().sum(1).sqrt()
 
     def add(self, candidates: Tensor, squares: Tensor) -> None:
         """Count candidates: fp32 [m, embed_dim], and their squared lengths, fp64 [m]."""
-        distances = torch.addmm(squares.float(), self._predicted, candidates.T, alpha=-2)
+        if not full_precision():  # nothing is sure
+            exact = torch.addmm(squares, self._minus_twice.double(), candidates.double().T)
+            self.nearer += (exact < self._limit.unsqueeze(1)).sum(1)
+            return
+        distances = products(self._minus_twice, candidates, squares.float())
         error = self._rounding(squares.max(), candidates.shape[1])
-        # Rounded away from the limit.
-        low = (self._limit - error).float().nextafter(squares.new_tensor(-torch.inf, dtype=torch.float32))
-        high = (self._limit + error).float().nextafter(squares.new_tensor(torch.inf, dtype=torch.float32))
-        surely = distances < low.unsqueeze(1)
-        self.nearer += surely.sum(1)
-        unsure = (distances < high.unsqueeze(1)).logical_xor_(surely).nonzero()
-        for row, column in (some.unbind(1) for some in unsure.split(BLOCK)):
-            exact = squares[column] - 2 * (self._exact[row] * candidates[column].double()).sum(1)
-            self.nearer.index_add_(0, row, (exact < self._limit[row]).long())
+        above = distances.sub_(self._limit.float().unsqueeze(1))
+        negative = above.view(torch.int32) >> 31  # the sign's bit: -1, or 0; far quicker than bools
+        self.nearer -= negative.sum(1, dtype=torch.int32)
+        rows = (~(above.abs().amin(1) > error)).nonzero().flatten()
+        unsure = (~(above[rows].abs() > error[rows].unsqueeze(1))).nonzero()
+        for row, column in ((rows[some[:, 0]], some[:, 1]) for some in unsure.split(BLOCK)):
+            exact = squares[column] + (self._minus_twice[row].double() * candidates[column].double()).sum(1)
+            self.nearer.index_add_(0, row, (exact < self._limit[row]).long() + negative[row, column])
 
     def _rounding(self, largest: Tensor, dims: int) -> Tensor:
-        """The largest error of a distance in fp32, [n], for candidates of squared lengths up to `largest`.
+        """The largest error of a distance less its limit in fp32, [n], for candidates of squared lengths ≤ `largest`.
 
         A dot product in any order of its additions errs by dims · 2⁻²⁴ · ‖x̂‖ · ‖c‖ at most (Higham 2002, Accuracy and
-        Stability of Numerical Algorithms, section 3.1); ‖c‖² and the last addition are rounded as well.
+        Stability of Numerical Algorithms, section 3.1); ‖c‖², the limit and the last additions are rounded as well.
         """
-        if torch.get_float32_matmul_precision() != "highest":  # products of fewer bits: nothing is sure
-            return torch.full_like(self._length, torch.inf)
-        return (dims + 4) * 2.0**-24 * (2 * self._length * largest.sqrt() + largest) + 2.0**-23 * self._limit.abs()
+        sums = (dims + 4) * 2.0**-24 * (2 * self._length * largest.sqrt() + largest)
+        return (sums + 2.0**-23 * self._limit.abs()).float() * (1 + 2.0**-20)  # rounded upwards

@@ -42,7 +42,7 @@ def fit_ridge(stepper: Stepper, on_progress: Callable[[], None]) -> Linear:
     reader = TargetReader(job.config.data, env.rank, env.world_size, rows)
     normalizer: Normalizer = stepper.engine.module.normalizer
 
-    def targets() -> Iterator[Targets]:
+    def targets() -> Iterator[tuple[Targets, Tensor]]:
         for batch in training_targets(reader, job.datasets, job.config.data.train, normalizer, RIDGE_CONCEPTS):
             on_progress()
             yield batch
@@ -209,7 +209,8 @@ class _FirstRows:
         predicted = raw[mask]
         segments = torch.arange(len(ids), device=ids.device).unsqueeze(1) * ids.shape[1] + ids
         positions = SegmentLayout.from_ids(ids.cpu(), self.max_segment).positions.to(ids.device)
-        accuracy = metrics.contrastive_accuracy(predicted, truth, segments[:, 1:][mask], positions[:, 1:][mask])
+        compared = metrics.others(truth, segments[:, 1:][mask], positions[:, 1:][mask])
+        accuracy = metrics.contrastive_accuracy(predicted, truth, compared)
         predicted_cosine, truth_cosine = (
             metrics.context_cosine(vectors, self.concepts, ids)[mask] for vectors in (raw, self.concepts[:, 1:])
         )

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from lcm_ds.baselines.linear import COPY, MEAN
 from lcm_ds.config import DataConfig
 from lcm_ds.data.format import DatasetInfo, commit, finish, open_dataset, write_normalizer
 from lcm_ds.data.writer import Document, write_shard
 from lcm_ds.distributed.collectives import Ranks
+from lcm_ds.evaluate.baselines import NEAREST
 from lcm_ds.evaluate.compute import MODEL, measure
 from lcm_ds.evaluate.groups import Groups
 from lcm_ds.evaluate.report import print_tables
@@ -56,8 +58,9 @@ def test_documents_of_a_group_are_drawn_together(tmp_path, capsys):
     by_book, by_chapter = measured(make(tmp_path / "by_book", True)), measured(make(tmp_path / "by_chapter", False))
     assert by_book["groups"] == BOOKS + 1  # one chapter has no book
     assert "groups" not in by_chapter
-    for name, own in by_book["scores"].items():
-        assert own["raw"] == pytest.approx(by_chapter["scores"][name]["raw"], rel=1e-9)
+    for name in (MODEL, MEAN, COPY, NEAREST):  # ridges are chosen on other documents: on held-out books
+        own = by_book["scores"][name]["raw"]
+        assert own == pytest.approx(by_chapter["scores"][name]["raw"], rel=1e-5)
     # 180 chapters of six books say as much of other books as six draws do: the interval is √30 times as wide.
     assert width(by_book) == pytest.approx(width(by_chapter) * CHAPTERS**0.5, rel=0.4)
     print_tables("made", {**by_book, "dataset": "made"})

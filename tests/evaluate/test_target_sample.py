@@ -95,6 +95,15 @@ def test_ranks_are_those_of_fp64_also_where_fp32_cannot_tell_distances_apart(pre
     assert not torch.equal(nearer["near"], (single < own).sum(1))  # what fp32 alone would count
 
 
+def test_equal_predictions_are_ranked_as_others_are():
+    sample = random_sample(300, 8)
+    sample.predicted["near"][:] = sample.predicted["near"][0].clone()
+    others = torch.cat([sample.truth, torch.randn(3000, 8, generator=torch.Generator().manual_seed(1))])
+    nearer = count_nearer(sample, others.split(700), Ranks())["near"]
+    assert torch.equal(nearer, (compare(sample.predicted["near"], sample.truth, others) < 0).sum(1))
+    assert len(nearer.unique()) > 200
+
+
 def test_predictions_that_are_not_finite_have_nothing_nearer():
     sample = random_sample(4, 8)
     sample.predicted["near"][1] = torch.nan

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from runs import run_dir
 
+from lcm_ds.baselines.held_out import is_held_out
 from lcm_ds.baselines.linear import RIDGES, TrainingSums, best_of
 from lcm_ds.baselines.targets import TargetReader
 from lcm_ds.checkpoint.format import load_model
@@ -89,7 +90,10 @@ def test_the_ridge_is_fitted_to_the_training_data_and_chosen_there(trained, conc
     reader = TargetReader(DataConfig(train=str(concepts["train"]), row_length=32, max_segment=16))
     training, validation = (open_dataset(concepts[split]) for split in ("train", "validation"))
     sums = TrainingSums.from_targets(
-        (rows.targets for _, rows in reader.rows(training, normalizer)), 16, torch.device("cpu"), list
+        ((rows.targets, is_held_out(rows.targets.document)) for _, rows in reader.rows(training, normalizer)),
+        16,
+        torch.device("cpu"),
+        list,
     )
     ridges = sums.predictors(tuple(RIDGES))
     ridge = ridges[best_of(ridges)]
