@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from lcm_ds.config import ModelConfig
 from lcm_ds.data.batch import target_mask
+from lcm_ds.model import kernels
 from lcm_ds.model.attention import Rope, SegmentLayout, rotate
 from lcm_ds.model.config import BaseLCMConfig, resolve_model
 from lcm_ds.model.flops import training_flops
@@ -288,6 +290,11 @@ def bare(model: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devic
     if compiled:
         for layer in model.layers:
             layer.compile()
+    chosen: dict[str, str] = {}  # as a run would choose them
+    if isinstance(model, BaseLCM) and device.type == "cpu":
+        chosen, reasons = kernels.measure(model.config, *batch.ids.shape, batch.layout.max_seqlen, dtype, {})
+        print("".join(f"{reason}\n" for reason in reasons), end="", file=sys.stderr)
+    kernels.use(chosen)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     masters = parameters if dtype is torch.float32 else [p.detach().float().requires_grad_() for p in parameters]
     optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
