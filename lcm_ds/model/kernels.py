@@ -23,7 +23,7 @@ WAYS = {"attention": attention.WAYS, **dict.fromkeys(PRODUCTS, linear.WAYS)}
 MARGIN = 1.25  # another way has to be that much faster: measuring again must not change the choice
 FEWEST = 2**24  # floating-point operations of a piece in a layer; below that it is not measured
 REPEATS = 4  # of each way, of which the fastest counts
-CONCEPTS = 256  # that measuring takes, of a micro-batch
+MEASURED = 256  # concepts of a micro-batch that measuring takes, at most
 
 
 _in_use: dict[str, str] = {}
@@ -96,7 +96,7 @@ def _calls(
     """Piece → way → a call that computes it once; only for pieces with a choice and enough work."""
     calls: dict[str, dict[str, Callable[[], object]]] = {}
     concepts, cpu, generator = rows * row_length, torch.device("cpu"), torch.Generator().manual_seed(0)
-    rows = min(rows, max(1, CONCEPTS // row_length))
+    rows = min(rows, max(1, MEASURED // row_length))
     ids = torch.arange(row_length, dtype=torch.int32).expand(rows, -1) // max(1, max_segment // 2)
     layout = SegmentLayout.from_ids(ids, max_segment, sizes.attention)
     seen = attention.keys_seen(layout)
@@ -106,7 +106,7 @@ def _calls(
         for way in attention.WAYS:
             prepared = layout.prepared(cpu, dtype, sizes.head_dim, way)
             calls.setdefault("attention", {})[way] = partial(_attend_and_back, query, key, value, prepared)
-    inner, concepts = 2 * sizes.intermediate_size, min(concepts, CONCEPTS)
+    inner, concepts = 2 * sizes.intermediate_size, min(concepts, MEASURED)
     if linear.by_onednn(torch.empty(0, dtype=dtype)) and 2 * concepts * sizes.hidden_size * inner >= FEWEST:
         x, gradient, weight = (
             torch.randn(shape, generator=generator)
