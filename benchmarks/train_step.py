@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from lcm_ds.config import ModelConfig
 from lcm_ds.data.batch import target_mask
+from lcm_ds.model import kernels
 from lcm_ds.model.attention import Rope, SegmentLayout, rotate
 from lcm_ds.model.config import BaseLCMConfig, resolve_model
 from lcm_ds.model.flops import training_flops
@@ -95,20 +97,21 @@ def main() -> None:
     wanted = arguments.ways or [""]
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}; {matrix_rate(device)}")
     print(f"{config.sizes()}\n{packed.real:,} concepts in {arguments.rows} x {arguments.row_length}")
-    print("| way | step (s, median) | concepts/s | x plain | peak memory (GiB) | MFU |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    print("| way | step (s, median) | concepts/s | x plain | peak memory (GiB) | MFU | processor time (s, median) |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     plain: float | None = None
     peak = peak_tflops(device, None)
     for name, (batch, make) in ways.items():
         if not any(part in name for part in wanted):
             continue
-        seconds, memory = measure(make, arguments.steps, device)
+        seconds, memory, busy = measure(make, arguments.steps, device)
         speed = batch.real / seconds
         plain = speed if name.startswith("plain") and plain is None else plain
         mfu = training_flops(config, batch.real, batch.pairs) / seconds / peak / 1e12 if peak else None
         print(
             f"| {name} | {seconds:.4f} | {speed:,.0f} | {speed / plain if plain else float('nan'):.2f} "
-            f"| {'' if memory is None else f'{memory:.1f}'} | {'' if mfu is None else f'{mfu:.1%}'} |",
+            f"| {'' if memory is None else f'{memory:.1f}'} | {'' if mfu is None else f'{mfu:.1%}'} "
+            f"| {'' if busy is None else f'{busy:.4f}'} |",
             flush=True,
         )
 
@@ -288,6 +291,11 @@ def bare(model: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devic
     if compiled:
         for layer in model.layers:
             layer.compile()
+    chosen: dict[str, str] = {}  # as a run would choose them
+    if isinstance(model, BaseLCM) and device.type == "cpu":
+        chosen, reasons = kernels.measure(model.config, *batch.ids.shape, batch.layout.max_seqlen, dtype, {})
+        print("".join(f"{reason}\n" for reason in reasons), end="", file=sys.stderr)
+    kernels.use(chosen)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     masters = parameters if dtype is torch.float32 else [p.detach().float().requires_grad_() for p in parameters]
     optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
@@ -311,24 +319,31 @@ def bare(model: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devic
     return step
 
 
-def measure(make: Callable[[], Step | Measured], steps: int, device: torch.device) -> tuple[float, float | None]:
-    """Median seconds of a step, and the device's peak memory in GiB (None on a CPU)."""
+def measure(
+    make: Callable[[], Step | Measured], steps: int, device: torch.device
+) -> tuple[float, float | None, float | None]:
+    """Median seconds of a step, the device's peak memory in GiB (None on a CPU), median processor seconds of a step.
+
+    With OMP_NUM_THREADS=1 other processes hardly change the processor time; it is None for `lcm-ds train` and on GPUs.
+    """
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     made = make()
     if isinstance(made, tuple):
         seconds, memory = made
-        return statistics.median(seconds[3:]), memory if device.type == "cuda" else None
-    times = []
+        return statistics.median(seconds[3:]), memory if device.type == "cuda" else None, None
+    times, busy = [], []
     for _ in range(steps + 3):
-        started = time.perf_counter()
+        started, busy_before = time.perf_counter(), time.process_time()
         made()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
-    held = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-    return statistics.median(times[3:]), held
+        busy.append(time.process_time() - busy_before)
+    if device.type == "cuda":
+        return statistics.median(times[3:]), torch.cuda.max_memory_allocated() / 2**30, None
+    return statistics.median(times[3:]), None, statistics.median(busy[3:])
 
 
 def trained(config: BaseLCMConfig, arguments: argparse.Namespace, precision: str, compiled: bool) -> Measured:

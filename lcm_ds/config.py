@@ -517,6 +517,21 @@ class LogConfig(Schema):
     """File of the metrics for node_exporter's textfile collector, NAME.prom; needs the extra prometheus."""
 
 
+class KernelsConfig(Schema):
+    """How CPUs compute the pieces of a step that can be computed in several ways, which agree to rounding.
+
+    The way that is the fastest for the run's shapes is measured when the run begins, and kept when it resumes. Fix both
+    for the same bits on machines of different kinds.
+    """
+
+    attention: Literal["measured", "sdpa", "products"] = "measured"
+    """Attention: PyTorch's scaled_dot_product_attention or, if a query has at most four keys for each value of a head,
+    two matrix products and a softmax."""
+    products: Literal["measured", "onednn", "torch"] = "measured"
+    """Library of the matrix products in fp32: oneDNN, or the one that PyTorch was built with (MKL); measured:
+    separately for outputs and both gradients."""
+
+
 class StepConfig(Schema):
     """How a step is computed; this changes results only by rounding."""
 
@@ -532,7 +547,10 @@ class StepConfig(Schema):
     recompute_every: int | None = Field(None, gt=0)
     """With recompute layer: only every k-th layer."""
     deterministic: bool = False
-    """The same bits on GPUs whenever a step is repeated, with slower kernels for attention's gradients."""
+    """The same bits on GPUs whenever a step is repeated, with slower kernels for attention's gradients; on CPUs no
+    kernels are chosen by measuring."""
+    kernels: KernelsConfig = KernelsConfig()
+    """How CPUs compute what can be computed in several ways."""
     profile_steps: tuple[int, int] | None = None
     """First and last step, from 0, that rank 0 writes a trace of torch's profiler for."""
 

@@ -1,6 +1,6 @@
-"""Causal attention inside segments: flash kernels over packed rows on CUDA, otherwise SDPA.
+"""Causal attention inside segments: flash kernels over packed rows on CUDA, otherwise SDPA or, on CPUs, plain products.
 
-Nothing outside this module depends on which one runs; both agree to rounding.
+Nothing outside this module depends on which one runs; all agree to rounding.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ varlen_attn: Any = None  # flash kernels over segments: CUDA only, and not in ev
 if torch.cuda.is_available():  # because the import takes a second
     with contextlib.suppress(ImportError):
         from torch.nn.attention.varlen import varlen_attn
+
+WAYS = ("sdpa", "products")  # on CPUs; in bf16 SDPA's gradients are slow there (torch 2.13)
+_way = WAYS[0]
+# Probabilities of a concept, by the values of a head, up to which products are used: they keep them for backward.
+PROBABILITIES = 4
 
 MIN_CAPACITY = 64  # concepts that a cache has room for at first
 MEAN_SEGMENT = 32  # concepts; cu_seqlens has room for that many segments, and doubles if they are shorter
@@ -37,7 +42,8 @@ class SegmentLayout(NamedTuple):
     max_seqlen: int  # no segment is longer
     full_rows: bool  # every row is one segment
     varlen: bool = False  # whether the flash kernels over segments are used
-    mask: Tensor | None = None  # for SDPA, see `prepared`; None if it needs none
+    products: bool = False  # whether plain products are
+    mask: Tensor | None = None  # for SDPA and products, see `prepared`; None if SDPA needs none
 
     @classmethod
     def from_ids(cls, segment_ids: Tensor, max_seqlen: int, attention: str = "document") -> SegmentLayout:
@@ -76,12 +82,27 @@ class SegmentLayout(NamedTuple):
         ends = torch.arange(0, rows * length, length, device=device)
         return cls(torch.zeros_like(index), positions, _padded(ends, rows, length), length, True)
 
-    def prepared(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> SegmentLayout:
-        """The same on `device`, with all that attention of this dtype and head_dim needs."""
+    def prepared(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, way: str | None = None
+    ) -> SegmentLayout:
+        """The same on a device, with all that attention needs.
+
+        Args:
+            device: Of queries, keys and values.
+            dtype: Theirs.
+            head_dim: Values of a head.
+            way: One of `WAYS`, on CPUs; None: that of `use`.
+
+        Returns:
+            A layout for `attend`.
+        """
         starts, positions, cu_seqlens = (tensor.to(device, non_blocking=True) for tensor in self[:3])
         moved = self._replace(starts=starts, positions=positions, cu_seqlens=cu_seqlens)
         if uses_varlen(device, dtype, head_dim):
             return moved._replace(varlen=True)
+        few = keys_seen(self) <= PROBABILITIES * head_dim
+        if device.type == "cpu" and few and (way or _way) == "products":
+            return moved._replace(products=True, mask=moved._mask(dtype))
         return moved._replace(mask=None if self.full_rows else moved._mask(dtype))
 
     @property
@@ -104,6 +125,12 @@ class SegmentLayout(NamedTuple):
         # A key before the row's beginning lies before every segment.
         seen = (keys <= queries) & (keys >= self.starts.view(rows, count, 1, -1, 1))
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf).flatten(0, 1)
+
+
+def keys_seen(layout: SegmentLayout) -> int:
+    """Keys of each query for SDPA and products, those that the mask hides included."""
+    length = layout.starts.shape[1]
+    return length if layout.blocks == 1 else 2 * layout.max_seqlen
 
 
 def _padded(ends: Tensor, rows: int, length: int) -> Tensor:
@@ -206,6 +233,12 @@ class Cache:
         return made
 
 
+def use(way: str) -> None:
+    """Compute attention on CPUs in this way from now on, one of `WAYS`."""
+    global _way
+    _way = way
+
+
 def uses_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the flash kernels over segments support this device, dtype and head_dim."""
     if varlen_attn is None or device.type != "cuda" or not varlen_takes(dtype, head_dim):
@@ -231,8 +264,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: SegmentLayout) -> 
         key, value = (torch.cat([tensor.roll(1, dims=1), tensor], dim=2) for tensor in (key, value))
         query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    causal = layout.mask is None
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.mask, is_causal=causal)
+    if layout.products and layout.mask is not None:
+        scores = torch.matmul(query * width**-0.5, key.transpose(2, 3)) + layout.mask
+        out = torch.matmul(scores.softmax(-1), value)
+    else:
+        causal = layout.mask is None
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=layout.mask, is_causal=causal)
     return out.transpose(1, 2).reshape(rows, length, heads, width)
 
 

@@ -76,9 +76,19 @@ def drop(x: Tensor, draw: Draw | None) -> Tensor:
     """
     if draw is None:
         return x
-    # Compared as unsigned words: with the highest bit flipped their order is that of int32.
-    dropped = mix(draw.indices ^ draw.keys) ^ -(2**31) < int(draw.p * 2**32) - 2**31
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Row by row, so that the hashes of one stay in the processor's cache.
+        dropped = torch.empty(x.shape, dtype=torch.bool)
+        for of_row, key in zip(dropped, draw.keys, strict=True):
+            of_row.copy_(_dropped(draw.indices[0], key, draw.p))
+    else:
+        dropped = _dropped(draw.indices, draw.keys, draw.p)
     return (x / (1 - draw.p)).masked_fill(dropped, 0.0)
+
+
+def _dropped(indices: Tensor, keys: Tensor, p: float) -> Tensor:
+    # Compared as unsigned words: with the highest bit flipped their order is that of int32.
+    return mix(indices ^ keys) ^ -(2**31) < int(p * 2**32) - 2**31
 
 
 @fused

@@ -1,13 +1,14 @@
 """Linear layers that read the same input as one matrix product, each with its own parameters.
 
 If the layers' weights are adjacent in memory, as with ZeRO 1 and 2, they are used in place as one matrix; otherwise
-they are concatenated. In fp32 on a CPU the products are oneDNN's, on some processors twice as fast as PyTorch's (MKL).
-Layers with fp8 products (float8.py) compute these themselves in training.
+they are concatenated; in bf16 on a CPU, where reading the input again costs less than joining gradients, each layer is
+a product. In fp32 on a CPU the products are oneDNN's or PyTorch's (MKL), of which either may be twice as fast: see
+kernels.py. Layers with fp8 products (float8.py) compute these themselves in training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,21 +18,29 @@ from torch import Tensor, nn
 FEW = 256  # inputs; below that, products that need no gradient are not joined
 # A plain product of oneDNN's on tensors as they are; not in every build of PyTorch.
 _onednn: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+PIECES = ("outputs", "gradients of inputs", "gradients of weights")
+WAYS = ("onednn", "torch")  # for a piece, in fp32 on a CPU
+_way = dict.fromkeys(PIECES, WAYS[0])
+
+
+def use(ways: Mapping[str, str]) -> None:
+    """Compute the products in fp32 on a CPU in these ways from now on: piece → way, for all pieces."""
+    _way.update(ways)
 
 
 def project(x: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
     """The outputs [..., out_features] of layers, all with a bias, for x [..., in_features].
 
     One product for all of them. One each in generation, whose few inputs are not worth concatenating weights; under
-    ZeRO-3, which gathers a layer's parameters when the layer is called; and in fp8.
+    ZeRO-3, which gathers a layer's parameters when the layer is called; in fp8; and in bf16 on a CPU.
     """
     if len(layers) > 1 and x.numel() < FEW * x.shape[-1] and not torch.is_grad_enabled():
         return tuple(project(x, layer)[0] for layer in layers)
     in_fp8 = layers[0].training and type(layers[0]) is not nn.Linear
     if in_fp8 or any(hasattr(layer.weight, "ds_id") for layer in layers):
         return tuple(layer(x) for layer in layers)
-    if len(layers) == 1 and not _by_onednn(x):
-        return (F.linear(x, layers[0].weight, layers[0].bias),)
+    if not by_onednn(x) and (len(layers) == 1 or x.device.type == "cpu"):
+        return tuple(F.linear(x, layer.weight, layer.bias) for layer in layers)
     weights = [layer.weight for layer in layers]
     y: Tensor = torch.ops.lcm_ds.linear(x, weights, [layer.bias for layer in layers])
     return y.split([layer.out_features for layer in layers], dim=-1)
@@ -50,7 +59,7 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
 
 @torch.library.custom_op("lcm_ds::linear", mutates_args=())
 def _linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
-    return _product(x, joined(weights), joined(biases))
+    return product(x, joined(weights), joined(biases))
 
 
 @_linear.register_fake
@@ -64,8 +73,10 @@ def _linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (empty if it needs none), of all weights and of all biases."""
     flat = gradient.flatten(0, -2)
-    of_x = _product(flat, joined(weights).t()).view(x.shape) if needs_input else x.new_empty(0)
-    return of_x, _product(flat.t(), x.flatten(0, -2).t()), flat.sum(0)
+    of_x = x.new_empty(0)
+    if needs_input:
+        of_x = product(flat, joined(weights).t(), way=_way["gradients of inputs"]).view(x.shape)
+    return of_x, product(flat.t(), x.flatten(0, -2).t(), way=_way["gradients of weights"]), flat.sum(0)
 
 
 @_linear_backward.register_fake
@@ -92,12 +103,24 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, list[Tensor],
 _linear.register_autograd(_gradients, setup_context=_keep)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if _by_onednn(x):
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, way: str | None = None) -> Tensor:
+    """x times the transpose of weight, plus bias.
+
+    Args:
+        x: [..., in_features].
+        weight: [out_features, in_features].
+        bias: [out_features].
+        way: One of `WAYS`, for fp32 on a CPU; None: that of outputs.
+
+    Returns:
+        [..., out_features].
+    """
+    if (way or _way["outputs"]) == "onednn" and by_onednn(x):
         y: Tensor = _onednn(x, weight, bias, "none", [], "")
         return y
     return F.linear(x, weight, bias)
 
 
-def _by_onednn(x: Tensor) -> bool:
+def by_onednn(x: Tensor) -> bool:
+    """Whether oneDNN's product can be called for x; PyTorch itself calls it for bf16."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and _onednn is not None

@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from lcm_ds.model.recompute import recomputed_swiglu
 from lcm_ds.model.sizes import Sizes
 
 CHUNK = 2**22  # initial values that are drawn at a time
+CACHED = 2**18  # values of a norm that are computed at a time on a CPU
 
 
 class RMSNorm(nn.Module):
@@ -35,7 +37,45 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[…, size] → the same shape and dtype."""
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            out: Tensor = NormOnCPU.apply(x, self.weight, self.eps)
+            return out
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class NormOnCPU(torch.autograd.Function):
+    """RMSNorm part by part, of which only the input is kept: PyTorch's on CPUs keeps two fp32 tensors of its size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
+        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for part, factor, into in _in_parts(x, scale, out):
+            torch.mul(part * factor, weight, out=into)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        factors, size = weight.to(scale.dtype), x.shape[-1]
+        of_x, of_weight = torch.empty_like(x, memory_format=torch.contiguous_format), torch.zeros_like(factors)
+        for part, factor, of_part, into in _in_parts(x, scale, gradient, of_x):
+            normed = part * factor
+            product = of_part * normed
+            of_weight += product.sum(0)
+            mean = torch.mv(product, factors).div_(-size).unsqueeze(1)
+            torch.mul(torch.addcmul(of_part * factors, normed, mean), factor, out=into)
+        return of_x, of_weight.to(weight.dtype), None
+
+
+def _in_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts of tensors [..., size] along all but the last dimension, so small that they stay in a processor's cache."""
+    flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
+    return zip(*(tensor.split(max(1, CACHED // tensors[0].shape[-1])) for tensor in flat), strict=True)
 
 
 class Attention(nn.Module):

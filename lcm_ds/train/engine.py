@@ -17,8 +17,10 @@ from torch._inductor import config as inductor_config
 
 from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
+from lcm_ds.distributed.collectives import from_first
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.distributed.rendezvous import wait_for_all_ranks
+from lcm_ds.model import kernels
 from lcm_ds.model.float8 import use_float8
 from lcm_ds.model.fused import enable_fusion, gpu_compiles
 from lcm_ds.model.modeling import BaseLCM
@@ -26,6 +28,8 @@ from lcm_ds.model.parameter_groups import parameter_groups
 from lcm_ds.model.sizes import Sizes
 from lcm_ds.processes import keep_freed_memory, program_path, remove_left_over_locks
 from lcm_ds.train.fused_norms import fuse_norms
+from lcm_ds.train.job import ConfiguredRun
+from lcm_ds.train.monitoring.console import console
 
 logger = logging.getLogger("lcm_ds.train")
 
@@ -174,6 +178,31 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
     if deepspeed_config.offloads_optimizer(ds) and deepspeed_config.zero_stage(ds) in (1, 2):
         forget_skipped_gradients(engine.optimizer)
     return engine
+
+
+def choose_kernels(job: ConfiguredRun, device: torch.device, stored: dict[str, str] | None = None) -> None:
+    """Choose the ways that all ranks compute with (model/kernels.py): fixed, those of the checkpoint, or measured.
+
+    Args:
+        job: The run; its config may fix ways.
+        device: Of this rank.
+        stored: `kernels.in_use()` when the checkpoint was saved from which the run resumes.
+    """
+    wanted, data = job.config.train.kernels, job.config.data
+    fixed: dict[str, str] = {} if wanted.attention == "measured" else {"attention": wanted.attention}
+    if wanted.products != "measured":
+        fixed |= dict.fromkeys(kernels.PRODUCTS, wanted.products)
+    elif deepspeed_config.zero_stage(job.ds) == 3:  # DeepSpeed's hooks need PyTorch's own linear layers
+        fixed |= {piece: kernels.WAYS[piece][0] for piece in kernels.PRODUCTS}
+    ways = {**(stored or {}), **fixed}
+    reasons = [f"{piece} by {way}" for piece, way in ways.items() if way != kernels.WAYS[piece][0]]
+    if not stored and device.type == "cpu" and not job.config.train.deterministic:
+        dtype = getattr(torch, deepspeed_config.precision(job.ds))
+        shape = job.config.batch.micro_batch_rows, data.row_length, data.max_segment, dtype
+        ways, reasons = from_first(kernels.measure(job.model, *shape, fixed) if dist.get_rank() == 0 else ({}, []))
+    kernels.use(ways)
+    if reasons and dist.get_rank() == 0:
+        console.line(f"kernels: {'; '.join(reasons)}")
 
 
 def forget_skipped_gradients(optimizer: Any) -> None:

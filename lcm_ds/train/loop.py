@@ -31,9 +31,10 @@ from lcm_ds.data.loader import Loader
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.errors import InputError
 from lcm_ds.files import why_no_checkpoints
+from lcm_ds.model import kernels
 from lcm_ds.model.sizes import count_parameters
 from lcm_ds.signals import DONE, FAILED, STOPPED
-from lcm_ds.train.engine import build_engine, build_model, init_distributed
+from lcm_ds.train.engine import build_engine, build_model, choose_kernels, init_distributed
 from lcm_ds.train.init_from import load_initial_weights
 from lcm_ds.train.job import TrainJob
 from lcm_ds.train.monitoring.console import console, set_up_logging
@@ -88,6 +89,7 @@ def train(job: TrainJob, env: DistEnv, stop: StopRequest) -> int:
             write_run_config(job, env)
             if changes is not None:
                 console.line(changes)
+        choose_kernels(job, device, None if checkpoint is None else checkpoint.state().get("kernels"))
         skipped = SkippedSteps(job.run_dir)
         while True:
             try:
@@ -416,6 +418,7 @@ class Trainer:
             "left_out": [[steps.start, steps.stop - 1] for steps in self.skipped_steps],  # first and last
             "losses": self.monitor.state(),
             "learned": self.had_targets,
+            "kernels": kernels.in_use(),
             **identity(self.job, self.env),
         }
         self.saver.save_async(done, state)

@@ -17,6 +17,7 @@ from runs import ROOT, finish, metrics, run_dir, start
 from lcm_ds.checkpoint import load as resume
 from lcm_ds.checkpoint.format import Checkpoint
 from lcm_ds.errors import InputError
+from lcm_ds.model.kernels import PRODUCTS
 from lcm_ds.train.reliability.run_lock import RunLock
 
 STEPS = [2, 4, 6, 8, 10, 12]
@@ -150,6 +151,28 @@ def test_a_run_resumes_with_other_ranks_zero_stages_and_micro_batches(make_confi
     output = launched(config, "deepspeed=ds_configs/zero1_fp32.json", "batch.micro_batch_rows=8", ranks=1)
     assert "step_00000016.universal is incomplete or corrupt (zero/norm.weight/exp_avg.pt is not what" in output
     assert metrics(config, "loss") == pytest.approx(metrics(undisturbed, "loss"), rel=1e-4)
+
+
+def test_a_run_keeps_its_kernels_when_it_resumes_unless_its_config_fixes_others(make_config):
+    config = make_config(steps=2, optim=CONSTANT, evaluate={"every": None})
+
+    def trained_to(steps, *overrides):
+        out = launched(config, f"steps={steps}", *overrides, ranks=2)
+        state = run_dir(config) / "checkpoints" / f"step_{steps:08d}" / "state.json"
+        return json.loads(state.read_text())["kernels"], out
+
+    others = "train.kernels.attention=products", "train.kernels.products=torch"
+    first = {"attention": "products", **dict.fromkeys(PRODUCTS, "torch")}
+    reasons = [f"{piece} by {way}" for piece, way in first.items()]
+    found, out = trained_to(2, *others)
+    assert found == first
+    assert "kernels: " + "; ".join(f"{reason}, as configured" for reason in reasons) in out
+    found, out = trained_to(3)
+    assert found == first
+    assert "kernels: " + "; ".join(reasons) in out
+    found, out = trained_to(4, "train.kernels.attention=sdpa")
+    assert found == {**first, "attention": "sdpa"}
+    assert "kernels: " + "; ".join(reasons[1:]) in out
 
 
 def test_another_precision_model_or_optimizer_is_refused_with_both_named(saved):

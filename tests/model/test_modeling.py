@@ -10,9 +10,10 @@ from torch.utils.checkpoint import checkpoint
 import lcm_ds
 from lcm_ds.config import ModelConfig
 from lcm_ds.errors import InputError
+from lcm_ds.model import modeling
 from lcm_ds.model.config import PRESETS, BaseLCMConfig, resolve_model
 from lcm_ds.model.flops import matrix_weights, training_flops
-from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.model.modeling import BaseLCM, RMSNorm
 from lcm_ds.model.sizes import count_parameters, parameter_shapes
 
 CASTS = [
@@ -269,3 +270,27 @@ def test_the_model_needs_no_training_and_no_text_libraries():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(3, 7, 48), (48,), (5, 48)], ids=str)
+def test_the_norm_on_cpus_is_rms_norm_and_keeps_only_its_input(monkeypatch, dtype, shape):
+    monkeypatch.setattr(modeling, "CACHED", 4 * 48)  # several parts, the last one smaller
+    norm = RMSNorm(48, 1e-5).to(dtype)
+    norm.weight.data = (torch.rand(48) + 0.5).to(dtype)
+    x, weights = torch.randn(shape, dtype=dtype, requires_grad=True), torch.randn(shape, dtype=dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        found = norm(x)
+    expected = torch.nn.functional.rms_norm(x, (48,), norm.weight, 1e-5)
+    inputs = x, norm.weight
+    close = 4 * torch.finfo(dtype).eps + 1e-6 * (dtype == torch.float32)
+    for ours, right in zip(
+        (found, *torch.autograd.grad(found, inputs, weights)),
+        (expected, *torch.autograd.grad(expected, inputs, weights)),
+        strict=True,
+    ):
+        assert ours.dtype == right.dtype
+        assert (ours - right).norm() <= close * right.norm()
+    own = [tensor for tensor in kept if tensor.numel() == x.numel() and tensor.data_ptr() != norm.weight.data_ptr()]
+    assert [tensor.data_ptr() for tensor in own] == [x.data_ptr()]

@@ -27,7 +27,7 @@ from lcm_ds.distributed.environment import detect_environment
 from lcm_ds.errors import InputError
 from lcm_ds.model.config import resolve_model
 from lcm_ds.processes import exit_with
-from lcm_ds.train.engine import build_engine, build_model, init_distributed
+from lcm_ds.train.engine import build_engine, build_model, choose_kernels, init_distributed
 from lcm_ds.train.job import TrainJob
 from lcm_ds.train.monitoring.histograms import histograms
 from lcm_ds.train.step import Stepper
@@ -93,6 +93,7 @@ def take_steps(changes, env, device, normalizer):
     engine = build_engine(model, config, ds)
     plan = Plan([ENDLESS], config.seed, ROWS, LENGTH)
     job = TrainJob(config, ds, model_config, [], None, plan, "")
+    choose_kernels(job, device)
     stepper = Stepper(job, env, engine, device)
     gradients, first_histograms, step = {}, {}, engine.step
 

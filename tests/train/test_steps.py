@@ -52,6 +52,7 @@ IN_FP8 = {
     "fp8, accumulated over 2": {**fp8(), "batch": {"micro_batch_rows": 2}},
     "fp8, recomputed": fp8(**RECOMPUTES),
 }
+PRODUCTS = {"kernels": {"attention": "products", "products": "torch"}}  # the other way of each piece
 VARIANTS = {
     "zero 0": {"deepspeed": zero(0)},
     "zero 1": {"deepspeed": zero(1)},
@@ -68,6 +69,10 @@ VARIANTS = {
     "SwiGLU recomputed, zero 3": {"deepspeed": zero(3), "train": {"recompute": "swiglu"}},
     "SwiGLU recomputed, compiled": {"train": {"recompute": "swiglu", "compile": True}},
     "recomputed, compiled": {"deepspeed": zero(1, **RECOMPUTES), "train": {"compile": True}},
+    "other kernels": {"train": PRODUCTS},
+    "other kernels, compiled": {"train": {**PRODUCTS, "compile": True}},
+    "other kernels, recomputed": {"deepspeed": zero(1, **RECOMPUTES), "train": PRODUCTS},
+    "other kernels, zero 3": {"deepspeed": zero(3), "train": PRODUCTS},
 }
 
 
