@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from machine import patience
 from runs import ROOT, finish, metrics, run_dir, start
 
 from lcm_ds.config import GuardConfig
@@ -159,12 +160,13 @@ def test_a_spike_is_rolled_back_and_its_steps_are_skipped(make_config, concepts,
 
 
 def test_a_run_that_hangs_logs_the_stacks_of_every_rank_and_ends_with_1(make_config):
-    config = make_config(guard={"stall_minutes": 0.05}, evaluate={"every": None})
+    minutes = round(patience(3) / 60, 2)  # longer than a first step
+    config = make_config(guard={"stall_minutes": minutes}, evaluate={"every": None})
     code, out, err = finish(start_faulty(config, "hang:1:4"))
     assert code == 1, out + err
     log = (run_dir(config) / "log.txt").read_text()
     for rank in ("", " rank 1"):
-        assert f"ERROR{rank} lcm_ds.train: step 4: no progress for 0.05 minutes (guard.stall_minutes)" in log
+        assert f"ERROR{rank} lcm_ds.train: step 4: no progress for {minutes:g} minutes (guard.stall_minutes)" in log
     assert "in faulty" in log  # the thread of rank 1 that reads
     assert log.count("Thread 0x") > 4
 

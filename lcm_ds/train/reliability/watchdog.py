@@ -15,6 +15,8 @@ logger = logging.getLogger("lcm_ds.train")
 
 # After the limit and this long, a timer ends a process that no longer runs Python.
 LAST_RESORT_SECONDS = 30.0
+# Between a rank's log and its exit, which ends the others: they stand at the same step and log theirs in this time.
+OTHERS_SECONDS = 3.0
 
 
 class Watchdog:
@@ -53,6 +55,7 @@ class Watchdog:
                 text = f"{self._doing}: no progress for {limit / 60:g} minutes (guard.stall_minutes), exiting"
                 logger.error("%s; all threads, most recent call first:\n%s", text, stacks())
                 logging.shutdown()
+                time.sleep(OTHERS_SECONDS)
                 os._exit(1)
 
 
