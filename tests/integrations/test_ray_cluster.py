@@ -98,7 +98,7 @@ def test_a_node_that_is_killed_changes_nothing_in_the_dataset(joined, config, tm
 @pytest.mark.slow
 def test_each_actor_has_a_gpu_of_its_own_where_the_cluster_has_gpus(joined, config, tmp_path, monkeypatch):
     """Ray's own count of GPUs is what it is told; the encoder runs on the CPU if there is no real one."""
-    monkeypatch.setenv(SECONDS, "1")  # a unit, so that the second actor is there before all are made
+    monkeypatch.setenv(SECONDS, "0.4")  # a unit, so that the second actor is there before all are made
     node = joined.add_node(num_cpus=4, num_gpus=2)
     try:
         on_ray.prepare(config("ray", split_workers=1))

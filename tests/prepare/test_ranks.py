@@ -138,7 +138,8 @@ def test_killed_at_ten_random_moments_the_dataset_is_that_of_one_run(write_confi
     process = launcher(2, hashing(config))
     out, errors = process.communicate(timeout=patience(120))
     assert process.returncode == 0, errors
-    assert "resuming after" in out or survived
+    # The last one killed may have finished the dataset, and not yet ended.
+    assert "resuming after" in out or "already prepared" in out or survived
     assert written(tmp_path / "killed") == written(tmp_path / "uninterrupted")
 
 

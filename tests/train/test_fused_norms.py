@@ -57,7 +57,8 @@ def test_the_values_are_those_of_deepspeed(results, name):
     assert min(finite(theirs["norms"])) > 0.05  # all steps are clipped
     assert finite(ours["norms"]) == pytest.approx(finite(theirs["norms"]), rel=tolerance)
     assert finite(ours["losses"]) == pytest.approx(finite(theirs["losses"]), rel=tolerance)
-    assert ours["weights"] == pytest.approx(theirs["weights"], rel=tolerance)
+    # Weights that are rounded to neighbouring values of bf16 differ by 2⁻⁸.
+    assert ours["weights"] == pytest.approx(theirs["weights"], rel=2**-8 if "BF16" in name else tolerance)
 
 
 @pytest.mark.parametrize("name", JSONS)

@@ -1,6 +1,6 @@
 """Whatever is killed, whenever: the run resumes, and its losses are those of an undisturbed one.
 
-LCM_DS_KILLS=50 pytest tests/train/test_kills.py kills ranks so often in place of four times.
+LCM_DS_KILLS=50 pytest tests/train/test_kills.py kills ranks so often in place of three times.
 """
 
 import os
@@ -14,7 +14,7 @@ import pytest
 from machine import patience
 from runs import finish, metrics, run_dir, start
 
-KILLS = int(os.environ.get("LCM_DS_KILLS", "4"))  # of ranks, under one launcher
+KILLS = int(os.environ.get("LCM_DS_KILLS", "3"))  # of ranks, under one launcher
 LAUNCHER_MEMORY = 4 << 20  # bytes by which it may grow from the second kill on: glibc keeps what it freed
 
 
