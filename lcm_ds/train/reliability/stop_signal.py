@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ class StopRequest:
     """Remembers that this process was asked to stop; the ranks agree on it at the next step (see loop.py).
 
     Until `steps_begin` there is nothing to save: a signal ends the process at once, whatever it waits for, with exit
-    code 75. After that a second SIGINT ends it.
+    code 75. After that a second SIGINT ends it, also while the main thread waits in C code.
     """
 
     def __init__(self) -> None:
@@ -23,7 +24,8 @@ class StopRequest:
         self._starting = True
         self._file: Path | None = None
         self._restore_handlers = on_stop_signal(self._on_signal)
-        # Python runs its handlers once the main thread returns from C code; the wake-up pipe is written at once.
+        # Python runs its handlers once the main thread returns from C code, and then once for all signals of a kind;
+        # the wake-up pipe gets a byte for each at once.
         self._pipe, wakeup = os.pipe()
         os.set_blocking(wakeup, False)
         self._previous_wakeup, self._wakeup = signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False), wakeup
@@ -31,16 +33,19 @@ class StopRequest:
         self._thread.start()
 
     def _on_signal(self, number: int) -> None:
-        if number == signal.SIGINT and self.reason == "SIGINT":
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)
         self.reason = signal.Signals(number).name
 
     def _listen(self) -> None:
+        interrupts = 0
         while numbers := os.read(self._pipe, 16):
             if self._starting and set(numbers) & set(STOP_SIGNALS):
                 sys.stdout.flush()
                 os._exit(STOPPED)
+            interrupts += numbers.count(signal.SIGINT)
+            if interrupts > 1:
+                # By the signal itself, as shells expect; Python sets handlers in the main thread only.
+                ctypes.CDLL(None).signal(ctypes.c_int(signal.SIGINT), ctypes.c_void_p(int(signal.SIG_DFL)))
+                os.kill(os.getpid(), signal.SIGINT)
 
     def steps_begin(self) -> None:
         """From now on all ranks answer a request together."""
