@@ -61,8 +61,8 @@ class _ByGroup:
     def _shard(self, index: int) -> Tensor:
         if index not in self._shards:
             groups = open_shard(self._dataset, index).groups
-            alone = is_held_out(torch.arange(len(groups)) + self._firsts[index]).tolist()
+            single = is_held_out(torch.arange(len(groups)) + self._firsts[index]).tolist()
             self._shards[index] = torch.tensor(
-                [own if group is None else group_is_held_out(group) for group, own in zip(groups, alone, strict=True)]
+                [own if group is None else group_is_held_out(group) for group, own in zip(groups, single, strict=True)]
             )
         return self._shards[index]

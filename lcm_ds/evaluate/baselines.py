@@ -103,7 +103,7 @@ class NearestNeighbour:
         for first in range(0, len(self.followed), BLOCK):
             block = slice(first, first + BLOCK)
             cosines = products(queries, self._directions[block], None if bias is None else bias[block])
-            # The maximum alone takes a tenth of the time of one with its index, which few rows need.
+            # Finding a maximum takes a tenth of the time of finding its index as well, which few rows need.
             rows = (cosines.amax(1) > highest).nonzero().flatten()
             largest, index = cosines[rows].max(1)
             highest[rows], nearest[rows] = largest, index + first

@@ -54,7 +54,7 @@ def init_distributed(env: DistEnv, stall_minutes: float | None = None) -> torch.
         ask_cuda_for_free_memory(accelerator)
     else:
         keep_freed_memory()
-    leave_out_kernels_of_inference()
+        leave_out_kernels_of_inference()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=collective_timeout(stall_minutes))
     return torch.device(accelerator.current_device_name())
 
@@ -201,7 +201,7 @@ def choose_kernels(job: ConfiguredRun, device: torch.device, stored: dict[str, s
         shape = job.config.batch.micro_batch_rows, data.row_length, data.max_segment, dtype
         ways, reasons = from_first(kernels.measure(job.model, *shape, fixed) if dist.get_rank() == 0 else ({}, []))
     kernels.use(ways)
-    if reasons and dist.get_rank() == 0:
+    if reasons and device.type == "cpu" and dist.get_rank() == 0:
         console.line(f"kernels: {'; '.join(reasons)}")
 
 

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
-from runs import ROOT
+from runs import benchmark
 
 
 @pytest.mark.slow
 def test_ten_times_the_rows_take_the_same_memory(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("adopt_benchmark", ROOT / "benchmarks/adopt.py")
-    assert spec is not None
-    assert spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    script = benchmark("adopt")
     peaks = {}
     for concepts in (20_000, 200_000):
-        benchmark.make(tmp_path / f"{concepts}.parquet", concepts, 1024, 1000)
+        script.make(tmp_path / f"{concepts}.parquet", concepts, 1024, 1000)
         for way in ("adopted", "exported"):
-            peaks[way, concepts] = benchmark.peak(way, tmp_path / f"{concepts}.parquet", tmp_path / f"out-{concepts}")
+            peaks[way, concepts] = script.peak(way, tmp_path / f"{concepts}.parquet", tmp_path / f"out-{concepts}")
     for way in ("adopted", "exported"):
         # Measured alone 1.02 to 1.07; the rest is for allocators beside other work.
         assert peaks[way, 200_000] < 1.15 * peaks[way, 20_000], peaks

@@ -1,5 +1,6 @@
 """Starting runs as a user does, and reading their files."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +11,14 @@ import yaml
 from machine import patience
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+def benchmark(name):
+    """The module of a script in benchmarks/."""
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", ROOT / f"benchmarks/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def start(*arguments, **environment):
