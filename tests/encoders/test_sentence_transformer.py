@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from tolerance import layers, rounding
 
 from lcm_ds.config import EncoderConfig
-from lcm_ds.encoders import Encoder, load_encoder, sentence_transformer
+from lcm_ds.encoders import Encoder, from_dataset, load_encoder, sentence_transformer
+from lcm_ds.encoders.from_dataset import encoder_config
 from lcm_ds.errors import InputError
 
 TEXTS = [
@@ -22,8 +27,8 @@ TEXTS = [
 
 
 def minilm(**settings: object) -> Encoder:
-    config = {"name": "sentence-transformers", "model": "minilm", "device": "cpu", "dtype": "float32", **settings}
-    return load_encoder(EncoderConfig.model_validate(config))
+    config = {"name": "sentence-transformers", "model": "minilm", "device": "cpu", "dtype": "float32"}
+    return load_encoder(EncoderConfig.model_validate(config | {"backend": "torch"} | settings))
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +102,87 @@ def windowed(tmp_path_factory: pytest.TempPathFactory) -> str:
     return saved
 
 
+def test_openvino_computes_what_torch_does(exact: Encoder) -> None:
+    pytest.importorskip("openvino")
+    native = openvino_types()
+    for dtype in native:
+        encoder = minilm(dtype=dtype, backend="openvino")
+        assert encoder.describe() == exact.describe() | {"dtype": dtype, "backend": "openvino"}
+        texts = [*TEXTS, TEXTS[2] * 20, *TEXTS[::-1]]
+        concepts = encoder.encode(texts)
+        assert (concepts * exact.encode(texts)).sum(axis=1).min() >= 0.9999
+        np.testing.assert_array_equal(minilm(dtype=dtype, backend="openvino").encode(texts), concepts)
+        assert encoder.encode([]).shape == (0, 384)
+    if "bfloat16" not in native:
+        with pytest.raises(InputError, match="does not compute in bfloat16 on this CPU"):
+            minilm(dtype="bfloat16", backend="openvino")
+    with pytest.raises(InputError, match="does not compute in float16 on this CPU"):
+        minilm(dtype="float16", backend="openvino")
+
+
+def openvino_types() -> list[str]:
+    """Those that it computes in on this CPU."""
+    from openvino import Core
+
+    native = Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return ["float32", *(["bfloat16"] if "BF16" in native else [])]
+
+
+def test_openvino_is_taken_if_it_is_installed_and_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    assert minilm(backend=None).describe()["backend"] == "openvino"
+    assert "backend" not in minilm(backend=None, dtype="float16").describe()
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no conversion\nfor op::")
+
+    monkeypatch.setattr(sentence_transformer, "OpenVINOTransformer", refuse)
+    assert "backend" not in minilm(backend=None).describe()
+    with pytest.raises(InputError, match=r"encoder\.backend: openvino cannot take minilm: no conversion$"):
+        minilm(backend="openvino")
+    monkeypatch.setattr(
+        sentence_transformer, "OpenVINOTransformer", lambda *_: lambda ids, mask: torch.ones(*ids.shape, 384)
+    )
+    assert "backend" not in minilm(backend=None).describe()
+    with pytest.raises(InputError, match="openvino does not compute minilm as torch does"):
+        minilm(backend="openvino")
+    monkeypatch.setattr(sentence_transformer, "openvino_is_installed", lambda: False)
+    assert "backend" not in minilm(backend=None).describe()
+
+
+def test_openvino_is_for_sentence_transformers_and_compiles_anyhow() -> None:
+    for change, message in (
+        ({"name": "sonar"}, "backend openvino is for sentence-transformers, not for sonar"),
+        ({"compile": True}, "compile is of the backend torch"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            minilm(backend="openvino", **change)
+
+
+def test_openvino_tells_nobody_that_it_is_used(tmp_path: Path) -> None:
+    """Its own import would write an id into the home folder and send an event."""
+    pytest.importorskip("openvino")
+    code = (
+        "from lcm_ds.config import EncoderConfig; from lcm_ds.encoders import load_encoder\n"
+        "encoder = load_encoder(EncoderConfig(name='sentence-transformers', model='minilm', backend='openvino'))\n"
+        "print(encoder.encode(['It rains.']).shape)"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "(1, 384)"
+    assert not (tmp_path / "intel").exists()
+
+
+def test_a_prompt_is_encoded_by_what_encoded_the_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    described = {"name": "sentence-transformers", "model": "minilm", "dtype": "float32"}
+    assert encoder_config(described, "dataset.json").backend == "torch"
+    monkeypatch.setattr(from_dataset, "openvino_is_installed", lambda: True)
+    assert encoder_config(described | {"backend": "openvino"}, "dataset.json").backend == "openvino"
+    assert encoder_config(described | {"backend": "openvino"}, "dataset.json", "cuda").backend == "torch"
+    monkeypatch.setattr(from_dataset, "openvino_is_installed", lambda: False)
+    assert encoder_config(described | {"backend": "openvino"}, "dataset.json").backend == "torch"
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_local_attention_stays_local(windowed: str, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the model's config, and, if that has another name for it, because concepts of long texts would differ."""
@@ -110,6 +196,7 @@ def test_local_attention_stays_local(windowed: str, known: bool, monkeypatch: py
     close = rounding(layers(4, 32, 4, 64, 256))
     np.testing.assert_allclose(concepts, encoder._model.encode(long), atol=close)
     np.testing.assert_allclose(concepts, np.concatenate([encoder.encode([text]) for text in long]), atol=close)
+    np.testing.assert_allclose(minilm(model=windowed, backend=None).encode(long), concepts, atol=close)
 
 
 def test_local_attention_is_known_by_the_config() -> None:
