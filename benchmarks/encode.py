@@ -52,6 +52,7 @@ from lcm_ds.encoders.base import (
     resolve_dtype,
     resolve_tokens_per_batch,
 )
+from lcm_ds.encoders.openvino import openvino_is_installed
 from lcm_ds.encoders.sonar import SonarEncoder
 from lcm_ds.encoders.tokenizer import BatchTokenizer
 from lcm_ds.prepare.coordinator import Coordinator
@@ -158,13 +159,14 @@ def ways_of(
         tokenizer = train_tokenizer(unit[:10_000])
     wanted: Sequence[str] = arguments.ways or [""]
     best = str(resolve_dtype("auto", device)).removeprefix("torch.")
-    loaded: dict[tuple[str, bool], Any] = {}
+    loaded: dict[tuple[str, str], Any] = {}
 
-    def encoder(dtype: str, compiled: bool = False) -> Any:
-        key = (dtype, compiled)
+    def encoder(dtype: str, kind: str = "") -> Any:
+        key = (dtype, kind)
         if key not in loaded:
-            settings = {"device": str(device), "dtype": dtype, "compile": compiled}
+            settings: dict[str, Any] = {"device": str(device), "dtype": dtype, "compile": kind == "compiled"}
             if tokenizer is None:
+                settings["backend"] = "openvino" if kind == "openvino" else "torch"
                 config = EncoderConfig(name="sentence-transformers", model=arguments.encoder, **settings)
                 loaded[key] = load_encoder(config)
             else:
@@ -172,17 +174,20 @@ def ways_of(
                 loaded[key] = RandomSonar(config, tokenizer, arguments.layers)
         return loaded[key]
 
+    gpu = device.type == "cuda"
     ways: dict[str, Callable[[], Measured]] = {}
     name = f"plain: batches of {PLAIN_BATCH} in order, float32"
     if any(part in name for part in wanted):
         plain = encoder("float32")
         plain.encode(unit[:PLAIN_BATCH])
         ways[name] = lambda: encode_plainly(plain, unit[:PLAIN_SENTENCES])
-    kinds = [(dtype, False) for dtype in dict.fromkeys([best, "bfloat16", *([] if tokenizer else ["float32"])])]
-    for dtype, compiled in [*kinds, (best, True)]:
-        name = f"device only, {dtype}{', compiled' if compiled else ''}"
-        if any(part in name for part in wanted) and (arguments.ways or not compiled):
-            fast = encoder(dtype, compiled)
+    kinds = [(dtype, "") for dtype in dict.fromkeys([best, "bfloat16", *([] if tokenizer else ["float32"])])]
+    if not (gpu or tokenizer) and openvino_is_installed():
+        kinds += [(best, "openvino")]
+    for dtype, kind in [*kinds, (best, "compiled")]:
+        name = f"device only, {dtype}{', ' * bool(kind)}{kind}"
+        if any(part in name for part in wanted) and (arguments.ways or kind != "compiled"):
+            fast = encoder(dtype, kind)
             batches = fast.tokenize(unit)
             list_of_results(fast, [batches[0], batches[-1]])
             ways[name] = lambda fast=fast, batches=batches: on_the_device(fast, batches)  # type: ignore[misc]

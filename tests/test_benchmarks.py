@@ -53,7 +53,7 @@ SHOWN = {
     ],
     "checkpoint": ["| 1 | waiting |", "| 1 | in the background |"],
     "count_kernels": ["eager, 2 layers", "generated kernels", "eager on a GPU"],
-    "encode": ["in order, float32", "device only, float32", "device only, bfloat16", "all the way", "sonar-random on"],
+    "encode": ["in order, float32", "device only, float32", "device only, bfloat16", ", openvino |", "all the way", "sonar-random on"],
     "engines": ["| lcm-ds prepare --on ray |", "| datatrove, local executor |", "all shards have the same checksums"],
     "generate": ["| 2 | recomputing |", "| 2 | cached |", "| 2 | 512 |"],
     "loader": ["webdataset .decode(), 2", "Loader, verify: size, 1", "datasets, arrow, 0", "cold", "ready in"],

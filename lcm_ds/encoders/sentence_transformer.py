@@ -97,7 +97,7 @@ class SentenceTransformerEncoder:
         if takes_ids and not by_openvino and not config.compile:  # compiled, it does not wait
             self._attend_without_waiting(transformer)
 
-    def _by_openvino(self, transformer: torch.nn.Module) -> OpenVINOTransformer | None:
+    def _by_openvino(self, transformer: Any) -> OpenVINOTransformer | None:
         """The transformer as OpenVINO computes it; None if torch does. Raises InputError if the config names openvino."""
         wanted = self.config.backend == "openvino"
         if self.device.type != "cpu" and wanted:
@@ -197,7 +197,7 @@ class SentenceTransformerEncoder:
     def _forward(self, features: dict[str, Any]) -> dict[str, Any]:
         """What the library's forward pass adds to token ids and their mask."""
         if self._openvino is None:
-            return self._model(features)  # type: ignore[no-any-return]
+            return self._model(features)
         features["token_embeddings"] = self._openvino(features["input_ids"], features["attention_mask"])
         for module in list(self._model)[1:]:
             features = module(features)
