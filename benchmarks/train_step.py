@@ -285,8 +285,27 @@ def batch_of(ids: Tensor, config: BaseLCMConfig, device: torch.device) -> Batch:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def bare(model: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.device, compiled: bool = False) -> Step:
-    """A step of the model: loss, gradients, AdamW over fp32 weights."""
+def bare(
+    model: nn.Module,
+    batch: Batch,
+    dtype: torch.dtype,
+    device: torch.device,
+    compiled: bool = False,
+    wrap: Callable[[nn.Module], nn.Module] | None = None,
+) -> Step:
+    """A step of the model: loss, gradients, AdamW over fp32 weights.
+
+    Args:
+        model: To train.
+        batch: The data of every step.
+        dtype: Of weights, activations and gradients.
+        device: Where it is trained.
+        compiled: Whether its layers are compiled.
+        wrap: Makes what is called instead of the model, such as torch's DistributedDataParallel.
+
+    Returns:
+        The step.
+    """
     model = model.to(device, dtype).train()
     if compiled:
         for layer in model.layers:
@@ -302,9 +321,10 @@ def bare(model: nn.Module, batch: Batch, dtype: torch.dtype, device: torch.devic
     mask = target_mask(batch.ids.to(device))
     share = 1 / int(mask.sum())
     dropout = {"dropout_keys": torch.arange(len(batch.ids), device=device)} if isinstance(model, BaseLCM) else {}
+    called = model if wrap is None else wrap(model)
 
     def step() -> None:
-        predictions = model(batch.concepts, batch.layout, **dropout)
+        predictions = called(batch.concepts, batch.layout, **dropout)
         (squared_error(predictions, batch.concepts[:, 1:].float(), mask) * share).backward()
         if masters is not parameters:
             for master, parameter in zip(masters, parameters, strict=True):

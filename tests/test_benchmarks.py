@@ -32,6 +32,7 @@ RUNS = {
     "mixing": ["--documents 20000 --shards 100 --topics 100 --rows 4"],
     "prepare": ["--config {folder}/prepare.yaml --repeats 1"],
     "quantization": ["{dataset} --concepts 500"],
+    "ranks": ["--layers 1 --rows 2 --row-length 8 --steps 1 --repeats 1 --stages 1"],
     "retrieval": [
         "--targets 50 --candidates 3000 --repeats 1",
         "--evaluation --training 20000 --targets 500 --embed-dim 16 --folder {folder}",
@@ -60,6 +61,7 @@ SHOWN = {
     "mixing": ["| lcm-ds |", "webdataset, buffer of 1000"],
     "prepare": ["lcm-ds prepare, all of it", "encoder busy", "MiB for"],
     "quantization": ["cosine", "bytes a concept"],
+    "ranks": ["| DDP of torch, 2 ranks |", "| lcm-ds, ZeRO-1, 1 rank of 2 threads |", "| lcm-ds, ZeRO-1, 2 ranks |"],
     "retrieval": ["| fp64 |", "| count_nearer |", "memory, MiB |", "| 2,000 |", "| 20,000 |"],
     "sentences": ["splitter: spacy", "splitter: icu", "splitter: none", "ICU's rules alone"],
     "train_step": [
