@@ -94,9 +94,12 @@ def test_every_error_is_that_on_the_held_out_documents_of_what_is_fitted_to_the_
     of_zero = targets.truth.square().mean().item()  # products in fp32 err by 1e-7 of it
     assert fitted["ridge from last and mean"].held_out_mse == pytest.approx(min(errors), abs=3e-7 * of_zero)
     # What is used is fitted to all of them.
+    weights_without_held_out = separate.solve(PENALTIES[errors.index(min(errors))])
     separate.add(both[chooses], truth)
     full = separate.solve(PENALTIES[errors.index(min(errors))])
-    assert torch.allclose(fitted["ridge from last and mean"].weights, full, atol=1e-9)
+    found = fitted["ridge from last and mean"].weights
+    off = (found - full).abs().max().item()  # products in fp32, of values up to 4, summed in another order
+    assert off < 1e-5 < (found - weights_without_held_out).abs().max().item()
 
 
 def test_without_documents_to_hold_out_the_data_that_is_fitted_chooses():
