@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: install quickstart test test-slow test-all test-multinode test-newest gpu check docs format clean
+.PHONY: install quickstart test test-slow test-all test-multinode test-newest gpu bench check docs format clean
 
 install: $(INSTALLED)
 
@@ -56,6 +56,20 @@ test-newest:
 # one everything runs on the CPU, with small sizes.
 gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu/run.py
+
+# The tables of benchmarks/RESULTS.md that two CPU cores can make, each beside its peers, in a quarter of an hour. Nothing
+# else should run.
+bench: $(INSTALLED)
+	@set -e; for call in \
+		"loader.py --seconds 0.5 --concepts 200000" \
+		"mixing.py --documents 200000 --rows 64" \
+		"train_step.py --steps 5 --ways plain Base-LCM Llama design" \
+		"ranks.py --steps 6 --repeats 1" \
+		"encode.py --repeats 2" \
+		"retrieval.py --repeats 1" \
+		"checkpoint.py --stages 1" \
+		"generate.py --repeats 1 --rounds 1"; \
+	do echo "## benchmarks/$$call"; $(BIN)/python benchmarks/$$call; echo; done
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -193,6 +193,7 @@ class Experiment:
             *(f"data.{key}={place}" for key, place in places.items()),
             *point.changes,
             f"run_dir={folder}",
+            f"batch.micro_batch_rows={load(TrainConfig, CONFIGS / 'train.yaml').batch.rows_per_step // self.processes}",
             f"seed={seed}",
             f"optim.lr={rate}",
             f"steps={steps}",
@@ -337,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="POINT|PART", help="these points; parts: data size paper storage")
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="sizes of sets and runs; default: 1")
     parser.add_argument("--steps", type=int, metavar="N", help="steps of a run, at most: to try everything out")
-    parser.add_argument("--processes", type=int, default=2, metavar="N", help="ranks of a run; default: 2")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="ranks of a run; default: 1")
     parser.add_argument("--list", action="store_true", help="print the points with their state and exit")
     parser.add_argument("--report", action="store_true", help="print docs/results.md of the points that are done")
     options = parser.parse_args(arguments)

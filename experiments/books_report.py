@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from datetime import date
@@ -78,7 +79,7 @@ def _head(experiment: Experiment) -> str:
 What a Base-LCM learns from 346 public-domain books, encoded with all-MiniLM-L6-v2 (384 dimensions), beside the best
 of simpler predictors, by data and by size. This page is the output of experiments/books.py.{scale}
 
-{date.today()}, {platform.machine()} with {experiment.processes} CPU ranks, {", ".join(versions)}.
+{date.today()}, {platform.machine()} with {os.cpu_count()} CPU cores and {experiment.processes} rank{"s" if experiment.processes > 1 else ""} a run, {", ".join(versions)}.
 
 ```bash
 # needs the corpus, and hours of two cores: `--list` prints how many
@@ -153,8 +154,8 @@ def _curves(experiment: Experiment, done: dict[str, Any]) -> str:
     text = "## Data and size\n\nAll on the same targets of the validation books; intervals are drawn from books.\n"
     for part, title, axis in (("data", "More data", "training concepts"), ("size", "Larger models", "parameters")):
         names = [name for name in done if experiment.table.points[name].part == part]
-        if part == "size" and "data-all" in done:
-            names.insert(1, "data-all")
+        if part == "size" and "data-1200k" in done:
+            names.insert(1, "data-1200k")
         if not names:
             continue
         rows = "\n".join(_row(experiment, name, done[name]) for name in names)
