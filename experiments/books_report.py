@@ -73,13 +73,15 @@ def page(experiment: Experiment) -> str:
 
 def _head(experiment: Experiment) -> str:
     versions = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in LIBRARIES)]
+    ranks = "one rank" if experiment.processes == 1 else f"{experiment.processes} ranks"
     scale = "" if experiment.scale == 1 else f" At a scale of {experiment.scale:g}: these are no results."
     return f"""# Results
 
 What a Base-LCM learns from 346 public-domain books, encoded with all-MiniLM-L6-v2 (384 dimensions), beside the best
 of simpler predictors, by data and by size. This page is the output of experiments/books.py.{scale}
 
-{date.today()}, {platform.machine()} with {os.cpu_count()} CPU cores and {experiment.processes} rank{"s" if experiment.processes > 1 else ""} a run, {", ".join(versions)}.
+{date.today()}, {platform.machine()} with {os.cpu_count()} CPU cores, {ranks} a run,
+{", ".join(versions)}.
 
 ```bash
 # needs the corpus, and hours of two cores: `--list` prints how many

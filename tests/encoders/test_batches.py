@@ -128,7 +128,7 @@ def test_attention_is_fused_and_without_a_mask_where_nothing_is_padded(tiny_sona
 def test_a_model_with_a_prompt_of_its_own_gives_what_its_library_gives(tmp_path: Path, sentences: list[str]) -> None:
     from sentence_transformers import SentenceTransformer
 
-    plain = minilm(dtype="float32")
+    plain = minilm(dtype="float32", backend="torch")
     model = plain._model
     model.prompts, model.default_prompt_name = {"document": "passage: "}, "document"
     model.save(str(tmp_path / "prompted"))

@@ -42,7 +42,7 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("texts", [PADDED, ["It rains."] * 3])
 @pytest.mark.parametrize("kind", ["minilm", "sonar"])
 def test_starting_a_batch_waits_for_nothing(tiny_sonar: tuple[Path, Path], kind: str, texts: list[str]) -> None:
-    encoder: Any = minilm() if kind == "minilm" else sonar(tiny_sonar)
+    encoder: Any = minilm(backend="torch") if kind == "minilm" else sonar(tiny_sonar)
     (batch,) = encoder.tokenize(texts)
     assert ("lengths" in batch.inputs) == (texts is PADDED)
     with Operators() as operators:
@@ -62,7 +62,7 @@ def test_starting_a_batch_waits_for_nothing(tiny_sonar: tuple[Path, Path], kind:
 
 @pytest.mark.slow
 def test_a_model_of_sentence_transformers_gives_the_bytes_of_its_library_with_and_without_padding() -> None:
-    encoder, plain = minilm(dtype="float32"), minilm(dtype="float32")
+    encoder, plain = (minilm(dtype="float32", backend="torch") for _ in range(2))
     plain._model[0]._forward_pre_hooks.clear()  # its mask is that of the library then
     for texts in (PADDED, ["It rains."] * 3):
         assert np.array_equal(encoder.encode(texts), plain.encode(texts))
@@ -78,9 +78,9 @@ def test_a_model_that_does_not_take_the_mask_of_pairs_keeps_its_own(monkeypatch:
         assert attention_mask.dim() == 2
         return forward(self, *args, attention_mask=attention_mask, **kwargs)
 
-    expected = minilm(dtype="float32").encode(PADDED)
+    expected = minilm(dtype="float32", backend="torch").encode(PADDED)
     monkeypatch.setattr(BertModel, "forward", strict)
-    encoder = minilm(dtype="float32")
+    encoder = minilm(dtype="float32", backend="torch")
     assert not encoder._model[0]._forward_pre_hooks
     assert np.array_equal(encoder.encode(PADDED), expected)
 
@@ -250,7 +250,7 @@ def library(encoder: Any, tiny_sonar: tuple[Path, Path]) -> Any:
 
 @pytest.mark.parametrize("kind", ["minilm", "sonar"])
 def test_token_ids_are_those_of_the_library_also_after_pickling(tiny_sonar: tuple[Path, Path], kind: str) -> None:
-    encoder: Any = minilm() if kind == "minilm" else sonar(tiny_sonar, language="deu_Latn")
+    encoder: Any = minilm(backend="torch") if kind == "minilm" else sonar(tiny_sonar, language="deu_Latn")
     texts = [*ODD, *PADDED, "It rains. " * 300]
     expected = library(encoder, tiny_sonar)(texts, truncation=True, max_length=encoder.max_tokens)["input_ids"]
     encoder.encode(PADDED)
