@@ -98,7 +98,7 @@ class SentenceTransformerEncoder:
             self._attend_without_waiting(transformer)
 
     def _by_openvino(self, transformer: Any) -> OpenVINOTransformer | None:
-        """The transformer as OpenVINO computes it; None if torch does. Raises InputError if the config names openvino."""
+        """The transformer as OpenVINO computes it; None if torch does. Raises InputError if it cannot but has to."""
         wanted = self.config.backend == "openvino"
         if self.device.type != "cpu" and wanted:
             raise InputError(f"encoder.backend: openvino is for CPUs, not for {self.device}")
