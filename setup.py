@@ -11,7 +11,8 @@ WANDB, MLFLOW = ["wandb>=0.19"], ["mlflow-skinny>=3"]
 PROMETHEUS = ["prometheus_client>=0.20"]
 # 1.1 is the last for Python 3.10.
 ICU = ["icu4py>=1.1,<2"]
-OPENVINO = ["openvino>=2026.0"]
+# Below 2027: what converts a model of torch is none of its public functions.
+OPENVINO = ["openvino>=2026.0,<2027"]
 # Engines on which data is prepared.
 RAY, DATATROVE = ["ray>=2.60,<3"], ["datatrove>=0.10,<1"]
 # The first version made for torch 2.11. Pure Python as far as training uses it, without dependencies of its own.

@@ -185,7 +185,7 @@ def ways_of(
     if not (gpu or tokenizer) and openvino_is_installed():
         kinds += [(best, "openvino")]
     for dtype, kind in [*kinds, (best, "compiled")]:
-        name = f"device only, {dtype}{', ' * bool(kind)}{kind}"
+        name = ", ".join(filter(None, ("device only", dtype, kind)))
         if any(part in name for part in wanted) and (arguments.ways or kind != "compiled"):
             fast = encoder(dtype, kind)
             batches = fast.tokenize(unit)

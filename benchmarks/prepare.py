@@ -71,7 +71,7 @@ def main() -> None:
 
 def plain_speed(config: PrepareConfig) -> float:
     """Sentences per second of plain encoding, on the first sentences of the source."""
-    encoder = load_encoder(EncoderConfig(**{**config.encoder.model_dump(), "dtype": "float32"}))
+    encoder = load_encoder(EncoderConfig(**{**config.encoder.model_dump(), "dtype": "float32", "backend": "torch"}))
     splitter = Splitter(SentencesConfig(**config.sentences.model_dump()))
     documents = open_source(config.source, config.sentences.language).documents()
     every = (sentence for document in documents for sentence in splitter.split(document.text))

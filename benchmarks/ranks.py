@@ -1,4 +1,4 @@
-"""Steps of two CPU ranks of a thread each: ZeRO 0 to 3 and torch's DDP, against one rank of two threads.
+"""Steps of two CPU ranks of a thread each: ZeRO 1 to 3 and torch's DDP, against one rank of two threads.
 
 python benchmarks/ranks.py [--stages 1 2 3] [--rows 16] [--row-length 128] [--steps 10] [--repeats 2]
 
@@ -40,13 +40,14 @@ WARM_UP = 3
 def main() -> None:
     """Measure all ways in turn; print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--stages", type=int, nargs="+", choices=(1, 2, 3), default=[1, 2, 3])
     parser.add_argument("--rows", type=int, default=16, help="of a step, of all ranks")
     parser.add_argument("--row-length", type=int, default=128)
     parser.add_argument("--layers", type=int, default=SMALL["num_hidden_layers"])
     parser.add_argument("--steps", type=int, default=10, help="measured steps of each run, after three for warm-up")
     parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])  # of this process and all that it starts
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
         write_dataset(data, 50_000, SMALL["embed_dim"], 100, arguments.row_length)

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,9 +38,10 @@ from lcm_ds.data.quantization import Quantization
 from lcm_ds.data.shard import Shard, open_shard
 from lcm_ds.data.writer import Document, ShardWriter
 from lcm_ds.errors import InputError
-from lcm_ds.files import write_whole
+from lcm_ds.files import read_object, write_whole
 
 CONFIG = Path(__file__).parents[1] / "configs/experiments/books/prepare.yaml"
+ENCODINGS = "encodings.json"
 CHOOSING, VALIDATION = "choosing", "validation"
 SHARD_CONCEPTS = 20_000
 SAME_CHARACTERS = 40  # shorter sentences ("Yes.") occur in many books
@@ -107,9 +109,22 @@ class Corpus:
         listed = "source.paths=" + json.dumps([os.path.abspath(path) for path in paths])
         command = [sys.executable, "-m", "lcm_ds.cli", "prepare", str(CONFIG), listed, f"output={out}", *overrides]
         print(f"{out}: preparing", flush=True)
+        fresh, started = not out.exists(), time.monotonic()
         done = subprocess.run(command, stdout=sys.stderr)
         if done.returncode:
             raise InputError(f"{out}: the preparation has failed")
+        infos = [open_dataset(path.parent).info for path in out.glob(f"*/{DATASET}")]
+        taken = {
+            "sentences": sum(info.totals.concepts - info.totals.documents for info in infos),
+            "dtype": infos[0].encoder["dtype"],
+            "seconds": time.monotonic() - started,
+        }
+        if fresh:
+            write_whole(self.output / ENCODINGS, json.dumps(self.encodings() | {out.name: taken}, indent=1) + "\n")
+
+    def encodings(self) -> dict[str, Any]:
+        """Of each preparation that was not interrupted: sentences, dtype, and seconds of the call."""
+        return read_object(self.output / ENCODINGS, default={})
 
     def _make(self, variant: str, name: str) -> None:
         shutil.rmtree(self.folder(variant, name), ignore_errors=True)

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from books_data import CHOOSING, VALIDATION
+from books_data import CHOOSING, CONFIG, VALIDATION
 
+from lcm_ds.config import TrainConfig, load
+from lcm_ds.devices import gpu_named
 from lcm_ds.evaluate.compare import concepts_and_seconds
 from lcm_ds.files import read_object
+from lcm_ds.model.flops import training_flops
+from lcm_ds.model.sizes import resolve_sizes
 
 if TYPE_CHECKING:
     from books import Experiment
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 MODEL = "Base-LCM"
 DRAWS = 2000  # of a power law's uncertainty
 EXPONENTS = np.linspace(0.02, 2.0, 199)
+GPU, GPU_MFU = gpu_named("h100"), 0.4
 LIBRARIES = ("torch", "deepspeed", "numpy", "sentence-transformers")
 
 
@@ -77,10 +82,11 @@ def _head(experiment: Experiment) -> str:
     scale = "" if experiment.scale == 1 else f" At a scale of {experiment.scale:g}: these are no results."
     return f"""# Results
 
-What a Base-LCM learns from 346 public-domain books, encoded with all-MiniLM-L6-v2 (384 dimensions), beside the best
-of simpler predictors, by data and by size. This page is the output of experiments/books.py.{scale}
+What a Base-LCM learns from up to 1.2 million sentences of 346 public-domain books, encoded with all-MiniLM-L6-v2 (384
+dimensions), beside the best of simpler predictors, by data and by size. This page is the output of
+experiments/books.py.{scale}
 
-{date.today()}, {platform.machine()} with {os.cpu_count()} CPU cores, {ranks} a run,
+{date.today()}, {platform.machine()} with {len(os.sched_getaffinity(0))} CPU cores, {ranks} a run,
 {", ".join(versions)}.
 
 ```bash
@@ -288,19 +294,29 @@ Trained on concepts that were encoded or stored with fewer bits, validated on th
 
 
 def _cost(experiment: Experiment, done: dict[str, Any]) -> str:
+    """What encoding, training and evaluating took here, and what training would take on a GPU by its FLOPs."""
     rows = []
     for name, state in done.items():
         found = read_object(Path(state["runs"][0]["evaluation"]))
         concepts, seconds = concepts_and_seconds(Path(state["runs"][0]["run"]), found["step"])
-        per_million = seconds / concepts * 1e6
-        evaluating = found["seconds"] / found["targets"] * 1e6
+        config = load(TrainConfig, CONFIG.with_name("train.yaml"), experiment.table.points[name].changes)
+        flops = training_flops(resolve_sizes(config.model), 10**6, 10**6 * config.data.max_segment // 2)
         rows.append(
-            f"| {name} | {concepts:,} | {seconds:,.0f} | {per_million:,.0f} | {evaluating:,.0f} | "
-            f"{state['seconds'] / 3600:.2f} |"
+            f"| {name} | {concepts:,} | {seconds:,.0f} | {seconds / concepts * 1e6:,.0f} | "
+            f"{flops / (GPU_MFU * GPU.tflops * 1e12):.2f} | {found['seconds'] / found['targets'] * 1e6:,.0f} |"
         )
+    encoded = "".join(
+        f"Encoding {each['sentences']:,} sentences in {each['dtype']} took {each['seconds']:,.0f} s, start included: "
+        f"{each['seconds'] / each['sentences'] * 1e6:,.0f} s a million.\n"
+        for each in experiment.data.encodings().values()
+    )
     return f"""## Cost
 
-| point | concepts of a run | seconds | s a million, training | s a million targets, evaluation | hours of the point |
+{encoded}
+Seconds of this machine, other work included; of evaluation, all baselines included. {GPU.part} is arithmetic: the
+model's FLOPs at {GPU_MFU:.0%} of the card's peak, which so small a model will not reach.
+
+| point | concepts of a run | s | s a million, training | {GPU.part}, s a million | s a million targets, evaluation |
 | --- | ---: | ---: | ---: | ---: | ---: |
 {chr(10).join(rows)}
 """

@@ -246,16 +246,17 @@ class EncoderConfig(Schema):
     compile: bool = False
     """Use torch.compile: minutes at the start, for long preparations on GPUs."""
     backend: Literal["torch", "openvino"] | None = None
-    """What computes the transformer; default: on CPUs openvino (an extra), if it is installed and agrees with torch."""
+    """What computes the transformer; default: openvino (an extra, faster on CPUs) if it is installed, the device is a
+    CPU and the concepts are torch's to rounding, else torch."""
     threads: int = Field(1, gt=0)
     """Threads of an encoding process on a CPU; recorded, as the last bits of concepts depend on it."""
 
     @model_validator(mode="after")
-    def _one_compiler(self) -> EncoderConfig:
+    def _backend_fits(self) -> EncoderConfig:
         if self.backend == "openvino" and self.name != "sentence-transformers":
             raise ValueError(f"backend openvino is for sentence-transformers, not for {self.name}")
         if self.backend == "openvino" and self.compile:
-            raise ValueError("compile is of the backend torch; openvino compiles anyhow: leave one out")
+            raise ValueError("compile is for the backend torch: leave compile or backend out")
         return self
 
 

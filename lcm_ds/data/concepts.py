@@ -26,6 +26,7 @@ def same_space(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def encoder_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """What differs between two encoders of the same space, for messages; empty if nothing does."""
+    one, other = ({"backend": "torch", **each} for each in (one, other))
     keys = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
     return ", ".join(f"{key} {one.get(key)} and {other.get(key)}" for key in keys)
 

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, get_args
 from lcm_ds.config import EncoderConfig, validate
 from lcm_ds.encoders.base import Encoder
 from lcm_ds.encoders.load import load_encoder
-from lcm_ds.encoders.openvino import openvino_is_installed
 from lcm_ds.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,8 +39,8 @@ def encoder_config(
             f"{origin}: encoder.name: {described.get('name')!r} cannot encode a prompt (known here: {', '.join(kinds)})"
         )
     keys = {key: value for key, value in described.items() if key in EncoderConfig.model_fields and value is not None}
-    if "backend" not in keys or not openvino_is_installed() or (device or "cpu") != "cpu":
-        keys["backend"] = "torch"  # which computes the same, to rounding
+    # What computed the concepts is preferred, but not required: torch computes the same, to rounding.
+    keys["backend"] = None if described.get("backend") == "openvino" else "torch"
     changes = {"device": device, "language": language}
     keys |= {key: value for key, value in changes.items() if value is not None}
     return validate(EncoderConfig, keys, f"{origin}: encoder")

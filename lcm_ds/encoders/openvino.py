@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcm_ds.errors import InputError
+from lcm_ds.errors import InputError, first_line
+from lcm_ds.terminal import silence_transformers
 
-_PRECISION = {torch.float32: "f32", torch.bfloat16: "bf16"}
-_CAPABILITY = {torch.float32: "FP32", torch.bfloat16: "BF16"}
+# dtype → OpenVINO's names of the precision and of the CPU's capability
+_NAMES = {torch.float32: ("f32", "FP32"), torch.bfloat16: ("bf16", "BF16")}
 
 
 def openvino_is_installed() -> bool:
@@ -29,7 +30,8 @@ class OpenVINOTransformer:
         dtype: Of the matrix products: float32 or bfloat16.
 
     Raises:
-        InputError: OpenVINO is not installed, or does not compute in this type on this CPU.
+        InputError: OpenVINO is not installed, or does not compute in this type on this CPU; the weights are not in
+            float32.
     """
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -38,23 +40,27 @@ class OpenVINOTransformer:
         try:
             import openvino
             from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
-        except ImportError:
-            raise InputError("encoder.backend: openvino needs: pip install 'lcm-ds[openvino]'") from None
+        except ImportError as error:
+            reason = f" ({first_line(error)})" if openvino_is_installed() else ""
+            raise InputError(f"encoder.backend: openvino needs: pip install 'lcm-ds[openvino]'{reason}") from None
         core = openvino.Core()
-        native = ("FP32", *core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
-        name = str(dtype).removeprefix("torch.")
-        if _CAPABILITY.get(dtype) not in native:  # it would compute in float32, without a word
+        precision, capability = _NAMES.get(dtype, ("", ""))
+        if capability not in ("FP32", *core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")):
+            # It would compute in float32, without a word.
+            name = str(dtype).removeprefix("torch.")
             raise InputError(f"encoder.dtype: openvino does not compute in {name} on this CPU")
+        if any(each.dtype != torch.float32 for each in model.parameters()):
+            raise InputError("encoder.backend: openvino converts weights in float32, the model's are not: use torch")
         ids = torch.ones(2, 8, dtype=torch.long)
         mask = torch.ones_like(ids)
         mask[0, -1] = 0  # padding, or the trace would hold only what is done without
         frontend = openvino.frontend.FrontEndManager().load_by_framework("pytorch")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), silence_transformers():
             warnings.simplefilter("ignore")  # of the trace: what depends on the example is found by comparing
             traced = TorchScriptPythonDecoder(_HiddenStates(model), example_input=(ids, mask))
         # Not pinned: on one machine several processes encode, and each would be pinned to the first cores.
         settings = {
-            "INFERENCE_PRECISION_HINT": _PRECISION[dtype],
+            "INFERENCE_PRECISION_HINT": precision,
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "NUM_STREAMS": 1,
             "ENABLE_CPU_PINNING": False,

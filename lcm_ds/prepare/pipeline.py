@@ -1,10 +1,10 @@
 """Text → dataset: documents, sentences, concepts, shards, and at the end the normaliser and dataset.json.
 
 A unit is a range of about `documents_per_shard` documents of the source. Its shards, one in train/ and one in
-validation/, are a function of the unit, the config (with `encoder.threads`) and the kind of device. Any number of
-processes make the units, each of them the next one that is free; rank 0 commits them with a line of units.jsonl. So a
-preparation that was killed resumes after the units that are done, and on the same kind of device ends with the same
-bytes as one that was not.
+validation/, are a function of the unit, the config (with `encoder.threads`), the encoder's backend and the kind of
+device. Any number of processes make the units, each of them the next one that is free; rank 0 commits them with a line
+of units.jsonl. So a preparation that was killed resumes after the units that are done, and on the same kind of device
+ends with the same bytes as one that was not.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class _RankZero:
         left = "documents" if work.total is None else f"{work.total - given:,} documents"
         verb = "encoding" if work.threads is not None else "adopting"
         count = work.processes
-        by = " by OpenVINO" if work.encoder().get("backend") == "openvino" else ""
+        by = " by OpenVINO" if work.threads is not None and work.encoder().get("backend") == "openvino" else ""
         print(
             f"{verb}{by}: {left} in {count} process{'es' if count > 1 else ''}, after a start-up of {seconds:.0f} s",
             flush=True,

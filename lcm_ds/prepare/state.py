@@ -19,7 +19,7 @@ import yaml
 from lcm_ds.config import PrepareConfig
 from lcm_ds.data.format import DATASET, SHARDS, SPLITS, read_shards, record_path
 from lcm_ds.errors import InputError
-from lcm_ds.files import lock, write_whole
+from lcm_ds.files import lock, read_object, write_whole
 
 CONFIG, PARTS, SOURCE, QUANTIZATION = "prepare.yaml", "parts.json", "source.json", "quantization.json"
 UNITS, IDS, LOCK, REPORTS = "units.jsonl", "ids", "prepare.lock", "reports"
@@ -72,10 +72,19 @@ def is_finished(out: Path, config: PrepareConfig) -> bool:
         if out.exists() and any(path.name not in harmless for path in out.iterdir()):
             raise InputError(f"{out}: output: is not empty and holds no {CONFIG}; choose a new folder")
         return False
-    check_same(out, yaml.safe_load((out / CONFIG).read_text(encoding="utf-8")), config.model_dump(mode="json"))
+    before, now = yaml.safe_load((out / CONFIG).read_text(encoding="utf-8")), config.model_dump(mode="json")
+    for each in (before, now):
+        if each.get("encoder"):
+            each["encoder"]["backend"] = each["encoder"].get("backend") or backend_of(out)
+    check_same(out, before, now)
     if not (out / "train" / DATASET).exists():
         return False
     return (out / "validation" / DATASET).exists() or not any(u.kept["validation"] for u in read_units(out))
+
+
+def backend_of(out: Path) -> str | None:
+    """The `encoder.backend` that a dataset was started with; None for a new one."""
+    return read_object(out / PARTS)["encoder"].get("backend", "torch") if (out / PARTS).exists() else None
 
 
 def check_parts(out: Path, parts: dict[str, Any]) -> None:

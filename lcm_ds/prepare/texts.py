@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from lcm_ds.prepare import disk_space
 from lcm_ds.prepare.coordinator import Coordinator
 from lcm_ds.prepare.encode import WorkerContext, encode_units, storable
 from lcm_ds.prepare.readers import Reader, Readers, WorkUnit, open_reader
-from lcm_ds.prepare.state import UnitResult
+from lcm_ds.prepare.state import UnitResult, backend_of
 from lcm_ds.text.base import Source
 from lcm_ds.text.open import open_source
 
@@ -158,9 +159,11 @@ class TextWork(Texts):
 
 
 def load_for_rank(config: PrepareConfig, env: DistEnv) -> Encoder:
-    """This rank's encoder, on its own device."""
+    """This rank's encoder, on its own device, by the backend that the dataset was started with."""
     encoder = config.encoder
     assert encoder is not None
+    if encoder.backend is None:
+        encoder = encoder.model_copy(update={"backend": backend_of(Path(config.output))})
     if encoder.device is None and torch.cuda.is_available():
         device = f"cuda:{env.device_index(torch.cuda.device_count())}"
         encoder = encoder.model_copy(update={"device": device})

@@ -29,7 +29,7 @@ def sentences() -> list[str]:
 def worst_cosine(sentences: list[str], name: str, model: str, dtype: str, device: str) -> float:
     """The smallest cosine of a sentence's concept to the one in fp32 on the CPU."""
     exact, half = (
-        load_encoder(EncoderConfig(name=name, model=model, dtype=kind, device=place)).encode(sentences)  # type: ignore[arg-type,call-arg]
+        load_encoder(EncoderConfig(name=name, model=model, dtype=kind, device=place, backend="torch")).encode(sentences)  # type: ignore[arg-type,call-arg]
         for kind, place in (("float32", "cpu"), (dtype, device))
     )
     exact, half = exact.astype(np.float64), half.astype(np.float64)

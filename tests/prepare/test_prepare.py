@@ -23,11 +23,14 @@ from runs import SUPPORT
 from lcm_ds.config import PrepareConfig
 from lcm_ds.data.format import open_dataset, read_normalizer, read_shards
 from lcm_ds.data.shard import open_shard
+from lcm_ds.distributed.environment import detect_environment
+from lcm_ds.encoders import sentence_transformer
 from lcm_ds.errors import InputError
 from lcm_ds.files import sha256_of
 from lcm_ds.prepare import pipeline
 from lcm_ds.prepare.pipeline import prepare
 from lcm_ds.prepare.state import split_of
+from lcm_ds.prepare.texts import load_for_rank
 
 DOCUMENTS = 60
 SCRIPT = SUPPORT / "preparing.py"
@@ -255,6 +258,35 @@ def test_another_config_is_refused_naming_what_differs(make_config):
         prepare(make_config(**changes), HashEncoder())
     named = [line.split(": ")[1] for line in caught.value.errors]
     assert named == ["encoder.threads", "sentences.max_characters", "validation"]
+
+
+@pytest.mark.slow
+def test_openvino_gives_the_same_bytes_by_any_processes_and_a_dataset_keeps_the_backend_it_was_started_with(
+    make_config, tmp_path, capfd, monkeypatch
+):
+    pytest.importorskip("openvino")
+    for processes in (1, 2):
+        prepare(make_config(output=str(tmp_path / f"by-{processes}"), processes=processes))
+        printed = capfd.readouterr()
+        assert f"encoding by OpenVINO: {DOCUMENTS} documents" in printed.out
+        assert printed.err == ""
+    one, two = (open_dataset(tmp_path / f"by-{processes}/train") for processes in (1, 2))
+    assert one.info.encoder["backend"] == "openvino"
+    assert one.shards == two.shards
+
+    monkeypatch.setattr(sentence_transformer, "openvino_is_installed", lambda: False)
+    begun = make_config(processes=1)
+    prepare(begun)
+    monkeypatch.undo()
+    alone = detect_environment({})
+    assert "backend" not in load_for_rank(begun, alone).describe()
+    assert load_for_rank(make_config(output=str(tmp_path / "new")), alone).describe()["backend"] == "openvino"
+    named = begun.encoder.model_dump()
+    for same in (begun, make_config(encoder=named | {"backend": "torch"})):
+        prepare(same)
+        assert "already prepared" in capfd.readouterr().out
+    with pytest.raises(InputError, match=r"encoder\.backend: was 'torch' when this dataset .* is now 'openvino'"):
+        prepare(make_config(encoder=named | {"backend": "openvino"}))
 
 
 @pytest.mark.parametrize("threads", [1, 3])

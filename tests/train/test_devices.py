@@ -133,15 +133,13 @@ def test_deepspeed_takes_its_device_from_nothing_else():
 
 
 @pytest.mark.parametrize(("devices", "expected"), [(1, 0), (8, 5)])
-def test_so_do_preparing_and_evaluating(devices, expected, on_gpus, monkeypatch):
+def test_so_do_preparing_and_evaluating(devices, expected, on_gpus, monkeypatch, tmp_path):
     on_gpus(devices)
     place = DistEnv(5, 8, 5, 8, "127.0.0.1", 29500)
     assert Ranks(place).device == torch.device("cuda", expected)
     monkeypatch.setattr(texts, "load_encoder", lambda encoder: encoder.device)
-    assert (
-        texts.load_for_rank(SimpleNamespace(encoder=EncoderConfig(name="sonar", model="random")), place)
-        == f"cuda:{expected}"
-    )
+    config = SimpleNamespace(encoder=EncoderConfig(name="sonar", model="random"), output=tmp_path)
+    assert texts.load_for_rank(config, place) == f"cuda:{expected}"
     monkeypatch.setattr(collectives, "wait_for_all_ranks", lambda env, purpose: None)
     monkeypatch.setattr(collectives.dist, "init_process_group", lambda *_, **__: None)
     Ranks(place).__enter__()
