@@ -44,6 +44,7 @@ from lcm_ds.signals import STOPPED
 
 CONFIGS = Path(__file__).parents[1] / "configs/experiments/books"
 START_SECONDS, EVALUATION_SECONDS = 15, 90  # of a run and of an evaluation, for estimates
+EVERY = 10**9  # concept of the training data: baselines are fitted to all that a model is trained on
 LEAST_CONCEPTS, LEAST_STEPS = 600, 4  # of sets and runs at a small --scale
 
 
@@ -217,7 +218,7 @@ class Experiment:
         if not path.exists():
             started = time.monotonic()
             with contextlib.redirect_stdout(io.StringIO()) as printed:
-                evaluate(run, str(self.data.folder(variant, VALIDATION)), str(path), samples=1)
+                evaluate(run, str(self.data.folder(variant, VALIDATION)), str(path), samples=1, baseline_concepts=EVERY)
             write_whole(path.with_suffix(".txt"), printed.getvalue())
             print(f"{name}: {run.name}: evaluated in {time.monotonic() - started:.0f} s", flush=True)
         return {"evaluation": str(path)}

@@ -21,11 +21,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--causal-lm", metavar="HUB|FOLDER", help="language model for MI; paper: openai-community/gpt2")
     parser.add_argument("--samples", type=int, default=256, metavar="N", help="targets to decode; default: 256")
+    parser.add_argument(
+        "--baseline-concepts", type=int, default=500_000, metavar="N",
+        help="concepts of the training data, at most, to fit the ridges to; default: 500000",
+    )  # fmt: skip
 
 
 def worker(arguments: argparse.Namespace) -> list[str]:
     """The command line of one worker process of this evaluation."""
-    options = ("dataset", "step", "json", "figure", "decoder", "causal_lm", "samples")
+    options = ("dataset", "step", "json", "figure", "decoder", "causal_lm", "samples", "baseline_concepts")
     values = {option: vars(arguments)[option] for option in options}
     words = [[f"--{option.replace('_', '-')}", str(value)] for option, value in values.items() if value is not None]
     return [sys.executable, "-m", "lcm_ds.evaluate", arguments.run, *(word for pair in words for word in pair)]
@@ -51,6 +55,7 @@ def main(arguments: argparse.Namespace) -> int:
             causal_lm=arguments.causal_lm,
             decoder=arguments.decoder,
             samples=arguments.samples,
+            baseline_concepts=arguments.baseline_concepts,
             env=env,
         )
         return 0

@@ -28,7 +28,7 @@ from lcm_ds.model.normalizer import Normalizer
 Predictor = Callable[[Targets], Tensor]
 
 NEAREST = "nearest in the training data"
-LINEAR_CONCEPTS = 500_000  # concepts of the training data, at most, that linear predictors are fitted on
+LINEAR_CONCEPTS = 500_000  # concepts of the training data, at most, that linear predictors are fitted on by default
 NEIGHBOUR_CONCEPTS = 100_000  # concepts of the training data, at most, to search for neighbours
 BLOCK = 1024  # concepts that are searched at a time, and
 QUERIES = 512  # targets that are looked for at a time: the cosines stay in the processor's cache
@@ -142,6 +142,7 @@ def fit_baselines(
     weights: Sequence[WeightedPath],
     normalizer: Normalizer,
     ranks: Ranks,
+    linear_concepts: int = LINEAR_CONCEPTS,
 ) -> Baselines:
     """Fit all baselines to the training datasets; without any, only the copy is left. A collective call.
 
@@ -151,10 +152,11 @@ def fit_baselines(
         weights: of the training datasets, in their order.
         normalizer: the model's.
         ranks: all of which call this.
+        linear_concepts: of the training data, at most, that linear predictors are fitted to.
     """
     if not training:
         return Baselines({COPY: lambda targets: targets.last})
-    targets = training_targets(reader, training, weights, normalizer, LINEAR_CONCEPTS)
+    targets = training_targets(reader, training, weights, normalizer, linear_concepts)
     sums = TrainingSums.from_targets(targets, len(normalizer.center), normalizer.center.device, ranks.all_reduce)
     linear = sums.predictors()
     # Every rank keeps all neighbours: they are quick to read.

@@ -20,7 +20,7 @@ from lcm_ds.data.format import Dataset
 from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.errors import InputError
 from lcm_ds.evaluate.accumulator import BUCKETS, Accumulator, bootstrap_weights, bucket_of, interval, json_float
-from lcm_ds.evaluate.baselines import NEAREST, Predictor, fit_baselines
+from lcm_ds.evaluate.baselines import LINEAR_CONCEPTS, NEAREST, Predictor, fit_baselines
 from lcm_ds.evaluate.groups import Groups
 from lcm_ds.evaluate.languages import Languages, languages_of
 from lcm_ds.evaluate.target_sample import BottomKSampler, TargetSample, count_nearer
@@ -39,7 +39,12 @@ RETRIEVAL_TARGETS = 8192  # targets, at most, that are ranked among all concepts
 
 @torch.no_grad()
 def measure(
-    model: BaseLCM, task: EvaluationTask, ranks: Ranks, text_metrics: TextMetrics, samples: int
+    model: BaseLCM,
+    task: EvaluationTask,
+    ranks: Ranks,
+    text_metrics: TextMetrics,
+    samples: int,
+    baseline_concepts: int = LINEAR_CONCEPTS,
 ) -> dict[str, Any]:
     """Compute all metrics, the same on each rank; a collective call. lcm_ds/metrics.py defines them.
 
@@ -49,6 +54,7 @@ def measure(
         ranks: all of which call this.
         text_metrics: computes those that need text.
         samples: targets to decode for them.
+        baseline_concepts: of the training data, at most, that linear baselines are fitted to.
 
     Raises:
         InputError: if the validation dataset has no targets.
@@ -56,7 +62,7 @@ def measure(
     started = time.perf_counter()
     model.to(ranks.device)
     reader = TargetReader(task.data, ranks.rank, ranks.size)
-    baselines = fit_baselines(reader, task.training, task.weights, model.normalizer, ranks)
+    baselines = fit_baselines(reader, task.training, task.weights, model.normalizer, ranks, baseline_concepts)
     sample_size = max(RETRIEVAL_TARGETS, samples)
     groups = Groups(task.validation)
     accumulators, sample = _pass_over_targets(

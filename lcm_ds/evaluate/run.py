@@ -12,6 +12,7 @@ from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.encoders.from_dataset import decoder_name
 from lcm_ds.errors import Collector
+from lcm_ds.evaluate.baselines import LINEAR_CONCEPTS
 from lcm_ds.evaluate.compute import measure
 from lcm_ds.evaluate.report import draw_figure, print_tables
 from lcm_ds.evaluate.task import EvaluationTask, open_task
@@ -33,6 +34,7 @@ def evaluate(
     causal_lm: str | None = None,
     decoder: str | None = None,
     samples: int = SAMPLES,
+    baseline_concepts: int = LINEAR_CONCEPTS,
     env: DistEnv | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model beside its baselines and print the tables.
@@ -49,6 +51,7 @@ def evaluate(
         causal_lm: hub id or folder of a language model, for mutual information.
         decoder: hub id or folder of a decoder; default: the encoder's own, if it has one.
         samples: targets to decode for the metrics that need text.
+        baseline_concepts: of the training data, at most, that linear baselines are fitted to.
         env: this process among the others of the evaluation; rank 0 writes and prints.
 
     Returns:
@@ -64,11 +67,13 @@ def evaluate(
             errors.errors.append(problem)
     if samples < 1:
         errors.errors.append(f"--samples: {samples} is below 1")
+    if baseline_concepts < 1:
+        errors.errors.append(f"--baseline-concepts: {baseline_concepts} is below 1")
     with errors:
         source = find_model(run_dir, step)
         task = open_task(source, dataset)
     errors.raise_if_any()
-    question = _question(source, task, causal_lm, decoder, samples)
+    question = _question(source, task, causal_lm, decoder, samples, baseline_concepts)
     with Ranks(env) as ranks:
         result = ranks.from_first(_read_previous(source.path / FILE, question))
         if result is not None and not result["decoded"]:
@@ -79,7 +84,7 @@ def evaluate(
             print(f"{source.path / FILE}: already evaluated at step {source.step}")
         if result is None:
             text_metrics = load_text_metrics(task.validation, decoder, causal_lm, ranks.device).agree(ranks)
-            measured = measure(source.load(), task, ranks, text_metrics, samples)
+            measured = measure(source.load(), task, ranks, text_metrics, samples, baseline_concepts)
             result = {**question, "dataset": task.validation_path, **measured}
         if ranks.rank == 0:
             title = str(source.path) if source.step is None else f"{source.path} at step {source.step}"
@@ -93,9 +98,14 @@ def evaluate(
 
 
 def _question(
-    source: ModelSource, task: EvaluationTask, causal_lm: str | None, decoder: str | None, samples: int
+    source: ModelSource,
+    task: EvaluationTask,
+    causal_lm: str | None,
+    decoder: str | None,
+    samples: int,
+    baseline_concepts: int,
 ) -> dict[str, Any]:
-    """Everything that the metrics depend on."""
+    """Everything that the metrics depend on; arguments as of `evaluate`."""
     return {
         "format_version": VERSION,
         "step": source.step,
@@ -108,6 +118,7 @@ def _question(
         "causal_lm": _identity(causal_lm),
         "decoder": _identity(decoder or decoder_name(task.validation.info.encoder)),
         "samples": samples,
+        "baseline_concepts": baseline_concepts,
     }
 
 
