@@ -72,7 +72,13 @@ def _fit(sizes: np.ndarray, losses: np.ndarray) -> tuple[float, float, float]:
 def page(experiment: Experiment) -> str:
     """The page; figures are written to OUTPUT/figures."""
     done = {name: state for name in experiment.table.points if (state := experiment.state(name)) is not None}
-    parts = [_head(experiment), _data(experiment), _curves(experiment, done), _paper(experiment, done)]
+    parts = [
+        _head(experiment),
+        _data(experiment),
+        _curves(experiment, done),
+        _positions(done),
+        _paper(experiment, done),
+    ]
     return "\n".join([*parts, _storage(experiment, done), _cost(experiment, done), _tried(experiment, done)])
 
 
@@ -189,6 +195,29 @@ def _curves(experiment: Experiment, done: dict[str, Any]) -> str:
                 "each loss from its own interval.\n"
             )
     return text
+
+
+def _positions(done: dict[str, Any]) -> str:
+    """The error by position in the document, of each point of the curves and of its best baseline."""
+    lines, positions = [], []
+    for name in [each for each in done if each.startswith(("data-", "size-"))]:
+        found = read_object(Path(done[name]["runs"][0]["evaluation"]))
+        positions, errors = found["by_position"]["positions"], found["by_position"]["predictors"]
+        for predictor in (MODEL, found["baselines"]["best"]):
+            cells = ["–" if value is None else f"{value:.4f}" for value in errors[predictor]["mse"]]
+            lines.append(f"| {name}, {predictor} | {' | '.join(cells)} |")
+    if not lines:
+        return ""
+    bands = [f"{first}" if first == last else f"{first}–{last or ''}" for first, last in positions]
+    return f"""
+### By position
+
+MSE of the targets at these positions of their chapter; segments of 128 begin anew.
+
+| | {" | ".join(bands)} |
+| --- |{" ---: |" * len(bands)}
+{chr(10).join(lines)}
+"""
 
 
 def _size(experiment: Experiment, name: str, axis: str) -> float:
