@@ -44,7 +44,8 @@ from lcm_ds.signals import STOPPED
 
 CONFIGS = Path(__file__).parents[1] / "configs/experiments/books"
 START_SECONDS, EVALUATION_SECONDS = 15, 90  # of a run and of an evaluation, for estimates
-EVERY = 10**9  # concept of the training data: baselines are fitted to all that a model is trained on
+# Concepts of the training data to fit baselines to: all, as the model; a few where only the model's error is looked at.
+EVERY, FEW = 10**9, 10_000
 LEAST_CONCEPTS, LEAST_STEPS = 600, 4  # of sets and runs at a small --scale
 
 
@@ -125,7 +126,7 @@ class Experiment:
         for seed in range(1, self._seeds(point) + 1):
             # A run that chose is the point's own if it was as long.
             run = self._train(name, point, rate, seed)
-            runs.append({"seed": seed, "run": str(run), **self._evaluate(name, run, point)})
+            runs.append({"seed": seed, "run": str(run), **self._evaluate(name, run, point, EVERY if seed == 1 else FEW)})
         others = self._compare(name, point, runs[0]["run"])
         seconds = round(time.monotonic() - started)
         done = {"learning_rate": rate, "tried": tried, "runs": runs, "compared": others, "seconds": seconds}
@@ -209,8 +210,15 @@ class Experiment:
         steps = max(LEAST_STEPS, round(point.concepts * self.scale * share / _step_concepts(config)))
         return steps if self.most_steps is None else min(steps, self.most_steps)
 
-    def _evaluate(self, name: str, run: Path, point: Point) -> dict[str, Any]:
-        """The evaluation of a run on the validation books, in OUTPUT/evaluations."""
+    def _evaluate(self, name: str, run: Path, point: Point, baseline_concepts: int) -> dict[str, Any]:
+        """The evaluation of a run on the validation books, in OUTPUT/evaluations.
+
+        Args:
+            name: Of the point.
+            run: The run.
+            point: The point.
+            baseline_concepts: To fit baselines to.
+        """
         variant = "float32" if point.part == "storage" else point.variant
         self.data.make(variant, VALIDATION)
         path = self.output / "evaluations" / f"{name}-{run.name}.json"
