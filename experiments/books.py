@@ -126,7 +126,8 @@ class Experiment:
         for seed in range(1, self._seeds(point) + 1):
             # A run that chose is the point's own if it was as long.
             run = self._train(name, point, rate, seed)
-            runs.append({"seed": seed, "run": str(run), **self._evaluate(name, run, point, EVERY if seed == 1 else FEW)})
+            evaluation = self._evaluate(name, run, point, EVERY if seed == 1 else FEW)
+            runs.append({"seed": seed, "run": str(run), "evaluation": evaluation})
         others = self._compare(name, point, runs[0]["run"])
         seconds = round(time.monotonic() - started)
         done = {"learning_rate": rate, "tried": tried, "runs": runs, "compared": others, "seconds": seconds}
@@ -210,8 +211,8 @@ class Experiment:
         steps = max(LEAST_STEPS, round(point.concepts * self.scale * share / _step_concepts(config)))
         return steps if self.most_steps is None else min(steps, self.most_steps)
 
-    def _evaluate(self, name: str, run: Path, point: Point, baseline_concepts: int) -> dict[str, Any]:
-        """The evaluation of a run on the validation books, in OUTPUT/evaluations.
+    def _evaluate(self, name: str, run: Path, point: Point, baseline_concepts: int) -> str:
+        """Evaluate a run on the validation books, unless that is done; returns the file in OUTPUT/evaluations.
 
         Args:
             name: Of the point.
@@ -226,10 +227,11 @@ class Experiment:
         if not path.exists():
             started = time.monotonic()
             with contextlib.redirect_stdout(io.StringIO()) as printed:
-                evaluate(run, str(self.data.folder(variant, VALIDATION)), str(path), samples=1, baseline_concepts=EVERY)
+                dataset = str(self.data.folder(variant, VALIDATION))
+                evaluate(run, dataset, str(path), samples=1, baseline_concepts=baseline_concepts)
             write_whole(path.with_suffix(".txt"), printed.getvalue())
             print(f"{name}: {run.name}: evaluated in {time.monotonic() - started:.0f} s", flush=True)
-        return {"evaluation": str(path)}
+        return str(path)
 
     def _compare(self, name: str, point: Point, run: str) -> str | None:
         """The comparison with the point that this one changes, on the same targets; None if texts are cut differently.
