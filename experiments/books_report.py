@@ -74,6 +74,7 @@ def page(experiment: Experiment) -> str:
     done = {name: state for name in experiment.table.points if (state := experiment.state(name)) is not None}
     parts = [
         _head(experiment),
+        _summary(experiment, done),
         _data(experiment),
         _curves(experiment, done),
         _positions(done),
@@ -102,6 +103,24 @@ python experiments/books.py --output experiment --report > docs/results.md
 cp experiment/figures/*.png docs/images
 ```
 """
+
+
+def _summary(experiment: Experiment, done: dict[str, Any]) -> str:
+    """A line for each point of the curves: ahead of the best baseline, behind it, or neither."""
+    lines = []
+    for name in [each for each in done if each.startswith(("data-", "size-"))]:
+        found = read_object(Path(done[name]["runs"][0]["evaluation"]))
+        own, difference = found["scores"][MODEL]["normalised"], found["difference"]
+        low, high = difference["interval"] or (-np.inf, np.inf)
+        word = "ahead of" if high < 0 else "behind" if low > 0 else "not to be told from"
+        point = experiment.table.points[name]
+        concepts = experiment.data.facts()["sets"][point.set]["concepts"]
+        lines.append(
+            f"- {experiment.parameters(point) / 1e6:.0f} M parameters, {concepts:,} training concepts: {word} the best "
+            f"baseline, MSE {own['mse']:.4f}, {difference['value']:+.4f} ({_ends(difference['interval'], '+.4f')}); "
+            f"the predictions vary {own['variance_ratio']:.1%} as much as the targets"
+        )
+    return "## In short\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _data(experiment: Experiment) -> str:
