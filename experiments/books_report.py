@@ -231,7 +231,7 @@ def _positions(done: dict[str, Any]) -> str:
     return f"""
 ### By position
 
-MSE of the targets at these positions of their chapter; segments of 128 begin anew.
+MSE of the targets at these positions of their chapter. A model sees the segment of 128 concepts, not the chapter.
 
 | | {" | ".join(bands)} |
 | --- |{" ---: |" * len(bands)}
