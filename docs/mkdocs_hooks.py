@@ -56,11 +56,11 @@ def _module(path: Path) -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links to the pages of the site, and to the reference for modules; links to other files become text."""
+    """Point links and images to the files of the site, and to the reference for modules; other links become text."""
     source = SOURCES.get(page.file.src_uri, ROOT / "docs" / page.file.src_uri)
 
     def resolve(link: re.Match[str]) -> str:
-        text, target = link.groups()
+        image, text, target = link.groups()
         url = urlsplit(target)
         if url.scheme or not url.path:
             return link[0]
@@ -71,8 +71,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             uri = f"reference/{'index' if path in TOP_LEVEL else path.relative_to(PACKAGE).parts[0]}.md"
             anchor = _module(path) if path.suffix == ".py" or path.is_dir() else ""
         if files.get_file_from_path(uri) is None:
-            return text
+            return link[0] if image else text
         relative = os.path.relpath(uri, Path(page.file.src_uri).parent)
-        return f"[{text}]({relative}{'#' + anchor if anchor else ''})"
+        return f"{image}[{text}]({relative}{'#' + anchor if anchor else ''})"
 
-    return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", resolve, markdown)
+    return re.sub(r"(!?)\[([^\]]+)\]\(([^)\s]+)\)", resolve, markdown)
