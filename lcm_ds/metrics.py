@@ -130,7 +130,7 @@ LOGGED = {
                 label="copy"),  # no curve: its error is so high that the others would be one line
         _logged("val_loss_of_ridge", "`val_loss` of the ridge regression that is best on held-out training documents",
                 "loss/validation_of_ridge", label="ridge", curve="best ridge"),
-        _logged("val_cosine", "mean cosine similarity of prediction and target, normalised space",
+        _logged("val_cosine", "mean cosine similarity of prediction and target, raw space",
                 label="Cosine similarity (validation)"),
         _logged("val_l2", "mean ℓ2 distance of prediction and target, raw space"),
         _logged("val_variance_ratio", "variance of the predictions over that of the targets",

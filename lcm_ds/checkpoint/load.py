@@ -196,7 +196,7 @@ def _shape(state: dict[str, Any]) -> str:
 
 
 def changes(checkpoint: Checkpoint, run_dir: Path, now: dict[str, Any]) -> str | None:
-    """Config and DeepSpeed settings that changed since a checkpoint was saved, as one line; None if none did.
+    """Config and DeepSpeed settings that changed since a checkpoint was saved, as a table; None if none did.
 
     Args:
         checkpoint: The run resumes from it.
@@ -212,12 +212,14 @@ def changes(checkpoint: Checkpoint, run_dir: Path, now: dict[str, Any]) -> str |
         except (OSError, ValueError, yaml.YAMLError):
             return None
     config = {key: now["config"][key] for key in now["config"] if key not in ("run_dir", "deepspeed")}
-    lines = [
+    changed = [
         *_differences("", _common(then["config"], config), _common(config, then["config"])),
         *_differences("deepspeed", *(deepspeed_config.without_owned(state["deepspeed"]) for state in (then, now))),
         *_differences("ranks", then["world_size"], now["world_size"]),
     ]
-    return f"changed since step {checkpoint.step}: {', '.join(lines)}" if lines else None
+    width = max((len(key) for key, _ in changed), default=0)
+    lines = "".join(f"\n  {key:{width}}  {how}" for key, how in changed)
+    return f"changed since step {checkpoint.step}:{lines}" if lines else None
 
 
 def _common(mapping: Any, other: Any) -> Any:
@@ -227,12 +229,12 @@ def _common(mapping: Any, other: Any) -> Any:
     return {key: _common(value, other[key]) for key, value in mapping.items() if key in other}
 
 
-def _differences(name: str, then: Any, now: Any) -> Iterator[str]:
+def _differences(name: str, then: Any, now: Any) -> Iterator[tuple[str, str]]:
     if isinstance(then, dict) and isinstance(now, dict):
         for key in {**then, **now}:
             yield from _differences(f"{name}.{key}".lstrip("."), then.get(key), now.get(key))
     elif then != now:
-        yield f"{name} {_as_yaml(then)} → {_as_yaml(now)}"
+        yield name, f"{_as_yaml(then)} → {_as_yaml(now)}"
 
 
 def _as_yaml(value: Any) -> str:

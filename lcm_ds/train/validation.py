@@ -126,8 +126,9 @@ class _ValidationSums:
         truth = targets.truth
         errors = metrics.squared_error(predicted, truth).double()
         self.totals[0] += errors.sum()
-        self.totals[1] += metrics.cosine(predicted, truth).sum()
-        self.totals[2] += metrics.l2(*map(self.normalizer.denormalize, (predicted, truth))).sum()
+        raw = tuple(map(self.normalizer.denormalize, (predicted, truth)))
+        self.totals[1] += metrics.cosine(*raw).sum()
+        self.totals[2] += metrics.l2(*raw).sum()
         self.totals[3] += metrics.squared_error(targets.last, truth).sum()
         self.totals[4] += metrics.squared_error(of_ridge, truth).sum()
         self.totals[5] += len(truth)

@@ -267,7 +267,7 @@ def test_another_layout_of_the_files_is_converted_or_refused(tmp_path, then, now
     assert not resume.needs_conversion(older, states[1])
 
 
-def test_config_changes_since_the_checkpoint_are_one_line(tmp_path):
+def test_config_changes_since_the_checkpoint_are_a_table(tmp_path):
     zero = {"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 2}
     now = {
         "config": {
@@ -289,15 +289,18 @@ def test_config_changes_since_the_checkpoint_are_one_line(tmp_path):
         "deepspeed": zero,
         "world_size": 2,
     }
-    line = (
-        "changed since step 5: optim.betas [0.9, 0.98] → [0.9, 0.95], optim.weight_decay 0.1 → 0.0, "
-        "deepspeed.wall_clock_breakdown null → true, ranks 2 → 1"
+    table = (
+        "changed since step 5:\n"
+        "  optim.betas                     [0.9, 0.98] → [0.9, 0.95]\n"
+        "  optim.weight_decay              0.1 → 0.0\n"
+        "  deepspeed.wall_clock_breakdown  null → true\n"
+        "  ranks                           2 → 1"
     )
     checkpoint = Checkpoint(tmp_path / "step", 5)
     checkpoint.path.mkdir()
     state = checkpoint.path / "state.json"
     state.write_text(json.dumps(then))
-    assert resume.changes(checkpoint, tmp_path, now) == line
+    assert resume.changes(checkpoint, tmp_path, now) == table
     state.write_text(json.dumps(now))
     assert resume.changes(checkpoint, tmp_path, now) is None
     # A checkpoint of an older version has no config: the run's files replace it, if there are any.
@@ -305,7 +308,7 @@ def test_config_changes_since_the_checkpoint_are_one_line(tmp_path):
     assert resume.changes(checkpoint, tmp_path, now) is None
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(then["config"]))
     (tmp_path / "ds_config.json").write_text(json.dumps(zero))
-    assert resume.changes(checkpoint, tmp_path, now) == line
+    assert resume.changes(checkpoint, tmp_path, now) == table
 
 
 def test_a_dynamic_loss_scale_is_kept_within_the_limits_of_the_config():

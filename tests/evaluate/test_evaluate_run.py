@@ -75,7 +75,7 @@ def run(make_dataset, tmp_path_factory):
     return folder / "run"
 
 
-def measured(train, validation, row_length=16):
+def measured(train, validation, row_length=16, **limits):
     """The result of `measure` for an untrained model."""
     data = DataConfig(train=train, row_length=row_length, max_segment=8)
     config = BaseLCMConfig(embed_dim=EMBED_DIM, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
@@ -83,7 +83,7 @@ def measured(train, validation, row_length=16):
     model = BaseLCM(config).eval()
     training = [open_dataset(source.path) for source in data.train]
     task = EvaluationTask(data, data.train, training, open_dataset(validation), str(validation))
-    return measure(model, task, Ranks(), TextMetrics(None, None, None, ()), 8)
+    return measure(model, task, Ranks(), TextMetrics(None, None, None, ()), 8, **limits)
 
 
 def squared_distance_of_the_mean_concept(figures):
@@ -102,9 +102,10 @@ def test_baselines_are_fitted_on_all_datasets_of_a_mixture(make_dataset):
 
 def test_each_dataset_of_a_mixture_gets_the_share_of_its_weight(make_dataset, monkeypatch):
     low, high, validation = make_dataset(-3.0), make_dataset(3.0), make_dataset(3.0, documents=30)
-    monkeypatch.setattr(baselines, "LINEAR_CONCEPTS", 8 * 12)  # 8 rows: 2 of one dataset, 6 of the other
     monkeypatch.setattr(baselines, "NEIGHBOUR_CONCEPTS", 4 * 12)
-    figures = measured([{"path": str(low), "weight": 1}, {"path": str(high), "weight": 3}], validation, row_length=12)
+    mixture = [{"path": str(low), "weight": 1}, {"path": str(high), "weight": 3}]
+    # 8 rows: 2 of one dataset, 6 of the other.
+    figures = measured(mixture, validation, row_length=12, baseline_concepts=8 * 12)
     # Rows of 12 hold two complete documents of 6: 10 targets each.
     assert (figures["baselines"]["fitted_on"], figures["baselines"]["neighbours_among"]) == (8 * 10, 4 * 10)
     assert squared_distance_of_the_mean_concept(figures) == pytest.approx(1 + 1.5**2, rel=0.15)

@@ -52,7 +52,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(trained, half_wa
 def test_a_run_resumes_in_bf16_on_other_ranks(trained, half_way):
     code, out, err = finish(start("launch", "--local", 1, half_way, "train.precision=null"))
     assert code == 0, out + err
-    assert "changed since step 20: train.precision" in out + (run_dir(half_way) / "log.txt").read_text()
+    assert "changed since step 20:\n  train.precision" in out + (run_dir(half_way) / "log.txt").read_text()
     assert metrics(half_way, "val_loss") == pytest.approx(metrics(trained(2, **EMULATED), "val_loss"), rel=0.01)
 
 

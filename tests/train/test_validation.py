@@ -61,7 +61,7 @@ def test_metrics_are_those_computed_from_the_weights(trained, targets):
 
     expect("val_loss", (predicted - truth).square().mean())
     expect("val_l2", (raw - raw_truth).norm(dim=1).mean())
-    expect("val_cosine", F.cosine_similarity(predicted, truth).mean())
+    expect("val_cosine", F.cosine_similarity(raw, raw_truth).mean())
     expect("val_loss_of_copy", (last - truth).square().mean())
     expect("val_loss_of_mean", (truth.mean(0) - truth).square().mean())
     assert figures["val_loss_of_ridge"] < figures["val_loss_of_mean"] < figures["val_loss_of_copy"]

@@ -146,7 +146,7 @@ def test_it_resumes_on_other_ranks_or_is_refused_with_the_reason_and_unchanged(w
             )
         return
     assert outcomes["other", name] == 0
-    assert f"changed since step {SAVED_AT}: ranks {ranks[0]} → {ranks[1]}" in (run / "log.txt").read_text()
+    assert f"changed since step {SAVED_AT}:\n  ranks  {ranks[0]} → {ranks[1]}" in (run / "log.txt").read_text()
     model, _, step = load_model(run)
     assert step == LAST
     assert same(model, load_file(folder / "other" / f"{name}.safetensors"))
