@@ -24,7 +24,7 @@ quickstart: $(INSTALLED)
 	$(BIN)/lcm-ds evaluate runs/quickstart
 
 # Two files of tests at a time: most of what they do is start processes. Long ones come first (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED)
 	$(PYTEST) -m 'not slow and not hub' --ignore=tests/multinode
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lcm_ds.config import PrepareConfig, TrainConfig, load, read_yaml
-from lcm_ds.errors import Collector, InputError
+from lcm_ds.errors import InputError
 from lcm_ds.processes import warn_of_few_cores
 
 if TYPE_CHECKING:
     from lcm_ds.train.job import TrainJob
+
+# torch's packages of other accelerators, by which DeepSpeed 0.19.8 chooses its own (real_accelerator.py).
+PLUGINS = ("habana_frameworks", "torch_mlu", "torch_npu", "torch_sdaa", "torch_supa", "torch_xmlir")
 
 
 @dataclass(frozen=True)
@@ -88,13 +95,9 @@ def preparation_task(config: PrepareConfig) -> LaunchTask:
     out = Path(config.output)
 
     def check_local(ranks: int) -> None:
-        import torch
-
-        devices = torch.cuda.device_count()
-        if devices == 0:
-            warn_of_few_cores(ranks * config.threads)
-        if config.encoder is not None and config.encoder.device is None and 0 < devices < ranks:
-            raise InputError(f"--local {ranks}: this host has {devices} CUDA devices")
+        device = "cpu" if config.encoder is None else config.encoder.device
+        if device in (None, "cpu"):
+            _check_devices(ranks, 0 if device else local_devices(os.environ), ranks * config.threads)
 
     def missing() -> str | None:
         return None if (out / "train" / "dataset.json").exists() else f"{out}/train is not finished"
@@ -132,22 +135,34 @@ def run_task(job: TrainJob) -> LaunchTask:
         checkpoint_bytes=checkpoint_size(job),
         progress=last_step,
         can_share=lambda ranks: rows % (micro_batch * ranks) == 0,
-        check_local=lambda ranks: _check_devices(job, ranks),
+        check_local=lambda ranks: _check_devices(ranks, local_devices(os.environ), ranks),
         stragglers=lambda: straggler_ranks(job.run_dir),
         missing=missing,
     )
 
 
-def _check_devices(job: TrainJob, ranks: int) -> None:
-    """Raise InputError if this host has fewer devices than ranks, or they lack the run's precision."""
+def _check_devices(ranks: int, devices: int, threads: int) -> None:
+    """Raise InputError if this host has fewer devices than ranks; without any, its processors are counted."""
+    if devices == 0:
+        warn_of_few_cores(threads)
+    elif ranks > devices:
+        raise InputError(f"--local {ranks}: this host has {devices} devices")
+
+
+def local_devices(environ: Mapping[str, str]) -> int:
+    """The accelerators that workers on this host see; 0 if they compute on its processors.
+
+    DeepSpeed is asked only where it may choose another kind than NVIDIA's, since importing it takes seconds. Whether
+    a device has the run's precision is for the workers to check, which import it anyway.
+    """
+    kind, build = environ.get("DS_ACCELERATOR"), version("torch")
+    if kind == "cpu":
+        return 0
+    others = sys.platform != "linux" or "rocm" in build or "xpu" in build or any(map(find_spec, PLUGINS))
+    if kind in (None, "cuda") and not others:
+        cards, visible = len(list(Path("/dev").glob("nvidia[0-9]*"))), environ.get("CUDA_VISIBLE_DEVICES")
+        return cards if not cards or visible is None else len([each for each in visible.split(",") if each.strip()])
     from deepspeed.accelerator import get_accelerator
 
-    errors = Collector()
-    with errors:
-        job.check_device(job.config.deepspeed if isinstance(job.config.deepspeed, str) else "deepspeed")
     device = get_accelerator()
-    if device.device_name() == "cpu":
-        warn_of_few_cores(ranks)
-    elif ranks > device.device_count():
-        errors.errors.append(f"--local {ranks}: this host has {device.device_count()} {device.device_name()} devices")
-    errors.raise_if_any()
+    return 0 if device.device_name() == "cpu" else int(device.device_count())

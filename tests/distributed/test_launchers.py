@@ -46,8 +46,8 @@ ACCELERATE = [
             id="deepspeed",
         ),
         (["accelerate.commands.launch", *ACCELERATE, "--main_process_port", "PORT"], WORKER),
-        (["mpirun.openmpi", "-n", "2", sys.executable], WORKER),
-        (["mpiexec.mpich", "-n", "2", sys.executable], WORKER),
+        pytest.param(["mpirun.openmpi", "-n", "2", sys.executable], WORKER, marks=pytest.mark.slow, id="openmpi"),
+        pytest.param(["mpiexec.mpich", "-n", "2", sys.executable], WORKER, marks=pytest.mark.slow, id="mpich"),
     ],
     ids=lambda words: words[0],
 )

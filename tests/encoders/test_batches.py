@@ -27,7 +27,8 @@ ODD = ["", "a", "🌞" * 50, "x" * 100_000, "השמש זורחת היום.", "It
 
 
 def minilm(**changes: object) -> SentenceTransformerEncoder:
-    encoder = load_encoder(EncoderConfig(**{"name": "sentence-transformers", "model": "minilm", **changes}))  # type: ignore[arg-type]
+    config = {"name": "sentence-transformers", "model": "minilm", "backend": "torch", **changes}
+    encoder = load_encoder(EncoderConfig(**config))  # type: ignore[arg-type]
     assert isinstance(encoder, SentenceTransformerEncoder)
     return encoder
 
@@ -107,7 +108,7 @@ def test_bfloat16_is_as_good_as_float32(sentences: list[str], backend: str) -> N
         rounded = minilm(dtype="bfloat16", backend=backend)
     except InputError as error:
         pytest.skip(str(error))  # not on this CPU
-    close = cosine(rounded.encode(sentences), minilm(dtype="float32", backend="torch").encode(sentences))
+    close = cosine(rounded.encode(sentences), minilm(dtype="float32").encode(sentences))
     assert close.min() >= 0.9999
     assert close.min() < 0.999999  # it was bfloat16
 
@@ -124,7 +125,7 @@ def test_odd_texts_have_concepts_and_none_has_none(tiny_sonar: tuple[Path, Path]
 def test_attention_is_fused_and_without_a_mask_where_nothing_is_padded(tiny_sonar: tuple[Path, Path]) -> None:
     encoder = sonar(tiny_sonar, dtype="float32")
     assert encoder._model.config._attn_implementation == "sdpa"
-    assert minilm(backend="torch")._model[0].auto_model.config._attn_implementation == "sdpa"
+    assert minilm()._model[0].auto_model.config._attn_implementation == "sdpa"
     alike, padded = encoder.tokenize(["It rains."] * 3)[0], encoder.tokenize(["It rains.", "It rains today."])[0]
     assert "lengths" not in alike.inputs
     lengths = [batch.inputs["input_ids"].shape[1] for batch in (padded, alike)]
@@ -136,7 +137,7 @@ def test_attention_is_fused_and_without_a_mask_where_nothing_is_padded(tiny_sona
 def test_a_model_with_a_prompt_of_its_own_gives_what_its_library_gives(tmp_path: Path, sentences: list[str]) -> None:
     from sentence_transformers import SentenceTransformer
 
-    plain = minilm(dtype="float32", backend="torch")
+    plain = minilm(dtype="float32")
     model = plain._model
     model.prompts, model.default_prompt_name = {"document": "passage: "}, "document"
     model.save(str(tmp_path / "prompted"))

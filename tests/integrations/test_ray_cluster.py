@@ -127,6 +127,7 @@ def test_an_interrupted_preparation_resumes_without_ray(joined, config, tmp_path
     assert written(tmp_path / "ray") == written(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_actors_that_die_one_after_the_other_end_it(joined, config, monkeypatch):
     monkeypatch.setattr(on_ray, "Maker", hash_on_ray.DyingMaker)
     monkeypatch.setattr(on_ray, "MORE_DEATHS", 0)
@@ -137,6 +138,7 @@ def test_actors_that_die_one_after_the_other_end_it(joined, config, monkeypatch)
         on_ray.prepare(config("dying", processes=1))
 
 
+@pytest.mark.slow
 def test_what_an_actor_finds_wrong_is_told_in_a_line(joined, config, monkeypatch, tmp_path):
     ours = config("wrong")
     monkeypatch.setattr(on_ray, "Maker", hash_on_ray.BlindMaker)
@@ -145,6 +147,7 @@ def test_what_an_actor_finds_wrong_is_told_in_a_line(joined, config, monkeypatch
     assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.slow
 def test_the_command_joins_the_cluster_that_runs(cluster, config, tmp_path, documents):
     encoder, _ = save_tiny_sonar(tmp_path)
     changes = {"encoder": {"name": "sonar", "model": str(encoder)}, "documents_per_shard": 24}
@@ -177,6 +180,7 @@ def test_datatroves_ray_executor_runs_the_stages(joined, config, tmp_path):
     assert written(tmp_path / "ours") == written(tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_a_cluster_without_room_is_waited_for_until_a_stop_signal(cluster, config, tmp_path, monkeypatch, capsys):
     """Ray sets its own handler of SIGTERM, which would end this process at once with 15."""
     monkeypatch.setenv("RAY_ADDRESS", cluster.address)

@@ -60,7 +60,7 @@ def stand_in(tmp_path_factory):
     return {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
-@pytest.fixture(params=["stand-in", "real"])
+@pytest.fixture(params=["stand-in", pytest.param("real", marks=pytest.mark.slow)])
 def hosts(request, tmp_path_factory):
     """The same, by the real pdsh and an ssh server as well."""
     if request.param == "stand-in":

@@ -66,7 +66,7 @@ def lines(tmp_path):
     return write_lines(tmp_path / "lines.jsonl", 100)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_texts_are_tokenized_where_they_are_split(lines, tmp_path, workers):
     encoder = Encoder(HashTokenizer())
     if workers == 0:
@@ -85,7 +85,7 @@ def test_texts_are_tokenized_where_they_are_split(lines, tmp_path, workers):
 def test_an_encoder_without_a_tokenizer_of_its_own_tokenizes_in_a_thread(lines, tmp_path):
     encoder = Encoder(None)
     encoder.tokenize = HashTokenizer()
-    prepare(config_of(lines, tmp_path / "out", split_workers=2), encoder)
+    prepare(config_of(lines, tmp_path / "out", split_workers=1), encoder)
     assert encoder.makers - {(os.getpid(), "MainThread")} == {(os.getpid(), "lcm-ds-tokenizer_0")}
 
 
@@ -118,7 +118,7 @@ def test_what_arrives_is_int32_and_the_same_from_a_process(lines, tmp_path, work
     assert unit.rows.dtype == np.int32
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_text_that_cannot_be_tokenized_costs_no_other(lines, tmp_path, workers):
     encoder = Encoder(Breaks("Sentence 2 of document 33 is no other's."))
     if workers == 0:
@@ -167,8 +167,8 @@ def library_tokenizer():
     [
         ("tokenizer", library_tokenizer),  # the encoder's own attribute, which is no `Tokenizer`
         ("batch_tokenizer", OfTheScript),
-        ("batch_tokenizer", lambda: Holder(OfTheScript())),
-        ("batch_tokenizer", lambda: Holder(lambda texts: texts)),  # cannot be pickled
+        pytest.param("batch_tokenizer", lambda: Holder(OfTheScript()), marks=pytest.mark.slow),
+        pytest.param("batch_tokenizer", lambda: Holder(lambda texts: texts), marks=pytest.mark.slow),  # not pickled
     ],
 )
 def test_a_tokenizer_that_other_processes_cannot_take_leaves_it_to_a_thread(

@@ -33,7 +33,7 @@ def refused(call):
 
 
 @pytest.mark.parametrize("verb", [["train"], ["launch", "--local", "2"]], ids=["train", "launch"])
-def test_errors_of_all_files_are_reported_together(make_config, tmp_path, verb):
+def test_errors_of_all_files_are_reported_together(refused, make_config, tmp_path, verb):
     bad_json = tmp_path / "ds.json"
     bad_json.write_text(json.dumps({"zero_optimization": {"stgae": 2}, "gradient_cliping": 1.0}))
     config = make_config(
@@ -41,7 +41,7 @@ def test_errors_of_all_files_are_reported_together(make_config, tmp_path, verb):
         deepspeed=str(bad_json),
         sped=3,
     )
-    lines = errors(*finish(start(*verb, config, "noise_std=-1")))
+    lines = refused(*verb, config, "noise_std=-1")
     text = "\n".join(lines)
     for expected in (
         "no/such/dataset",
@@ -144,7 +144,7 @@ def test_a_run_whose_steps_have_no_targets_ends_with_an_error(make_config, tmp_p
     assert not list(run_dir(config).glob("checkpoints/step_*"))
 
 
-def test_a_shard_whose_bytes_changed_is_refused_by_name(make_config, concepts, tmp_path):
+def test_a_shard_whose_bytes_changed_is_refused_by_name(refused, make_config, concepts, tmp_path):
     copy = tmp_path / "dataset"
     shutil.copytree(concepts["train"], copy)
     victim = sorted(copy.glob("*.tar"))[0]
@@ -154,10 +154,10 @@ def test_a_shard_whose_bytes_changed_is_refused_by_name(make_config, concepts, t
             content[offset] ^= 1
         path.write_bytes(content)
     config = make_config(data={"train": str(copy), "row_length": 32, "max_segment": 16})
-    lines = errors(*finish(start("launch", "--local", 2, config)))
+    lines = errors(*finish(start("train", config)))
     assert any("has another checksum than documents.idx lists" in line and str(copy) in line for line in lines)
     victim.write_bytes(victim.read_bytes()[:-512])
-    lines = errors(*finish(start("train", config)))
+    lines = refused("train", config)
     assert any(victim.name in line and "bytes" in line for line in lines)
 
 

@@ -288,7 +288,7 @@ def test_a_folder_that_cannot_be_written_to_is_found_by_trying(call, make_config
 
 def test_more_workers_than_processors_are_a_warning(capsys, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     task = preparation_task(load(PrepareConfig, ROOT / "configs/prepare/quickstart.yaml"))
     task.check_local(2)
     assert capsys.readouterr().err == ""

@@ -51,7 +51,7 @@ def same(model, other):
     )
 
 
-@pytest.mark.parametrize("source", ["folder", "run"])
+@pytest.mark.parametrize("source", ["folder", pytest.param("run", marks=pytest.mark.slow)])
 def test_an_exported_folder_and_a_run_give_their_weights_and_their_normaliser(
     source, exported, trained, make_config, moved_away
 ):
@@ -72,14 +72,14 @@ def test_an_exported_folder_and_a_run_give_their_weights_and_their_normaliser(
     assert find(run_dir(config)).state()["init_from"] == str(path)
 
 
-def test_a_checkpoint_of_metas_takes_the_normaliser_of_the_data(make_config, synthetic_dataset, tmp_path):
+def test_a_checkpoint_of_metas_takes_the_normaliser_of_the_data(call, make_config, synthetic_dataset, tmp_path):
     data = synthetic_dataset(documents=20, embed_dim=48, documents_per_shard=10, seed=3)
     data = {"train": str(data), "row_length": 32, "max_segment": 16}
     config = make_config(**STILL, model={"init_from": str(GOLDEN)}, data=data)
     code, out, err = finish(start("train", config))
     assert code == 0, out + err
     assert f"weights from {GOLDEN} (Meta's), the normaliser of the training data, as it has none" in out
-    code, out, err = finish(start("import-meta", GOLDEN, tmp_path / "imported"))
+    code, out, err = call("import-meta", GOLDEN, tmp_path / "imported")
     assert code == 0, out + err
     imported = BaseLCM.from_pretrained(tmp_path / "imported")
     model, _, _ = load_model(run_dir(config))
@@ -119,6 +119,7 @@ def test_a_run_resumes_after_its_init_from_was_deleted(exported, make_config, mo
         assert same(model, BaseLCM.from_pretrained(exported))
 
 
+@pytest.mark.slow
 def test_a_run_does_not_resume_with_another_init_from(trained, make_config):
     began = run_dir(trained(2))
     config = make_config(run_dir=str(began), model={"init_from": str(began), "dropout": 0.1})

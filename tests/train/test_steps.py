@@ -80,6 +80,7 @@ VARIANTS = {
 SLOW = {
     *(name for name in SHIPPED if "offload" in name),
     "compiled, zero 3",
+    "other kernels, compiled",
     "recomputed, compiled",
     "SwiGLU recomputed, compiled",
     "SwiGLU recomputed, zero 3",

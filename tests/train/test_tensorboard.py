@@ -55,20 +55,27 @@ def values(board, tag):
 
 
 @pytest.fixture(scope="module")
-def resumed(make_config):
-    """A run of 12 steps that lost its last two checkpoints and was resumed from step 4."""
+def logged(make_config):
+    """A run of 12 steps with all that is logged."""
     config = make_config(
         steps=12,
         checkpoint={"every": 4, "keep": 3},
         evaluate={"every": 4, "rows": 16},
         log={"every": 2, "histograms": 3, "samples": 2},
     )
-    for lost in ([8, 12], []):
-        code, out, err = finish(start("launch", "--local", 2, config))
-        assert code == 0, out + err
-        for step in lost:
-            shutil.rmtree(run_dir(config) / f"checkpoints/step_{step:08d}")
+    code, out, err = finish(start("launch", "--local", 2, config))
+    assert code == 0, out + err
     return config
+
+
+@pytest.fixture(scope="module")
+def resumed(logged):
+    """The same run, which lost its last two checkpoints and was resumed from step 4."""
+    for step in (8, 12):
+        shutil.rmtree(run_dir(logged) / f"checkpoints/step_{step:08d}")
+    code, out, err = finish(start("launch", "--local", 2, logged))
+    assert code == 0, out + err
+    return logged
 
 
 @pytest.mark.slow
@@ -89,8 +96,8 @@ def test_tensorboard_holds_each_step_of_a_resumed_run_once(resumed):
     assert len(board.Tensors("custom_scalars__config__")) == 1
 
 
-def test_each_curve_of_the_mse_chart_is_a_run_with_its_name(resumed):
-    folder = run_dir(resumed) / "tensorboard"
+def test_each_curve_of_the_mse_chart_is_a_run_with_its_name(logged):
+    folder = run_dir(logged) / "tensorboard"
     assert {path.name for path in folder.iterdir() if path.is_dir()} == set(CURVES.values())
     assert set(CURVES.values()) == {"training", "model", "mean of targets", "best ridge"}
     full = read(folder)
@@ -123,8 +130,8 @@ def test_a_resume_with_another_grid_leaves_no_point_of_a_later_step(tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_hparams_are_the_numbers_of_the_config(resumed):
-    board = read(run_dir(resumed) / "tensorboard")
+def test_hparams_are_the_numbers_of_the_config(logged):
+    board = read(run_dir(logged) / "tensorboard")
     content = board.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     started = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
     assert started["optim.lr"].number_value == 2.0e-3
@@ -135,9 +142,9 @@ def test_hparams_are_the_numbers_of_the_config(resumed):
 
 
 @torch.no_grad()
-def test_samples_show_the_sentence_that_is_nearest_to_what_the_model_predicts(resumed, concepts):
-    board = read(run_dir(resumed) / "tensorboard")
-    model, _, _ = load_model(run_dir(resumed), 12)
+def test_samples_show_the_sentence_that_is_nearest_to_what_the_model_predicts(logged, concepts):
+    board = read(run_dir(logged) / "tensorboard")
+    model, _, _ = load_model(run_dir(logged), 12)
     dataset = open_dataset(concepts["validation"])
     shard = open_shard(dataset, 0)
     long_enough = [document for document in range(len(shard)) if shard.lengths[document] > 2]
@@ -196,8 +203,8 @@ def test_numbers_of_a_validation_have_tags_and_other_keys_do_not():
     assert tag_of("losses") is None
 
 
-def test_the_table_of_metrics_has_every_key_of_the_metrics(resumed):
-    lines = (run_dir(resumed) / "metrics.jsonl").read_text().splitlines()
+def test_the_table_of_metrics_has_every_key_of_the_metrics(logged):
+    lines = (run_dir(logged) / "metrics.jsonl").read_text().splitlines()
     keys = {key for line in lines for key in json.loads(line)}
     assert {"loss", "val_loss", "checkpoint_time"} <= keys
     assert keys <= set(LOGGED)
@@ -205,8 +212,8 @@ def test_the_table_of_metrics_has_every_key_of_the_metrics(resumed):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_a_browser_shows_the_curves(resumed, tmp_path):
-    command = [sys.executable, ROOT / "docs" / "tensorboard_screenshot.py", run_dir(resumed), tmp_path]
+def test_a_browser_shows_the_curves(logged, tmp_path):
+    command = [sys.executable, ROOT / "docs" / "tensorboard_screenshot.py", run_dir(logged), tmp_path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"tensorboard.png", "tensorboard_scalars.png"}

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from runs import metrics, run_dir
 
 from lcm_ds.train.job_builder import build_job
@@ -24,6 +25,7 @@ def test_trace_names_each_segment_of_a_step(call, make_config):
         assert text.endswith("  " + " ".join(" ".join(line.sentences).split()[:8]))
 
 
+@pytest.mark.slow
 def test_a_range_has_the_loss_of_every_step_beside_its_documents(call, trained):
     config = trained(2, log={"every": 7})
     folder = run_dir(config)

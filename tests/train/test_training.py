@@ -49,7 +49,7 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(trained, make_co
     assert metrics(config, "grad_norm") == metrics(undisturbed, "grad_norm")
     assert metrics(config, "concepts") == metrics(undisturbed, "concepts")
     # A third start has nothing to do.
-    code, out, err = finish(start("launch", "--local", 2, config))
+    code, out, err = finish(start("train", config))
     assert code == 0, out + err
     assert "nothing to do" in out
 
