@@ -185,7 +185,7 @@ def test_the_docs_define_every_metric_as_the_table_does():
     for metric in metrics.EVALUATION:
         assert row(metric.label, metric.about, metric.source) in evaluation
     for metric in metrics.LOGGED.values():
-        assert row(f"`{metric.key}`", metric.unit, metric.about) in monitoring
+        assert row(f"`{metric.key}`", f"`{metric.tag}`" if metric.tag else "–", metric.unit, metric.about) in monitoring
 
 
 def test_each_metric_is_in_the_table_once():

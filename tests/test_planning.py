@@ -9,6 +9,8 @@ import pytest
 from docs import REPOSITORY, blocks
 from machine import patience
 
+from lcm_ds.api import TrainConfig, load, plan
+
 PAGE = REPOSITORY / "docs" / "planning.md"
 COMMANDS = [command for block in blocks(PAGE) if block.needs is None for command in block.commands]
 
@@ -22,6 +24,19 @@ def test_a_plan_of_the_page_is_what_its_command_prints_within_seconds(command, t
     pattern = "".join(r"(?:.*\n)*?" if line == "…" else re.escape(line + "\n") for line in command.shown)
     assert re.fullmatch(pattern, done.stdout), f"{command.text}\n\nprints\n\n{done.stdout}"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["150m", "400m", "1.6b", "7b"])
+def test_the_table_of_micro_batches_is_what_fits(name):
+    config = load(TrainConfig, REPOSITORY / f"configs/train/{name}.yaml")
+    found = []
+    for ranks in (1, 8):
+        (fits,) = (line for line in plan(config, ranks) if line.startswith("fits "))
+        largest, sizes = re.fullmatch(r"fits +micro_batch_rows up to (.*) on (.*) GB, of .*", fits).groups()
+        assert sizes == "24 / 40 / 80 / 141"
+        found.append(largest.split(" / "))
+    cells = [name, str(config.batch.micro_batch_rows), *map(" / ".join, zip(*found, strict=True))]
+    assert f"\n| {' | '.join(cells)} |\n" in PAGE.read_text(encoding="utf-8")
 
 
 def test_the_page_plans_for_every_size_of_machine():

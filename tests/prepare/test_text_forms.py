@@ -36,6 +36,8 @@ def brought(tmp_path_factory):
     pyarrow.parquet.write_table(pyarrow.table({"id": [0, 1], "body": texts}), folder / "corpus.parquet")
     chapters = {"id": [0, 1], "text": texts, "book": ["A", "A"]}
     pyarrow.parquet.write_table(pyarrow.table(chapters), folder / "chapters.parquet")
+    scored = {"id": [0, 1, 2], "text": [*texts, "It is left out."], "score": [3.0, 4.5, 2.9]}
+    pyarrow.parquet.write_table(pyarrow.table(scored), folder / "scored.parquet")
     lines = "\n".join(map(json.dumps, rows))
     (folder / "corpus.jsonl.zst").write_bytes(pyarrow.compress(lines.encode(), codec="zstd", asbytes=True))
     (folder / "corpus.csv").write_text("id,text\n" + "".join(f'{row["id"]},"{row["text"]}"\n' for row in rows))
@@ -59,7 +61,7 @@ def brought(tmp_path_factory):
 
 
 def test_the_table_has_its_rows():
-    assert len(TABLE) == 12
+    assert len(TABLE) == 13
 
 
 @pytest.mark.parametrize(("form", "keys"), TABLE, ids=[form for form, _ in TABLE])

@@ -129,7 +129,8 @@ PREFIX = re.compile(r"^(?:lcm-ds launch: |(?:…(?: …)*)?: )+")
 REMEDY = re.compile(
     r"\b(has to|have to|needs?|give|use|write|choose|take|restore|leave (it|the key) out|name (it|a|another)|submit"
     r"|pip install|works without|run's YAML|will do|would (do|be)|such as|instead|did you mean|only one|goes with"
-    r"|is (below|above) \d|has steps|it has)\b|, not …|--help"
+    r"|is (below|above) \d|has steps|it has|rename all but one|keep one|remove the file|as in|set bf16"
+    r"|leave (one|\w+ or \w+) out)\b|, not …|--help"
 )
 
 
