@@ -72,6 +72,7 @@ def train(job: TrainJob, env: DistEnv, stop: StopRequest) -> int:
         InputError: The run directory is locked, its checkpoints belong to another run, or a shard is damaged.
         RunFailedError: No checkpoint is valid, or rolling back did not help.
     """
+    gc.freeze()  # what the imports made is searched for garbage no more, as DeepSpeed does whenever it builds an engine
     rules = job.config.checkpoint
     with session(job, env, stop) as (device, watchdog), uploads(job.run_dir, rules) as on_checkpoint:
         if rules.dir is not None:

@@ -67,8 +67,13 @@ SUPPORT = Path(__file__).parent  # on sys.path of the tests (pyproject.toml), no
 
 
 def launch_workers(script, *arguments, ranks=2):
-    """Workers of tests/support, started as `launch --local` starts a run's; they have to succeed."""
-    command = [sys.executable, str(SUPPORT / script), *map(str, arguments)]
+    """Workers of tests/support, started as `launch --local` starts a run's; they have to succeed.
+
+    lcm_ds comes first, since it keeps mlflow from being imported by DeepSpeed.
+    """
+    run = "import lcm_ds, os, runpy, sys; del sys.argv[0]; sys.path[0] = os.path.dirname(sys.argv[0]); "
+    run += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", run, str(SUPPORT / script), *map(str, arguments)]
     launcher = (
         f"import sys; from lcm_ds.distributed.workers import run_local; sys.exit(run_local({command!r}, {ranks}))"
     )

@@ -6,6 +6,7 @@ FOLDER/results.json has what it saw.
 """
 
 import contextlib
+import gc
 import hashlib
 import io
 import json
@@ -186,6 +187,7 @@ def main():
     folder, names = Path(sys.argv[1]), json.loads(sys.argv[2])
     env = detect_environment(os.environ)
     device = init_distributed(env)
+    gc.freeze()  # as a run does
     results = {name: variant(name, folder / name.replace(" ", "_"), env, device) for name in names}
     if env.rank == 0:
         (folder / "results.json").write_text(json.dumps(results))

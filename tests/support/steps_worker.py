@@ -6,6 +6,7 @@ gradients of the first step, "NAME/PARAMETER" each, are those of the global batc
 """
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -121,6 +122,7 @@ def main():
     variants, results_path, gradients_path = sys.argv[1:]
     env = detect_environment(os.environ)
     device = init_distributed(env)
+    gc.freeze()  # as a run does
     generator = torch.Generator().manual_seed(2)
     normalizer = (
         torch.randn(EMBED_DIM, generator=generator).numpy() / 10,
