@@ -11,7 +11,7 @@ from runs import ROOT, finish, run_dir, start, write_tiny_config
 from lcm_ds.doctor.run_checks import doctor
 from lcm_ds.errors import InputError
 from lcm_ds.launcher.launch import launch
-from lcm_ds.launcher.task import LaunchOptions
+from lcm_ds.launcher.task import LaunchOptions, load_task, local_devices
 
 
 @pytest.fixture
@@ -58,6 +58,35 @@ def test_a_number_of_processes_that_cannot_be_is_refused(config, ways):
     assert "rows_per_step" in line if ways == {"local": 3} else "1 or more" in line
 
 
+@pytest.mark.parametrize(
+    ("visible", "devices"), [(None, 2), ("1", 1), ("", 0), ("MIG-a,MIG-b,MIG-c", 3), (" 0, 1,", 2)]
+)
+def test_devices_are_counted_by_what_the_system_has_of_them(monkeypatch, config, visible, devices):
+    monkeypatch.setattr("lcm_ds.launcher.task.version", lambda package: "2.13.0")
+    monkeypatch.setattr("pathlib.Path.glob", lambda self, pattern: [self / "nvidia0", self / "nvidia1"])
+    environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    assert local_devices(environ) == devices
+    assert local_devices({**environ, "DS_ACCELERATOR": "cpu"}) == 0
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    task = load_task(config, [], 2)
+    task.check_local(2)
+    with pytest.raises(InputError, match=r"^--local 4: this host has 2 devices$"):
+        task.check_local(4)
+
+
+def test_a_launch_imports_neither_torch_nor_deepspeed(config):
+    code = (
+        "import sys; from lcm_ds.launcher.launch import launch; from lcm_ds.launcher.task import load_task\n"
+        "load_task(sys.argv[1], [], 2).check_local(2)\n"
+        "print([name for name in ('torch', 'deepspeed', 'transformers') if name in sys.modules])"
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run([sys.executable, "-c", code, config], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.slow
 def test_a_hostfile_that_names_this_machine_alone_needs_no_ssh(config, tmp_path, monkeypatch):
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("localhost slots=2\n")
