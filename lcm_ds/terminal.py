@@ -14,9 +14,14 @@ if TYPE_CHECKING:
 
 
 def hide_warnings() -> None:
-    """Hide library warnings, unless Python was started with -W or PYTHONWARNINGS."""
+    """Hide library warnings, unless Python was started with -W or PYTHONWARNINGS.
+
+    The hub's libraries print two lines for each retry. HF_HUB_VERBOSITY and DATASETS_VERBOSITY keep values they have.
+    """
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+        for variable in ("HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):
+            os.environ.setdefault(variable, "error")
 
 
 def hide_deprecations() -> None:

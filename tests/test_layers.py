@@ -19,6 +19,7 @@ GROUND = (
     "devices",
     "errors",
     "files",
+    "hub",
     "languages",
     "matmul",
     "metrics",

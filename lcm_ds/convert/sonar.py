@@ -17,6 +17,7 @@ from lcm_ds.encoders.base import unreachable
 from lcm_ds.encoders.sonar import nllb_languages, tokenizer_of_pieces
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.files import check_new, new_folder
+from lcm_ds.hub import work_offline_without
 from lcm_ds.terminal import silence_transformers
 
 # fairseq2's names → transformers', within the encoder or the decoder
@@ -167,6 +168,7 @@ def _tokenizer(name: str) -> Any:
     """NLLB's tokenizer, from its sentencepiece model, a folder or the hub."""
     from transformers import NllbTokenizer
 
+    work_offline_without(name)
     try:
         if not Path(name).is_file():
             return NllbTokenizer.from_pretrained(name, legacy_behaviour=False)

@@ -5,7 +5,6 @@ Nothing heavy is imported here, so that the table works on a machine on which to
 
 from __future__ import annotations
 
-import http.client
 import importlib.metadata
 import json
 import os
@@ -17,8 +16,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -26,6 +23,7 @@ from typing import IO, NamedTuple
 from packaging.requirements import Requirement
 
 import lcm_ds
+from lcm_ds.hub import outage
 from lcm_ds.launcher.multihost.probe import PACKAGES
 from lcm_ds.processes import set_parent_death_signal
 
@@ -47,7 +45,6 @@ PROGRAMS = {
 }
 KERNELS = "lcm_ds.doctor.kernels"
 KERNELS_SECONDS = 120  # a cold torch.compile takes 20 s on two busy cores
-HUB_SECONDS = 5
 SONAR = "cointegrated/SONAR_200_text_encoder"
 GIB = 2**30
 MIN_DISK = 5 * GIB  # room for a first checkpoint of all but the largest models
@@ -178,15 +175,9 @@ def _hub() -> Generator[Finding, None, bool]:
     if HF_HUB_OFFLINE:
         yield Finding("hub", NONE, "not asked: HF_HUB_OFFLINE is set", "unset it to fetch datasets and models")
         return False
-    try:
-        request = urllib.request.Request(ENDPOINT, method="HEAD")
-        urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
-    except urllib.error.HTTPError:
-        pass  # any answer will do
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = str(getattr(error, "reason", error))
+    if (reason := outage(ENDPOINT)) is not None:
         advice = "use local datasets and models, HF_ENDPOINT for a mirror, or https_proxy for a proxy"
-        yield Finding("hub", WARN, f"{ENDPOINT}: {reason}", advice)
+        yield Finding("hub", WARN, reason, advice)
         return False
     yield Finding("hub", OK, ENDPOINT)
     return True

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lcm_ds.config import TrainConfig, load
 from lcm_ds.devices import Gpu, gpu_of
 from lcm_ds.distributed.workers import run_local
 from lcm_ds.doctor.kernels import accelerator
@@ -23,7 +24,7 @@ from lcm_ds.launcher.schedulers import environment_of_workers, resolve_config
 from lcm_ds.launcher.task import DEFAULTS, LaunchOptions, LaunchTask, run_task
 from lcm_ds.terminal import in_bytes
 from lcm_ds.train.dry_run import Assumptions, plan_lines, read_run
-from lcm_ds.train.job import ConfiguredRun, Outline, TrainJob
+from lcm_ds.train.job import ConfiguredRun, TrainJob
 
 NONE = Assumptions()
 BANDWIDTH = "lcm_ds.doctor.bandwidth"
@@ -48,9 +49,12 @@ def doctor(
         given: What the run's plan takes as given; the GPU by default this machine's.
 
     Returns:
-        0 if nothing would stop the run, else 2, with the mistakes on stderr; or the exit code of the measurement.
+        0 if nothing but data that is not there yet would stop the run, else 2, with the mistakes on stderr; or the exit
+        code of the measurement.
     """
-    for row in (*software(), *accelerator(), *programs()):
+    # Mistakes in the YAML are reported without torch and DeepSpeed, whose import takes seconds.
+    valid = config_path is None or _is_valid(config_path, overrides)
+    for row in (*software(), *(accelerator() if valid else ()), *programs()):
         print(f"{row.name:13} {row.value}")
     errors = Collector()
     hosts: dict[str, list[int]] = {}
@@ -61,7 +65,8 @@ def doctor(
             hosts = select(read_hostfile(hostfile))
     if config_path is not None:
         with errors:
-            job = _check_run(config_path, overrides, sum(map(len, hosts.values())) or _devices(), not hosts, given)
+            ranks = sum(map(len, hosts.values())) or (_devices() if valid else 1)
+            job = _check_run(config_path, overrides, ranks, not hosts, given)
     task = run_task(job) if job else LaunchTask(BANDWIDTH)
     if hosts:
         with errors:
@@ -77,12 +82,23 @@ def doctor(
             if hostfile is None:
                 return _measure_local()
             if config is None:
-                raise InputError("--bandwidth: with --hostfile it needs a CONFIG, whose run folder the hosts share")
+                raise InputError(
+                    "--bandwidth: with --hostfile it needs a CONFIG, whose run folder the hosts share, and its data"
+                )
             measurement = replace(task, module=BANDWIDTH, stop_file=None, progress=lambda: 0, can_share=lambda _: True)
             return run_on_hosts(measurement, config, hosts, hostfile, options)
     for error in dict.fromkeys(errors.errors):
         print(error, file=sys.stderr)
     return 2 if errors.errors else 0
+
+
+def _is_valid(config_path: str | Path, overrides: Sequence[str]) -> bool:
+    """Whether the YAML has no mistake."""
+    try:
+        load(TrainConfig, config_path, overrides)
+    except InputError:
+        return False
+    return True
 
 
 def _measure_local() -> int:
@@ -112,14 +128,14 @@ def _check_run(
         given: What its plan takes as given.
 
     Returns:
-        The run; None if the size of its data was given instead of the data.
+        The run; None if its data is not there yet, which the plan shows, or its size was given instead.
 
     Raises:
-        InputError: With every mistake, also that the data is not there yet.
+        InputError: With every mistake.
     """
-    from lcm_ds.checkpoint.remote import why_not_writable
-
     run = read_run(config_path, overrides, ranks, given)
+    from lcm_ds.checkpoint.remote import why_not_writable  # imports torch
+
     prices = given.prices if given.prices.gpu is not None else replace(given.prices, gpu=_own_gpu())
     for line in (*plan_lines(run, ranks, prices, shapes=False), _free_disk(run)):
         print(line)
@@ -133,8 +149,6 @@ def _check_run(
     with errors:
         if local:
             run.check_device(str(run.config.deepspeed))
-    if isinstance(run, Outline) and given.concepts is None:
-        errors.errors += [f"{config_path}: data.train: {path}: not there yet; make it first" for path in run.missing]
     errors.raise_if_any()
     return run if isinstance(run, TrainJob) else None
 

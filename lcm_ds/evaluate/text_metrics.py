@@ -23,6 +23,7 @@ from lcm_ds.encoders.from_dataset import decoder_name, decoder_of, encoder_of
 from lcm_ds.encoders.sonar import SonarDecoder
 from lcm_ds.errors import Collector, InputError
 from lcm_ds.evaluate.target_sample import TargetSample
+from lcm_ds.hub import work_offline_without
 from lcm_ds.metrics import l2, mutual_information
 from lcm_ds.terminal import silence_transformers
 
@@ -40,6 +41,7 @@ class CausalLM:
     def __init__(self, model: str, device: torch.device) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        work_offline_without(model)
         try:
             with silence_transformers():
                 self._tokenizer = AutoTokenizer.from_pretrained(model)

@@ -17,6 +17,7 @@ from lcm_ds.data.normalizer import fit
 from lcm_ds.data.quantization import Quantization
 from lcm_ds.distributed.environment import DistEnv
 from lcm_ds.encoders import Encoder, load_encoder
+from lcm_ds.encoders.base import UnreachableModel
 from lcm_ds.errors import InputError
 from lcm_ds.prepare import disk_space
 from lcm_ds.prepare.coordinator import Coordinator
@@ -167,7 +168,12 @@ def load_for_rank(config: PrepareConfig, env: DistEnv) -> Encoder:
     if encoder.device is None and torch.cuda.is_available():
         device = f"cuda:{env.device_index(torch.cuda.device_count())}"
         encoder = encoder.model_copy(update={"device": device})
-    return load_encoder(encoder)
+    try:
+        return load_encoder(encoder)
+    except UnreachableModel as error:
+        raise InputError(
+            f"{error}; without a hub use encoder.name=sentence-transformers encoder.model=minilm"
+        ) from None
 
 
 def _facts(config: PrepareConfig, encoder: Encoder) -> EncoderFacts:

@@ -19,6 +19,7 @@ import fsspec
 
 from lcm_ds.config import SourceConfig
 from lcm_ds.errors import Collector, InputError, first_line
+from lcm_ds.hub import work_offline_without
 from lcm_ds.text.base import TextDocument, even_units, window
 from lcm_ds.text.columns import Columns
 from lcm_ds.text.files import COMPRESSED, expand
@@ -147,6 +148,7 @@ class HuggingFaceSource:
 
 def hub_files(config: SourceConfig) -> list[str]:
     """The URLs of a hub dataset's files in their order, each with the commit. Raises InputError."""
+    outage = work_offline_without(str(config.dataset))
     try:
         import datasets
     except ImportError:
@@ -155,8 +157,7 @@ def hub_files(config: SourceConfig) -> list[str]:
         builder = datasets.load_dataset_builder(config.dataset, name=config.config, revision=config.revision)
     except Exception as error:
         # An OSError if it is missing or unreachable, a ValueError if it has no such config, and others.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"source: {config.dataset}: cannot be opened: {lines[0]}") from None
+        raise InputError(f"source: {config.dataset}: cannot be opened: {outage or first_line(error)}") from None
     splits = builder.config.data_files or {}
     if splits and config.split not in splits:
         raise InputError(
@@ -191,8 +192,10 @@ def expand_urls(urls: Sequence[str]) -> list[str]:
 
 
 def _expand_url(url: str) -> list[str]:
+    repository = _HUB.match(url)
+    outage = None if repository is None else work_offline_without(url)
     try:
-        if (repository := _HUB.match(url)) is not None:
+        if repository is not None:
             from huggingface_hub import HfApi
 
             commit = HfApi().dataset_info(repository[1], revision=repository[2]).sha
@@ -202,7 +205,7 @@ def _expand_url(url: str) -> list[str]:
         filesystem, pattern = fsspec.core.url_to_fs(url)
         matches = [str(filesystem.unstrip_protocol(match)) for match in sorted(filesystem.glob(pattern))]
     except Exception as error:  # of the libraries of remote places
-        raise InputError(f"source.paths: {url}: cannot be listed: {first_line(error)}") from None
+        raise InputError(f"source.paths: {url}: cannot be listed: {outage or first_line(error)}") from None
     if not matches:
         raise InputError(f"source.paths: {hub_name(url)}: no such file")
     return matches

@@ -262,6 +262,7 @@ def test_a_process_of_prepare_that_dies_ends_it_with_1_and_a_request_to_stop_wit
     _, errors = process.communicate(timeout=patience(60))
     assert process.returncode == 1
     assert f"process {child.pid} of the preparation was killed by SIGKILL" in errors
+    assert not [word for word in ("Traceback", "leaked", "resource_tracker") if word in errors], errors
     before = units.read_text() if units.exists() else ""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: units.exists() and len(units.read_text()) > len(before))
@@ -269,3 +270,4 @@ def test_a_process_of_prepare_that_dies_ends_it_with_1_and_a_request_to_stop_wit
     _, errors = process.communicate(timeout=patience(60))
     assert process.returncode == 75
     assert "start again to resume" in errors
+    assert not [word for word in ("Traceback", "leaked", "resource_tracker") if word in errors], errors

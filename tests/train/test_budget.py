@@ -52,7 +52,7 @@ def test_a_mistake_in_the_yaml_is_told_before_torch_is_imported():
         "import sys; from lcm_ds.cli import main; assert main(sys.argv[1:]) == 2\n"
         "assert not {'torch', 'deepspeed', 'transformers'} & set(sys.modules)"
     )
-    for command in (["train"], ["launch", "--local", "2"], ["prepare"]):
+    for command in (["train"], ["launch", "--local", "2"], ["doctor"], ["prepare"]):
         config = f"configs/{'prepare' if command == ['prepare'] else 'train'}/quickstart.yaml"
         done = subprocess.run(
             [sys.executable, "-c", code, *command, config, "sed=1"],
@@ -252,16 +252,19 @@ def test_launch_plans_for_the_workers_that_it_would_start(call, tmp_path):
     ]
 
 
-def test_doctor_prints_the_plan_of_a_run_whose_data_is_missing_and_what_is_missing(call, make_config, tmp_path):
+def test_doctor_prints_the_plan_of_a_run_whose_data_is_missing_which_is_no_mistake(call, make_config, tmp_path):
     config = make_config(data={"train": str(tmp_path / "none")})
     code, out, err = call("doctor", config)
-    assert code == 2
-    assert err.splitlines() == [f"{config}: data.train: {tmp_path}/none: not there yet; make it first"]
-    assert f"data          not there yet: {tmp_path}/none" in out
+    assert (code, err) == (0, "")
+    assert f"\ndata          not there yet: {tmp_path}/none\n" in out
     assert "\ncheckpoint    " in out
     code, out, err = call("doctor", config, "--concepts", "10k")
     assert (code, err) == (0, "")
     assert "10,000 concepts of 16 (--concepts)" in out
+    for mistake, line in (("seed=-1", f"{config}: seed: "), ("run_dir=/proc/self/run", f"{config}: run_dir: ")):
+        code, out, err = call("doctor", config, mistake)
+        assert code == 2
+        assert [each.startswith(line) for each in err.splitlines()] == [True]
 
 
 def test_a_dataset_is_found_in_the_folder_of_its_preparation(call, make_config, concepts, tmp_path):
