@@ -169,7 +169,7 @@ def draw_figure(title: str, result: dict[str, Any]) -> bytes:
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     bands = any(any(predictors[name]["mse_intervals"]) for name in with_band)
     units = "groups of documents" if "groups" in result else "documents"
-    notes = [f"bands: 95 %, bootstrap over {units}; of a single one there is none"] if bands else []
+    notes = [f"bands of {MODEL} and the best baseline: 95 % by bootstrap over {units}, none for one"] if bands else []
     notes += [f"above the left plot: {', '.join(above)}"] if (above := _far_above(predictors, shown)) else []
     figure.suptitle("\n".join([title, *notes]), fontsize="medium")
     png = io.BytesIO()
