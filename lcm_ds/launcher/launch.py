@@ -81,8 +81,10 @@ def launch(
     assert task.folder is not None
 
     folder = str(task.folder)
-    print(f"{folder}: starting {_described(world_size, devices)}{task.log}", flush=True)
-    if local is not None or (len(devices) == 1 and is_this_host(next(iter(devices)))):
+    here = local is not None or (len(devices) == 1 and is_this_host(next(iter(devices))))
+    outputs = f"; each rank's output: {folder}/launch/rank-*.log" if devices and not here else ""
+    print(f"{folder}: starting {_described(world_size, devices)}{task.log}{outputs}", flush=True)
+    if here:
         environ = dict(os.environ)
         task.check_local(world_size)
         if devices:  # a hostfile with only this host needs no ssh

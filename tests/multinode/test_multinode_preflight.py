@@ -33,7 +33,9 @@ def test_everything_that_is_wrong_on_any_host_is_told_at_once_with_2(hosts, make
         server.wait()
     assert code == 2, out + err
     begins, *table = out.splitlines()
-    assert begins.startswith(f"{run_dir(config)}: starting 4 workers on 4 hosts; log")
+    folder = run_dir(config)
+    outputs = f"each rank's output: {folder}/launch/rank-*.log"
+    assert begins == f"{folder}: starting 4 workers on 4 hosts; log: {folder}/log.txt; {outputs}"
     assert [line.split()[:2] for line in table] == [
         ["worker-0", "1"],
         ["worker-1", "2"],
