@@ -57,7 +57,7 @@ test-newest:
 gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu/run.py
 
-# The tables of benchmarks/RESULTS.md that two CPU cores can make, each beside its peers, in a quarter of an hour. Nothing
+# The tables of benchmarks/RESULTS.md that two CPU cores can make, each beside its peers, in ten minutes. Nothing
 # else should run.
 bench: $(INSTALLED)
 	@set -e; for call in \
@@ -68,7 +68,7 @@ bench: $(INSTALLED)
 		"encode.py --repeats 2" \
 		"retrieval.py --repeats 1" \
 		"checkpoint.py --stages 1" \
-		"generate.py --repeats 1 --rounds 1"; \
+		"generate.py --repeats 1 --rounds 1 --batches 1"; \
 	do echo "## benchmarks/$$call"; $(BIN)/python benchmarks/$$call; echo; done
 
 check: $(INSTALLED)

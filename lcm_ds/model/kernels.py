@@ -23,7 +23,8 @@ WAYS = {"attention": attention.WAYS, **dict.fromkeys(PRODUCTS, linear.WAYS)}
 MARGIN = 1.25  # another way has to be that much faster: measuring again must not change the choice
 FEWEST = 2**24  # floating-point operations of a piece in a layer; below that it is not measured
 REPEATS = 4  # of each way, of which the fastest counts
-MEASURED = 256  # concepts of a micro-batch that measuring takes, at most
+MEASURED = 256  # concepts of a micro-batch that measuring takes, at most,
+SUMMED = 2**33  # and for gradients of weights, which are sums over them: as many as take this many operations
 
 
 _in_use: dict[str, str] = {}
@@ -106,15 +107,16 @@ def _calls(
         for way in attention.WAYS:
             prepared = layout.prepared(cpu, dtype, sizes.head_dim, way)
             calls.setdefault("attention", {})[way] = partial(_attend_and_back, query, key, value, prepared)
-    inner, concepts = 2 * sizes.intermediate_size, min(concepts, MEASURED)
-    if linear.by_onednn(torch.empty(0, dtype=dtype)) and 2 * concepts * sizes.hidden_size * inner >= FEWEST:
+    inner, some = 2 * sizes.intermediate_size, min(concepts, MEASURED)
+    if linear.by_onednn(torch.empty(0, dtype=dtype)) and 2 * some * sizes.hidden_size * inner >= FEWEST:
+        summed = min(concepts, max(some, SUMMED // (2 * sizes.hidden_size * inner)))
         x, gradient, weight = (
             torch.randn(shape, generator=generator)
-            for shape in ((concepts, sizes.hidden_size), (concepts, inner), (inner, sizes.hidden_size))
+            for shape in ((summed, sizes.hidden_size), (summed, inner), (inner, sizes.hidden_size))
         )
         factors = {
-            "outputs": (x, weight),
-            "gradients of inputs": (gradient, weight.t()),
+            "outputs": (x[:some], weight),
+            "gradients of inputs": (gradient[:some], weight.t()),
             "gradients of weights": (gradient.t(), x.t()),
         }
         for piece in PRODUCTS:
