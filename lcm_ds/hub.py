@@ -7,18 +7,23 @@ from pathlib import Path
 
 from lcm_ds.errors import first_line
 
-SECONDS = 5.0  # that each of its addresses has to answer
+TRIES = 2
 
 
 def outage(endpoint: str) -> str | None:
-    """Why a hub does not answer; None if it does, even with an error."""
-    try:
-        from huggingface_hub.utils import get_session
+    """Why a hub does not answer within HF_HUB_ETAG_TIMEOUT (10 s); None if it does, even with an error."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
 
-        get_session().head(endpoint, timeout=SECONDS)
-    except Exception as error:  # of httpx: connections, proxies, certificates, invalid URLs
-        return f"{endpoint}: {first_line(error)}"
-    return None
+    reason = None
+    for _ in range(TRIES):
+        try:
+            get_session().head(endpoint, timeout=constants.HF_HUB_ETAG_TIMEOUT / TRIES, follow_redirects=False)
+        except Exception as error:  # of httpx: connections, proxies, certificates, invalid URLs
+            reason = f"{endpoint}: {first_line(error)}"
+        else:
+            return None
+    return reason
 
 
 def work_offline_without(name: str) -> str | None:

@@ -232,8 +232,8 @@ def _validation(metrics: Path, step: int, config: TrainConfig) -> str:
     shown = [LOGGED[key] for key in ("val_loss", "val_cosine", "val_variance_ratio")]
     return "\n".join(
         [
-            f"On {config.data.validation} after {last['step']:,} steps, in normalised space, "
-            f"{last['val_targets']:,} targets:",
+            f"On {config.data.validation} after {last['step']:,} steps, {last['val_targets']:,} targets; MSE and "
+            "variance ratio in normalised space:",
             "",
             "| | |",
             "| --- | --- |",

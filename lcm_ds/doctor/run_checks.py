@@ -24,7 +24,7 @@ from lcm_ds.launcher.schedulers import environment_of_workers, resolve_config
 from lcm_ds.launcher.task import DEFAULTS, LaunchOptions, LaunchTask, run_task
 from lcm_ds.terminal import in_bytes
 from lcm_ds.train.dry_run import Assumptions, plan_lines, read_run
-from lcm_ds.train.job import ConfiguredRun, TrainJob
+from lcm_ds.train.job import ConfiguredRun, Outline, TrainJob
 
 NONE = Assumptions()
 BANDWIDTH = "lcm_ds.doctor.bandwidth"
@@ -49,8 +49,8 @@ def doctor(
         given: What the run's plan takes as given; the GPU by default this machine's.
 
     Returns:
-        0 if nothing but data that is not there yet would stop the run, else 2, with the mistakes on stderr; or the exit
-        code of the measurement.
+        0 if nothing would stop the run, or on one host only that its training data is not there yet; else 2, with the
+        mistakes on stderr; or the exit code of the measurement.
     """
     # Mistakes in the YAML are reported without torch and DeepSpeed, whose import takes seconds.
     valid = config_path is None or _is_valid(config_path, overrides)
@@ -149,6 +149,8 @@ def _check_run(
     with errors:
         if local:
             run.check_device(str(run.config.deepspeed))
+    if isinstance(run, Outline) and given.concepts is None and not local:  # hosts are asked whether they have the data
+        errors.errors += [f"{config_path}: data.train: {path}: not there yet; make it first" for path in run.missing]
     errors.raise_if_any()
     return run if isinstance(run, TrainJob) else None
 

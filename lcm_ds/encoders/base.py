@@ -19,6 +19,7 @@ from torch import Tensor
 from lcm_ds.config import EncoderConfig
 from lcm_ds.errors import InputError, first_line
 from lcm_ds.files import sha256_of
+from lcm_ds.hub import work_offline_without
 
 # Enough for the matrix products of the device to run at their full speed, little enough that few texts are padded (and
 # that a layer's values stay in a core's cache).
@@ -278,7 +279,7 @@ class UnreachableModel(InputError):
 
 def unreachable(model: str, error: Exception) -> UnreachableModel:
     """The error for a model that cannot be loaded."""
+    reason = work_offline_without(model) or first_line(error).removesuffix(".")
     return UnreachableModel(
-        f"model {model!r} is neither a folder with a model of this kind nor on a hub that can be reached: "
-        + first_line(error).removesuffix(".")
+        f"model {model!r} is neither a folder with a model of this kind nor on a hub that can be reached: {reason}"
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +97,7 @@ def preparation_task(config: PrepareConfig) -> LaunchTask:
     def check_local(ranks: int) -> None:
         device = "cpu" if config.encoder is None else config.encoder.device
         if device in (None, "cpu"):
-            _check_devices(ranks, 0 if device else local_devices(os.environ), ranks * config.threads)
+            _check_devices(ranks, 0 if device else local_devices(os.environ, ranks), ranks * config.threads)
 
     def missing() -> str | None:
         return None if (out / "train" / "dataset.json").exists() else f"{out}/train is not finished"
@@ -135,7 +135,7 @@ def run_task(job: TrainJob) -> LaunchTask:
         checkpoint_bytes=checkpoint_size(job),
         progress=last_step,
         can_share=lambda ranks: rows % (micro_batch * ranks) == 0,
-        check_local=lambda ranks: _check_devices(ranks, local_devices(os.environ), ranks),
+        check_local=lambda ranks: _check_devices(ranks, local_devices(os.environ, ranks), ranks),
         stragglers=lambda: straggler_ranks(job.run_dir),
         missing=missing,
     )
@@ -149,19 +149,30 @@ def _check_devices(ranks: int, devices: int, threads: int) -> None:
         raise InputError(f"--local {ranks}: this host has {devices} devices")
 
 
-def local_devices(environ: Mapping[str, str]) -> int:
+def local_devices(environ: Mapping[str, str], ranks: int) -> int:
     """The accelerators that workers on this host see; 0 if they compute on its processors.
 
-    DeepSpeed is asked only where it may choose another kind than NVIDIA's, since importing it takes seconds. Whether
-    a device has the run's precision is for the workers to check, which import it anyway.
+    DeepSpeed is asked only where the system's own devices do not settle it, since importing it takes seconds: where it
+    may choose another kind than NVIDIA's, and before a launch is refused. Whether a device has the run's precision is
+    for the workers to check, which import it anyway.
+
+    Args:
+        environ: The workers' variables.
+        ranks: If there are at least as many devices, they may be more than are told.
     """
-    kind, build = environ.get("DS_ACCELERATOR"), version("torch")
-    if kind == "cpu":
+    torch = find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
+    build = runpy.run_path(str(Path(torch.origin).with_name("version.py")))
+    kind, visible = environ.get("DS_ACCELERATOR"), environ.get("CUDA_VISIBLE_DEVICES")
+    others = sys.platform != "linux" or build.get("hip") or build.get("xpu") or any(map(find_spec, PLUGINS))
+    if kind == "cpu" or (kind is None and not others and not build["cuda"]):
         return 0
-    others = sys.platform != "linux" or "rocm" in build or "xpu" in build or any(map(find_spec, PLUGINS))
-    if kind in (None, "cuda") and not others:
-        cards, visible = len(list(Path("/dev").glob("nvidia[0-9]*"))), environ.get("CUDA_VISIBLE_DEVICES")
-        return cards if not cards or visible is None else len([each for each in visible.split(",") if each.strip()])
+    if kind in (None, "cuda") and not others and not Path("/dev/dxg").exists():  # WSL's only node
+        cards = sum(os.access(node, os.R_OK | os.W_OK) for node in Path("/dev").glob("nvidia[0-9]*"))
+        named = cards if visible is None else len([each for each in visible.split(",") if each.strip()])
+        if min(cards, named) == 0 or (ranks <= min(cards, named) and "MIG-" not in (visible or "")):
+            return min(cards, named)
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator()

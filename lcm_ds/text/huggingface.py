@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -158,6 +159,8 @@ def hub_files(config: SourceConfig) -> list[str]:
     except Exception as error:
         # An OSError if it is missing or unreachable, a ValueError if it has no such config, and others.
         raise InputError(f"source: {config.dataset}: cannot be opened: {outage or first_line(error)}") from None
+    if outage:
+        print(f"warning: {config.dataset}: {outage}; the copy in the cache is used", file=sys.stderr, flush=True)
     splits = builder.config.data_files or {}
     if splits and config.split not in splits:
         raise InputError(

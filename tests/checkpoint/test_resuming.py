@@ -96,7 +96,6 @@ def test_the_newest_valid_checkpoint_is_used_and_the_others_are_named_and_moved_
     assert metrics(config, "loss") == metrics(saved, "loss")
 
 
-@pytest.mark.slow
 def test_without_a_valid_checkpoint_the_run_ends_with_1_and_nothing_is_overwritten(saved, tmp_path):
     config = damaged_copy(
         saved, tmp_path, dict.fromkeys(STEPS[:-1], (remove, OF_A_RANK)) | {12: (flip_a_byte, OF_A_RANK)}
@@ -106,7 +105,7 @@ def test_without_a_valid_checkpoint_the_run_ends_with_1_and_nothing_is_overwritt
         for path in run_dir(config).rglob("*")
         if path.is_file() and path.name not in ("log.txt", "LOCK")
     }
-    code, _, err = launch(config)
+    code, _, err = finish(start("train", config))
     assert code == 1
     assert "no checkpoint is valid" in err
     assert all(f"step_{step:08d}" in err for step in STEPS)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from runs import ROOT, finish, run_dir, start, write_tiny_config
@@ -11,7 +12,7 @@ from runs import ROOT, finish, run_dir, start, write_tiny_config
 from lcm_ds.doctor.run_checks import doctor
 from lcm_ds.errors import InputError
 from lcm_ds.launcher.launch import launch
-from lcm_ds.launcher.task import LaunchOptions, load_task, local_devices
+from lcm_ds.launcher.task import LaunchOptions, local_devices
 
 
 @pytest.fixture
@@ -59,31 +60,50 @@ def test_a_number_of_processes_that_cannot_be_is_refused(config, ways):
 
 
 @pytest.mark.parametrize(
-    ("visible", "devices"), [(None, 2), ("1", 1), ("", 0), ("MIG-a,MIG-b,MIG-c", 3), (" 0, 1,", 2)]
+    ("visible", "ranks", "devices"),
+    [
+        (None, 2, 2),
+        ("1", 1, 1),
+        ("", 2, 0),
+        (" 0, 1,", 2, 2),
+        # DeepSpeed is asked: before a launch is refused, and of what only CUDA can count.
+        (None, 3, "asked"),
+        ("0,1,7", 3, "asked"),
+        ("-1", 2, "asked"),
+        ("MIG-a", 1, "asked"),
+    ],
 )
-def test_devices_are_counted_by_what_the_system_has_of_them(monkeypatch, config, visible, devices):
-    monkeypatch.setattr("lcm_ds.launcher.task.version", lambda package: "2.13.0")
-    monkeypatch.setattr("pathlib.Path.glob", lambda self, pattern: [self / "nvidia0", self / "nvidia1"])
+def test_devices_are_counted_by_what_the_system_has_of_them(monkeypatch, visible, ranks, devices):
+    build = {"cuda": "13.0", "hip": None, "xpu": None}
+    monkeypatch.setattr("runpy.run_path", lambda path: build)
+    monkeypatch.setattr("pathlib.Path.glob", lambda self, pattern: [self / "null", self / "zero"])
+    device = SimpleNamespace(device_name=lambda: "cuda", device_count=lambda: 7)
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: device)
     environ = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert local_devices(environ) == devices
-    assert local_devices({**environ, "DS_ACCELERATOR": "cpu"}) == 0
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    task = load_task(config, [], 2)
-    task.check_local(2)
-    with pytest.raises(InputError, match=r"^--local 4: this host has 2 devices$"):
-        task.check_local(4)
+    assert local_devices(environ, ranks) == (7 if devices == "asked" else devices)
+    assert local_devices({**environ, "DS_ACCELERATOR": "cpu"}, ranks) == 0
+    assert local_devices({**environ, "DS_ACCELERATOR": "xpu"}, ranks) == 7
+    build["hip"] = "7.1"
+    assert local_devices(environ, ranks) == 7
+    build |= {"hip": None, "cuda": None}  # a build for CPUs, beside cards
+    assert local_devices(environ, ranks) == 0
+
+
+def test_more_workers_than_devices_are_refused(monkeypatch, config):
+    monkeypatch.setattr("lcm_ds.launcher.task.local_devices", lambda environ, ranks: 1)
+    assert mistakes_of(config, local=2) == ["--local 2: this host has 1 devices"]
 
 
 def test_a_launch_imports_neither_torch_nor_deepspeed(config):
     code = (
-        "import sys; from lcm_ds.launcher.launch import launch; from lcm_ds.launcher.task import load_task\n"
-        "load_task(sys.argv[1], [], 2).check_local(2)\n"
-        "print([name for name in ('torch', 'deepspeed', 'transformers') if name in sys.modules])"
+        "import sys; from lcm_ds.launcher import launch\n"
+        "launch.run_local = lambda *arguments: print([name for name in sys.argv[2:] if name in sys.modules]) or 0\n"
+        "sys.exit(launch.launch(sys.argv[1], local=2))"
     )
     environ = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
-    done = subprocess.run([sys.executable, "-c", code, config], env=environ, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    command = [sys.executable, "-c", code, config, "torch", "deepspeed", "transformers"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.slow

@@ -136,6 +136,15 @@ def test_the_fastest_is_chosen_if_it_is_faster_by_a_margin(monkeypatch, dtype):
     assert torch.get_num_threads() == threads
 
 
+def test_gradients_of_weights_are_measured_with_more_concepts():
+    """They are sums over the concepts, of which some ways are slow with many."""
+    calls = kernels._calls(SIZES, 16, 128, 64, torch.float32)
+    for way in linear.WAYS:
+        x, _ = calls["outputs"][way].args
+        gradient, of_x = calls["gradients of weights"][way].args
+        assert len(x) == kernels.MEASURED < gradient.shape[1] == of_x.shape[1] == 16 * 128
+
+
 def test_what_is_fixed_or_too_small_is_not_measured(monkeypatch):
     clock(monkeypatch, {"products": 0.5, "torch": 0.5})
     assert kernels.measure(SIZES, 1, 16, 16, torch.float32, {}) == (DEFAULTS, [])

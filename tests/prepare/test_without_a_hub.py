@@ -27,7 +27,8 @@ def prepare(hub, tmp_path):
 
     def prepare(*arguments, timeout):
         hub_url = f"http://127.0.0.1:{hub.getsockname()[1]}"
-        environ = {**os.environ, "HF_ENDPOINT": hub_url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        home = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        environ = {**os.environ, **home, "HF_ENDPOINT": hub_url, "NO_PROXY": "127.0.0.1"}
         command = [sys.executable, "-m", "lcm_ds.cli", "prepare", *arguments, f"output={tmp_path / 'out'}"]
         return subprocess.run(
             command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=patience(timeout)
@@ -40,7 +41,7 @@ def prepare(hub, tmp_path):
 def test_a_plan_does_not_wait_for_a_hub_that_does_not_answer(prepare, hub, listens):
     if listens:  # connections are made, and nobody reads from them
         hub.listen()
-    done = prepare(FINEWEB, "--dry-run", "--rate", "1k", timeout=20)
+    done = prepare(FINEWEB, "--dry-run", "--rate", "1k", timeout=30)
     assert (done.returncode, done.stderr) == (0, "")
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     reason = "timed out" if listens else "[Errno 111] Connection refused"
@@ -64,6 +65,7 @@ def test_prepare_reports_a_model_that_cannot_be_fetched_in_one_line_with_the_enc
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("model 'cointegrated/SONAR_200_text_encoder' is neither a folder")
+    assert ": [Errno 111] Connection refused; " in line
     assert line.endswith("; without a hub use encoder.name=sentence-transformers encoder.model=minilm")
 
 

@@ -118,7 +118,7 @@ def _lines(text: Iterable[str]) -> list[str]:
 
 PACKAGE = REPOSITORY / "lcm_ds"
 Function = ast.FunctionDef | ast.AsyncFunctionDef
-RAISED = {"InputError", "RunFailedError", "TransientError", "NoSpace", "Damaged", "PeerFailed"}
+RAISED = {"InputError", "UnreachableModel", "RunFailedError", "TransientError", "NoSpace", "Damaged", "PeerFailed"}
 RAISED |= {"RuntimeError", "ImportError", "ConnectionError"}
 # Variables that collect errors, and functions that return or yield them.
 COLLECTED = {"errors", "wrong", "problems", "failures", "last", "mine"}
