@@ -102,9 +102,10 @@ def test_the_peak_of_a_step_is_what_deepspeed_allocates(ranks, precisions, tmp_p
     for line in lines:
         measured = json.loads(line)
         ds, peak = measured["ds"], measured["peak"]
-        expected = States.of(PARAMETERS, ds["zero_optimization"]["stage"], ranks, ds).peak(0)
+        stage = ds["zero_optimization"]["stage"]
+        expected = States.of(PARAMETERS, stage, ranks, ds).peak(0)
         # gloo copies what it sends; how much ZeRO-3 has gathered ahead when the peak comes varies with the load
-        low, high = (0.94, 1.15) if ranks == 1 else (0.87, 1.25)
+        low, high = (0.9 if stage == 3 else 0.94, 1.15) if ranks == 1 else (0.87, 1.25)
         assert low * peak < expected < high * peak, f"{peak / PARAMETERS:.2f} ≠ {expected / PARAMETERS:.2f}: {ds}"
 
 
