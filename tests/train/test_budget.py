@@ -304,7 +304,9 @@ def test_more_workers_than_processors_are_a_warning(capsys, monkeypatch):
 
 
 def test_launch_says_what_it_starts_before_torch_is_imported(make_config, tmp_path):
-    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text("raise ImportError('no torch here')")
+    (tmp_path / "torch/version.py").write_text("cuda = None")
     config = make_config(batch={"rows_per_step": 8, "micro_batch_rows": 1}, steps=2)
     code, out, err = finish(start("launch", "--local", "8", config, PYTHONPATH=f"{tmp_path}:{ROOT}"))
     assert (code, out) == (1, f"{run_dir(config)}: starting 8 workers; log: {run_dir(config)}/log.txt\n")
