@@ -1,17 +1,17 @@
 #!/bin/bash
-# deepspeed.initialize with bf16 makes full garbage collections, one after another, only on rank 0: most of its time.
+# Building an engine in bf16 makes four full garbage collections, which take nearly all of its time.
 #
 # Versions: deepspeed 0.19.8, torch 2.13.0 (CPU).
 # Expected: building an engine allocates its buffers; Python collects garbage when its own thresholds say so.
 # What happens: BF16_Optimizer (ZeRO 1 with gradients in fp32) and the optimizers of other stages report memory with
 #   see_memory_usage(…, force=True), whatever wall_clock_breakdown or the log level is. It calls gc.collect() each time, which
-#   goes through all objects of torch and DeepSpeed (some hundred thousand), and leaves the function on ranks other than 0
-#   before that: they wait at the next collective. Measured for ZeRO 1.
+#   goes through all objects of torch and DeepSpeed. By the source, ranks other than 0 return before that, and so wait at the
+#   next collective. Measured for ZeRO 1 and one rank.
 # Seen:
 #   full collections asked for by see_memory_usage: 4
 #   share of the time of deepspeed.initialize: 0.986
 #   time in collections after gc.freeze(), of that before: 0.0001
-# Why it matters: gc.freeze() before the engine is built saves more than a second of each start with bf16 on rank 0.
+# Why it matters: each start waits for it; gc.freeze() before the engine is built saves that time.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

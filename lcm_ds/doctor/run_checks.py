@@ -148,7 +148,7 @@ def _check_run(
             raise InputError(reason)
     with errors:
         if local:
-            run.check_device(str(run.config.deepspeed))
+            run.check_device()
     if isinstance(run, Outline) and given.concepts is None and not local:  # hosts are asked whether they have the data
         errors.errors += [f"{config_path}: data.train: {path}: not there yet; make it first" for path in run.missing]
     errors.raise_if_any()

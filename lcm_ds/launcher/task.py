@@ -146,19 +146,18 @@ def _check_devices(ranks: int, devices: int, threads: int) -> None:
     if devices == 0:
         warn_of_few_cores(threads)
     elif ranks > devices:
-        raise InputError(f"--local {ranks}: this host has {devices} devices")
+        raise InputError(f"--local {ranks}: this host has {devices} device(s)")
 
 
 def local_devices(environ: Mapping[str, str], ranks: int) -> int:
     """The accelerators that workers on this host see; 0 if they compute on its processors.
 
-    DeepSpeed is asked only where the system's own devices do not settle it, since importing it takes seconds: where it
-    may choose another kind than NVIDIA's, and before a launch is refused. Whether a device has the run's precision is
-    for the workers to check, which import it anyway.
+    DeepSpeed's import takes seconds, so it is asked only if it may choose another kind of device than NVIDIA's, or if
+    there seem to be too few. The workers, which import it anyway, check whether a device has the run's precision.
 
     Args:
         environ: The workers' variables.
-        ranks: If there are at least as many devices, they may be more than are told.
+        ranks: The workers that need a device each.
     """
     torch = find_spec("torch")
     assert torch is not None

@@ -195,7 +195,7 @@ class Readers:
         context = multiprocessing.get_context("spawn")
         arguments = (config.model_dump(mode="json"), os.getpid())
         self._pool = ProcessPoolExecutor(config.split_workers, context, initializer=_initialize, initargs=arguments)
-        with _no_main_module():
+        with _new_processes():
             for _ in range(config.split_workers):
                 self._pool.submit(_splitter)
 
@@ -255,13 +255,18 @@ class _PortablePickler(pickle.Pickler):
 
 
 @contextmanager
-def _no_main_module() -> Iterator[None]:
-    """In this context new processes do not import the main module, which may be a script that calls `prepare`."""
+def _new_processes() -> Iterator[None]:
+    """In this context new processes do not import the main module, which may be a script that calls `prepare`.
+
+    Ctrl-C is blocked in them, too: it would print a traceback until `_initialize` has them ignore it.
+    """
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         sys.modules["__main__"] = main
 
 

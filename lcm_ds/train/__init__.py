@@ -38,7 +38,7 @@ def main(config_path: str, overrides: Sequence[str] = ()) -> int:
             from lcm_ds.train.engine import make_deterministic
 
             make_deterministic()
-        job.check_device(job.config.deepspeed if isinstance(job.config.deepspeed, str) else "deepspeed")
+        job.check_device()
         from lcm_ds.train.loop import train
 
         prints_errors = True  # from here on only the rank that finds an error knows it

@@ -69,16 +69,17 @@ class ConfiguredRun:
             f"run's {steps} steps; the LCM paper's 4 % would be {max(1, steps // 25)}"
         )
 
-    def check_device(self, origin: str | Path) -> None:
+    def check_device(self) -> None:
         """Check that this machine's device, which trains, can do what the run wants.
 
-        origin: For messages. Raises InputError with a line for each thing that it cannot.
+        Raises InputError with a line for each thing that it cannot.
         """
         from lcm_ds.model.float8 import CAPABILITY, device_without_float8
 
         errors = Collector()
         with errors:
-            deepspeed_config.check_device(self.ds, origin)
+            deepspeed = self.config.deepspeed
+            deepspeed_config.check_device(self.ds, deepspeed if isinstance(deepspeed, str) else "deepspeed")
         if self.config.train.precision == "fp8" and (device := device_without_float8()):
             needed = ".".join(map(str, CAPABILITY))
             errors.errors.append(

@@ -91,7 +91,7 @@ def test_devices_are_counted_by_what_the_system_has_of_them(monkeypatch, visible
 
 def test_more_workers_than_devices_are_refused(monkeypatch, config):
     monkeypatch.setattr("lcm_ds.launcher.task.local_devices", lambda environ, ranks: 1)
-    assert mistakes_of(config, local=2) == ["--local 2: this host has 1 devices"]
+    assert mistakes_of(config, local=2) == ["--local 2: this host has 1 device(s)"]
 
 
 def test_a_launch_imports_neither_torch_nor_deepspeed(config):

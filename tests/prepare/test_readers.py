@@ -184,6 +184,19 @@ def test_a_tokenizer_that_other_processes_cannot_take_leaves_it_to_a_thread(
     assert written(tmp_path / "out") == written(tmp_path / "expected")
 
 
+def test_ctrl_c_does_not_reach_its_processes_while_they_start(lines, tmp_path):
+    """It would print a traceback of what they import."""
+    readers = Readers(config_of(lines, tmp_path / "out", split_workers=1))
+    try:
+        (process,) = readers._pool._processes
+        with open(f"/proc/{process}/status") as status:
+            blocked = int(re.search(r"SigBlk:\s*(\w+)", status.read())[1], 16)
+        assert blocked >> (signal.SIGINT - 1) & 1
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        readers.close()
+
+
 def test_no_process_stays_if_it_ends_before_the_tokenizers_are_taken(lines, tmp_path):
     """A large tokenizer, whose processes are still busy when all is over."""
     code = (

@@ -103,7 +103,7 @@ def _check_config(path: str, accelerated: bool) -> dict[str, Any]:
 
     job = build_job(path, (), 1)  # the launcher has checked the number of ranks
     if accelerated:
-        job.check_device(path)
+        job.check_device()
     return {"fingerprint": job.fingerprint, "validation": job.validation.fingerprint if job.validation else None}
 
 
