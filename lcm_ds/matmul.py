@@ -1,4 +1,4 @@
-"""Matrix products of an evaluation, in fp32: on CPUs by oneDNN, because MKL takes 2.4 times as long on AMD's.
+"""Matrix products of an evaluation: on CPUs by oneDNN, because MKL takes 2.4 times as long in fp32 on AMD's.
 
 torch sends fp32 products to MKL, whose kernels for AVX-512 are for Intel's CPUs only.
 """
@@ -6,6 +6,7 @@ torch sends fp32 products to MKL, whose kernels for AVX-512 are for Intel's CPUs
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +21,15 @@ FEWER_BITS = ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE")
 
 
 def products(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The dot products of vectors, in fp32 and without gradients.
+    """The dot products of vectors, in their dtype (fp32 or bf16) and without gradients.
 
     Args:
-        left: fp32 [n, k].
-        right: fp32 [m, k].
-        bias: fp32 [m], which is added to each row.
+        left: [n, k].
+        right: [m, k].
+        bias: [m], which is added to each row.
 
     Returns:
-        left · rightᵀ + bias, fp32 [n, m].
+        left · rightᵀ + bias, [n, m].
     """
     large = len(left) * right.numel() >= LARGE
     if large and left.device.type == "cpu" and _has_onednn():
@@ -44,6 +45,12 @@ def pad(vectors: Tensor, dim: int) -> Tensor:
     if not missing:
         return vectors
     return F.pad(vectors, (0, 0) * (vectors.dim() - 1 - dim) + (0, missing))
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this machine's CPU multiplies bf16 natively, not as fp32."""
+    native: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(native.get("avx512_bf16") or native.get("amx_bf16"))
 
 
 def full_precision() -> bool:

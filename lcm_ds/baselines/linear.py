@@ -32,7 +32,8 @@ RIDGES = {
 }
 # Ridge penalties to choose from, relative to the mean variance of the inputs.
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
-BLOCK = 1024  # targets whose products are summed in fp32; such sums are added in fp64
+BLOCK = 2048  # targets whose products are summed in fp32; such sums are added in fp64
+TILE = 384  # inputs whose products with those that follow are computed at a time
 
 
 class Sums:
@@ -51,7 +52,7 @@ class Sums:
         """Add samples: [n, inputs] and [n, outputs]."""
         for some_inputs, some_outputs in zip(inputs.split(BLOCK), outputs.split(BLOCK), strict=True):
             x, y, n = some_inputs.T.contiguous(), some_outputs.T.contiguous(), len(some_inputs)
-            self.xx[:-1, :-1] += self._products(x, x)
+            self.xx[:-1, :-1] += self._squares(x)
             self.xy[:-1] += self._products(x, y)
             # Of the 1 that is appended to the inputs.
             sums = x.double().sum(1)
@@ -66,6 +67,14 @@ class Sums:
     def _products(left: Tensor, right: Tensor) -> Tensor:
         """left · rightᵀ of fp32 [n, samples] and [m, samples]."""
         return products(pad(left, 1), pad(right, 1)) if full_precision() else left.double() @ right.double().T
+
+    def _squares(self, x: Tensor) -> Tensor:
+        """x · xᵀ of [n, samples], which is symmetric: what is below the diagonal is not computed again."""
+        whole = self.xx.new_empty(len(x), len(x), dtype=torch.float32 if full_precision() else torch.float64)
+        for first in range(0, len(x), TILE):
+            tile = self._products(x[first : first + TILE], x[first:])
+            whole[first : first + TILE, first:], whole[first:, first : first + TILE] = tile, tile.T
+        return whole
 
     @property
     def count(self) -> int:
@@ -170,10 +179,17 @@ class TrainingSums:
             all_reduce: sums tensors over all ranks, in place.
         """
         sums = cls(*(Sums(3 * embed_dim, embed_dim, device) for _ in range(2)))
+        waiting: dict[Sums, list[tuple[Tensor, Tensor]]] = {sums.fit: [], sums.held_out: []}  # for a block of samples
         for batch, chooses in targets:
             inputs = torch.cat([batch.last, batch.before, batch.context], 1)
             for part, mask in ((sums.fit, ~chooses), (sums.held_out, chooses)):
-                part.add(inputs[mask], batch.truth[mask])
+                waiting[part].append((inputs[mask], batch.truth[mask]))
+                if sum(len(truth) for _, truth in waiting[part]) >= BLOCK:
+                    part.add(*map(torch.cat, zip(*waiting[part], strict=True)))
+                    waiting[part].clear()
+        for part, samples in waiting.items():
+            if samples:
+                part.add(*map(torch.cat, zip(*samples, strict=True)))
         all_reduce([*sums.fit.tensors(), *sums.held_out.tensors()])
         return sums
 

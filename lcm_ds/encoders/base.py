@@ -20,6 +20,7 @@ from lcm_ds.config import EncoderConfig
 from lcm_ds.errors import InputError, first_line
 from lcm_ds.files import sha256_of
 from lcm_ds.hub import work_offline_without
+from lcm_ds.matmul import cpu_has_bf16
 
 # Enough for the matrix products of the device to run at their full speed, little enough that few texts are padded (and
 # that a layer's values stay in a core's cache).
@@ -231,8 +232,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[dtype]
     if device.type == "cuda":
         return torch.float16
-    native: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return torch.bfloat16 if native.get("avx512_bf16") or native.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if cpu_has_bf16() else torch.float32
 
 
 def compute_in(model: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:

@@ -22,7 +22,7 @@ from lcm_ds.data.batch import Batch
 from lcm_ds.data.format import Dataset
 from lcm_ds.distributed.collectives import Ranks
 from lcm_ds.evaluate.accumulator import best
-from lcm_ds.matmul import products
+from lcm_ds.matmul import cpu_has_bf16, products
 from lcm_ds.model.normalizer import Normalizer
 
 Predictor = Callable[[Targets], Tensor]
@@ -32,6 +32,8 @@ LINEAR_CONCEPTS = 500_000  # concepts of the training data, at most, that linear
 NEIGHBOUR_CONCEPTS = 100_000  # concepts of the training data, at most, to search for neighbours
 BLOCK = 1024  # concepts that are searched at a time, and
 QUERIES = 512  # targets that are looked for at a time: the cosines stay in the processor's cache
+# The most by which a cosine of unit vectors errs: in bf16 by the roundings of both vectors and of the sum, 2⁻⁹ each.
+ROUNDING = {torch.bfloat16: 2.0**-7, torch.float32: 2.0**-20}
 
 
 class NearestNeighbour:
@@ -41,7 +43,8 @@ class NearestNeighbour:
         batches: training data, and what tells which of its documents are held out.
         normalizer: the model's.
 
-    In memory are the concepts, in the dtype that they are stored in, and unit vectors of those that are searched.
+    In memory are the concepts, in the dtype that they are stored in, and unit vectors of those that are searched, in
+    fp32 and, on a CPU that has it, in bf16.
     """
 
     def __init__(self, batches: Iterable[tuple[Batch, Choice]], normalizer: Normalizer) -> None:
@@ -62,6 +65,8 @@ class NearestNeighbour:
         self._directions = torch.empty(len(self.followed), self.concepts.shape[1], device=device)
         for index, directions in zip(self.followed.split(BLOCK), self._directions.split(BLOCK), strict=True):
             F.normalize(self.concepts[index].float(), dim=1, out=directions)
+        # In bf16 a product takes a sixth of the time on a CPU that has it.
+        self._rough = self._directions.bfloat16() if device.type == "cpu" and cpu_has_bf16() else self._directions
 
     def __len__(self) -> int:
         return len(self.followed)
@@ -98,15 +103,18 @@ class NearestNeighbour:
 
         queries: [n, embed_dim], of length 1. bias: is added to the cosines.
         """
+        rough, rounding = queries.to(self._rough.dtype), ROUNDING[self._rough.dtype]
         highest = torch.full_like(queries[:, 0], -torch.inf)
         nearest = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
         for first in range(0, len(self.followed), BLOCK):
             block = slice(first, first + BLOCK)
-            cosines = products(queries, self._directions[block], None if bias is None else bias[block])
-            # Finding a maximum takes a tenth of the time of finding its index as well, which few rows need.
-            rows = (cosines.amax(1) > highest).nonzero().flatten()
-            largest, index = cosines[rows].max(1)
-            highest[rows], nearest[rows] = largest, index + first
+            cosines = products(rough, self._rough[block], None if bias is None else bias[block].to(rough.dtype))
+            # Few queries have a nearer concept here than in all blocks before: those alone are looked at in fp32.
+            rows = (cosines.amax(1) + rounding > highest).nonzero().flatten()
+            cosines = queries[rows] @ self._directions[block].T + (0.0 if bias is None else bias[block])
+            largest, index = cosines.max(1)
+            nearer = largest > highest[rows] + ROUNDING[largest.dtype]
+            highest[rows[nearer]], nearest[rows[nearer]] = largest[nearer], index[nearer] + first
         return nearest
 
 

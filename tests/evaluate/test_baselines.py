@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from lcm_ds.baselines.held_out import is_held_out
-from lcm_ds.baselines.linear import BEFORE, CONTEXT, LAST, PENALTIES, Linear, Sums, TrainingSums, best_of
+from lcm_ds.baselines.linear import (
+    BEFORE,
+    BLOCK,
+    CONTEXT,
+    LAST,
+    PENALTIES,
+    TILE,
+    Linear,
+    Sums,
+    TrainingSums,
+    best_of,
+)
 from lcm_ds.baselines.targets import Rows, Targets
 from lcm_ds.data.batch import Batch
 from lcm_ds.distributed.collectives import Ranks
@@ -144,6 +155,19 @@ def test_the_squared_error_of_sums_is_that_of_the_data():
     )
 
 
+@pytest.mark.parametrize("inputs", [6, TILE - 1, 2 * TILE + 5])
+def test_sums_are_those_of_all_samples_in_fp64(inputs):
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.randn(BLOCK + 7, inputs, generator=draw), torch.randn(BLOCK + 7, 3, generator=draw)
+    sums = Sums(inputs, 3)
+    sums.add(x, y)
+    exact = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    assert torch.allclose(sums.xx, exact.T @ exact, atol=1e-7 * len(x))
+    assert torch.allclose(sums.xy, exact.T @ y.double(), atol=1e-7 * len(x))
+    assert torch.equal(sums.xx, sums.xx.T)
+    assert sums.count == len(x)
+
+
 def test_a_small_penalty_recovers_the_map():
     targets, matrix = made(5000, 2, noise=0.0)
     weights = trained([targets]).predictors(["ridge from the last"])["ridge from the last"].weights
@@ -177,6 +201,25 @@ def test_the_nearest_in_the_training_data_says_what_followed_it_there():
     # by direction: east, which north followed first; north; south, which west followed first
     expected = torch.tensor([north, west, west])
     assert torch.allclose(normalizer.denormalize(nearest(targets)), expected)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_nearest_is_that_of_fp64_and_the_first_of_equals(bf16, monkeypatch):
+    monkeypatch.setattr("lcm_ds.evaluate.baselines.cpu_has_bf16", lambda: bf16)
+    draw = torch.Generator().manual_seed(3)
+    half = torch.randn(1, 2000, 24, generator=draw).half()
+    concepts = torch.cat([half, half.flip(1)], 1)  # each of them twice, with different ones that follow
+    ids, origins = torch.zeros(1, 4000, dtype=torch.int32), torch.full((1, 4000, 2), 1)
+    normalizer = Normalizer(24)
+    nearest = NearestNeighbour([(Batch(concepts, ids, 0, 0, 0, origins=origins), is_held_out)], normalizer)
+    own, other = half[0, 100:1900].float(), torch.randn(500, 24, generator=draw)
+    last = torch.cat([own, own + 1e-3 * torch.randn(own.shape, generator=draw), other])
+    numbers = torch.zeros(len(last), dtype=torch.long)
+    directions = torch.nn.functional.normalize(concepts[0, :-1].double(), dim=1)
+    cosines = torch.nn.functional.normalize(last.double(), dim=1) @ directions.T
+    first = (cosines >= cosines.amax(1, keepdim=True) - 1e-9).int().argmax(1)
+    expected = concepts[0, first + 1].float()
+    assert torch.equal(nearest(Targets(last, last, last, last, numbers, numbers)), expected)
 
 
 def test_the_nearest_s_error_is_that_on_held_out_documents_looked_for_among_the_others():

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from machine import patience
 from runs import ROOT, SUPPORT
+from started import Started
 
 from lcm_ds.distributed.environment import free_port
 
@@ -141,7 +142,7 @@ def start(tmp_path, hosts, deeds, restarts=0, **environment):
     (tmp_path / "run" / "launch" / "config.yaml").write_text(f"{deeds} {tmp_path}")
     env = {**os.environ, **hosts, "PYTHONPATH": f"{SUPPORT}:{ROOT}", "DS_ACCELERATOR": "cpu", **environment}
     command = [sys.executable, "-c", LAUNCHER, str(tmp_path), str(free_port()), str(restarts)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Started(command, cwd=ROOT, env=env)
 
 
 def workers(launcher, folder):

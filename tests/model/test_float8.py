@@ -72,6 +72,21 @@ def test_a_product_and_its_gradients_are_as_exact_as_e4m3_allows(make_fp8, devic
     assert (of_bias - gradient.double().sum(0)).norm() < 2**-7 * gradient.double().norm()
 
 
+@pytest.mark.parametrize("emulated", [True, False])
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_stays_so_and_is_found_by_what_skips_a_step(make_fp8, emulated, value):
+    """torch casts infinity to 448 in e4m3: only the scales of torchao, NaN for such a row, keep it."""
+    _, model = make_fp8(emulated)
+    layer = model.layers[0].mlp.down_proj
+    x, gradient = torch.randn(16, 96).bfloat16(), torch.randn(16, 64).bfloat16()
+    spoilt, of_spoilt = x.clone(), gradient.clone()
+    spoilt[3, 5] = of_spoilt[3, 5] = value
+    assert not project(spoilt, layer)[0][3].isfinite().any()
+    (y,) = project(x.requires_grad_(), layer)
+    for each in torch.autograd.grad(y, [x, layer.weight], of_spoilt):
+        assert not each.isfinite().all()
+
+
 def test_emulation_and_fp8_products_agree_to_the_rounding_of_their_results(make_fp8):
     concepts = torch.randn(2, 16, 12)
     (_, emulated), (_, real) = make_fp8(True), make_fp8(False)

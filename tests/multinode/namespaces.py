@@ -16,6 +16,7 @@ from collections import deque
 from pathlib import Path
 
 from machine import patience
+from started import Started
 
 ROOT = Path(__file__).parent.parent.parent
 SSHD = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -173,14 +174,8 @@ class Hosts:
             "OMP_NUM_THREADS": "1",
             **environment,
         }
-        return subprocess.Popen(
-            [IP, "netns", "exec", self.namespace(number), sys.executable, *map(str, arguments)],
-            cwd=ROOT,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        words = [IP, "netns", "exec", self.namespace(number), sys.executable, *map(str, arguments)]
+        return Started(words, cwd=ROOT, env=env)
 
     def hostfile(self, count):
         """A hostfile of the first so many hosts."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 from machine import patience
+from started import Started
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 300  # a few seconds: long enough to be stopped on the way
@@ -48,14 +49,7 @@ def write_config(dataset, folder, **changes):
 
 def start(*command, **environment):
     """A command, in a process of its own."""
-    return subprocess.Popen(
-        [str(word) for word in command],
-        cwd=ROOT,
-        env={**ENVIRON, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return Started(map(str, command), cwd=ROOT, env={**ENVIRON, **environment}, stderr=subprocess.STDOUT)
 
 
 def finish(process, timeout=240):

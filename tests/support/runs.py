@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 from machine import patience
+from started import Started
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -25,7 +26,7 @@ def start(*arguments, **environment):
     """`lcm-ds …` in a new process, on the CPU, with one thread per process."""
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", "lcm_ds.cli", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Started(command, cwd=ROOT, env=env)
 
 
 def finish(process, timeout=240):

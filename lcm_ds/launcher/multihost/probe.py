@@ -23,6 +23,7 @@ from typing import Any
 import lcm_ds
 from lcm_ds.errors import InputError
 from lcm_ds.launcher.multihost import protocol
+from lcm_ds.launcher.task import local_devices
 
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "numpy", "pydantic", "omegaconf", "safetensors")
 TIMEOUT_SECONDS = 100  # the launcher waits a little longer
@@ -62,6 +63,8 @@ def address_and_interface(peers: Iterable[str]) -> tuple[str, str | None]:
 
 def devices() -> tuple[str, int | None]:
     """The kind of this host's devices and their number; None for a CPU, which takes any number of ranks."""
+    if local_devices(os.environ, ranks=1) == 0:  # without DeepSpeed's import
+        return "cpu", None
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator()
