@@ -1,6 +1,6 @@
 """Matrix products of an evaluation: on CPUs by oneDNN, because MKL takes 2.4 times as long in fp32 on AMD's.
 
-torch sends fp32 products to MKL, whose kernels for AVX-512 are for Intel's CPUs only.
+torch sends fp32 products to MKL, whose kernels for AVX-512 are for Intel's CPUs only, and those in bf16 to oneDNN.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def products(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
         left · rightᵀ + bias, [n, m].
     """
     large = len(left) * right.numel() >= LARGE
-    if large and left.device.type == "cpu" and _has_onednn():
+    if large and left.dtype == torch.float32 and left.device.type == "cpu" and _has_onednn():
         padded = None if bias is None else pad(bias, 0)
         made: Tensor = torch.ops.mkldnn._linear_pointwise(pad(left, 0), pad(right, 0), padded, "none", [], "")
         return made[: len(left), : len(right)]

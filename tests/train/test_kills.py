@@ -70,7 +70,7 @@ def kill_launcher(launcher):
 @pytest.mark.slow
 @pytest.mark.timeout(300 + 60 * KILLS)
 def test_a_run_whose_ranks_and_launcher_are_killed_again_and_again_has_bit_identical_losses(make_config):
-    chance, steps = random.Random(2), 60 + 40 * KILLS
+    chance, steps = random.Random(2), 60 + 16 * KILLS
     settings = {"steps": steps, "checkpoint": {"every": 2, "keep": 2}, "evaluate": {"every": None}}
     undisturbed, config = make_config(**settings), make_config(**settings)
     code, out, err = finish(start("launch", "--local", 2, undisturbed))
