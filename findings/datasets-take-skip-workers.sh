@@ -6,7 +6,7 @@
 #   validation and training data.
 # What happens: a DataLoader with workers, and split_dataset_by_node, divide the files first and n by their number: each of 2 workers skips
 #   the first 2 rows of its own files. The validation set, which is read without workers or by one rank, shares rows with the training set,
-#   and as many rows are in neither. (If split_dataset_by_node comes first, each rank skips n rows.) No warning.
+#   and as many rows are in neither. Nothing is raised.
 # Seen (4 files of 5 rows, 0 to 19; take(4) without workers is [0, 1, 2, 3]):
 #   skip(4), 0 workers: in both [], in neither []
 #   skip(4), 2 workers: in both [2, 3], in neither [5, 6]

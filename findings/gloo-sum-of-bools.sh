@@ -6,7 +6,7 @@
 #   all ranks stays True.
 # What happens: gloo adds the bytes behind the bools. The tensor prints True while its byte is 2, 4, 8 …; at 256 the byte is 0 and the tensor
 #   False. With two ranks that is the eighth all_reduce of the same tensor, with 16 the second, with 256 ranks the first. SUM is the
-#   default of all_reduce. MAX, MIN, PRODUCT, BAND and BOR give bytes 0 and 1.
+#   default of all_reduce. MAX and BOR give bytes 0 and 1.
 # Seen (a tensor that is True on both ranks):
 #   SUM: bytes [2, 4, 8, 16, 32, 64, 128, 0], so [True, True, True, True, True, True, True, False]
 #   MAX: bytes [1, 1, 1, 1, 1, 1, 1, 1]

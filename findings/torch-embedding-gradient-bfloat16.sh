@@ -3,9 +3,9 @@
 #
 # Versions: torch 2.13.0 (CPU).
 # Expected: sums of bfloat16 are made in fp32 and rounded once, as sum(), matrix products and the gradients of index_select and gather do it.
-#   The choice among four ways to look up rows is one of taste.
+#   The choice among ways to look up rows is one of taste.
 # What happens: the gradients of nn.Embedding, F.embedding_bag and weight[ids] add up occurrence after occurrence in bfloat16, which stops
-#   at 256 times the addend (float16: 2,048). segment_reduce adds in the same way, so that its mean of ones is not 1.
+#   at 256 times the addend. segment_reduce adds in the same way, so that its mean of ones is not 1.
 # Seen (3,000 gradients of 1 for one row; the exact sum in bfloat16 is 3008):
 #   nn.Embedding 256, weight[ids] 256, embedding_bag 256, index_select 3008, gather 3008, one-hot product 3008
 #   segment_reduce of 3,000 ones: sum 256, mean 0.085; sum() 3008, mean() 1

@@ -1,5 +1,5 @@
 #!/bin/bash
-# PyTorch casts infinity to 448 in float8_e4m3fn, and keeps it infinite or makes it NaN in the other three float8 types.
+# PyTorch casts infinity to 448 in float8_e4m3fn, but makes it NaN in float8_e4m3fnuz and keeps it in float8_e5m2.
 #
 # Versions: torch 2.13.0 (CPU), ml_dtypes 0.6.0, numpy 2.4.6.
 # Expected: float8_e4m3fn has no infinity, but it has NaN, which is what infinity becomes in ml_dtypes (NumPy, JAX) and in PyTorch's

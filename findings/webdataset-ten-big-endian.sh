@@ -3,7 +3,7 @@
 #
 # Versions: webdataset 1.0.2, safetensors 0.8.0, numpy 2.4.6.
 # Expected: an array comes back with its values, as from webdataset's .npy and from safetensors; or the writer refuses it, as it refuses
-#   bool and uint32, and as torch.from_numpy refuses big-endian arrays.
+#   uint32.
 # What happens: the format notes the type by its name, which is "float32" in either byte order, and then the bytes of the array.
 # Seen (np.array([1, 2, 3], ">f4"), and the integers 1, 2 and 3 as ">i4"):
 #   .npy [1.0, 2.0, 3.0], safetensors [1.0, 2.0, 3.0], .ten [4.6e-41, 9e-44, 2.3e-41]

@@ -7,7 +7,7 @@ the training data, never the validation data, choose penalties and the best pred
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,8 +39,8 @@ TILE = 384  # inputs whose products with those that follow are computed at a tim
 class Sums:
     """Sums of a least-squares problem: inputs with a 1 appended, outputs; fp64.
 
-    Products are summed in fp32 within a block of samples: an error of about 1e-7 of the sums, at a quarter of the time;
-    outputs squared are summed in fp64.
+    Products are summed in fp32 within a block of samples, with an error of about 1e-6 of its largest sums; squares of the
+    outputs are summed in fp64.
     """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device | None = None) -> None:
@@ -51,9 +51,9 @@ class Sums:
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add samples: [n, inputs] and [n, outputs]."""
         for some_inputs, some_outputs in zip(inputs.split(BLOCK), outputs.split(BLOCK), strict=True):
-            x, y, n = some_inputs.T.contiguous(), some_outputs.T.contiguous(), len(some_inputs)
-            self.xx[:-1, :-1] += self._squares(x)
-            self.xy[:-1] += self._products(x, y)
+            x, y, n = _columns(some_inputs), _columns(some_outputs), len(some_inputs)
+            self.xx[:-1, :-1] += _squares(x)
+            self.xy[:-1] += products(x, y)
             # Of the 1 that is appended to the inputs.
             sums = x.double().sum(1)
             self.xx[:-1, -1] += sums
@@ -62,19 +62,6 @@ class Sums:
             self.xy[-1] += y.double().sum(1)
             self.counts[0] += y.double().square().sum()
             self.counts[1] += n
-
-    @staticmethod
-    def _products(left: Tensor, right: Tensor) -> Tensor:
-        """left · rightᵀ of fp32 [n, samples] and [m, samples]."""
-        return products(pad(left, 1), pad(right, 1)) if full_precision() else left.double() @ right.double().T
-
-    def _squares(self, x: Tensor) -> Tensor:
-        """x · xᵀ of [n, samples], which is symmetric: what is below the diagonal is not computed again."""
-        whole = self.xx.new_empty(len(x), len(x), dtype=torch.float32 if full_precision() else torch.float64)
-        for first in range(0, len(x), TILE):
-            tile = self._products(x[first : first + TILE], x[first:])
-            whole[first : first + TILE, first:], whole[first:, first : first + TILE] = tile, tile.T
-        return whole
 
     @property
     def count(self) -> int:
@@ -130,6 +117,43 @@ class Sums:
         return sums
 
 
+def _in_blocks(targets: Iterable[tuple[Targets, Tensor]]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(0, inputs, outputs) of documents to fit to and (1, …) of held-out ones, once there are BLOCK samples of them."""
+    waiting: list[list[tuple[Tensor, Tensor]]] = [[], []]
+    for batch, chooses in targets:
+        inputs = torch.cat([batch.last, batch.before, batch.context], 1)
+        for part, mask in enumerate((~chooses, chooses)):
+            if mask.any():
+                waiting[part].append((inputs[mask], batch.truth[mask]))
+            if sum(len(outputs) for _, outputs in waiting[part]) >= BLOCK:
+                yield part, *_joined(waiting[part])
+                waiting[part] = []
+    for part, samples in enumerate(waiting):
+        if samples:
+            yield part, *_joined(samples)
+
+
+def _joined(samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    inputs, outputs = zip(*samples, strict=True)
+    return torch.cat(inputs), torch.cat(outputs)
+
+
+def _columns(samples: Tensor) -> Tensor:
+    """[dims, n] of [n, dims], with zeros after the last sample; fp64 if products of fp32 would not have all bits."""
+    columns = pad(samples.T.contiguous(), 1)
+    return columns if full_precision() else columns.double()
+
+
+def _squares(x: Tensor) -> Tensor:
+    """x · xᵀ of [dims, n], which is symmetric: what is left of the diagonal's tiles is not computed again."""
+    squares = x.new_empty(len(x), len(x))
+    for first in range(0, len(x), TILE):
+        tile = products(x[first : first + TILE], x[first:])
+        squares[first:, first : first + TILE] = tile.T
+        squares[first : first + TILE, first:] = tile
+    return squares
+
+
 @dataclass(frozen=True)
 class Linear:
     """A fitted predictor."""
@@ -173,23 +197,14 @@ class TrainingSums:
         """Sum over the training targets of all ranks.
 
         Args:
-            targets: this rank's, batch by batch, and which are of held-out documents; none is kept.
+            targets: this rank's, batch by batch, and which are of held-out documents.
             embed_dim: of their concepts.
             device: of the sums, 2 · [3 · embed_dim + 1, 4 · embed_dim + 1] fp64.
             all_reduce: sums tensors over all ranks, in place.
         """
         sums = cls(*(Sums(3 * embed_dim, embed_dim, device) for _ in range(2)))
-        waiting: dict[Sums, list[tuple[Tensor, Tensor]]] = {sums.fit: [], sums.held_out: []}  # for a block of samples
-        for batch, chooses in targets:
-            inputs = torch.cat([batch.last, batch.before, batch.context], 1)
-            for part, mask in ((sums.fit, ~chooses), (sums.held_out, chooses)):
-                waiting[part].append((inputs[mask], batch.truth[mask]))
-                if sum(len(truth) for _, truth in waiting[part]) >= BLOCK:
-                    part.add(*map(torch.cat, zip(*waiting[part], strict=True)))
-                    waiting[part].clear()
-        for part, samples in waiting.items():
-            if samples:
-                part.add(*map(torch.cat, zip(*samples, strict=True)))
+        for part, inputs, outputs in _in_blocks(targets):
+            (sums.fit, sums.held_out)[part].add(inputs, outputs)
         all_reduce([*sums.fit.tensors(), *sums.held_out.tensors()])
         return sums
 

@@ -32,8 +32,9 @@ LINEAR_CONCEPTS = 500_000  # concepts of the training data, at most, that linear
 NEIGHBOUR_CONCEPTS = 100_000  # concepts of the training data, at most, to search for neighbours
 BLOCK = 1024  # concepts that are searched at a time, and
 QUERIES = 512  # targets that are looked for at a time: the cosines stay in the processor's cache
-# The most by which a cosine of unit vectors errs: in bf16 by the roundings of both vectors and of the sum, 2⁻⁹ each.
-ROUNDING = {torch.bfloat16: 2.0**-7, torch.float32: 2.0**-20}
+# More than the error of a cosine of unit vectors in bf16: each vector is rounded by up to 2⁻⁸ of it, the sum by 2⁻⁹.
+BF16_ERROR = 2.0**-6
+EQUAL = 2.0**-20  # Cosines of different blocks in fp32 that differ by less are equal
 
 
 class NearestNeighbour:
@@ -65,7 +66,7 @@ class NearestNeighbour:
         self._directions = torch.empty(len(self.followed), self.concepts.shape[1], device=device)
         for index, directions in zip(self.followed.split(BLOCK), self._directions.split(BLOCK), strict=True):
             F.normalize(self.concepts[index].float(), dim=1, out=directions)
-        # In bf16 a product takes a sixth of the time on a CPU that has it.
+        # With AVX512-BF16 a product in bf16 takes half of the time, with AMX a sixth.
         self._rough = self._directions.bfloat16() if device.type == "cpu" and cpu_has_bf16() else self._directions
 
     def __len__(self) -> int:
@@ -94,26 +95,32 @@ class NearestNeighbour:
 
         last: [n, embed_dim], raw space. without: bool, which of `followed` are not searched.
         """
-        bias = None if without is None else torch.where(without, -torch.inf, 0.0)
+        bias = self._directions.new_zeros(len(self.followed))
+        if without is not None:
+            bias[without] = -torch.inf
         nearest = torch.cat([self._nearest(queries, bias) for queries in F.normalize(last, dim=1).split(QUERIES)])
         return self.normalizer.normalize(self.concepts[self.followed[nearest] + 1])
 
-    def _nearest(self, queries: Tensor, bias: Tensor | None) -> Tensor:
+    def _nearest(self, queries: Tensor, bias: Tensor) -> Tensor:
         """The indices in `followed` of the concepts with the largest cosines, the first of equals: int64 [n].
 
-        queries: [n, embed_dim], of length 1. bias: is added to the cosines.
+        queries: [n, embed_dim], of length 1. bias: [len(followed)], is added to the cosines.
         """
-        rough, rounding = queries.to(self._rough.dtype), ROUNDING[self._rough.dtype]
+        rough = queries.to(self._rough.dtype)
         highest = torch.full_like(queries[:, 0], -torch.inf)
         nearest = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
         for first in range(0, len(self.followed), BLOCK):
             block = slice(first, first + BLOCK)
-            cosines = products(rough, self._rough[block], None if bias is None else bias[block].to(rough.dtype))
-            # Few queries have a nearer concept here than in all blocks before: those alone are looked at in fp32.
-            rows = (cosines.amax(1) + rounding > highest).nonzero().flatten()
-            cosines = queries[rows] @ self._directions[block].T + (0.0 if bias is None else bias[block])
+            cosines = products(rough, self._rough[block], bias[block].to(rough.dtype))
+            # Few queries have a nearer concept here than in all blocks before: only those are looked at, and in fp32.
+            if rough is queries:
+                rows = (cosines.amax(1) > highest).nonzero().flatten()
+                cosines = cosines[rows]
+            else:
+                rows = (cosines.amax(1).float() + BF16_ERROR > highest).nonzero().flatten()
+                cosines = queries[rows] @ self._directions[block].T + bias[block]
             largest, index = cosines.max(1)
-            nearer = largest > highest[rows] + ROUNDING[largest.dtype]
+            nearer = largest > highest[rows] + EQUAL
             highest[rows[nearer]], nearest[rows[nearer]] = largest[nearer], index[nearer] + first
         return nearest
 

@@ -160,8 +160,8 @@ def local_devices(environ: Mapping[str, str], ranks: int) -> int:
         ranks: The workers that need a device each.
     """
     torch = find_spec("torch")
-    assert torch is not None
-    assert torch.origin is not None
+    if torch is None or torch.origin is None:
+        raise ModuleNotFoundError("No module named 'torch'")
     build = runpy.run_path(str(Path(torch.origin).with_name("version.py")))
     kind, visible = environ.get("DS_ACCELERATOR"), environ.get("CUDA_VISIBLE_DEVICES")
     others = sys.platform != "linux" or build.get("hip") or build.get("xpu") or any(map(find_spec, PLUGINS))
@@ -170,9 +170,16 @@ def local_devices(environ: Mapping[str, str], ranks: int) -> int:
     if kind in (None, "cuda") and not others and not Path("/dev/dxg").exists():  # WSL's only node
         cards = sum(os.access(node, os.R_OK | os.W_OK) for node in Path("/dev").glob("nvidia[0-9]*"))
         named = cards if visible is None else len([each for each in visible.split(",") if each.strip()])
-        if min(cards, named) == 0 or (ranks <= min(cards, named) and "MIG-" not in (visible or "")):
+        if (cards == 0 and not _has_nvidia_hardware()) or (visible is not None and named == 0):
+            return 0
+        if ranks <= min(cards, named) and "MIG-" not in (visible or ""):
             return min(cards, named)
     from deepspeed.accelerator import get_accelerator
 
     device = get_accelerator()
     return 0 if device.device_name() == "cpu" else int(device.device_count())
+
+
+def _has_nvidia_hardware() -> bool:
+    """Whether a device of NVIDIA is on the PCI bus: after a boot its nodes appear only when CUDA is first used."""
+    return any(path.read_text().strip() == "0x10de" for path in Path("/sys/bus/pci/devices").glob("*/vendor"))

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import yaml
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from machine import patience
 from runs import ROOT, finish, metrics, run_dir, start
 
 from lcm_ds.checkpoint import load as resume
@@ -396,9 +398,12 @@ def test_a_run_folder_is_locked_until_its_process_ends(make_config):
     assert code == 2
     assert f"run directory is locked by PID {owner['pid']} on {owner['host']}" in err
     assert first.poll() is None
+    workers = psutil.Process(first.pid).children(recursive=True)
     first.kill()
-    first.communicate()
+    first.wait()
     # Its workers die with the launcher; the lock need not be removed.
+    _, alive = psutil.wait_procs(workers, timeout=patience(60))
+    assert not alive
     third = start("launch", "--local", 2, config, "steps=1", "optim.schedule.warmup_steps=0")
     code, out, err = finish(third)
     assert code == 0, out + err

@@ -89,6 +89,19 @@ def test_devices_are_counted_by_what_the_system_has_of_them(monkeypatch, visible
     assert local_devices(environ, ranks) == 0
 
 
+@pytest.mark.parametrize(("vendors", "devices"), [((), 0), (("0x8086",), 0), (("0x8086", "0x10de"), 7)])
+def test_cards_whose_nodes_are_not_there_yet_are_counted_by_deepspeed(monkeypatch, tmp_path, vendors, devices):
+    """As after a boot: NVIDIA's nodes appear when CUDA is first used."""
+    monkeypatch.setattr("runpy.run_path", lambda path: {"cuda": "13.0", "hip": None, "xpu": None})
+    for index, vendor in enumerate(vendors):
+        (tmp_path / f"{index}-vendor").write_text(f"{vendor}\n")
+    on_the_bus = [*tmp_path.iterdir()]
+    monkeypatch.setattr("pathlib.Path.glob", lambda self, pattern: on_the_bus if pattern == "*/vendor" else [])
+    device = SimpleNamespace(device_name=lambda: "cuda", device_count=lambda: 7)
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: device)
+    assert local_devices({}, 1) == devices
+
+
 def test_more_workers_than_devices_are_refused(monkeypatch, config):
     monkeypatch.setattr("lcm_ds.launcher.task.local_devices", lambda environ, ranks: 1)
     assert mistakes_of(config, local=2) == ["--local 2: this host has 1 device(s)"]

@@ -1,11 +1,14 @@
 """What makes a host unfit for a run, which hosts continue after a failure, and which error is reported."""
 
 import asyncio
+import os
 import socket
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from machine import patience
@@ -13,7 +16,7 @@ from machine import patience
 from lcm_ds.launcher.multihost import protocol
 from lcm_ds.launcher.multihost.output import MAX_ERROR_LINES, MAX_QUEUED_LINES, OutputPrinter, StderrTail
 from lcm_ds.launcher.multihost.preflight import HostReport, problems_of
-from lcm_ds.launcher.multihost.probe import address_and_interface, port_is_free, versions
+from lcm_ds.launcher.multihost.probe import address_and_interface, devices, port_is_free, versions
 from lcm_ds.launcher.multihost.restarts import _Launch, fitting_hosts
 from lcm_ds.launcher.task import LaunchOptions, LaunchTask
 
@@ -195,3 +198,20 @@ def test_of_what_a_rank_said_the_first_error_is_told(lines, expected):
     for line in lines:
         errors.add(line)
     assert errors.first_error() == expected
+
+
+def test_a_host_without_accelerators_is_asked_without_torch():
+    code = (
+        "import sys; from lcm_ds.launcher.multihost.probe import probe\n"
+        "report = probe('-', 0); print(report['devices'], report['problems'], 'torch' in sys.modules)"
+    )
+    environ = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "('cpu', None) [] False"
+
+
+def test_an_accelerator_that_is_asked_for_and_not_there_is_none_of_its_kind(monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    device = SimpleNamespace(device_name=lambda: "cuda", device_count=lambda: 0)
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: device)
+    assert devices() == ("cuda", 0)

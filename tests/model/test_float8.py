@@ -75,7 +75,7 @@ def test_a_product_and_its_gradients_are_as_exact_as_e4m3_allows(make_fp8, devic
 @pytest.mark.parametrize("emulated", [True, False])
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_what_is_not_finite_stays_so_and_is_found_by_what_skips_a_step(make_fp8, emulated, value):
-    """torch casts infinity to 448 in e4m3: only the scales of torchao, NaN for such a row, keep it."""
+    """torch casts infinity to 448 in e4m3. torchao scales a row with it by 448 / ∞ = 0, and 0 · ∞ is NaN."""
     _, model = make_fp8(emulated)
     layer = model.layers[0].mlp.down_proj
     x, gradient = torch.randn(16, 96).bfloat16(), torch.randn(16, 64).bfloat16()

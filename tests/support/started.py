@@ -10,14 +10,21 @@ class Started(subprocess.Popen):
     A pipe holds 64 KiB: a launcher of runs that fail again and again prints more than that.
     """
 
-    def __init__(self, command, **options):
-        merged = options.pop("stderr", None) == subprocess.STDOUT
-        files = [tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") for _ in range(2)]  # noqa: SIM115
-        self._out, self._err = files[0], None if merged else files[1]
-        super().__init__(command, stdout=self._out, stderr=self._err or subprocess.STDOUT, **options)
+    def __init__(self, command, stderr=None, **options):
+        # Opened to append: processes that outlive this one go on writing after `communicate` has read.
+        self._out = tempfile.TemporaryFile("a+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self._err = None
+        if stderr is None:
+            self._err = tempfile.TemporaryFile("a+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        super().__init__([*command], stdout=self._out, stderr=stderr or self._err, **options)
 
     def communicate(self, input=None, timeout=None):
-        """(stdout, stderr) once it has ended; stderr is None if it goes to stdout."""
+        """(stdout, stderr) once it has ended, whatever it has started; stderr is None if it goes to stdout."""
         assert input is None
         self.wait(timeout)
-        return tuple(None if file is None else file.seek(0) or file.read() for file in (self._out, self._err))
+        return _all_of(self._out), self._err and _all_of(self._err)
+
+
+def _all_of(file):
+    file.seek(0)
+    return file.read()

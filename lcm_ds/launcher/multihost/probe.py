@@ -23,7 +23,6 @@ from typing import Any
 import lcm_ds
 from lcm_ds.errors import InputError
 from lcm_ds.launcher.multihost import protocol
-from lcm_ds.launcher.task import local_devices
 
 PACKAGES = ("torch", "deepspeed", "transformers", "webdataset", "numpy", "pydantic", "omegaconf", "safetensors")
 TIMEOUT_SECONDS = 100  # the launcher waits a little longer
@@ -63,7 +62,10 @@ def address_and_interface(peers: Iterable[str]) -> tuple[str, str | None]:
 
 def devices() -> tuple[str, int | None]:
     """The kind of this host's devices and their number; None for a CPU, which takes any number of ranks."""
-    if local_devices(os.environ, ranks=1) == 0:  # without DeepSpeed's import
+    from lcm_ds.launcher.task import local_devices
+
+    # Without DeepSpeed's import, unless a kind of device is asked for, of which there may be none.
+    if os.environ.get("DS_ACCELERATOR") in (None, "cpu") and local_devices(os.environ, ranks=1) == 0:
         return "cpu", None
     from deepspeed.accelerator import get_accelerator
 
