@@ -1,7 +1,7 @@
 """Matrix products without gradients, of an evaluation, and what this CPU multiplies natively.
 
-On CPUs oneDNN computes them: torch sends those in bf16 there, but those in fp32 to MKL, whose kernels for AVX-512 are for
-Intel's CPUs only. On AMD's they take 2.4 times as long.
+On CPUs oneDNN computes them: torch sends those in bf16 there, but those in fp32 to MKL, whose kernels for AVX-512 are
+for Intel's CPUs only. On AMD's they take 2.4 times as long.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ TILE = 384  # inputs whose products with those that follow are computed at a tim
 class Sums:
     """Sums of a least-squares problem: inputs with a 1 appended, outputs; fp64.
 
-    Products are summed in fp32 within a block of samples, with an error of about 1e-6 of its largest sums; squares of the
+    Products are summed in fp32 within a block of samples, with an error of about 1e-6 of its largest sums; squares of
     outputs are summed in fp64.
     """
 
