@@ -57,8 +57,8 @@ test-newest:
 gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/gpu/run.py
 
-# The tables of benchmarks/RESULTS.md that two CPU cores can make, each beside its peers, in ten minutes. Nothing
-# else should run.
+# The tables of benchmarks/RESULTS.md that two CPU cores can make, each beside its peers, with short settings.
+# Nothing else should run.
 bench: $(INSTALLED)
 	@set -e; for call in \
 		"loader.py --seconds 0.5 --concepts 200000" \

@@ -223,7 +223,7 @@ def test_the_nearest_is_that_of_fp64_and_the_first_of_equals(bf16, monkeypatch):
 
 
 def test_a_cosine_in_bf16_errs_by_less_than_its_bound():
-    """The equal entries of the first vector lie just above a power of two, where rounding errors are largest."""
+    """All entries of the first vector are the same number, just above a power of two, where bf16 rounds by the most."""
     dims, draw = 1017, torch.Generator().manual_seed(1)
     vectors = torch.nn.functional.normalize(
         torch.cat([torch.ones(1, dims), torch.randn(200, dims, generator=draw)]), dim=1

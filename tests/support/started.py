@@ -19,7 +19,7 @@ class Started(subprocess.Popen):
         super().__init__([*command], stdout=self._out, stderr=stderr or self._err, **options)
 
     def communicate(self, input=None, timeout=None):
-        """(stdout, stderr) once it has ended, whatever it has started; stderr is None if it goes to stdout."""
+        """(stdout, stderr) once it has ended; what it has started may still run. stderr: None if it is in stdout."""
         assert input is None
         self.wait(timeout)
         return _all_of(self._out), self._err and _all_of(self._err)
