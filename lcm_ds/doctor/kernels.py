@@ -1,7 +1,7 @@
-"""`python -m lcm_ds.doctor.kernels`: what this machine's devices, kernels and compilers can do, as lines of JSON.
+"""`python -m lcm_ds.doctor.kernels [PART ...]`: what this machine's devices and kernels can do, as lines of JSON.
 
-`lcm-ds doctor` runs it in a separate process, which hides the output of libraries and survives a driver that hangs or a
-kernel that crashes. Everything is tried, not looked up.
+`lcm-ds doctor` runs each part in a separate process, which hides the output of libraries and survives a driver that
+hangs or a kernel that crashes. Everything is tried, not looked up.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from lcm_ds.doctor.machine import MISSING, NONE, OK, WARN, Finding
+from lcm_ds.doctor.machine import COMPILER, KERNELS, MISSING, NONE, OK, WARN, Finding
+from lcm_ds.launcher.multihost.probe import devices
 
 # DeepSpeed's operators that a run may need, and their purpose.
 OPERATORS = {
@@ -25,15 +26,19 @@ OPERATORS = {
 }
 
 
-def findings() -> Iterator[Finding]:
-    """Try the device, the attention kernels, torch.compile and DeepSpeed's operators, one after the other."""
+def kernels() -> Iterator[Finding]:
+    """Try the imports, the device, the attention kernels and DeepSpeed's operators, one after the other."""
     yield from _attempt("imports", _imports, MISSING, "install that package again: no run can start")
     yield from _attempt("accelerator", accelerator, MISSING, "install torch and deepspeed again: no run can start")
     yield from _attempt("flash, packed rows", _varlen, WARN, "attention uses SDPA with a mask, which is slower")
     yield from _attempt("flash, SDPA", _sdpa, WARN, "attention uses another SDPA kernel, which is slower")
-    yield from _attempt("torch.compile", _compile, WARN, "leave train.compile off, or install g++ and Python's headers")
     for operator, purpose in OPERATORS.items():
         yield from _attempt(f"DeepSpeed {operator}", partial(_operator, operator, purpose), WARN, purpose)
+
+
+def compiler() -> Iterator[Finding]:
+    """Try torch.compile."""
+    yield from _attempt("torch.compile", _compile, WARN, "leave train.compile off, or install g++ and Python's headers")
 
 
 def _attempt(name: str, check: Callable[[], Iterator[Finding]], status: str, advice: str) -> Iterator[Finding]:
@@ -113,9 +118,8 @@ def _sdpa() -> Iterator[Finding]:
 
 def _compile() -> Iterator[Finding]:
     import torch
-    from deepspeed.accelerator import get_accelerator
 
-    values = torch.ones(64, device=get_accelerator().current_device_name())
+    values = torch.ones(64, device=devices()[0])
     torch.compile(lambda x: (x.sin() + 1).sum())(values).item()
     yield Finding("torch.compile", OK, "compiles")
 
@@ -144,14 +148,22 @@ def _operator(operator: str, purpose: str) -> Iterator[Finding]:
         yield Finding(name, OK, f"compiled when first used ({purpose})")
 
 
-def main() -> None:
-    """Print a line of JSON for each finding on the real stdout; all other output goes to stderr."""
+PARTS = {KERNELS: kernels, COMPILER: compiler}
+
+
+def main(parts: Sequence[str]) -> None:
+    """Print a line of JSON for each finding on the real stdout; all other output goes to stderr.
+
+    Args:
+        parts: Names in PARTS; none means all.
+    """
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     with contextlib.redirect_stdout(sys.stderr):
-        for finding in findings():
-            print(json.dumps(finding), file=out)
+        for part in parts or PARTS:
+            for finding in PARTS[part]():
+                print(json.dumps(finding), file=out)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -16,9 +16,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
@@ -43,8 +44,11 @@ PROGRAMS = {
     "srun": ("launch --slurm", "comes with a Slurm cluster"),
     "mpirun": ("launch --mpi", "apt install openmpi-bin or mpich"),
 }
-KERNELS = "lcm_ds.doctor.kernels"
-KERNELS_SECONDS = 120  # a cold torch.compile takes 20 s on two busy cores
+KERNELS, COMPILER = "kernels", "compiler"
+# The parts of doctor/kernels.py, each in a process, and what it means if one does not end well.
+PARTS = {KERNELS: MISSING, COMPILER: WARN}
+MODULE = "lcm_ds.doctor.kernels"
+PART_SECONDS = 120  # a cold torch.compile takes 20 s on two busy cores
 SONAR = "cointegrated/SONAR_200_text_encoder"
 GIB = 2**30
 MIN_DISK = 5 * GIB  # room for a first checkpoint of all but the largest models
@@ -65,9 +69,8 @@ class Finding(NamedTuple):
 
 def examine() -> int:
     """Print the table; returns 0, or 2 if something is missing without which no run can start."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        command = [sys.executable, "-m", KERNELS]  # first, because it is the slowest
-        child = subprocess.Popen(command, stdout=out, stderr=err, preexec_fn=set_parent_death_signal(signal.SIGKILL))
+    with tempfile.TemporaryDirectory() as folder:
+        parts = [_Part(name, Path(folder)) for name in PARTS]  # first, because they are the slowest
         sections = {
             "software": [*software(), *extras()],
             "devices and kernels": [],
@@ -75,7 +78,7 @@ def examine() -> int:
             "programs": list(programs()),
             "limits": list(limits()),
         }
-        sections["devices and kernels"] = _finish(child, out, err)
+        sections["devices and kernels"] = [finding for part in parts for finding in part.finish()]
     _show(sections)
     missing = [finding.name for findings in sections.values() for finding in findings if finding.status == MISSING]
     print(f"no run can start here: see {', '.join(missing)}" if missing else "a run can start here")
@@ -126,23 +129,35 @@ def _installed(requirement: Requirement) -> tuple[str, str]:
     return WARN, f"{version}, made for {requirement.specifier}"
 
 
-def _finish(child: subprocess.Popen[bytes], out: IO[bytes], err: IO[bytes]) -> list[Finding]:
-    """The findings of kernels.py, and how it ended unless it ended well."""
-    try:
-        code = child.wait(KERNELS_SECONDS)
-        ended = f"exit code {code}" if code else ""
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-        ended = f"no answer in {KERNELS_SECONDS} s"
-    for file in (out, err):
-        file.seek(0)
-    findings = [Finding(*json.loads(line)) for line in out]
-    if ended:
-        last_line = err.read().decode(errors="replace").strip().splitlines()[-1:]
-        ended += f" after {findings[-1].name}" if findings else " at its start"
-        findings.append(Finding("kernels", MISSING, ": ".join([ended, *last_line]), f"run python -m {KERNELS}"))
-    return findings
+class _Part:
+    """A part of doctor/kernels.py in its process, whose output goes to files: it never waits for a reader."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name = name
+        self._out, self._err = folder / f"{name}.out", folder / f"{name}.err"
+        self._deadline = time.monotonic() + PART_SECONDS
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            kill = set_parent_death_signal(signal.SIGKILL)
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", MODULE, name], stdout=out, stderr=err, preexec_fn=kill
+            )
+
+    def finish(self) -> list[Finding]:
+        """Its findings, and how it ended unless it ended well."""
+        try:
+            code = self._child.wait(max(0.0, self._deadline - time.monotonic()))
+            ended = f"exit code {code}" if code else ""
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+            self._child.wait()
+            ended = f"no answer in {PART_SECONDS} s"
+        findings = [Finding(*json.loads(line)) for line in self._out.read_text(encoding="utf-8").splitlines()]
+        if ended:
+            last_line = self._err.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            ended += f" after {findings[-1].name}" if findings else " at its start"
+            advice = f"run python -m {MODULE} {self.name}"
+            findings.append(Finding(self.name, PARTS[self.name], ": ".join([ended, *last_line]), advice))
+        return findings
 
 
 def models() -> Iterator[Finding]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 import subprocess
@@ -388,8 +387,8 @@ def test_memory_does_not_grow_with_epochs(synthetic_dataset: Callable[..., Path]
             held[epoch >= 50].append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
     loader.close()
-    # The order of an epoch takes over 8 bytes a document. How many orders there are at a moment depends on the threads (from
-    # one to three, with what laying them out takes), so many moments are compared; 34 epochs lie between them.
+    # The order of an epoch takes over 8 bytes a document. How many orders there are at a moment depends on the threads
+    # (from one to three, with what laying them out takes), so many moments are compared; 34 epochs lie between them.
     assert median(held[True]) - median(held[False]) < 34 * 1500 * 8 / 2
 
 
