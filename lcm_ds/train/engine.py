@@ -27,7 +27,8 @@ from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.parameter_groups import parameter_groups
 from lcm_ds.model.sizes import Sizes
 from lcm_ds.processes import keep_freed_memory, program_path, remove_left_over_locks
-from lcm_ds.train.fused_norms import fuse_norms
+from lcm_ds.train.gradients.norms import fuse_norms
+from lcm_ds.train.gradients.reduction import reduce_in_backward
 from lcm_ds.train.job import ConfiguredRun
 from lcm_ds.train.monitoring.console import console
 
@@ -173,6 +174,7 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
     for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed's have torch's default timeout
         set_timeout(collective_timeout(config.guard.stall_minutes), group)
     fuse_norms(engine.optimizer)
+    reduce_in_backward(engine)
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         skip_nonfinite_steps(engine.optimizer)
     if deepspeed_config.offloads_optimizer(ds) and deepspeed_config.zero_stage(ds) in (1, 2):

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lcm_ds.processes import exit_with
 from lcm_ds.train.engine import leave_out_kernels_of_inference
+from lcm_ds.train.gradients.reduction import reduce_in_backward
 
 WIDTH, LAYERS = 128, 16
 PARAMETERS = WIDTH * WIDTH * LAYERS
@@ -54,6 +55,7 @@ def measure(ds):
         with deepspeed.zero.Init(config_dict_or_path=ds, enabled=stage == 3):
             model = torch.nn.Sequential(*[torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)])
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds)
+        reduce_in_backward(engine)
         inputs = torch.ones(1, WIDTH, dtype=next(engine.parameters()).dtype)
         for step in range(4):
             gc.collect()

@@ -1,11 +1,11 @@
-"""Norms and overflow checks over lists of gradients: DeepSpeed's values and skipped steps, in a few operations."""
+"""Sums of gradients during the backward pass, norms and overflow checks over lists: DeepSpeed's values and skips."""
 
 import json
 
 import pytest
 from deepspeed.accelerator import get_accelerator
-from norms_worker import NONFINITE
-from runs import launch_workers
+from gradients_worker import NONFINITE
+from runs import ROOT, launch_workers
 
 pytestmark = pytest.mark.slow
 ADAM = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True, "fused": True}}}
@@ -24,6 +24,17 @@ JSONS = {
 }
 if get_accelerator().is_fp16_supported():
     JSONS = {"zero 2 fp16": {"zero_optimization": {"stage": 2}, **FP16, **FP32, **ADAM}, **JSONS}
+# Name → changes of "BF16_Optimizer" whose gradients are summed during the backward pass: bits are those of DeepSpeed.
+SUMMED = {
+    "one micro-batch": {},
+    "one micro-batch, pieces": {"piece": 3000},
+    "two micro-batches, pieces": {"piece": 3000, "batch": {"micro_batch_rows": 2}},
+    "four micro-batches": {"batch": {"micro_batch_rows": 1}},
+    "four micro-batches, none for a norm": {"batch": {"micro_batch_rows": 1}, "frozen": "norm.weight"},
+    "recomputed, pieces": {"piece": 3000, "train": {"recompute_every": 1}},
+    "Muon": {"deepspeed": str(ROOT / "ds_configs/zero1_muon.json"), "optim": {"max_grad_norm": 0.0}},
+    "compiled, pieces": {"piece": 3000, "train": {"compile": True}},
+}
 DEEP = ("BF16_Optimizer", "zero 2 bf16", "zero 3 bf16")  # also with twice as many layers
 # What a norm, a check or clipping calls for each gradient in DeepSpeed.
 CALLS = ("linalg_vector_norm", "_foreach_norm", "amax", "amin", "logical_and", "mul_", "_foreach_mul_")
@@ -31,17 +42,27 @@ CALLS = ("linalg_vector_norm", "_foreach_norm", "amax", "amin", "logical_and", "
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """DeepSpeed's and lcm-ds's, as norms_worker.py writes them."""
+    """DeepSpeed's and lcm-ds's, as gradients_worker.py writes them."""
     folder = tmp_path_factory.mktemp("norms")
     variants = {name: {"deepspeed": ds, "optim": {"max_grad_norm": 0.05}} for name, ds in JSONS.items()}
     for name in DEEP:
         variants[name + ", deep"] = {**variants[name], "model": {"num_hidden_layers": 6}}
+    return [take_steps(whose, variants, folder) for whose in ("deepspeed", "lcm-ds")]
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory):
+    """Both with lcm-ds's norms: with DeepSpeed's sums, and summed during the backward pass."""
+    folder = tmp_path_factory.mktemp("sums")
+    common = {"deepspeed": JSONS["BF16_Optimizer"], "optim": {"max_grad_norm": 0.05}}
+    variants = {name: {**common, **changes} for name, changes in SUMMED.items()}
+    return [take_steps(whose, variants, folder) for whose in ("norms", "lcm-ds")]
+
+
+def take_steps(whose, variants, folder):
     (folder / "variants.json").write_text(json.dumps(variants))
-    found = []
-    for whose in ("deepspeed", "lcm-ds"):
-        launch_workers("norms_worker.py", whose, folder / "variants.json", folder / whose)
-        found.append(json.loads((folder / whose).read_text()))
-    return found
+    launch_workers("gradients_worker.py", whose, folder / "variants.json", folder / whose)
+    return json.loads((folder / whose).read_text())
 
 
 def finite(values):
@@ -75,3 +96,20 @@ def test_calls_do_not_grow_with_the_number_of_gradients(results, name):
     )
     assert theirs[1] - theirs[0] >= 3 * 16  # one for each gradient of the further layers at least
     assert ours[1] == ours[0] < 12
+
+
+@pytest.mark.parametrize("name", SUMMED)
+def test_sums_during_the_backward_pass_have_the_bits_of_deepspeed_s(sums, name):
+    theirs, ours = (found[name] for found in sums)
+    assert ours["losses"][NONFINITE] != ours["losses"][NONFINITE]
+    for what in ("losses", "norms", "weights", "skipped"):
+        assert repr(ours[what]) == repr(theirs[what]), what
+    assert ours["skipped"] == 1
+
+
+def test_each_gradient_is_sent_once_a_step_in_pieces_during_the_last_backward_pass(sums):
+    found = sums[1]
+    counts = {name: len(found[name]["sent"]) for name in SUMMED}
+    assert counts["one micro-batch"] == counts["four micro-batches"] == 2  # a piece for each group of parameters
+    assert counts["two micro-batches, pieces"] == counts["one micro-batch, pieces"] > 8
+    assert len({sum(found[name]["sent"]) for name in SUMMED}) == 1

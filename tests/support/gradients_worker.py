@@ -1,14 +1,17 @@
-"""One rank that takes steps under each of some variants, with DeepSpeed's own gradient norms or with lcm-ds's.
+"""One rank that takes steps under each of some variants, with DeepSpeed's own sums and norms of gradients or lcm-ds's.
 
-python norms_worker.py deepspeed|lcm-ds VARIANTS.json RESULTS.json: the variants are name → changes of a train config
-(steps_worker.py); the results name → losses, norms, skipped steps, norms of the weights, and the operations in the
-optimizer's last step. A value of step NONFINITE is infinite, on one rank.
+python gradients_worker.py deepspeed|norms|lcm-ds VARIANTS.json RESULTS.json: the norms alone are lcm-ds's with "norms";
+the variants are name → changes of a train config (steps_worker.py), with `piece`, the most elements that are sent as
+one, and `frozen`, a parameter without a gradient in step FROZEN; the results name → losses, norms, skipped steps, norms
+of the weights, the operations in the optimizer's last step, and the elements that were sent during the backward passes
+of the last step, for each piece. A value of step NONFINITE is infinite, on one rank.
 """
 
 import json
 import os
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,10 +27,11 @@ from lcm_ds.distributed.environment import detect_environment
 from lcm_ds.model.config import resolve_model
 from lcm_ds.processes import exit_with
 from lcm_ds.train import engine as engines
+from lcm_ds.train.gradients import reduction
 from lcm_ds.train.job import TrainJob
 from lcm_ds.train.step import Stepper
 
-NONFINITE = 2  # step
+NONFINITE, FROZEN = 2, 3  # steps
 
 
 class Counts(TorchDispatchMode):
@@ -41,6 +45,8 @@ class Counts(TorchDispatchMode):
 
 
 def take_steps(changes, env, device):
+    changes = dict(changes)
+    reduction.PIECE, frozen = changes.pop("piece", 1 << 24), changes.pop("frozen", None)
     blocks = {key: CONFIG.get(key, {}) | value for key, value in changes.items() if key != "deepspeed"}
     config = TrainConfig.model_validate(CONFIG | changes | blocks)
     model_config = resolve_model(config.model)
@@ -48,7 +54,8 @@ def take_steps(changes, env, device):
     normalizer = (torch.zeros(EMBED_DIM).numpy(), torch.ones(EMBED_DIM).numpy())
     engine = engines.build_engine(engines.build_model(model_config, normalizer, config.seed, ds), config, ds)
     job = TrainJob(config, ds, model_config, [], None, Plan([ENDLESS], config.seed, ROWS, LENGTH), "")
-    stepper, counts, step = Stepper(job, env, engine, device), None, engine.step
+    stepper, counts, step, backward = Stepper(job, env, engine, device), None, engine.step, engine.backward
+    sent, all_reduce = [], dist.all_reduce
 
     def counted_step():
         nonlocal counts
@@ -58,11 +65,23 @@ def take_steps(changes, env, device):
         else:
             step()
 
-    engine.step = counted_step
+    def counted_all_reduce(tensor, *args, **kwargs):
+        sent.append(tensor.numel())
+        return all_reduce(tensor, *args, **kwargs)
+
+    def counted_backward(*args, **kwargs):
+        dist.all_reduce = counted_all_reduce
+        backward(*args, **kwargs)
+        dist.all_reduce = all_reduce
+
+    engine.step, engine.backward = counted_step, counted_backward
     upcoming, losses, norms = batches(env, config.batch.micro_batch_rows), [], []
     for index in range(STEPS // 2):
         if index == NONFINITE:
             upcoming = with_infinity(upcoming)
+        if frozen is not None:
+            engine.module.get_parameter(frozen).requires_grad_(index != FROZEN)
+        sent.clear()
         losses.append(stepper.step(map(stepper.prepare, upcoming), index).read().loss)
         norms.append(float(engine.get_global_grad_norm()))
     weights = {
@@ -71,16 +90,18 @@ def take_steps(changes, env, device):
     }
     skipped = engine.skipped_steps
     engine.destroy()
-    return {"losses": losses, "norms": norms, "skipped": skipped, "weights": weights, "calls": counts.calls}
+    found = {"losses": losses, "norms": norms, "skipped": skipped, "weights": weights}
+    return {**found, "calls": counts.calls, "sent": sent}
 
 
 def with_infinity(upcoming):
     """The same batches, but the first one holds an infinite value, on rank 0 only."""
     for number, batch in enumerate(upcoming):
         if number == 0 and dist.get_rank() == 0:
-            batch.concepts[0, 0, 0] = torch.inf
+            concepts = batch.concepts.clone()
+            concepts[0, 0, 0] = torch.inf
+            batch = replace(batch, concepts=concepts)
         yield batch
-        batch.concepts.nan_to_num_(posinf=0.0)
 
 
 def main():
@@ -89,6 +110,8 @@ def main():
     device = engines.init_distributed(env)
     if whose == "deepspeed":
         engines.fuse_norms = lambda optimizer: None
+    if whose != "lcm-ds":
+        engines.reduce_in_backward = lambda engine: None
     variants = json.loads(Path(variants_path).read_text())
     results = {name: take_steps(changes, env, device) for name, changes in variants.items()}
     if env.rank == 0:
