@@ -12,7 +12,6 @@ from lcm_ds import deepspeed_config
 from lcm_ds.checkpoint.format import saves_in_background
 from lcm_ds.config import TrainConfig
 from lcm_ds.model.sizes import Sizes, count_parameters
-from lcm_ds.train.gradients import PIECE
 
 GIB = 2**30
 # Share of a GPU's memory that a plan fills: the rest is for what is not counted. An allowance, not a measurement.
@@ -49,8 +48,9 @@ class States(NamedTuple):
         A parameter takes 2 bytes in half precision and 4 in fp32, its gradient the same (4 if accumulated in fp32), its
         master weight and two moments 12. Stage 1 partitions the optimizer's states among the ranks, stage 2 also the
         gradients, stage 3 also the parameters. DeepSpeed adds buckets and copies. Under stage 1 with bf16 and
-        accumulation in fp32 (BF16_Optimizer) each rank has all gradients in fp32, and several ranks what they send in
-        bf16: it takes the place of the activations as the backward pass goes on (gradients/reduction.py).
+        accumulation in fp32 (BF16_Optimizer) each rank has all gradients in fp32; several ranks hold all that they send
+        at the end of the backward pass (gradients/reduction.py). It is counted beside the activations, although these
+        get fewer: layers that are recomputed are whole at the end, and an allocator may not reuse parts of a segment.
 
         Args:
             parameters: Of the model.
@@ -70,9 +70,12 @@ class States(NamedTuple):
             step = parameters * (size + 4 if half else size)
             return cls(parameters * size, parameters * size, parameters * (12.0 if half else 8.0), reduced, step)
         if stage == 1 and in_fp32 and deepspeed_config.precision(ds) == "bfloat16":
-            gradients, sent = parameters * 4.0, parameters * size if ranks > 1 else 0.0
-            piece = size * min(parameters, PIECE, zero["reduce_bucket_size"])
-            return cls(parameters * size, gradients, share * 12, min(sent, piece), gradients + sent)
+            gradients = parameters * 4.0
+            if ds.get("prescale_gradients") or ds.get("gradient_predivide_factor", 1.0) != 1.0:  # DeepSpeed's own way
+                gradients += parameters * size
+                return cls(parameters * size, gradients, share * 12, reduced, gradients)
+            sent = 0.0 if ranks == 1 else parameters * (4.0 if ds.get("communication_data_type") == "fp32" else size)
+            return cls(parameters * size, gradients, share * 12, sent, gradients)
         if stage == 3:
             # Parameters stay gathered that are needed again before so many others, in the backward pass.
             ahead = zero["stage3_max_reuse_distance"] // 2 + zero["stage3_prefetch_bucket_size"]

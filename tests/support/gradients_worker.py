@@ -2,9 +2,10 @@
 
 python gradients_worker.py deepspeed|norms|lcm-ds VARIANTS.json RESULTS.json: the norms alone are lcm-ds's with "norms";
 the variants are name → changes of a train config (steps_worker.py), with `piece`, the most elements that are sent as
-one, and `frozen`, a parameter without a gradient in step FROZEN; the results name → losses, norms, skipped steps, norms
-of the weights, the operations in the optimizer's last step, and the elements that were sent during the backward passes
-of the last step, for each piece. A value of step NONFINITE is infinite, on one rank.
+one, and `frozen`: a parameter, the micro-batch of step FROZEN from which on it has no gradient, and the ranks on which
+this is so; the results name → losses, norms, skipped steps, norms of the weights, the operations in the optimizer's
+last step, each rank's last norms, and the elements of each piece that was sent before the backward pass of the last
+step had ended. A value of step NONFINITE is infinite, on one rank.
 """
 
 import json
@@ -55,7 +56,7 @@ def take_steps(changes, env, device):
     engine = engines.build_engine(engines.build_model(model_config, normalizer, config.seed, ds), config, ds)
     job = TrainJob(config, ds, model_config, [], None, Plan([ENDLESS], config.seed, ROWS, LENGTH), "")
     stepper, counts, step, backward = Stepper(job, env, engine, device), None, engine.step, engine.backward
-    sent, all_reduce = [], dist.all_reduce
+    sent, before, all_reduce, finish = [], [], reduction.dist.all_reduce, engine.buffered_allreduce_fallback
 
     def counted_step():
         nonlocal counts
@@ -69,18 +70,26 @@ def take_steps(changes, env, device):
         sent.append(tensor.numel())
         return all_reduce(tensor, *args, **kwargs)
 
-    def counted_backward(*args, **kwargs):
-        dist.all_reduce = counted_all_reduce
-        backward(*args, **kwargs)
-        dist.all_reduce = all_reduce
+    def counted_finish(*args, **kwargs):
+        before[:] = sent
+        finish(*args, **kwargs)
 
-    engine.step, engine.backward = counted_step, counted_backward
+    def freeze(step, micro_batch):
+        if frozen is not None and env.rank in frozen[2]:
+            parameter = engine.module.get_parameter(frozen[0])
+            parameter.requires_grad_(step != FROZEN or micro_batch < frozen[1])
+
+    def backward_and_freeze(*args, **kwargs):
+        backward(*args, **kwargs)
+        freeze(index, 1 + engine.micro_steps % engine.gradient_accumulation_steps())
+
+    engine.step, engine.backward, engine.buffered_allreduce_fallback = counted_step, backward_and_freeze, counted_finish
+    reduction.dist.all_reduce = counted_all_reduce
     upcoming, losses, norms = batches(env, config.batch.micro_batch_rows), [], []
     for index in range(STEPS // 2):
         if index == NONFINITE:
             upcoming = with_infinity(upcoming)
-        if frozen is not None:
-            engine.module.get_parameter(frozen).requires_grad_(index != FROZEN)
+        freeze(index, 0)
         sent.clear()
         losses.append(stepper.step(map(stepper.prepare, upcoming), index).read().loss)
         norms.append(float(engine.get_global_grad_norm()))
@@ -88,10 +97,12 @@ def take_steps(changes, env, device):
         name: (parameter if (full := safe_get_full_fp32_param(parameter)) is None else full).double().norm().item()
         for name, parameter in engine.module.named_parameters()
     }
-    skipped = engine.skipped_steps
+    skipped, of_ranks = engine.skipped_steps, [None] * env.world_size
+    reduction.dist.all_reduce = all_reduce
+    dist.all_gather_object(of_ranks, norms[-2:])
     engine.destroy()
     found = {"losses": losses, "norms": norms, "skipped": skipped, "weights": weights}
-    return {**found, "calls": counts.calls, "sent": sent}
+    return {**found, "calls": counts.calls, "sent": before, "norms of ranks": of_ranks}
 
 
 def with_infinity(upcoming):

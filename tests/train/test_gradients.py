@@ -24,17 +24,24 @@ JSONS = {
 }
 if get_accelerator().is_fp16_supported():
     JSONS = {"zero 2 fp16": {"zero_optimization": {"stage": 2}, **FP16, **FP32, **ADAM}, **JSONS}
-# Name → changes of "BF16_Optimizer" whose gradients are summed during the backward pass: bits are those of DeepSpeed.
+# Name → changes of "BF16_Optimizer" whose gradients are summed during the backward pass.
+IN_FP32 = {**JSONS["BF16_Optimizer"], "communication_data_type": "fp32"}
+IMMEDIATE = {**JSONS["BF16_Optimizer"], "bf16": {"enabled": True, "immediate_grad_update": True}}
 SUMMED = {
     "one micro-batch": {},
     "one micro-batch, pieces": {"piece": 3000},
     "two micro-batches, pieces": {"piece": 3000, "batch": {"micro_batch_rows": 2}},
     "four micro-batches": {"batch": {"micro_batch_rows": 1}},
-    "four micro-batches, none for a norm": {"batch": {"micro_batch_rows": 1}, "frozen": "norm.weight"},
+    "four, none for a norm": {"batch": {"micro_batch_rows": 1}, "frozen": ("norm.weight", 0, (0, 1))},
+    "four, one for a norm": {"batch": {"micro_batch_rows": 1}, "frozen": ("norm.weight", 1, (0, 1))},
     "recomputed, pieces": {"piece": 3000, "train": {"recompute_every": 1}},
-    "Muon": {"deepspeed": str(ROOT / "ds_configs/zero1_muon.json"), "optim": {"max_grad_norm": 0.0}},
     "compiled, pieces": {"piece": 3000, "train": {"compile": True}},
+    "sent in fp32": {"deepspeed": IN_FP32, "batch": {"micro_batch_rows": 1}},
+    "immediate": {"deepspeed": IMMEDIATE, "batch": {"micro_batch_rows": 1}},
+    "Muon": {"deepspeed": str(ROOT / "ds_configs/zero1_muon.json"), "optim": {"max_grad_norm": 0.0}},
 }
+BY_RANK = "none for a norm on one rank"
+ON_ONE_RANK = {"one micro-batch": {"batch": {"micro_batch_rows": 8}}, "four": {"batch": {"micro_batch_rows": 2}}}
 DEEP = ("BF16_Optimizer", "zero 2 bf16", "zero 3 bf16")  # also with twice as many layers
 # What a norm, a check or clipping calls for each gradient in DeepSpeed.
 CALLS = ("linalg_vector_norm", "_foreach_norm", "amax", "amin", "logical_and", "mul_", "_foreach_mul_")
@@ -54,14 +61,27 @@ def results(tmp_path_factory):
 def sums(tmp_path_factory):
     """Both with lcm-ds's norms: with DeepSpeed's sums, and summed during the backward pass."""
     folder = tmp_path_factory.mktemp("sums")
-    common = {"deepspeed": JSONS["BF16_Optimizer"], "optim": {"max_grad_norm": 0.05}}
-    variants = {name: {**common, **changes} for name, changes in SUMMED.items()}
-    return [take_steps(whose, variants, folder) for whose in ("norms", "lcm-ds")]
+    variants = {name: varied(changes) for name, changes in SUMMED.items()}
+    by_rank = varied({"piece": 3000, "frozen": ("norm.weight", 0, (1,))})
+    theirs, ours = take_steps("norms", variants, folder), take_steps("lcm-ds", {**variants, BY_RANK: by_rank}, folder)
+    return theirs, ours
 
 
-def take_steps(whose, variants, folder):
+@pytest.fixture(scope="module")
+def sums_on_one_rank(tmp_path_factory):
+    """As `sums`."""
+    folder = tmp_path_factory.mktemp("sums")
+    variants = {name: varied(changes) for name, changes in ON_ONE_RANK.items()}
+    return [take_steps(whose, variants, folder, ranks=1) for whose in ("norms", "lcm-ds")]
+
+
+def varied(changes):
+    return {"deepspeed": JSONS["BF16_Optimizer"], "optim": {"max_grad_norm": 0.05}, **changes}
+
+
+def take_steps(whose, variants, folder, ranks=2):
     (folder / "variants.json").write_text(json.dumps(variants))
-    launch_workers("gradients_worker.py", whose, folder / "variants.json", folder / whose)
+    launch_workers("gradients_worker.py", whose, folder / "variants.json", folder / whose, ranks=ranks)
     return json.loads((folder / whose).read_text())
 
 
@@ -107,9 +127,27 @@ def test_sums_during_the_backward_pass_have_the_bits_of_deepspeed_s(sums, name):
     assert ours["skipped"] == 1
 
 
-def test_each_gradient_is_sent_once_a_step_in_pieces_during_the_last_backward_pass(sums):
-    found = sums[1]
+def test_each_gradient_is_sent_once_a_step_in_pieces_before_the_backward_pass_has_ended(sums):
+    _, found = sums
     counts = {name: len(found[name]["sent"]) for name in SUMMED}
     assert counts["one micro-batch"] == counts["four micro-batches"] == 2  # a piece for each group of parameters
     assert counts["two micro-batches, pieces"] == counts["one micro-batch, pieces"] > 8
     assert len({sum(found[name]["sent"]) for name in SUMMED}) == 1
+
+
+def test_a_parameter_without_a_gradient_on_one_rank_is_in_the_norm_of_all(sums):
+    one, other = sums[1][BY_RANK]["norms of ranks"]
+    assert one == other
+    assert one[0] == pytest.approx(sums[1]["one micro-batch"]["norms"][-2], rel=0.1)
+
+
+def test_the_sums_of_a_single_rank_are_deepspeed_s_and_those_of_several_micro_batches_stay_in_fp32(sums_on_one_rank):
+    for name in ON_ONE_RANK:
+        theirs, ours = (found[name] for found in sums_on_one_rank)
+        assert ours["sent"] == []
+        if name == "one micro-batch":
+            assert repr(ours["norms"]) == repr(theirs["norms"])
+            assert ours["weights"] == theirs["weights"]
+        else:
+            assert finite(ours["norms"]) == pytest.approx(finite(theirs["norms"]), rel=1e-2)
+            assert ours["norms"] != theirs["norms"]  # DeepSpeed rounds what it would send to bf16

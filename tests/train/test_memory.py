@@ -23,7 +23,6 @@ from lcm_ds.model.float8 import use_float8
 from lcm_ds.model.modeling import BaseLCM
 from lcm_ds.model.sizes import count_parameters
 from lcm_ds.train.dry_run import Assumptions, read_run
-from lcm_ds.train.gradients import PIECE
 from lcm_ds.train.loss import squared_error
 from lcm_ds.train.memory import GIB, MEMORY_OPT_ALLREDUCE_SIZE, ZERO_DEFAULTS, States, activations, kept_for_backward
 
@@ -69,14 +68,13 @@ def test_the_defaults_of_zero_are_deepspeeds():
         assert zero.overlap_comm == (stage == 3)
 
 
-def test_zero_1_with_fp32_accumulation_sends_gradients_in_place_of_activations():
+def test_zero_1_with_fp32_accumulation_holds_18_bytes_a_parameter_on_one_device_and_what_several_send():
     """bf16: parameter 2, gradient on its way 2; fp32: gradient 4, master weight and moments 12."""
-    in_fp32, many = {**HALF, "data_types": {"grad_accum_dtype": "fp32"}}, 10**9
-    assert States.of(many, 1, 1, in_fp32).peak(0) / many == 18
-    assert States.of(many, 1, 4, in_fp32).peak(0) / many == 11
-    piece = 2 * PIECE
-    assert States.of(many, 1, 4, in_fp32).peak(1.5 * many) == 11 * many
-    assert States.of(many, 1, 4, in_fp32).peak(3 * many) == 12 * many + piece
+    in_fp32, parameters = {**HALF, "data_types": {"grad_accum_dtype": "fp32"}}, 10**9
+    assert States.of(parameters, 1, 1, in_fp32).peak(0) / parameters == 18
+    assert States.of(parameters, 1, 4, in_fp32).peak(0) / parameters == 11
+    assert States.of(parameters, 1, 4, {**in_fp32, "communication_data_type": "fp32"}).peak(0) / parameters == 13
+    assert States.of(parameters, 1, 1, {**in_fp32, "prescale_gradients": True}).peak(0) / parameters == 21
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,1 @@
-"""DeepSpeed's gradients: their sum over ranks and their norms, with fewer operations and the same values."""
-
-PIECE = 1 << 24
+"""DeepSpeed's gradients: their sum over ranks and their norms, with fewer operations."""

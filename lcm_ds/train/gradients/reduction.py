@@ -5,7 +5,8 @@ sums those over ranks in bf16, and sets them to zero twice a step. Here a hook t
 frees it; a piece of the buffers is sent as soon as its gradients are complete, as torch's DDP does (arXiv 2006.15704,
 section 3.2.3). Nothing is set to zero, and only what this rank's optimizer reads is clipped. The values are those of
 DeepSpeed, to the last bit where the order of a sum over ranks does not depend on how much is sent at once, as with two
-ranks. A single rank sends nothing: its sums stay in fp32.
+ranks. But a single rank sends nothing, so that its sums stay in fp32; and a parameter without a gradient on this rank
+has a zero, which DeepSpeed leaves out of the norm and does not clip (findings/deepspeed-bf16-clips-by-rank.sh).
 """
 
 from __future__ import annotations
@@ -17,21 +18,22 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor, nn
 
-from lcm_ds.train.gradients import PIECE
+# Most values that are sent as one, unless a parameter has more: 32 MiB in bf16, as much as DDP's 25 MiB by default.
+PIECE = 1 << 24
 
 
 def reduce_in_backward(engine: Any) -> None:
-    """Have an engine sum its gradients over ranks during the backward pass; other optimizers than BF16_Optimizer stay.
+    """Have an engine sum its gradients over ranks during the backward pass, if its optimizer is a BF16_Optimizer.
 
     Args:
         engine: DeepSpeed's, before its first backward pass.
     """
     optimizer = engine.optimizer
-    # Scaling before the sum, mixtures of experts and other gradients than dense ones are left to DeepSpeed.
+    # Scaling before the sum and mixtures of experts are left to DeepSpeed.
     plain = getattr(engine, "postscale_gradients", bool)() and engine.gradient_predivide_factor() == 1.0
     if isinstance(optimizer, BF16_Optimizer) and plain and not optimizer.has_moe_layers:
         Reduction(engine)
@@ -42,11 +44,10 @@ class _Piece:
     """Consecutive parameters of a group: a range of its flat buffers, sent as one."""
 
     sums: Tensor  # fp32, a view of DeepSpeed's buffer, which clipping and the optimizer read
-    group: Any  # of processes
     gradients: list[_Gradient] = field(default_factory=list)
     sent: Tensor | None = None  # the sums of this rank's micro-batches, in the dtype that ranks exchange
     ready: int = 0  # gradients that are in `sent`
-    work: dist.Work | None = None
+    work: Any = None  # torch.distributed.Work
 
 
 @dataclass
@@ -76,6 +77,9 @@ class Reduction:
         self._engine, self._optimizer = engine, engine.optimizer
         optimizer = self._optimizer
         self._dtype, self._ranks = engine.communication_data_type, dist.get_world_size(optimizer.dp_process_group)
+        for hook in optimizer._grad_acc_hooks:  # of bf16.immediate_grad_update
+            hook.remove()
+        optimizer._grad_acc_hooks = []
         most = min(PIECE, engine.zero_reduce_bucket_size())
         places = {parameter: place for place, parameter in enumerate(engine.module.parameters())}
         pieces: list[tuple[int, _Piece]] = []  # with the place of the parameter whose gradient comes last
@@ -88,7 +92,7 @@ class Reduction:
                     first -= 1
                 begin = ends[first - 1] if first else 0
                 sums = optimizer.fp32_groups_gradients_flat[number][begin : ends[last - 1]]
-                piece = _Piece(sums, optimizer.dp_process_group)
+                piece = _Piece(sums)
                 for each in range(first, last):
                     parameter = parameters[each]
                     gradient = _Gradient(piece, ends[each] - parameter.numel() - begin, ends[each] - begin)
@@ -132,7 +136,7 @@ class Reduction:
         piece.ready += 1
         while self._upcoming and self._upcoming[0].ready == len(self._upcoming[0].gradients):
             piece = self._upcoming.popleft()
-            piece.work = dist.all_reduce(piece.sent, group=piece.group, async_op=True)
+            piece.work = dist.all_reduce(piece.sent, group=self._optimizer.dp_process_group, async_op=True)
 
     @torch.no_grad()
     def _finish(self, **_: Any) -> None:
@@ -149,6 +153,7 @@ class Reduction:
             piece.work.wait()
             torch.mul(piece.sent, scale, out=piece.sums)
             piece.sent = piece.work = None
+        self._finished = True
         self._optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in self._optimizer.bf16_groups]
 
     def _gradients_of(self, original: Callable[[], Any], for_clipping: bool = False) -> Any:
@@ -156,6 +161,8 @@ class Reduction:
 
         With Muon, which reads complete matrices, nothing is clipped (deepspeed_config/resolver.py).
         """
+        if not self._finished:
+            raise RuntimeError("DeepSpeed took a step without summing gradients over ranks: use version 0.19.8")
         return self._optimizer.fp32_groups_gradient_flat_partition if for_clipping else original()
 
     def _forget(self) -> None:
@@ -164,4 +171,4 @@ class Reduction:
             gradient.added = gradient.ready = False
         for piece in self._pieces:
             piece.ready = 0
-        self._upcoming = deque(self._pieces)
+        self._upcoming, self._finished = deque(self._pieces), False
