@@ -165,10 +165,9 @@ def test_a_model_without_a_tokenizer_of_transformers_gives_what_its_library_give
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_compiled_it_gives_the_same_concepts(tiny_sonar: tuple[Path, Path], dtype: str) -> None:
+def test_compiled_it_gives_the_same_concepts(tiny_sonar: tuple[Path, Path]) -> None:
     texts = ["It rains.", "It rains again today.", "Rain.", "It"]
-    expected = sonar(tiny_sonar, dtype=dtype).encode(texts)
-    compiled = sonar(tiny_sonar, dtype=dtype, compile=True).encode(texts)
-    np.testing.assert_allclose(compiled, expected, atol={"float32": SONAR, "bfloat16": 0.02}[dtype])
+    expected = sonar(tiny_sonar, dtype="float32").encode(texts)
+    compiled = sonar(tiny_sonar, dtype="float32", compile=True).encode(texts)
+    np.testing.assert_allclose(compiled, expected, atol=SONAR)

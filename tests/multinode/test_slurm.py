@@ -152,6 +152,14 @@ def test_slurm_signals_before_the_time_limit_and_the_job_goes_back_into_the_queu
     config = make_config("limited", steps=100_000)
     # Slurm looks every half minute who is to be told within the next: here 20 to 50 s after the start.
     number = cluster.submit(config, "--time=1", "--signal=B:USR1@10")
+    wait_for_step(config, 5, explain=lambda: log(config) + cluster.logs())
+    ranks = cluster.processes(number) & with_variable("SLURM_STEP_ID", "0")
+    assert len(ranks) == 2
+    for rank in ranks:
+        os.kill(rank, signal.SIGSTOP)  # Slurm's clock goes on, and the processors are free
+    wait_for(lambda: "SIGUSR1: the ranks save and stop" in log(config), 120, lambda: log(config) + cluster.logs())
+    for rank in ranks:
+        os.kill(rank, signal.SIGCONT)
     cluster.wait_for_job(number, 120, "PENDING", restarts=1)
     wait_until_nothing_runs(cluster, number)
     *_, step = checkpoints(config)

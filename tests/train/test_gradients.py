@@ -46,23 +46,32 @@ CALLS = ("linalg_vector_norm", "_foreach_norm", "amax", "amin", "logical_and", "
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """DeepSpeed's and lcm-ds's, as gradients_worker.py writes them."""
-    folder = tmp_path_factory.mktemp("norms")
-    variants = {name: {"deepspeed": ds, "optim": {"max_grad_norm": 0.05}} for name, ds in JSONS.items()}
-    for name in DEEP:
-        variants[name + ", deep"] = {**variants[name], "model": {"num_hidden_layers": 6}}
-    return [take_steps(whose, variants, folder) for whose in ("deepspeed", "lcm-ds")]
+def ours(tmp_path_factory):
+    """lcm-ds's steps, as gradients_worker.py writes them."""
+    by_rank = varied({"piece": 3000, "frozen": ("norm.weight", 0, (1,))})
+    return take_steps("lcm-ds", {**of_sums(), BY_RANK: by_rank, **of_jsons()}, tmp_path_factory.mktemp("ours"))
 
 
 @pytest.fixture(scope="module")
-def sums(tmp_path_factory):
+def results(ours, tmp_path_factory):
+    """DeepSpeed's and lcm-ds's."""
+    return take_steps("deepspeed", of_jsons(), tmp_path_factory.mktemp("norms")), ours
+
+
+@pytest.fixture(scope="module")
+def sums(ours, tmp_path_factory):
     """Both with lcm-ds's norms: with DeepSpeed's sums, and summed during the backward pass."""
-    folder = tmp_path_factory.mktemp("sums")
-    variants = {name: varied(changes) for name, changes in SUMMED.items()}
-    by_rank = varied({"piece": 3000, "frozen": ("norm.weight", 0, (1,))})
-    theirs, ours = take_steps("norms", variants, folder), take_steps("lcm-ds", {**variants, BY_RANK: by_rank}, folder)
-    return theirs, ours
+    return take_steps("norms", of_sums(), tmp_path_factory.mktemp("sums")), ours
+
+
+def of_jsons():
+    variants = {name: {"deepspeed": ds, "optim": {"max_grad_norm": 0.05}} for name, ds in JSONS.items()}
+    deep = {f"{name}, deep": {**variants[name], "model": {"num_hidden_layers": 6}} for name in DEEP}
+    return {**variants, **deep}
+
+
+def of_sums():
+    return {name: varied(changes) for name, changes in SUMMED.items()}
 
 
 @pytest.fixture(scope="module")

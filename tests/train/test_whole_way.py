@@ -38,6 +38,7 @@ CASES = [
     for ranks in ((2, 1), (1, 2))
     for name in JSONS
 ]
+OF_TWO_RANKS = [case for case in CASES if case.values[1] == (2, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,8 @@ def way(make_config, tmp_path_factory):
             shutil.copytree(run_dir(first), run_dir(resumed))
             shutil.rmtree(run_dir(resumed) / f"checkpoints/step_{LAST:08d}")
             others[name] = resumed
-            others[f"{name} from it"] = configured(name, model={"init_from": str(run_dir(first))}, steps=2)
+            if ranks == (2, 1):
+                others[f"{name} from it"] = configured(name, model={"init_from": str(run_dir(first))}, steps=2)
         outcomes |= launch(others, folder / "other", ranks[1])
         return firsts, others, outcomes, folder
 
@@ -157,7 +159,7 @@ def test_it_resumes_on_other_ranks_or_is_refused_with_the_reason_and_unchanged(w
     )
 
 
-@pytest.mark.parametrize(("name", "ranks"), CASES)
+@pytest.mark.parametrize(("name", "ranks"), OF_TWO_RANKS)
 def test_it_is_evaluated_and_generated_from(way, call, name, ranks):
     firsts, _, _, folder = way(name, ranks)
     run = run_dir(firsts[name])
@@ -171,7 +173,7 @@ def test_it_is_evaluated_and_generated_from(way, call, name, ranks):
     assert made.concepts.isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "ranks"), CASES)
+@pytest.mark.parametrize(("name", "ranks"), OF_TWO_RANKS)
 def test_another_run_starts_from_it(way, name, ranks):
     firsts, others, outcomes, _ = way(name, ranks)
     second = others[f"{name} from it"]

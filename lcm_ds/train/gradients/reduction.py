@@ -12,9 +12,10 @@ has a zero, which DeepSpeed leaves out of the norm and does not clip (findings/d
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -37,6 +38,22 @@ def reduce_in_backward(engine: Any) -> None:
     plain = getattr(engine, "postscale_gradients", bool)() and engine.gradient_predivide_factor() == 1.0
     if isinstance(optimizer, BF16_Optimizer) and plain and not optimizer.has_moe_layers:
         Reduction(engine)
+
+
+def _cut(offsets: Sequence[int], most: int) -> Iterator[range]:
+    """Consecutive parameters that have at most so many values, or a single one that has more: the last ones first.
+
+    Args:
+        offsets: Where each parameter begins, and where the last one ends.
+        most: Number of values.
+    """
+    last = len(offsets) - 1
+    while last:
+        first = last - 1
+        while first and offsets[last] - offsets[first - 1] <= most:
+            first -= 1
+        yield range(first, last)
+        last = first
 
 
 @dataclass
@@ -84,24 +101,16 @@ class Reduction:
         places = {parameter: place for place, parameter in enumerate(engine.module.parameters())}
         pieces: list[tuple[int, _Piece]] = []  # with the place of the parameter whose gradient comes last
         for number, parameters in enumerate(optimizer.bf16_groups):
-            ends = torch.tensor([parameter.numel() for parameter in parameters]).cumsum(0).tolist()
-            last = len(parameters)
-            while last:
-                first = last - 1
-                while first and ends[last - 1] - (ends[first - 2] if first > 1 else 0) <= most:
-                    first -= 1
-                begin = ends[first - 1] if first else 0
-                sums = optimizer.fp32_groups_gradients_flat[number][begin : ends[last - 1]]
-                piece = _Piece(sums)
-                for each in range(first, last):
-                    parameter = parameters[each]
-                    gradient = _Gradient(piece, ends[each] - parameter.numel() - begin, ends[each] - begin)
+            offsets = [0, *accumulate(parameter.numel() for parameter in parameters)]
+            for chosen in _cut(offsets, most):
+                begin, end = offsets[chosen.start], offsets[chosen.stop]
+                piece = _Piece(optimizer.fp32_groups_gradients_flat[number][begin:end])
+                for each in chosen:
+                    gradient = _Gradient(piece, offsets[each] - begin, offsets[each + 1] - begin)
                     piece.gradients.append(gradient)
-                    optimizer._grad_acc_hooks.append(  # which DeepSpeed removes with the engine
-                        parameter.register_post_accumulate_grad_hook(partial(self._take, gradient))
-                    )
-                pieces.append((min(places[parameter] for parameter in parameters[first:last]), piece))
-                last = first
+                    hook = parameters[each].register_post_accumulate_grad_hook(partial(self._take, gradient))
+                    optimizer._grad_acc_hooks.append(hook)  # DeepSpeed removes it with the engine
+                pieces.append((min(places[parameters[each]] for each in chosen), piece))
         # The backward pass goes from the last parameters to the first; all ranks send in this order.
         self._pieces = [piece for _, piece in sorted(pieces, key=lambda each: -each[0])]
         self._gradients = [gradient for piece in self._pieces for gradient in piece.gradients]
