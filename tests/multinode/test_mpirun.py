@@ -79,7 +79,7 @@ def test_a_signal_under_mpirun_saves_and_the_run_goes_on(dataset, tmp_path, mark
     code, out = finish(start("lcm-ds", "launch", "--mpi", 2, config, **MPIRUN, **mark))
     assert code == 0, out
     assert f"step {stopped_at} of {STEPS}" in out
-    assert list(losses(config)) == list(range(1, 41))
+    assert list(losses(config)) == list(range(1, STEPS + 1))
     nothing_left(mark)
 
 
