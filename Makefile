@@ -7,6 +7,8 @@ INSTALLED := $(VENV)/.installed
 # The suite and the quickstart give the same results on every machine: they use no hub.
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Many processes: each module is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install quickstart test test-slow test-all test-multinode test-newest gpu bench check docs format clean
 
