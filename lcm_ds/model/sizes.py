@@ -189,3 +189,8 @@ def parameter_shapes(sizes: Sizes) -> dict[str, tuple[int, ...]]:
 def count_parameters(sizes: Sizes) -> int:
     """The number of trainable parameters."""
     return sum(map(prod, parameter_shapes(sizes).values()))
+
+
+def largest_parameter(sizes: Sizes) -> int:
+    """The number of values of the largest one."""
+    return max(map(prod, parameter_shapes(sizes).values()))

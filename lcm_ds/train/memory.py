@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from lcm_ds import deepspeed_config
 from lcm_ds.checkpoint.format import saves_in_background
 from lcm_ds.config import TrainConfig
-from lcm_ds.model.sizes import Sizes, count_parameters
+from lcm_ds.model.sizes import Sizes, count_parameters, largest_parameter
 
 GIB = 2**30
 # Share of a GPU's memory that a plan fills: the rest is for what is not counted. An allowance, not a measurement.
@@ -19,6 +19,7 @@ USABLE = 0.92
 RANKS_PER_HOST = 8  # of a usual one, at most
 # Elements; DeepSpeed 0.19.8's defaults, which would take seconds to import. tests/train/test_memory.py compares them.
 MEMORY_OPT_ALLREDUCE_SIZE = 500_000_000
+PIECE, UNDER_WAY = 1 << 24, 4  # of train/gradients/reduction.py, which imports DeepSpeed
 ZERO_DEFAULTS = {
     "reduce_bucket_size": 500_000_000,
     "stage3_max_reuse_distance": 1_000_000_000,
@@ -42,21 +43,21 @@ class States(NamedTuple):
     step: float  # gradients and their copies in the optimizer's step
 
     @classmethod
-    def of(cls, parameters: int, stage: int, ranks: int, ds: dict[str, Any]) -> States:
+    def of(cls, parameters: int, stage: int, ranks: int, ds: dict[str, Any], largest: int = 0) -> States:
         """Under ZeRO and AdamW: the ZeRO paper (arXiv 1910.02054, section 3.1), and what DeepSpeed 0.19.8 adds to it.
 
         A parameter takes 2 bytes in half precision and 4 in fp32, its gradient the same (4 if accumulated in fp32), its
         master weight and two moments 12. Stage 1 partitions the optimizer's states among the ranks, stage 2 also the
         gradients, stage 3 also the parameters. DeepSpeed adds buckets and copies. Under stage 1 with bf16 and
-        accumulation in fp32 (BF16_Optimizer) each rank has all gradients in fp32; several ranks hold all that they send
-        at the end of the backward pass (gradients/reduction.py). It is counted beside the activations, although these
-        get fewer: layers that are recomputed are whole at the end, and an allocator may not reuse parts of a segment.
+        accumulation in fp32 (BF16_Optimizer) each rank has all gradients in fp32. There, and under stage 2, several
+        ranks hold the pieces that are under way, and one that gets ready (gradients/reduction.py).
 
         Args:
             parameters: Of the model.
             stage: 0 to 3.
             ranks: Number of ranks.
             ds: The resolved DeepSpeed JSON, but for its stage.
+            largest: Values of the largest parameter.
         """
         half = deepspeed_config.precision(ds) != "float32"
         size, share = (2.0 if half else 4.0), parameters / ranks
@@ -69,13 +70,16 @@ class States(NamedTuple):
             # torch's own optimizer in fp32, without master weights; FP16_UnfusedOptimizer copies gradients to fp32.
             step = parameters * (size + 4 if half else size)
             return cls(parameters * size, parameters * size, parameters * (12.0 if half else 8.0), reduced, step)
-        if stage == 1 and in_fp32 and deepspeed_config.precision(ds) == "bfloat16":
-            gradients = parameters * 4.0
-            if ds.get("prescale_gradients") or ds.get("gradient_predivide_factor", 1.0) != 1.0:  # DeepSpeed's own way
+        in_pieces = deepspeed_config.precision(ds) == "bfloat16" and not deepspeed_config.offloads_optimizer(ds)
+        if stage in (1, 2) and in_fp32 and in_pieces:
+            gradients = (parameters if stage == 1 else share) * 4.0
+            if not (ds.get("prescale_gradients") or ds.get("gradient_predivide_factor", 1.0) != 1.0):
+                sent = min(parameters, (UNDER_WAY + 1) * max(largest, min(PIECE, zero["reduce_bucket_size"])))
+                sent *= 0 if ranks == 1 else 4 if ds.get("communication_data_type") == "fp32" else 2
+                return cls(parameters * size, gradients, share * 12, sent, gradients)
+            if stage == 1:  # DeepSpeed's own way
                 gradients += parameters * size
                 return cls(parameters * size, gradients, share * 12, reduced, gradients)
-            sent = 0.0 if ranks == 1 else parameters * (4.0 if ds.get("communication_data_type") == "fp32" else size)
-            return cls(parameters * size, gradients, share * 12, sent, gradients)
         if stage == 3:
             # Parameters stay gathered that are needed again before so many others, in the backward pass.
             ahead = zero["stage3_max_reuse_distance"] // 2 + zero["stage3_prefetch_bucket_size"]
@@ -192,7 +196,7 @@ def device_peak(config: TrainConfig, model: Sizes, ds: dict[str, Any], ranks: in
     """
     accumulated = config.batch.rows_per_step // (ranks * micro_batch_rows)
     ds = {**ds, "gradient_accumulation_steps": accumulated}
-    states = States.of(count_parameters(model), deepspeed_config.zero_stage(ds), ranks, ds)
+    states = States.of(count_parameters(model), deepspeed_config.zero_stage(ds), ranks, ds, largest_parameter(model))
     states = states._replace(**dict.fromkeys(offloaded(ds), 0.0))
     return states.peak(kept_for_backward(config, model, ds, micro_batch_rows))
 
@@ -230,7 +234,7 @@ def memory_lines(config: TrainConfig, model: Sizes, ds: dict[str, Any], ranks: i
     parameters, every = count_parameters(model), _recomputed_every(config, ds)
     kept = kept_for_backward(config, model, ds, config.batch.micro_batch_rows)
     for stage in range(4):
-        states = States.of(parameters, stage, ranks, ds)
+        states = States.of(parameters, stage, ranks, ds, largest_parameter(model))
         this = stage == deepspeed_config.zero_stage(ds)
         elsewhere = offloaded(ds) if this else {}
         parts = [

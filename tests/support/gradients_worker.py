@@ -4,8 +4,9 @@ python gradients_worker.py deepspeed|norms|lcm-ds VARIANTS.json RESULTS.json: th
 the variants are name → changes of a train config (steps_worker.py), with `piece`, the most elements that are sent as
 one, and `frozen`: a parameter, the micro-batch of step FROZEN from which on it has no gradient, and the ranks on which
 this is so; the results name → losses, norms, skipped steps, norms of the weights, the operations in the optimizer's
-last step, each rank's last norms, and the elements of each piece that was sent before the backward pass of the last
-step had ended. A value of step NONFINITE is infinite, on one rank.
+last step, each rank's last norms, the elements of each piece that was sent before the backward pass of the last step
+had ended, how many pieces were under way at most, and whether lcm-ds took the gradients. A value of step NONFINITE is
+infinite, on one rank.
 """
 
 import json
@@ -56,7 +57,12 @@ def take_steps(changes, env, device):
     engine = engines.build_engine(engines.build_model(model_config, normalizer, config.seed, ds), config, ds)
     job = TrainJob(config, ds, model_config, [], None, Plan([ENDLESS], config.seed, ROWS, LENGTH), "")
     stepper, counts, step, backward = Stepper(job, env, engine, device), None, engine.step, engine.backward
-    sent, before, all_reduce, finish = [], [], reduction.dist.all_reduce, engine.buffered_allreduce_fallback
+    ended = (engine, "buffered_allreduce_fallback")  # what is called when a backward pass has ended
+    if hasattr(engine.optimizer, "independent_gradient_partition_epilogue"):
+        ended = (engine.optimizer, "independent_gradient_partition_epilogue")
+    sent, before, all_reduce, finish = [], [], reduction.dist.all_reduce, getattr(*ended)
+    under_way, most = 0, 0
+    taken = getattr(finish, "__func__", None) in (reduction.OncePerStep._finish, reduction.EachMicroBatch._finish)
 
     def counted_step():
         nonlocal counts
@@ -66,9 +72,24 @@ def take_steps(changes, env, device):
         else:
             step()
 
-    def counted_all_reduce(tensor, *args, **kwargs):
+    class CountedWork:
+        def __init__(self, work):
+            self.work = work
+
+        def wait(self):
+            nonlocal under_way
+            under_way -= 1
+            return self.work.wait()
+
+    def counted_all_reduce(tensor, *args, async_op=False, **kwargs):
+        nonlocal under_way, most
         sent.append(tensor.numel())
-        return all_reduce(tensor, *args, **kwargs)
+        work = all_reduce(tensor, *args, async_op=async_op, **kwargs)
+        if not async_op:
+            return work
+        under_way += 1
+        most = max(most, under_way)
+        return CountedWork(work)
 
     def counted_finish(*args, **kwargs):
         before[:] = sent
@@ -83,7 +104,8 @@ def take_steps(changes, env, device):
         backward(*args, **kwargs)
         freeze(index, 1 + engine.micro_steps % engine.gradient_accumulation_steps())
 
-    engine.step, engine.backward, engine.buffered_allreduce_fallback = counted_step, backward_and_freeze, counted_finish
+    engine.step, engine.backward = counted_step, backward_and_freeze
+    setattr(*ended, counted_finish)
     reduction.dist.all_reduce = counted_all_reduce
     upcoming, losses, norms = batches(env, config.batch.micro_batch_rows), [], []
     for index in range(STEPS // 2):
@@ -102,7 +124,8 @@ def take_steps(changes, env, device):
     dist.all_gather_object(of_ranks, norms[-2:])
     engine.destroy()
     found = {"losses": losses, "norms": norms, "skipped": skipped, "weights": weights}
-    return {**found, "calls": counts.calls, "sent": before, "norms of ranks": of_ranks}
+    found |= {"calls": counts.calls, "sent": before, "norms of ranks": of_ranks}
+    return {**found, "most under way": most, "taken by lcm-ds": taken}
 
 
 def with_infinity(upcoming):

@@ -49,7 +49,7 @@ def settings(precisions):
 
 
 def measure(ds):
-    """Bytes at the peak of a step; the least of seven, since a busy machine may keep a bucket for longer."""
+    """Bytes at the peak of a step; the least of five, since a busy machine may keep a bucket for longer."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         stage = ds["zero_optimization"]["stage"]
         with deepspeed.zero.Init(config_dict_or_path=ds, enabled=stage == 3):
@@ -57,7 +57,7 @@ def measure(ds):
         engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=ds)
         reduce_in_backward(engine)
         inputs = torch.ones(1, WIDTH, dtype=next(engine.parameters()).dtype)
-        for step in range(8):
+        for step in range(6):
             gc.collect()
             with record_function(f"step {step}"):
                 for _ in range(ds["gradient_accumulation_steps"]):

@@ -24,7 +24,7 @@ JSONS = {
 }
 if get_accelerator().is_fp16_supported():
     JSONS = {"zero 2 fp16": {"zero_optimization": {"stage": 2}, **FP16, **FP32, **ADAM}, **JSONS}
-# Name → changes of "BF16_Optimizer" whose gradients are summed during the backward pass.
+# Name → changes of "BF16_Optimizer" or ZeRO-2 whose gradients are summed during the backward pass.
 IN_FP32 = {**JSONS["BF16_Optimizer"], "communication_data_type": "fp32"}
 IMMEDIATE = {**JSONS["BF16_Optimizer"], "bf16": {"enabled": True, "immediate_grad_update": True}}
 SUMMED = {
@@ -33,13 +33,34 @@ SUMMED = {
     "four micro-batches": {"batch": {"micro_batch_rows": 1}},
     "four, none for a norm": {"batch": {"micro_batch_rows": 1}, "frozen": ("norm.weight", 0, (0, 1))},
     "four, one for a norm": {"batch": {"micro_batch_rows": 1}, "frozen": ("norm.weight", 1, (0, 1))},
-    "recomputed, pieces": {"piece": 3000, "train": {"recompute_every": 1}},
+    "recomputed, pieces": {"piece": 3000, "train": {"recompute": "layer"}},
     "sent in fp32": {"deepspeed": IN_FP32, "batch": {"micro_batch_rows": 1}},
     "immediate": {"deepspeed": IMMEDIATE, "batch": {"micro_batch_rows": 1}},
     "Muon": {"deepspeed": str(ROOT / "ds_configs/zero1_muon.json"), "optim": {"max_grad_norm": 0.0}},
+    "zero 2": {"deepspeed": JSONS["zero 2 bf16"]},
+    "zero 2, four micro-batches, pieces": {
+        "deepspeed": JSONS["zero 2 bf16"],
+        "piece": 3000,
+        "batch": {"micro_batch_rows": 1},
+    },
+    "zero 2, four, one for a norm": {
+        "deepspeed": JSONS["zero 2 bf16"],
+        "batch": {"micro_batch_rows": 1},
+        "frozen": ("norm.weight", 1, (0, 1)),
+    },
+    "zero 2, recomputed, pieces": {"deepspeed": JSONS["zero 2 bf16"], "piece": 3000, "train": {"recompute": "layer"}},
+    "zero 2, sent in fp32": {"deepspeed": {**JSONS["zero 2 bf16"], "communication_data_type": "fp32"}},
 }
-BY_RANK = "none for a norm on one rank"
-ON_ONE_RANK = {"one micro-batch": {"batch": {"micro_batch_rows": 8}}, "four": {"batch": {"micro_batch_rows": 2}}}
+# A norm has no gradient on one rank: under ZeRO-1 DeepSpeed leaves it out, under ZeRO-2 it sends sizes that differ.
+BY_RANK = {
+    "by rank": {"piece": 3000, "frozen": ("norm.weight", 0, (1,))},
+    "zero 2, by rank": {"deepspeed": JSONS["zero 2 bf16"], "piece": 3000, "frozen": ("norm.weight", 0, (1,))},
+}
+ON_ONE_RANK = {
+    "one micro-batch": {"batch": {"micro_batch_rows": 8}},
+    "four": {"batch": {"micro_batch_rows": 2}},
+    "zero 2, four": {"deepspeed": JSONS["zero 2 bf16"], "batch": {"micro_batch_rows": 2}},
+}
 DEEP = ("BF16_Optimizer", "zero 2 bf16", "zero 3 bf16")  # also with twice as many layers
 # What a norm, a check or clipping calls for each gradient in DeepSpeed.
 CALLS = ("linalg_vector_norm", "_foreach_norm", "amax", "amin", "logical_and", "mul_", "_foreach_mul_")
@@ -48,8 +69,7 @@ CALLS = ("linalg_vector_norm", "_foreach_norm", "amax", "amin", "logical_and", "
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
     """lcm-ds's steps, as gradients_worker.py writes them."""
-    by_rank = varied({"piece": 3000, "frozen": ("norm.weight", 0, (1,))})
-    return take_steps("lcm-ds", {**of_sums(), BY_RANK: by_rank, **of_jsons()}, tmp_path_factory.mktemp("ours"))
+    return take_steps("lcm-ds", {**of_sums(SUMMED | BY_RANK), **of_jsons()}, tmp_path_factory.mktemp("ours"))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +81,7 @@ def results(ours, tmp_path_factory):
 @pytest.fixture(scope="module")
 def sums(ours, tmp_path_factory):
     """Both with lcm-ds's norms: with DeepSpeed's sums, and summed during the backward pass."""
-    return take_steps("norms", of_sums(), tmp_path_factory.mktemp("sums")), ours
+    return take_steps("norms", of_sums(SUMMED), tmp_path_factory.mktemp("sums")), ours
 
 
 def of_jsons():
@@ -70,16 +90,15 @@ def of_jsons():
     return {**variants, **deep}
 
 
-def of_sums():
-    return {name: varied(changes) for name, changes in SUMMED.items()}
+def of_sums(variants):
+    return {name: varied(changes) for name, changes in variants.items()}
 
 
 @pytest.fixture(scope="module")
 def sums_on_one_rank(tmp_path_factory):
     """As `sums`."""
     folder = tmp_path_factory.mktemp("sums")
-    variants = {name: varied(changes) for name, changes in ON_ONE_RANK.items()}
-    return [take_steps(whose, variants, folder, ranks=1) for whose in ("norms", "lcm-ds")]
+    return [take_steps(whose, of_sums(ON_ONE_RANK), folder, ranks=1) for whose in ("norms", "lcm-ds")]
 
 
 def varied(changes):
@@ -139,20 +158,31 @@ def test_each_gradient_is_sent_once_a_step_in_pieces_before_the_backward_pass_ha
     counts = {name: len(found[name]["sent"]) for name in SUMMED}
     assert counts["one micro-batch"] == counts["four micro-batches"] == 2  # a piece for each group of parameters
     assert counts["two micro-batches, pieces"] == counts["recomputed, pieces"] > 8
-    assert len({sum(found[name]["sent"]) for name in SUMMED}) == 1
+    assert counts["zero 2, recomputed, pieces"] == counts["recomputed, pieces"]
+    assert counts["zero 2, four micro-batches, pieces"] == 4 * counts["recomputed, pieces"]
+    (values,) = {sum(found[name]["sent"]) for name in SUMMED if not name.startswith("zero 2, four")}
+    assert sum(found["zero 2, four micro-batches, pieces"]["sent"]) == 4 * values
 
 
-def test_a_parameter_without_a_gradient_on_one_rank_is_in_the_norm_of_all(sums):
-    one, other = sums[1][BY_RANK]["norms of ranks"]
+def test_the_backward_pass_waits_for_the_first_piece_when_five_are_under_way(sums):
+    for name in ("two micro-batches, pieces", "zero 2, recomputed, pieces"):
+        assert sums[1][name]["most under way"] == 5
+    assert sums[1]["one micro-batch"]["most under way"] == 2
+
+
+@pytest.mark.parametrize("name", BY_RANK)
+def test_a_parameter_without_a_gradient_on_one_rank_is_in_the_norm_of_all(sums, name):
+    one, other = sums[1][name]["norms of ranks"]
     assert one == other
     assert one[0] == pytest.approx(sums[1]["one micro-batch"]["norms"][-2], rel=0.1)
 
 
-def test_the_sums_of_a_single_rank_are_deepspeed_s_and_those_of_several_micro_batches_stay_in_fp32(sums_on_one_rank):
+def test_the_sums_of_a_single_rank_are_deepspeed_s_and_under_zero_1_those_of_micro_batches_stay_fp32(sums_on_one_rank):
     for name in ON_ONE_RANK:
         theirs, ours = (found[name] for found in sums_on_one_rank)
         assert ours["sent"] == []
-        if name == "one micro-batch":
+        assert (ours["taken by lcm-ds"], theirs["taken by lcm-ds"]) == (True, False)
+        if name != "four":
             assert repr(ours["norms"]) == repr(theirs["norms"])
             assert ours["weights"] == theirs["weights"]
         else:

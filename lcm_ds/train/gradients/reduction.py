@@ -1,12 +1,16 @@
-"""Gradients under ZeRO-1 in bf16: summed over ranks while the backward pass goes on.
+"""Gradients under ZeRO 1 and 2 in bf16, added up in fp32: summed over ranks while the backward pass goes on.
 
-DeepSpeed 0.19.8's `BF16_Optimizer` keeps all gradients in bf16 until the backward pass ends, adds them to fp32 buffers,
-sums those over ranks in bf16, and sets them to zero twice a step. Here a hook takes each gradient when it is there and
-frees it; a piece of the buffers is sent as soon as its gradients are complete, as torch's DDP does (arXiv 2006.15704,
-section 3.2.3). Nothing is set to zero, and only what this rank's optimizer reads is clipped. The values are those of
-DeepSpeed, to the last bit where the order of a sum over ranks does not depend on how much is sent at once, as with two
-ranks. But a single rank sends nothing, so that its sums stay in fp32; and a parameter without a gradient on this rank
-has a zero, which DeepSpeed leaves out of the norm and does not clip (findings/deepspeed-bf16-clips-by-rank.sh).
+A hook takes each gradient when it is there and frees it. A piece of neighbouring gradients is sent as soon as it is
+complete, as torch's DDP does (arXiv 2006.15704, section 3.2.3), and only a few pieces are under way at a time. Nothing
+is set to zero before it is written.
+
+Under ZeRO-1 DeepSpeed 0.19.8's `BF16_Optimizer` keeps all gradients until the backward pass ends, sums them then, and
+clips what other ranks update, too. Its ZeRO-2 copies them before and after each sum, and on CPUs waits for it. The
+values are DeepSpeed's, to the last bit where the order of a sum over ranks does not depend on how much is sent at once
+and their number is a power of two. But under ZeRO-1 a single rank sends nothing, so that its sums stay in fp32; and a
+parameter without a gradient on this rank has a zero, which BF16_Optimizer leaves out of the norm and does not clip
+(findings/deepspeed-bf16-clips-by-rank.sh). The optimizer's states must not be moved between the backward pass and the
+step (DeepSpeed's `offload_states`), as the pieces are views of them.
 """
 
 from __future__ import annotations
@@ -21,14 +25,16 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 # Most values that are sent as one, unless a parameter has more: 32 MiB in bf16, as much as DDP's 25 MiB by default.
 PIECE = 1 << 24
+UNDER_WAY = 4  # pieces; with more, the backward pass waits for the first
 
 
 def reduce_in_backward(engine: Any) -> None:
-    """Have an engine sum its gradients over ranks during the backward pass, if its optimizer is a BF16_Optimizer.
+    """Have an engine sum its gradients over ranks during the backward pass, if it can: ZeRO 1 or 2 in bf16.
 
     Args:
         engine: DeepSpeed's, before its first backward pass.
@@ -36,8 +42,12 @@ def reduce_in_backward(engine: Any) -> None:
     optimizer = engine.optimizer
     # Scaling before the sum and mixtures of experts are left to DeepSpeed.
     plain = getattr(engine, "postscale_gradients", bool)() and engine.gradient_predivide_factor() == 1.0
-    if isinstance(optimizer, BF16_Optimizer) and plain and not optimizer.has_moe_layers:
-        Reduction(engine)
+    if not plain or getattr(optimizer, "has_moe_layers", True):
+        return
+    if isinstance(optimizer, BF16_Optimizer):
+        OncePerStep(engine)
+    elif type(optimizer) is DeepSpeedZeroOptimizer and EachMicroBatch.fits(optimizer):
+        EachMicroBatch(engine)
 
 
 def _cut(offsets: Sequence[int], most: int) -> Iterator[range]:
@@ -58,13 +68,17 @@ def _cut(offsets: Sequence[int], most: int) -> Iterator[range]:
 
 @dataclass
 class _Piece:
-    """Consecutive parameters of a group: a range of its flat buffers, sent as one."""
+    """Consecutive parameters of a group, sent as one."""
 
-    sums: Tensor  # fp32, a view of DeepSpeed's buffer, which clipping and the optimizer read
+    size: int  # values
+    sums: Tensor  # fp32, a view of what DeepSpeed's optimizer reads
+    kept: slice  # which of the values `sums` holds
     gradients: list[_Gradient] = field(default_factory=list)
-    sent: Tensor | None = None  # the sums of this rank's micro-batches, in the dtype that ranks exchange
+    sent: Tensor | None = None  # of this rank, in the dtype that ranks exchange
     ready: int = 0  # gradients that are in `sent`
+    streams: list[Any] = field(default_factory=list)  # of a GPU, that wrote to `sent`
     work: Any = None  # torch.distributed.Work
+    received: bool = False  # `sums` are of this step
 
 
 @dataclass
@@ -74,98 +88,161 @@ class _Gradient:
     piece: _Piece
     begin: int
     end: int
-    added: bool = False  # that of one of the step's micro-batches at least
+    added: bool = False  # that of one of the step's micro-batches at least is in `sums`
     ready: bool = False  # in `sent`
 
     @property
     def sums(self) -> Tensor:
+        """Its part of the piece's, which has to hold all values."""
         return self.piece.sums[self.begin : self.end]
 
 
 class Reduction:
     """The sums of an engine's gradients, over micro-batches and ranks."""
 
-    def __init__(self, engine: Any) -> None:
-        """Take the place of what DeepSpeed does after the backward pass.
+    def __init__(
+        self,
+        engine: Any,
+        groups: Sequence[Sequence[nn.Parameter]],
+        sums: Sequence[Tensor],
+        offsets: Sequence[int],
+    ) -> None:
+        """Cut all parameters into pieces.
 
         Args:
-            engine: DeepSpeed's, with a BF16_Optimizer.
+            engine: DeepSpeed's.
+            groups: Its parameters, group by group, as they lie one after the other in its optimizer.
+            sums: Of each group: fp32 [values], the sums that this rank keeps.
+            offsets: Which of the group's values is the first of them.
         """
         self._engine, self._optimizer = engine, engine.optimizer
-        optimizer = self._optimizer
-        self._dtype, self._ranks = engine.communication_data_type, dist.get_world_size(optimizer.dp_process_group)
-        for hook in optimizer._grad_acc_hooks:  # of bf16.immediate_grad_update
-            hook.remove()
-        optimizer._grad_acc_hooks = []
+        self._dtype, self._process_group = engine.communication_data_type, self._optimizer.dp_process_group
+        self._ranks = dist.get_world_size(self._process_group)
+        self._scale = 1 / self._ranks if engine.gradient_average else 1.0
+        self._under_way: deque[_Piece] = deque()
+        self._gradients: dict[nn.Parameter, _Gradient] = {}
         most = min(PIECE, engine.zero_reduce_bucket_size())
         places = {parameter: place for place, parameter in enumerate(engine.module.parameters())}
         pieces: list[tuple[int, _Piece]] = []  # with the place of the parameter whose gradient comes last
-        for number, parameters in enumerate(optimizer.bf16_groups):
-            offsets = [0, *accumulate(parameter.numel() for parameter in parameters)]
-            for chosen in _cut(offsets, most):
-                begin, end = offsets[chosen.start], offsets[chosen.stop]
-                piece = _Piece(optimizer.fp32_groups_gradients_flat[number][begin:end])
+        for parameters, kept, offset in zip(groups, sums, offsets, strict=True):
+            ends = [0, *accumulate(parameter.numel() for parameter in parameters)]
+            for chosen in _cut(ends, most):
+                begin, end = ends[chosen.start], ends[chosen.stop]
+                low, high = (min(max(bound, offset), offset + len(kept)) for bound in (begin, end))
+                piece = _Piece(end - begin, kept[low - offset : high - offset], slice(low - begin, high - begin))
                 for each in chosen:
-                    gradient = _Gradient(piece, offsets[each] - begin, offsets[each + 1] - begin)
+                    gradient = _Gradient(piece, ends[each] - begin, ends[each + 1] - begin)
                     piece.gradients.append(gradient)
-                    hook = parameters[each].register_post_accumulate_grad_hook(partial(self._take, gradient))
-                    optimizer._grad_acc_hooks.append(hook)  # DeepSpeed removes it with the engine
+                    self._gradients[parameters[each]] = gradient
                 pieces.append((min(places[parameters[each]] for each in chosen), piece))
         # The backward pass goes from the last parameters to the first; all ranks send in this order.
         self._pieces = [piece for _, piece in sorted(pieces, key=lambda each: -each[0])]
-        self._gradients = [gradient for piece in self._pieces for gradient in piece.gradients]
-        optimizer.immediate_grad_update = True  # nothing is left to do after the backward pass
-        optimizer.clear_hp_grads = self._forget
-        optimizer.get_grads_for_norm = partial(self._gradients_of, optimizer.get_grads_for_norm)
-        engine.buffered_allreduce_fallback = self._finish
-        self._forget()
+        self._begin_pass()
 
-    @torch.no_grad()
-    def _take(self, gradient: _Gradient, parameter: nn.Parameter) -> None:
-        """Add a parameter's gradient of a micro-batch; that of the last one makes it ready."""
-        assert parameter.grad is not None
-        new, parameter.grad = parameter.grad.flatten(), None
-        last = self._engine.is_gradient_accumulation_boundary()
+    def _begin_pass(self) -> None:
+        """Wait for the gradients of all parameters."""
+        for gradient in self._gradients.values():
+            gradient.ready = False
+        for piece in self._pieces:
+            piece.ready = 0
+        self._upcoming = deque(self._pieces)
+
+    def _begin_step(self) -> None:
+        """Forget all sums."""
+        for gradient in self._gradients.values():
+            gradient.added = False
+        for piece in self._pieces:
+            piece.received = False
+
+    def _add(self, gradient: _Gradient, new: Tensor) -> None:
+        """Add a gradient of this rank to its sums."""
         if gradient.added:
-            new = gradient.sums.add_(new)
-        elif not (last and self._ranks > 1):
+            gradient.sums.add_(new)
+        else:
             gradient.sums.copy_(new)
         gradient.added = True
-        if last and self._ranks > 1:
-            self._make_ready(gradient, new)
 
     def _make_ready(self, gradient: _Gradient, value: Tensor | float) -> None:
-        """Put the sum of this rank's micro-batches where it is sent from, and send what is complete, in order."""
+        """Put what this rank adds to the sum where it is sent from, and send what is complete, in order."""
         assert not gradient.ready, "a parameter has two gradients in a backward pass"
         piece = gradient.piece
         if piece.sent is None:
-            piece.sent = torch.empty_like(piece.sums, dtype=self._dtype)
+            piece.sent = torch.empty(piece.size, dtype=self._dtype, device=piece.sums.device)
         piece.sent[gradient.begin : gradient.end] = value
+        if piece.sent.is_cuda and (stream := torch.cuda.current_stream()) not in piece.streams:
+            piece.streams.append(stream)  # autograd calls hooks on the stream of the forward pass's kernel
+            piece.sent.record_stream(stream)
         gradient.ready = True
         piece.ready += 1
         while self._upcoming and self._upcoming[0].ready == len(self._upcoming[0].gradients):
             piece = self._upcoming.popleft()
-            piece.work = dist.all_reduce(piece.sent, group=self._optimizer.dp_process_group, async_op=True)
+            for stream in piece.streams:
+                torch.cuda.current_stream().wait_stream(stream)
+            piece.work = dist.all_reduce(piece.sent, group=self._process_group, async_op=True)
+            self._under_way.append(piece)
+            self._receive(UNDER_WAY)
+
+    def _receive(self, leave: int = 0) -> None:
+        """Take the means over ranks of the pieces that are under way, but for so many."""
+        while len(self._under_way) > leave:
+            piece = self._under_way.popleft()
+            assert piece.sent is not None
+            piece.work.wait()
+            if piece.received:
+                piece.sums.add_(piece.sent[piece.kept], alpha=self._scale)
+            else:
+                torch.mul(piece.sent[piece.kept], self._scale, out=piece.sums)
+            piece.received, piece.sent, piece.work = True, None, None
+            piece.streams.clear()
+
+
+class OncePerStep(Reduction):
+    """Under ZeRO-1, with a BF16_Optimizer: each rank adds up its micro-batches, the sums are exchanged."""
+
+    def __init__(self, engine: Any) -> None:
+        """Take the place of what DeepSpeed does after the backward pass.
+
+        Args:
+            engine: DeepSpeed's.
+        """
+        optimizer = engine.optimizer
+        sums = optimizer.fp32_groups_gradients_flat
+        super().__init__(engine, optimizer.bf16_groups, sums, [0] * len(sums))
+        for hook in optimizer._grad_acc_hooks:  # of bf16.immediate_grad_update
+            hook.remove()
+        # DeepSpeed removes them with the engine.
+        optimizer._grad_acc_hooks = [each.register_post_accumulate_grad_hook(self._take) for each in self._gradients]
+        optimizer.immediate_grad_update = True  # nothing is left to do after the backward pass
+        optimizer.clear_hp_grads = self._forget
+        optimizer.get_grads_for_norm = partial(self._for_norm, optimizer.get_grads_for_norm)
+        engine.buffered_allreduce_fallback = self._finish
+        self._finished = False
+
+    @torch.no_grad()
+    def _take(self, parameter: nn.Parameter) -> None:
+        """Add a parameter's gradient of a micro-batch; that of the last one makes it ready."""
+        gradient = self._gradients[parameter]
+        assert parameter.grad is not None
+        new, parameter.grad = parameter.grad.flatten(), None
+        send = self._ranks > 1 and self._engine.is_gradient_accumulation_boundary()
+        if gradient.added or not send:
+            self._add(gradient, new)
+        if send:
+            self._make_ready(gradient, gradient.sums if gradient.added else new)
 
     @torch.no_grad()
     def _finish(self, **_: Any) -> None:
         """The means over ranks; called after the last backward pass of a step. A missing gradient counts as zero."""
-        for gradient in self._gradients:
+        for gradient in self._gradients.values():
             if self._ranks == 1 and not gradient.added:
                 gradient.sums.zero_()
             elif self._ranks > 1 and not gradient.ready:
                 self._make_ready(gradient, gradient.sums if gradient.added else 0.0)
-        scale = 1 / self._ranks if self._engine.gradient_average else 1.0
-        for piece in self._pieces if self._ranks > 1 else ():
-            assert piece.sent is not None
-            assert piece.work is not None
-            piece.work.wait()
-            torch.mul(piece.sent, scale, out=piece.sums)
-            piece.sent = piece.work = None
+        self._receive()
         self._finished = True
         self._optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in self._optimizer.bf16_groups]
 
-    def _gradients_of(self, original: Callable[[], Any], for_clipping: bool = False) -> Any:
+    def _for_norm(self, original: Callable[[], Any], for_clipping: bool = False) -> Any:
         """What DeepSpeed computes norms of, or clips: only this rank's partition, which the optimizer reads.
 
         With Muon, which reads complete matrices, nothing is clipped (deepspeed_config/resolver.py).
@@ -176,8 +253,66 @@ class Reduction:
 
     def _forget(self) -> None:
         """Begin a step; called after each, whether it was applied or skipped."""
-        for gradient in self._gradients:
-            gradient.added = gradient.ready = False
-        for piece in self._pieces:
-            piece.ready = 0
-        self._upcoming, self._finished = deque(self._pieces), False
+        self._begin_pass()
+        self._begin_step()
+        self._finished = False
+
+
+class EachMicroBatch(Reduction):
+    """Under ZeRO-2: the gradients of each micro-batch are exchanged, and a rank adds up those of its partition."""
+
+    @staticmethod
+    def fits(optimizer: DeepSpeedZeroOptimizer) -> bool:
+        """Whether the optimizer keeps fp32 sums of bf16 gradients, of one partition after the other."""
+        groups = range(len(optimizer.bit16_groups))
+        return (
+            optimizer.partition_gradients
+            and optimizer.dtype == torch.bfloat16
+            and not (optimizer.cpu_offload or optimizer.zenflow or optimizer.round_robin_gradients)
+            and optimizer.sequence_parallel_size == 1
+            and all(map(optimizer._use_compact_grad_partition_buffer, groups))  # not with Muon
+            and not any(padding for group in optimizer.round_robin_bit16_padding for padding in group)
+        )
+
+    def __init__(self, engine: Any) -> None:
+        """Take the place of what DeepSpeed's hooks do with a gradient, and of what it does after the backward pass.
+
+        Args:
+            engine: DeepSpeed's.
+        """
+        optimizer, groups = engine.optimizer, range(len(engine.optimizer.bit16_groups))
+        self._partitions = [optimizer._build_compact_grad_partition_buffer(group) for group in groups]
+        sums, rank = [each.flat_partition for each in self._partitions], dist.get_rank(optimizer.dp_process_group)
+        super().__init__(engine, optimizer.bit16_groups, sums, [rank * len(each) for each in sums])
+        optimizer.process_gradients = self._take
+        optimizer.independent_gradient_partition_epilogue = self._finish
+        self._taken = False  # a gradient of this backward pass
+
+    @torch.no_grad()
+    def _take(self, parameter: nn.Parameter, group: int) -> None:
+        """Send a parameter's gradient of a micro-batch; a single rank adds it to its sums."""
+        assert parameter.grad is not None
+        self._taken = True
+        new, parameter.grad = parameter.grad.flatten(), None
+        if self._ranks > 1:
+            self._make_ready(self._gradients[parameter], new)
+        else:
+            self._add(self._gradients[parameter], new)
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """The means over ranks; called after the backward pass of each micro-batch. A missing gradient is zero."""
+        if not self._taken:
+            raise RuntimeError("DeepSpeed kept all gradients of a backward pass from lcm-ds: use version 0.19.8")
+        self._taken = False
+        for gradient in self._gradients.values():
+            if self._ranks == 1 and not gradient.added:
+                gradient.sums.zero_()
+                gradient.added = True
+            elif self._ranks > 1 and not gradient.ready:
+                self._make_ready(gradient, 0.0)
+        self._receive()
+        self._begin_pass()
+        if self._optimizer.is_gradient_accumulation_boundary():
+            self._optimizer.averaged_gradients.update(enumerate(self._partitions))  # parameters refer to this dict
+            self._begin_step()
