@@ -33,9 +33,9 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(PYTEST) -m 'slow and not hub' --ignore=tests/multinode
 
-# Both, in less time: their tests share runs.
+# Both, in less time: their tests share runs. TESTS: files, options of pytest.
 test-all: $(INSTALLED)
-	$(PYTEST) -m 'not hub' --ignore=tests/multinode
+	$(PYTEST) -m 'not hub' --ignore=tests/multinode $(TESTS)
 
 # Hosts in network namespaces, a Slurm cluster and mpirun on this machine. Needs root; installs its packages if there is
 # apt-get.

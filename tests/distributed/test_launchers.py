@@ -47,7 +47,6 @@ ACCELERATE = [
         ),
         (["accelerate.commands.launch", *ACCELERATE, "--main_process_port", "PORT"], WORKER),
         pytest.param(["mpirun.openmpi", "-n", "2", sys.executable], WORKER, marks=pytest.mark.slow, id="openmpi"),
-        pytest.param(["mpiexec.mpich", "-n", "2", sys.executable], WORKER, marks=pytest.mark.slow, id="mpich"),
     ],
     ids=lambda words: words[0],
 )
