@@ -30,11 +30,12 @@ def fuse_norms(optimizer: Any) -> None:
         _replace(module, "mask_nan_or_inf_with_val_inplace", _mask_nonfinite)
     for module in (stage_1_and_2, stage3):
         _replace(module, "combine_grad_norm_groups", _combined)
+    known: dict[int, Tensor] = {}  # of the overflow check: id of a group's list of gradients → their norms
     if isinstance(optimizer, stage_1_and_2.DeepSpeedZeroOptimizer | stage3.DeepSpeedZeroOptimizer_Stage3):
-        _replace(optimizer, "get_grad_norm_direct", _norm_of_group)
+        _replace(optimizer, "get_grad_norm_direct", partial(_norm_of_group, known))
         _replace(optimizer, "complete_grad_norm_calculation_for_cpu_offload", partial(_norm_with_offload, optimizer))
     if isinstance(optimizer, stage_1_and_2.DeepSpeedZeroOptimizer):
-        _replace(optimizer, "has_overflow_partitioned_grads_serial", partial(_overflow, optimizer))
+        _replace(optimizer, "has_overflow_partitioned_grads_serial", partial(_overflow, known, optimizer))
     if isinstance(optimizer, FP16_UnfusedOptimizer):
         _replace(optimizer.overflow_checker, "has_overflow_serial", _overflow_of_parameters)
 
@@ -82,11 +83,14 @@ def _combined(original: Any, norm_groups: Sequence[Any], **more: Any) -> Tensor:
     return norm.cpu()  # the host decides by it whether to skip the step, and computes from it how to clip
 
 
-def _norm_of_group(original: Any, gradients: Sequence[Tensor], params: Sequence[Any], norm_type: float = 2) -> Any:
+def _norm_of_group(
+    known: dict[int, Tensor], original: Any, gradients: Sequence[Tensor], params: Sequence[Any], norm_type: float = 2
+) -> Any:
+    norms = known.pop(id(gradients), None)
     real = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
     if norm_type != 2 or not real:
         return original(gradients, params, norm_type)
-    return original([_norms(real, get_norm_dtype())], params[:1], norm_type)
+    return original([_norms(real, get_norm_dtype()) if norms is None else norms], params[:1], norm_type)
 
 
 def _norm_with_offload(optimizer: Any, original: Any, params: Sequence[Any]) -> Any:
@@ -97,10 +101,15 @@ def _norm_with_offload(optimizer: Any, original: Any, params: Sequence[Any]) -> 
     return original(params)
 
 
-def _overflow(optimizer: Any, original: Any) -> Tensor:
+def _overflow(known: dict[int, Tensor], optimizer: Any, original: Any) -> Tensor:
+    """The norm of the same step takes the norms from here; padding is zero."""
     del original
-    groups = (optimizer.averaged_gradients[group] for group in range(len(optimizer.bit16_groups)))
-    return _any_nonfinite([gradient for group in groups for gradient in group if gradient is not None])
+    known.clear()
+    for group in range(len(optimizer.bit16_groups)):
+        gradients = optimizer.averaged_gradients[group]
+        if present := [gradient for gradient in gradients if gradient is not None]:
+            known[id(gradients)] = _norms(present, get_norm_dtype())
+    return _any_nonfinite(list(known.values()))
 
 
 # --- ZeRO 0 in half precision -----------------------------------------------------------------------------------------
@@ -108,11 +117,16 @@ def _overflow(optimizer: Any, original: Any) -> Tensor:
 
 def _overflow_of_parameters(original: Any, params: Sequence[Any]) -> bool:
     del original
-    return bool(_any_nonfinite([parameter.grad for parameter in params if parameter.grad is not None]))
+    gradients = [parameter.grad for parameter in params if parameter.grad is not None]
+    return bool(_any_nonfinite([_norms(gradients, get_norm_dtype())] if gradients else []))
 
 
-def _any_nonfinite(gradients: Sequence[Tensor]) -> Tensor:
-    """bool [1], on the device."""
-    if not gradients:  # of a rank without parameters
+def _any_nonfinite(norms: Sequence[Tensor]) -> Tensor:
+    """bool [1], on the device; no norm in fp64 overflows.
+
+    Args:
+        norms: Of all gradients, [gradients of a group] each.
+    """
+    if not norms:  # of a rank without parameters
         return torch.zeros(1, dtype=torch.bool, device=get_accelerator().current_device_name())
-    return ~_norms(gradients, get_norm_dtype()).isfinite().all(dim=0, keepdim=True)  # no fp64 norm overflows
+    return ~torch.cat(list(norms)).isfinite().all(dim=0, keepdim=True)
