@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
-from torch._inductor import config as inductor_config
 
 from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
@@ -73,12 +73,13 @@ def share_compile_threads(local_ranks: int) -> None:
     """Give each rank of this host its share of the processors for compiling kernels, unless the user chose a number.
 
     Each would start 32 processes or as many as there are processors. A launcher may have bound this rank to its share,
-    which is not divided again. Inductor's config may have been imported before.
+    which is not divided again.
     """
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         threads = max(1, min(32, len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // local_ranks))
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(threads)
-        inductor_config.compile_threads = threads
+        if (inductor_config := sys.modules.get("torch._inductor.config")) is not None:  # it has read the environment
+            inductor_config.compile_threads = threads
 
 
 def ask_cuda_for_free_memory(accelerator: Any) -> None:
@@ -96,13 +97,13 @@ def make_deterministic() -> None:
 
     Operations that cannot do so raise an error.
     """
+    from torch._inductor import config as inductor_config  # a thousand modules, which other runs may not need
+
     # cuBLAS reads this when it starts; torch refuses products with other workspaces than these two.
     if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in (":4096:8", ":16:8"):
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    inductor_config.deterministic = (
-        True  # choose no kernel by its measured time; torch 2.13's line above does this, too
-    )
+    inductor_config.deterministic = True  # no kernel is chosen by its measured time, as with torch 2.13's line above
     # torch would fill all new memory, which costs time; nothing reads memory before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -12,6 +12,7 @@ import torch
 from deepspeed.accelerator import cuda_accelerator
 from deepspeed.runtime import engine as deepspeed_engine
 from deepspeed.runtime.zero import partition_parameters
+from torch._inductor import config as inductor_config
 from torch._inductor.async_compile import get_compile_threads
 
 from lcm_ds.config import EncoderConfig
@@ -183,7 +184,7 @@ def test_ranks_of_a_host_share_its_processors_for_compiling(bound, processors, r
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", chosen or "")  # restored after the test
     if chosen is None:
         monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
-    with engine.inductor_config.patch(compile_threads=7):
+    with inductor_config.patch(compile_threads=7):
         engine.share_compile_threads(ranks)
         assert get_compile_threads() == (threads or 7)
     assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == (chosen or str(threads))
