@@ -79,7 +79,7 @@ def share_compile_threads(local_ranks: int) -> None:
         threads = max(1, min(32, len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // local_ranks))
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(threads)
         if (inductor_config := sys.modules.get("torch._inductor.config")) is not None:  # it has read the environment
-            inductor_config.compile_threads = threads
+            inductor_config.compile_threads = threads  # type: ignore[attr-defined]
 
 
 def ask_cuda_for_free_memory(accelerator: Any) -> None:

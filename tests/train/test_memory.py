@@ -102,7 +102,7 @@ def test_the_pieces_are_those_of_the_reduction():
     [
         pytest.param(1, [SHIPPED], id="1", marks=pytest.mark.slow),
         pytest.param(1, sorted({*PRECISIONS} - {SHIPPED}), id="1 other", marks=pytest.mark.slow),
-        pytest.param(2, sorted(PRECISIONS), id="2", marks=pytest.mark.slow),
+        pytest.param(2, [SHIPPED, "bf16"], id="2", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.timeout(600)
