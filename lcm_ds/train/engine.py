@@ -78,8 +78,10 @@ def share_compile_threads(local_ranks: int) -> None:
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         threads = max(1, min(32, len(os.sched_getaffinity(0)), (os.cpu_count() or 1) // local_ranks))
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(threads)
-        if (inductor_config := sys.modules.get("torch._inductor.config")) is not None:  # it has read the environment
-            inductor_config.compile_threads = threads  # type: ignore[attr-defined]
+        if "torch._inductor.config" in sys.modules:  # it has read the environment
+            from torch._inductor import config as inductor_config
+
+            inductor_config.compile_threads = threads
 
 
 def ask_cuda_for_free_memory(accelerator: Any) -> None:

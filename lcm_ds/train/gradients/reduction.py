@@ -5,9 +5,9 @@ complete, as torch's DDP does (arXiv 2006.15704, section 3.2.3), and only a few 
 is set to zero before it is written.
 
 Under ZeRO-1 DeepSpeed 0.19.8's `BF16_Optimizer` keeps all gradients until the backward pass ends, sums them then, and
-clips what other ranks update, too. Its ZeRO-2 copies them before and after each sum, and on CPUs waits for it. The
-values are DeepSpeed's, to the last bit where the order of a sum over ranks does not depend on how much is sent at once
-and their number is a power of two. But under ZeRO-1 a single rank sends nothing, so that its sums stay in fp32; and a
+clips what other ranks update, too. Its ZeRO-2 copies them before and after each sum, and on CPUs waits for it. On two
+ranks the values are DeepSpeed's to the last bit; on more, they are so to rounding, as how much is sent at once may
+change the order of a sum. But under ZeRO-1 a single rank sends nothing, so that its sums stay in fp32; and a
 parameter without a gradient on this rank has a zero, which BF16_Optimizer leaves out of the norm and does not clip
 (findings/deepspeed-bf16-clips-by-rank.sh). The optimizer's states must not be moved between the backward pass and the
 step (DeepSpeed's `offload_states`), as the pieces are views of them.
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 # Most values that are sent as one, unless a parameter has more: 32 MiB in bf16, as much as DDP's 25 MiB by default.
 PIECE = 1 << 24
-UNDER_WAY = 4  # pieces; with more, the backward pass waits for the first
+UNDER_WAY = 4  # pieces, at most: the backward pass waits for the first before it sends another
 
 
 def reduce_in_backward(engine: Any) -> None:
@@ -76,7 +76,7 @@ class _Piece:
     gradients: list[_Gradient] = field(default_factory=list)
     sent: Tensor | None = None  # of this rank, in the dtype that ranks exchange
     ready: int = 0  # gradients that are in `sent`
-    streams: list[Any] = field(default_factory=list)  # of a GPU, that wrote to `sent`
+    streams: list[Any] = field(default_factory=list)  # of a GPU; those that wrote to `sent`
     work: Any = None  # torch.distributed.Work
     received: bool = False  # `sums` are of this step
 
@@ -163,7 +163,7 @@ class Reduction:
         gradient.added = True
 
     def _make_ready(self, gradient: _Gradient, value: Tensor | float) -> None:
-        """Put what this rank adds to the sum where it is sent from, and send what is complete, in order."""
+        """Copy this rank's part of a sum to its piece, and send the pieces that are complete, in order."""
         assert not gradient.ready, "a parameter has two gradients in a backward pass"
         piece = gradient.piece
         if piece.sent is None:
@@ -176,14 +176,14 @@ class Reduction:
         piece.ready += 1
         while self._upcoming and self._upcoming[0].ready == len(self._upcoming[0].gradients):
             piece = self._upcoming.popleft()
+            self._receive(UNDER_WAY - 1)
             for stream in piece.streams:
                 torch.cuda.current_stream().wait_stream(stream)
             piece.work = dist.all_reduce(piece.sent, group=self._process_group, async_op=True)
             self._under_way.append(piece)
-            self._receive(UNDER_WAY)
 
     def _receive(self, leave: int = 0) -> None:
-        """Take the means over ranks of the pieces that are under way, but for so many."""
+        """Wait for the pieces that were sent first, until no more than `leave` are under way, and take their means."""
         while len(self._under_way) > leave:
             piece = self._under_way.popleft()
             assert piece.sent is not None
