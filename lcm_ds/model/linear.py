@@ -57,17 +57,25 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
-@torch.library.custom_op("lcm_ds::linear", mutates_args=())
+# Defined by their schemas: torch.library.custom_op would import torch's compiler at the first call.
+torch.library.define("lcm_ds::linear", "(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
+torch.library.define(
+    "lcm_ds::linear_backward",
+    "(Tensor gradient, Tensor x, Tensor[] weights, bool needs_input) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("lcm_ds::linear", "default")
 def _linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     return product(x, joined(weights), joined(biases))
 
 
-@_linear.register_fake
+@torch.library.register_fake("lcm_ds::linear")
 def _(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     return x.new_empty(*x.shape[:-1], sum(len(weight) for weight in weights))
 
 
-@torch.library.custom_op("lcm_ds::linear_backward", mutates_args=())
+@torch.library.impl("lcm_ds::linear_backward", "default")
 def _linear_backward(
     gradient: Tensor, x: Tensor, weights: list[Tensor], needs_input: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +87,7 @@ def _linear_backward(
     return of_x, product(flat.t(), x.flatten(0, -2).t(), way=_way["gradients of weights"]), flat.sum(0)
 
 
-@_linear_backward.register_fake
+@torch.library.register_fake("lcm_ds::linear_backward")
 def _(gradient: Tensor, x: Tensor, weights: list[Tensor], needs_input: bool) -> tuple[Tensor, Tensor, Tensor]:
     rows = gradient.shape[-1]
     of_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_input else x.new_empty(0)
@@ -100,7 +108,7 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, list[Tensor],
     return of_x if needs_input else None, list(of_weights.split(rows)), list(of_biases.split(rows))
 
 
-_linear.register_autograd(_gradients, setup_context=_keep)
+torch.library.register_autograd("lcm_ds::linear", _gradients, setup_context=_keep)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, way: str | None = None) -> Tensor:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import wraps
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import partitioned_param_coordinator
 
 from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
@@ -84,6 +89,43 @@ def share_compile_threads(local_ranks: int) -> None:
             inductor_config.compile_threads = threads
 
 
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """Builds an engine, of another optimizer than Muon, that never imports torch's compiler: a second, 70 MB a rank.
+
+    What has to be kept out of compiled code, such as torch's optimizers and the hooks of ZeRO-3, would import it to say
+    so, at the first call or when it is defined: it is called as it is. DeepSpeed imports its Muon, which it has
+    compiled, to see whether the optimizer is one.
+    """
+    coordinator = partitioned_param_coordinator
+    holders = [coordinator, coordinator.PartitionedParameterCoordinator, deepspeed.checkpointing]
+    for holder in [*holders, *(part for part in vars(torch.optim).values() if isinstance(part, type))]:
+        for name, function in list(vars(holder).items()):
+            inner, code = getattr(function, "__wrapped__", None), getattr(function, "__code__", None)
+            if inner is None or code is None:
+                continue
+            if code.co_filename == torch._compile.__file__:
+                vars(inner).setdefault("__dynamo_disable", inner)  # where torch keeps what it calls
+            elif code.co_name == "_use_grad":
+                setattr(holder, name, _with_grad(inner))
+    with (
+        patch.object(torch.compiler, "disable", lambda function: function),
+        patch.object(deepspeed.runtime.compiler, "compile", lambda: lambda function: function),
+    ):
+        yield
+
+
+def _with_grad(step: Any) -> Any:
+    """An optimizer's step that computes gradients of itself if the optimizer is differentiable, as torch's own does."""
+
+    @wraps(step)
+    def call(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return step(self, *args, **kwargs)
+
+    return call
+
+
 def ask_cuda_for_free_memory(accelerator: Any) -> None:
     """Have DeepSpeed's accelerator ask CUDA for the free memory of a device.
 
@@ -137,7 +179,10 @@ def build_model(
         with torch.device("meta"):
             model = BaseLCM(sizes)
         model.to(dtype=getattr(torch, deepspeed_config.precision(ds)))
-        model.to_empty(device=get_accelerator().current_device_name())
+        device = get_accelerator().current_device_name()
+        model._apply(
+            lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        )  # to_empty, without sympy
     for parameters, fill in model.initialization(seed) if seed is not None else ():
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=partitioned):
             fill()
@@ -165,13 +210,15 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
         logger.warning("train.compile: no layers: ZeRO-3 gathers parameters by hooks, which break compiled layers")
     elif config.train.compile:
         model.compile_layers()
-    enable_fusion(config.train.compile or gpu_compiles())
+    compiles = config.train.compile or gpu_compiles()
+    enable_fusion(compiles)
     groups: Any = parameter_groups(model, config.optim, ds["optimizer"]["type"])
     optimizer = None
     if ds["optimizer"]["type"].lower() == "muon":
         optimizer = muon(groups, ds["optimizer"]["params"])
         groups, ds = None, {key: block for key, block in ds.items() if key != "optimizer"}
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, optimizer=optimizer, config=ds)
+    with nullcontext() if compiles or optimizer is not None else without_compiler():
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, optimizer=optimizer, config=ds)
     # Public since torch 2.14, which deprecates the private name.
     set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
     for group in list(dist.distributed_c10d._world.pg_map):  # DeepSpeed's have torch's default timeout

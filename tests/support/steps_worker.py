@@ -114,7 +114,8 @@ def take_steps(changes, env, device, normalizer):
         pending = stepper.step(upcoming, index, on_gradients_ready=on_gradients_ready if index == 0 else None)
         losses.append(pending.read().loss)
     engine.destroy()
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     return losses, gradients, {group: asdict(histogram) for group, histogram in first_histograms.items()}
 
 
@@ -137,6 +138,7 @@ def main():
             results[name] = {"refused": error.errors}
             continue
         results[name] = {"losses": losses, "histograms": first_histograms}
+        results[name]["imported compiler"] = "torch._dynamo" in sys.modules
         all_gradients |= {f"{name}/{parameter}": gradient.cpu() for parameter, gradient in gradients.items()}
     if env.rank == 0:
         save_file(all_gradients, gradients_path)
