@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -227,10 +227,21 @@ class OpenFile:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as this object lives)
-        self.descriptor = self._file.fileno()
-        self._size = self.status().st_size
+        self._path = path
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # open as long as this object lives
+        status = self.status()
+        self._size = status.st_size
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # os may be gone when the process ends
+        if hasattr(self, "descriptor"):
+            close(self.descriptor)
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        return Path(self._path)
 
     def __len__(self) -> int:
         """Bytes, when it was opened."""

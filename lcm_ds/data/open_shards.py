@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from random import Random
 from threading import Event, Lock
 
 from lcm_ds.data.format import Dataset
@@ -27,9 +27,11 @@ RETRY_SECONDS = 60.0  # until a shard whose server gave no answer is tried again
 
 
 class OpenShards:
-    """The files of a plan's datasets, opened when they are needed; the least recently used is closed first.
+    """The files of a plan's datasets, opened when they are needed; if too many are open, one is closed.
 
-    Safe to use from several threads.
+    Of a remote dataset that is the least recently used, which is of an earlier block; of a local one any: each batch
+    goes through the shards in order, so the least recently used would be the next that is needed. Safe to use from
+    several threads.
     """
 
     def __init__(self, datasets: Sequence[Dataset], plan: Plan, lanes: range, stopped: Event | None = None) -> None:
@@ -47,12 +49,16 @@ class OpenShards:
         self.datasets, self._stopped = datasets, stopped
         # Files of each dataset. An open one is not evicted from the cache, which has room for two blocks of a stream.
         self._most = [
-            2 * plan.streams(source, lanes) * plan.most_shards(source) if each.any_remote else MAX_OPEN // len(datasets)
+            2 * plan.streams(source, lanes) * plan.most_shards(source)
+            if each.any_remote
+            else max(1, MAX_OPEN // len(datasets))
             for source, each in enumerate(datasets)
         ]
         _allow_open_files(sum(self._most))
-        # Futures, so that a thread that needs a file waits only for the thread that is fetching it.
-        self._open: list[OrderedDict[int, Future[OpenFile]]] = [OrderedDict() for _ in datasets]
+        self._open: list[dict[int, OpenFile | InputError]] = [{} for _ in datasets]  # or why it cannot be opened
+        # A thread that needs a file waits only for the thread that is opening it.
+        self._opening = dict[tuple[int, int], Future[OpenFile | InputError]]()
+        self._random = Random(0)
         self._lock = Lock()
         self._tried = set[tuple[int, int]]()
         self._skipped: dict[tuple[int, int], InputError] = {}
@@ -63,37 +69,48 @@ class OpenShards:
 
         Raises InputError if it cannot be read, TransientError if its server gives no answer.
         """
-        files = self._open[source]
+        files, key, by_age = self._open[source], (source, shard), self.datasets[source].any_remote
         with self._lock:
-            future = files.get(shard)
-            if future is not None and future.done() and isinstance(future.exception(), TransientError):
-                future = None
+            if (known := files.get(shard)) is not None:
+                if by_age:
+                    files[shard] = files.pop(shard)
+                return _file(known)
+            future = self._opening.get(key)
             if opener := future is None:
-                # It is closed when nobody reads it any more.
-                oldest = next((shard for shard, future in files.items() if future.done()), None)
-                if len(files) >= self._most[source] and oldest is not None:
-                    del files[oldest]
-                future = files[shard] = Future()
-            files.move_to_end(shard)
+                future = self._opening[key] = Future()
+                self._tried.add(key)
         assert future is not None
-        if opener:
-            self.note_tried(source, shard)
-            try:
-                future.set_result(self._opened(source, shard))
-            except BaseException as error:
-                future.set_exception(error)
-        return future.result()
+        if not opener:
+            return _file(future.result())
+        opened: OpenFile | InputError | None = None
+        try:
+            opened = self._opened(source, shard)
+        except InputError as error:
+            opened = error
+        finally:
+            with self._lock:
+                del self._opening[key]
+                if opened is not None and not isinstance(opened, TransientError):
+                    while len(files) >= self._most[source]:  # it is closed when nobody reads it any more
+                        oldest, *others = files
+                        del files[oldest if by_age else self._random.choice(others or [oldest])]
+                    files[shard] = opened
+            if opened is None:  # another error goes on from here
+                future.set_exception(Stopped())
+            else:
+                future.set_result(opened)
+        return _file(opened)
 
-    def changed(self, source: int, shard: int) -> bool:
+    def changed(self, source: int, shard: int, file: OpenFile) -> bool:
         """Close a file whose bytes are not the listed ones; whether it is a copy, which may be fetched again."""
         with self._lock:
-            future = self._open[source].pop(shard, None)
+            if self._open[source].get(shard) is file:
+                del self._open[source][shard]
         dataset = self.datasets[source]
         if not dataset.is_remote(shard):
             return False
-        if future is not None and future.exception() is None:
-            assert dataset.cache is not None
-            dataset.cache.invalidate(future.result())
+        assert dataset.cache is not None
+        dataset.cache.invalidate(file)
         return True
 
     def note_tried(self, source: int, shard: int) -> None:
@@ -137,6 +154,13 @@ class OpenShards:
                 self._retry_at.pop(key, None)
                 self._skipped.pop(key, None)
         return file
+
+
+def _file(opened: OpenFile | InputError) -> OpenFile:
+    """What was opened; raises the reason why it could not be."""
+    if isinstance(opened, InputError):
+        raise opened
+    return opened
 
 
 def check_cache(datasets: Sequence[Dataset], plan: Plan, lanes: range, local_ranks: int) -> None:

@@ -104,7 +104,7 @@ def _read(
     for at, piece in enumerate(pieces):
         try:
             problem = reader.read(piece, pieces[at + 1 :])
-            if problem and shards.changed(source, piece.shard):
+            if problem and shards.changed(source, piece.shard, reader.file_of(piece)):
                 reader.close_file()
                 problem = reader.read(piece)
             if problem:
@@ -140,7 +140,7 @@ class _Reader:
 
     def __init__(self, dataset: Dataset, flat: np.ndarray, file_of: Callable[[int], OpenFile]) -> None:
         assert dataset.index is not None
-        self._flat, self._storage, self._file_of = flat, dataset.storage, file_of
+        self._flat, self._storage, self._opened = flat, dataset.storage, file_of
         self._dtype = stored_dtype(dataset.info.dtype)
         self._size = dataset.embed_dim * self._dtype.itemsize  # bytes of a concept
         self._words = dataset.index.words if dataset.checksums else None
@@ -194,10 +194,7 @@ class _Reader:
         Raises:
             InputError: The file cannot be read.
         """
-        if piece.shard != self._shard or self._file is None:
-            self.close_file()
-            self._file, self._shard = self._file_of(piece.shard), piece.shard
-        file, read = self._file, piece.memory
+        file, read = self.file_of(piece), piece.memory
         if read is None:
             read = _scratch(piece.size)
         try:
@@ -223,6 +220,13 @@ class _Reader:
                 self._storage.decode(concepts, out)
         return None
 
+    def file_of(self, piece: _Piece) -> OpenFile:
+        """The file of a piece; raises InputError if it cannot be opened."""
+        if piece.shard != self._shard or self._file is None:
+            self.close_file()
+            self._file, self._shard = self._opened(piece.shard), piece.shard
+        return self._file
+
     def close_file(self) -> None:
         """Ask for the file of the next piece, even if it is of the same shard."""
         self._file = None
@@ -233,7 +237,7 @@ class _Reader:
             self._cached = False
             for piece in pieces:
                 with suppress(InputError):  # comes again when it is read
-                    self._file_of(piece.shard).fetch(piece.offset, piece.size)
+                    self._opened(piece.shard).fetch(piece.offset, piece.size)
 
 
 _THREAD = threading.local()
