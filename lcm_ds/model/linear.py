@@ -57,25 +57,14 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
-# Defined by their schemas: torch.library.custom_op would import torch's compiler at the first call.
-torch.library.define("lcm_ds::linear", "(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
-torch.library.define(
-    "lcm_ds::linear_backward",
-    "(Tensor gradient, Tensor x, Tensor[] weights, bool needs_input) -> (Tensor, Tensor, Tensor)",
-)
-
-
-@torch.library.impl("lcm_ds::linear", "default")
 def _linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     return product(x, joined(weights), joined(biases))
 
 
-@torch.library.register_fake("lcm_ds::linear")
-def _(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
+def _shape_of_linear(x: Tensor, weights: list[Tensor], biases: list[Tensor]) -> Tensor:
     return x.new_empty(*x.shape[:-1], sum(len(weight) for weight in weights))
 
 
-@torch.library.impl("lcm_ds::linear_backward", "default")
 def _linear_backward(
     gradient: Tensor, x: Tensor, weights: list[Tensor], needs_input: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,8 +76,9 @@ def _linear_backward(
     return of_x, product(flat.t(), x.flatten(0, -2).t(), way=_way["gradients of weights"]), flat.sum(0)
 
 
-@torch.library.register_fake("lcm_ds::linear_backward")
-def _(gradient: Tensor, x: Tensor, weights: list[Tensor], needs_input: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _shapes_of_linear_backward(
+    gradient: Tensor, x: Tensor, weights: list[Tensor], needs_input: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     rows = gradient.shape[-1]
     of_x = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_input else x.new_empty(0)
     return of_x, x.new_empty(rows, x.shape[-1]), x.new_empty(rows)
@@ -108,7 +98,17 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, list[Tensor],
     return of_x if needs_input else None, list(of_weights.split(rows)), list(of_biases.split(rows))
 
 
+# Defined by their schemas: torch.library.custom_op would import torch's compiler at the first call.
+torch.library.define("lcm_ds::linear", "(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
+torch.library.impl("lcm_ds::linear", "default", _linear)
+torch.library.register_fake("lcm_ds::linear", _shape_of_linear)
 torch.library.register_autograd("lcm_ds::linear", _gradients, setup_context=_keep)
+torch.library.define(
+    "lcm_ds::linear_backward",
+    "(Tensor gradient, Tensor x, Tensor[] weights, bool needs_input) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.impl("lcm_ds::linear_backward", "default", _linear_backward)
+torch.library.register_fake("lcm_ds::linear_backward", _shapes_of_linear_backward)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, way: str | None = None) -> Tensor:
