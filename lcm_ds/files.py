@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lcm_ds.errors import InputError
 
@@ -237,6 +237,9 @@ class OpenFile:
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # os may be gone when the process ends
         if hasattr(self, "descriptor"):
             close(self.descriptor)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an open file cannot be copied: its descriptor would be closed twice")
 
     @property
     def path(self) -> Path:

@@ -1,5 +1,6 @@
 """File systems of clusters and buckets that lack an operation: noticed before the first step, or done without."""
 
+import copy
 import errno
 import os
 import shutil
@@ -108,6 +109,12 @@ def test_stale_handles_are_opened_again(shim, synthetic_dataset, tmp_path):
     done = run(shim, dataset, "stale", "-m", "lcm_ds.cli", "launch", "--local", 1, config)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run/log.txt").read_text().count("stale file handle") == 1
+
+
+def test_an_open_file_is_not_copied(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.copy(OpenFile(tmp_path / "file"))
 
 
 def test_a_file_of_another_size_does_not_take_the_place_of_a_stale_one(tmp_path, monkeypatch):

@@ -77,28 +77,31 @@ class OpenShards:
                 return _file(known)
             future = self._opening.get(key)
             if opener := future is None:
+                opening = sum(other == source for other, _ in self._opening)
+                while (
+                    files and len(files) + opening >= self._most[source]
+                ):  # it is closed when nobody reads it any more
+                    del files[next(iter(files)) if by_age else self._random.choice(list(files))]
                 future = self._opening[key] = Future()
                 self._tried.add(key)
         assert future is not None
         if not opener:
             return _file(future.result())
-        opened: OpenFile | InputError | None = None
+        opened: OpenFile | InputError
         try:
             opened = self._opened(source, shard)
         except InputError as error:
             opened = error
-        finally:
+        except BaseException as error:
             with self._lock:
                 del self._opening[key]
-                if opened is not None and not isinstance(opened, TransientError):
-                    while len(files) >= self._most[source]:  # it is closed when nobody reads it any more
-                        oldest, *others = files
-                        del files[oldest if by_age else self._random.choice(others or [oldest])]
-                    files[shard] = opened
-            if opened is None:  # another error goes on from here
-                future.set_exception(Stopped())
-            else:
-                future.set_result(opened)
+            future.set_exception(error)
+            raise
+        with self._lock:
+            del self._opening[key]
+            if not isinstance(opened, TransientError):
+                files[shard] = opened
+        future.set_result(opened)
         return _file(opened)
 
     def changed(self, source: int, shard: int, file: OpenFile) -> bool:
@@ -159,7 +162,7 @@ class OpenShards:
 def _file(opened: OpenFile | InputError) -> OpenFile:
     """What was opened; raises the reason why it could not be."""
     if isinstance(opened, InputError):
-        raise opened
+        raise type(opened)(opened.errors)  # another one each time: it keeps the frames that it passes
     return opened
 
 

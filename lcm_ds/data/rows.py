@@ -140,7 +140,7 @@ class _Reader:
 
     def __init__(self, dataset: Dataset, flat: np.ndarray, file_of: Callable[[int], OpenFile]) -> None:
         assert dataset.index is not None
-        self._flat, self._storage, self._opened = flat, dataset.storage, file_of
+        self._flat, self._storage, self._open_file = flat, dataset.storage, file_of
         self._dtype = stored_dtype(dataset.info.dtype)
         self._size = dataset.embed_dim * self._dtype.itemsize  # bytes of a concept
         self._words = dataset.index.words if dataset.checksums else None
@@ -224,7 +224,7 @@ class _Reader:
         """The file of a piece; raises InputError if it cannot be opened."""
         if piece.shard != self._shard or self._file is None:
             self.close_file()
-            self._file, self._shard = self._opened(piece.shard), piece.shard
+            self._file, self._shard = self._open_file(piece.shard), piece.shard
         return self._file
 
     def close_file(self) -> None:
@@ -237,7 +237,7 @@ class _Reader:
             self._cached = False
             for piece in pieces:
                 with suppress(InputError):  # comes again when it is read
-                    self._opened(piece.shard).fetch(piece.offset, piece.size)
+                    self._open_file(piece.shard).fetch(piece.offset, piece.size)
 
 
 _THREAD = threading.local()

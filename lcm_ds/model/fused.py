@@ -34,7 +34,8 @@ def gpu_compiles() -> bool:
     """Whether this process has a GPU and what Triton needs to make kernels: a C compiler and Python's headers."""
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["cc", "gcc", "clang"]
     headers = Path(sysconfig.get_paths()["include"], "Python.h")
-    return torch.cuda.is_available() and has_triton() and any(map(shutil.which, compilers)) and headers.is_file()
+    # has_triton comes last: it imports torch's compiler.
+    return torch.cuda.is_available() and any(map(shutil.which, compilers)) and headers.is_file() and has_triton()
 
 
 @contextmanager

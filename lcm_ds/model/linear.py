@@ -9,7 +9,7 @@ kernels.py. Layers with fp8 products (float8.py) compute these themselves in tra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -98,17 +98,24 @@ def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, list[Tensor],
     return of_x if needs_input else None, list(of_weights.split(rows)), list(of_biases.split(rows))
 
 
+def _no_second_derivatives(ctx: Any, *gradients: Tensor) -> NoReturn:
+    raise NotImplementedError("second derivatives of linear layers in fp32 on a CPU")
+
+
 # Defined by their schemas: torch.library.custom_op would import torch's compiler at the first call.
-torch.library.define("lcm_ds::linear", "(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor")
+_TAG = torch.Tag.pt2_compliant_tag  # as custom_op's
+torch.library.define("lcm_ds::linear", "(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor", tags=_TAG)
 torch.library.impl("lcm_ds::linear", "default", _linear)
 torch.library.register_fake("lcm_ds::linear", _shape_of_linear)
 torch.library.register_autograd("lcm_ds::linear", _gradients, setup_context=_keep)
 torch.library.define(
     "lcm_ds::linear_backward",
     "(Tensor gradient, Tensor x, Tensor[] weights, bool needs_input) -> (Tensor, Tensor, Tensor)",
+    tags=_TAG,
 )
 torch.library.impl("lcm_ds::linear_backward", "default", _linear_backward)
 torch.library.register_fake("lcm_ds::linear_backward", _shapes_of_linear_backward)
+torch.library.register_autograd("lcm_ds::linear_backward", _no_second_derivatives)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None, way: str | None = None) -> Tensor:

@@ -226,10 +226,9 @@ class BaseLCM(nn.Module):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Fresh weights for a model made without a seed, or for those that a folder lacks."""
-        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-            return  # there is nothing to fill yet; torch would import its compiler to find that out
         if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=self._std(module))
+            if not module.weight.is_meta:  # it has no values; torch would import its compiler to find that out
+                nn.init.normal_(module.weight, std=self._std(module))
             nn.init.zeros_(module.bias)
         elif isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)

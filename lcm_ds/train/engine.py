@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -91,28 +91,39 @@ def share_compile_threads(local_ranks: int) -> None:
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """Builds an engine, of another optimizer than Muon, that never imports torch's compiler: a second, 70 MB a rank.
+    """Build an engine in here, not with Muon, and it never imports torch's compiler: a second and 70 MB of each rank.
 
     What has to be kept out of compiled code, such as torch's optimizers and the hooks of ZeRO-3, would import it to say
-    so, at the first call or when it is defined: it is called as it is. DeepSpeed imports its Muon, which it has
-    compiled, to see whether the optimizer is one.
+    so, at the first call or when it is defined: it is called as it is, from now on. DeepSpeed imports its Muon, which
+    it has compiled, to see whether the optimizer is one. Does nothing if the compiler is imported already; what
+    another version of a library lacks is left alone.
     """
+    if "torch._dynamo" in sys.modules:
+        yield
+        return
     coordinator = partitioned_param_coordinator
-    holders = [coordinator, coordinator.PartitionedParameterCoordinator, deepspeed.checkpointing]
-    for holder in [*holders, *(part for part in vars(torch.optim).values() if isinstance(part, type))]:
+    holders = [coordinator, getattr(coordinator, "PartitionedParameterCoordinator", None), deepspeed.checkpointing]
+    optimizers = [part for part in vars(torch.optim).values() if isinstance(part, type)]
+    for holder in [*filter(None, holders), *optimizers]:
         for name, function in list(vars(holder).items()):
             inner, code = getattr(function, "__wrapped__", None), getattr(function, "__code__", None)
             if inner is None or code is None:
                 continue
-            if code.co_filename == torch._compile.__file__:
+            if Path(code.co_filename).name == "_compile.py":
                 vars(inner).setdefault("__dynamo_disable", inner)  # where torch keeps what it calls
             elif code.co_name == "_use_grad":
                 setattr(holder, name, _with_grad(inner))
     with (
-        patch.object(torch.compiler, "disable", lambda function: function),
-        patch.object(deepspeed.runtime.compiler, "compile", lambda: lambda function: function),
+        patch.object(torch.compiler, "disable", lambda fn=None, *_, **__: fn or (lambda function: function)),
+        patch.object(deepspeed.runtime.compiler, "compile", lambda: _compiled_when_called, create=True),
     ):
         yield
+
+
+def _compiled_when_called(function: Any) -> Any:
+    """torch.compile for a function, at its first call."""
+    compiled = cache(lambda: torch.compile(function))
+    return wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
 
 
 def _with_grad(step: Any) -> Any:
@@ -210,7 +221,7 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
         logger.warning("train.compile: no layers: ZeRO-3 gathers parameters by hooks, which break compiled layers")
     elif config.train.compile:
         model.compile_layers()
-    compiles = config.train.compile or gpu_compiles()
+    compiles = config.train.compile or (get_accelerator().device_name() != "cpu" and gpu_compiles())
     enable_fusion(compiles)
     groups: Any = parameter_groups(model, config.optim, ds["optimizer"]["type"])
     optimizer = None

@@ -318,14 +318,21 @@ def test_threads_end_in_the_middle_and_read_no_further_ahead_than_needed(dataset
 def test_shards_open_at_a_time_are_few_and_stay_open_for_the_next_batch(
     synthetic_dataset: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened, open_file = [], Dataset.open_file
-    monkeypatch.setattr(Dataset, "open_file", lambda *arguments: opened.append(1) or open_file(*arguments))
+    monkeypatch.setattr(OpenFile, "read_cached", OpenFile.read_into)  # on any file system
+    opened, open_file = [], Dataset.open_file  # how many were open before each
+
+    def counted(*arguments) -> OpenFile:
+        opened.append(len(os.listdir("/proc/self/fd")) - before)
+        return open_file(*arguments)
+
+    monkeypatch.setattr(Dataset, "open_file", counted)
     shards = MAX_OPEN * 5 // 4
     dataset = open_dataset(synthetic_dataset(documents=shards, documents_per_shard=1, embed_dim=4))
     before, epochs = len(os.listdir("/proc/self/fd")), 50
     loader = Loader([dataset], plan_of(dataset, epochs=epochs, rows=64), 0, 1, 64, workers=0)  # a batch: most shards
     most = max(len(os.listdir("/proc/self/fd")) - before for _ in loader)
     assert MAX_OPEN / 2 < most <= MAX_OPEN + 2
+    assert max(opened) < most  # one is closed before the next is opened
     # Few readings open a file. It would be two thirds of them if the least recently used file were closed.
     assert len(opened) < 0.4 * epochs * shards
 

@@ -111,6 +111,7 @@ def results(tmp_path_factory, request):
         text = (ROOT / "ds_configs" / f"{name}.json").read_text().replace("/local_nvme", str(nvme))
         shipped[name] = {"deepspeed": json.loads(text)}
     known = {**VARIANTS, **IN_FP8, **shipped}
+    # Those that import torch's compiler come last: it stays imported.
     known = {name: known[name] for name in sorted(known, key=compiles) if name in wanted}
     (folder / "variants.json").write_text(json.dumps(known))
     outputs = [folder / "results.json", folder / "gradients.safetensors"]
@@ -168,9 +169,12 @@ def test_losses_and_gradients_agree(results, one_at_a_time, name):
     assert found[name]["losses"] == pytest.approx(found["zero 1"]["losses"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", variants(*VARIANTS, *IN_FP8, "zero1_bf16", "zero2_bf16", "zero3_bf16"))
-def test_torchs_compiler_is_imported_only_where_something_is_compiled(results, name):
-    assert results[0][name]["imported compiler"] == compiles(name)
+EAGER = [name for name in (*VARIANTS, "zero1_bf16", "zero2_bf16", "zero3_bf16") if not compiles(name)]
+
+
+@pytest.mark.parametrize("name", variants(*EAGER))
+def test_a_rank_that_compiles_nothing_does_not_import_torchs_compiler(results, name):
+    assert not results[0][name]["imported compiler"]
 
 
 @pytest.mark.parametrize("name", variants(*IN_FP8))
