@@ -5,20 +5,19 @@
 # Expected: torch._dynamo, torch._inductor, torch.onnx and sympy are imported when something calls torch.compile or an
 #   exporter; filling a tensor on the meta device, which has no values, does nothing.
 # What happens: a function that torch keeps out of compiled code imports the compiler at its first call, to say so. Such are
-#   the constructor of every optimizer (by add_param_group), zero_grad and a custom operator. An in-place normal_ on the
-#   meta device goes through torch._refs, which imports it too; uniform_, zeros and ones do not. Each takes as long as a
-#   third to two thirds of `import torch` once more, and its memory in every process.
-# Seen, of torch._dynamo, torch._inductor, torch.onnx, sympy:
-#   import torch: none
-#   forward, backward, in-place update by hand: none
-#   torch.optim.SGD(...): all four
-#   torch.optim.AdamW(...): all four
-#   an operator of torch.library.custom_op: all four
-#   the same operator of torch.library.define and impl: none
-#   torch.nn.Linear(3, 3, device="meta"): none
-#   torch.nn.init.normal_ of a meta tensor: all four
-#   torch.empty_like of a meta tensor, device="cpu": sympy
-# Why it matters: a short run or a test with many ranks on one host spends a good part of its start on it.
+#   add_param_group, which the constructor of every optimizer calls, and a custom operator. An in-place normal_ on the meta
+#   device goes through torch._refs, which imports it too; uniform_, which fills a new Linear, does not.
+# Seen:
+#   nothing: none
+#   update by hand: none
+#   SGD: torch._dynamo torch._inductor torch.onnx sympy
+#   AdamW: torch._dynamo torch._inductor torch.onnx sympy
+#   custom_op: torch._dynamo torch._inductor torch.onnx sympy
+#   define and impl: none
+#   meta Linear: none
+#   meta normal_: torch._dynamo torch._inductor torch.onnx sympy
+#   empty_like of meta: sympy
+# Why it matters: each rank of an eager run imports some 800 modules at its start that it never uses.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

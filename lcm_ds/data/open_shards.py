@@ -78,9 +78,8 @@ class OpenShards:
             future = self._opening.get(key)
             if opener := future is None:
                 opening = sum(other == source for other, _ in self._opening)
-                while (
-                    files and len(files) + opening >= self._most[source]
-                ):  # it is closed when nobody reads it any more
+                # A file is closed when nobody reads it any more.
+                while files and len(files) + opening >= self._most[source]:
                     del files[next(iter(files)) if by_age else self._random.choice(list(files))]
                 future = self._opening[key] = Future()
                 self._tried.add(key)

@@ -95,8 +95,8 @@ def without_compiler() -> Iterator[None]:
 
     What has to be kept out of compiled code, such as torch's optimizers and the hooks of ZeRO-3, would import it to say
     so, at the first call or when it is defined: it is called as it is, from now on. DeepSpeed imports its Muon, which
-    it has compiled, to see whether the optimizer is one. Does nothing if the compiler is imported already; what
-    another version of a library lacks is left alone.
+    it has compiled, to see whether the optimizer is one. Does nothing if the compiler is imported already. Other
+    versions of the libraries may lack some of these functions.
     """
     if "torch._dynamo" in sys.modules:
         yield
@@ -110,7 +110,7 @@ def without_compiler() -> Iterator[None]:
             if inner is None or code is None:
                 continue
             if Path(code.co_filename).name == "_compile.py":
-                vars(inner).setdefault("__dynamo_disable", inner)  # where torch keeps what it calls
+                vars(inner).setdefault("__dynamo_disable", inner)  # what torch calls from then on
             elif code.co_name == "_use_grad":
                 setattr(holder, name, _with_grad(inner))
     with (
@@ -191,9 +191,8 @@ def build_model(
             model = BaseLCM(sizes)
         model.to(dtype=getattr(torch, deepspeed_config.precision(ds)))
         device = get_accelerator().current_device_name()
-        model._apply(
-            lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-        )  # to_empty, without sympy
+        # As model.to_empty, which would import sympy.
+        model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
     for parameters, fill in model.initialization(seed) if seed is not None else ():
         with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=partitioned):
             fill()

@@ -55,6 +55,14 @@ def test_an_input_that_needs_no_gradient_gets_none():
     assert torch.allclose(layer.bias.grad, torch.full((6,), 3.0))
 
 
+@pytest.mark.skipif(not module.by_onednn(torch.empty(0)), reason="this build of torch has no product of oneDNN")
+def test_second_derivatives_are_refused_instead_of_wrong():
+    x = torch.randn(4, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(project(x, nn.Linear(6, 5))[0].square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        gradient.sum().backward()
+
+
 def test_no_weights_are_put_together_for_few_inputs_that_need_no_gradient(monkeypatch):
     made, together = layers(torch.float32, side_by_side=False), []
     monkeypatch.setattr(module, "joined", lambda tensors: together.append(len(tensors)) or joined(tensors))
