@@ -24,6 +24,7 @@ from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
 from lcm_ds.distributed.collectives import from_first
 from lcm_ds.distributed.environment import DistEnv
+from lcm_ds.distributed.gloo import use_fast_collectives
 from lcm_ds.distributed.rendezvous import wait_for_all_ranks
 from lcm_ds.model import kernels
 from lcm_ds.model.float8 import use_float8
@@ -62,6 +63,8 @@ def init_distributed(env: DistEnv, stall_minutes: float | None = None) -> torch.
         keep_freed_memory()
         leave_out_kernels_of_inference()
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=collective_timeout(stall_minutes))
+    if dist.get_backend() == "gloo":
+        use_fast_collectives(deepspeed.comm.comm.cdb)
     return torch.device(accelerator.current_device_name())
 
 

@@ -60,7 +60,7 @@ def take_steps(changes, env, device):
     ended = (engine, "buffered_allreduce_fallback")  # what is called when a backward pass has ended
     if hasattr(engine.optimizer, "independent_gradient_partition_epilogue"):
         ended = (engine.optimizer, "independent_gradient_partition_epilogue")
-    sent, before, all_reduce, finish = [], [], reduction.dist.all_reduce, getattr(*ended)
+    sent, before, send, finish = [], [], reduction.Reduction._send, getattr(*ended)
     under_way, most = 0, 0
     taken = getattr(finish, "__func__", None) in (reduction.OncePerStep._finish, reduction.EachMicroBatch._finish)
 
@@ -72,24 +72,19 @@ def take_steps(changes, env, device):
         else:
             step()
 
-    class CountedWork:
-        def __init__(self, work):
-            self.work = work
-
-        def wait(self):
-            nonlocal under_way
-            under_way -= 1
-            return self.work.wait()
-
-    def counted_all_reduce(tensor, *args, async_op=False, **kwargs):
+    def counted_send(self, piece):
         nonlocal under_way, most
-        sent.append(tensor.numel())
-        work = all_reduce(tensor, *args, async_op=async_op, **kwargs)
-        if not async_op:
-            return work
+        sent.append(piece.size)
+        receive = send(self, piece)
         under_way += 1
         most = max(most, under_way)
-        return CountedWork(work)
+
+        def counted_receive():
+            nonlocal under_way
+            under_way -= 1
+            return receive()
+
+        return counted_receive
 
     def counted_finish(*args, **kwargs):
         before[:] = sent
@@ -106,7 +101,7 @@ def take_steps(changes, env, device):
 
     engine.step, engine.backward = counted_step, backward_and_freeze
     setattr(*ended, counted_finish)
-    reduction.dist.all_reduce = counted_all_reduce
+    reduction.Reduction._send = counted_send
     upcoming, losses, norms = batches(env, config.batch.micro_batch_rows), [], []
     for index in range(STEPS // 2):
         if index == NONFINITE:
@@ -120,7 +115,7 @@ def take_steps(changes, env, device):
         for name, parameter in engine.module.named_parameters()
     }
     skipped, of_ranks = engine.skipped_steps, [None] * env.world_size
-    reduction.dist.all_reduce = all_reduce
+    reduction.Reduction._send = send
     dist.all_gather_object(of_ranks, norms[-2:])
     engine.destroy()
     found = {"losses": losses, "norms": norms, "skipped": skipped, "weights": weights}

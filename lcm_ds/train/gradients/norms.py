@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import bf16_optimizer, utils
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -30,6 +31,8 @@ def fuse_norms(optimizer: Any) -> None:
         _replace(module, "mask_nan_or_inf_with_val_inplace", _mask_nonfinite)
     for module in (stage_1_and_2, stage3):
         _replace(module, "combine_grad_norm_groups", _combined)
+    if isinstance(optimizer, bf16_optimizer.BF16_Optimizer) and not optimizer.has_moe_layers and optimizer.mpu is None:
+        _replace(optimizer, "get_grads_for_norm", partial(_of_partition, optimizer))
     known: dict[int, Tensor] = {}  # of the overflow check: id of a group's list of gradients → their norms
     if isinstance(optimizer, stage_1_and_2.DeepSpeedZeroOptimizer | stage3.DeepSpeedZeroOptimizer_Stage3):
         _replace(optimizer, "get_grad_norm_direct", partial(_norm_of_group, known))
@@ -73,6 +76,20 @@ def _clip(
     if coefficient < 1:
         torch._foreach_mul_(list(input_tensors), coefficient)
     return global_norm
+
+
+def _of_partition(optimizer: Any, original: Any, for_clipping: bool = False) -> Any:
+    """What the optimizer of this rank reads, for clipping; else the norm over all ranks, in place of all gradients.
+
+    With Muon, which reads complete matrices, nothing is clipped (deepspeed_config/resolver.py).
+    """
+    del original
+    gradients = optimizer.fp32_groups_gradient_flat_partition
+    if for_clipping:
+        return gradients
+    squares = _norms(gradients).square_().sum(dtype=torch.float64)
+    dist.all_reduce(squares, group=optimizer.dp_process_group)
+    return [squares.sqrt_().float()], {}
 
 
 # --- ZeRO -------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
+
+from lcm_ds.distributed.gloo import SumOfParts
 
 # Most values that are sent as one, unless a parameter has more: 32 MiB in bf16, as much as DDP's 25 MiB by default.
 PIECE = 1 << 24
@@ -70,15 +72,20 @@ def _cut(offsets: Sequence[int], most: int) -> Iterator[range]:
 class _Piece:
     """Consecutive parameters of a group, sent as one."""
 
-    size: int  # values
-    sums: Tensor  # fp32, a view of what DeepSpeed's optimizer reads
-    kept: slice  # which of the values `sums` holds
+    parts: list[int]  # how many of the values the optimizer of each rank reads
+    sums: Tensor  # fp32, over ranks, of the values that this rank needs; a view of what DeepSpeed's optimizer reads
+    accumulated: Tensor | None  # fp32 [size], over micro-batches of this rank; holds `sums`, too
     gradients: list[_Gradient] = field(default_factory=list)
     sent: Tensor | None = None  # of this rank, in the dtype that ranks exchange
     ready: int = 0  # gradients that are in `sent`
     streams: list[Any] = field(default_factory=list)  # of a GPU; those that wrote to `sent`
-    work: Any = None  # torch.distributed.Work
-    received: bool = False  # `sums` are of this step
+    receive: Callable[[], Tensor] | None = None  # waits for the sums of this rank's part
+    received: bool = False  # the sums are of this step
+
+    @property
+    def size(self) -> int:
+        """Number of values, of all ranks."""
+        return sum(self.parts)
 
 
 @dataclass
@@ -93,8 +100,9 @@ class _Gradient:
 
     @property
     def sums(self) -> Tensor:
-        """Its part of the piece's, which has to hold all values."""
-        return self.piece.sums[self.begin : self.end]
+        """Over micro-batches of this rank, where it has room for all values."""
+        assert self.piece.accumulated is not None
+        return self.piece.accumulated[self.begin : self.end]
 
 
 class Reduction:
@@ -105,31 +113,42 @@ class Reduction:
         engine: Any,
         groups: Sequence[Sequence[nn.Parameter]],
         sums: Sequence[Tensor],
-        offsets: Sequence[int],
+        partitions: Sequence[int],
+        complete: bool = False,
     ) -> None:
         """Cut all parameters into pieces.
 
         Args:
             engine: DeepSpeed's.
             groups: Its parameters, group by group, as they lie one after the other in its optimizer.
-            sums: Of each group: fp32 [values], the sums that this rank keeps.
-            offsets: Which of the group's values is the first of them.
+            sums: Of each group: fp32, of all its values or of this rank's partition.
+            partitions: Of each group: how many values the optimizer of a rank reads.
+            complete: Whether every rank needs the sums of all values.
         """
         self._engine, self._optimizer = engine, engine.optimizer
         self._dtype, self._process_group = engine.communication_data_type, self._optimizer.dp_process_group
-        self._ranks = dist.get_world_size(self._process_group)
+        self._ranks, rank = dist.get_world_size(self._process_group), dist.get_rank(self._process_group)
+        self._complete = complete
+        self._exchanges = not complete and torch.distributed.get_backend(self._process_group) == "gloo"
         self._scale = 1 / self._ranks if engine.gradient_average else 1.0
         self._under_way: deque[_Piece] = deque()
         self._gradients: dict[nn.Parameter, _Gradient] = {}
         most = min(PIECE, engine.zero_reduce_bucket_size())
         places = {parameter: place for place, parameter in enumerate(engine.module.parameters())}
         pieces: list[tuple[int, _Piece]] = []  # with the place of the parameter whose gradient comes last
-        for parameters, kept, offset in zip(groups, sums, offsets, strict=True):
+        for parameters, held, partition in zip(groups, sums, partitions, strict=True):
             ends = [0, *accumulate(parameter.numel() for parameter in parameters)]
+            has_all = len(held) >= ends[-1]
             for chosen in _cut(ends, most):
                 begin, end = ends[chosen.start], ends[chosen.stop]
-                low, high = (min(max(bound, offset), offset + len(kept)) for bound in (begin, end))
-                piece = _Piece(end - begin, kept[low - offset : high - offset], slice(low - begin, high - begin))
+                bounds = [min(max(n * partition, begin), end) for n in range(self._ranks + 1)]
+                low, high = (begin, end) if complete else bounds[rank : rank + 2]
+                offset = 0 if has_all else rank * partition
+                piece = _Piece(
+                    parts=[after - before for before, after in pairwise(bounds)],
+                    sums=held[low - offset : high - offset] if low < high else held[:0],
+                    accumulated=held[begin:end] if has_all else None,
+                )
                 for each in chosen:
                     gradient = _Gradient(piece, ends[each] - begin, ends[each + 1] - begin)
                     piece.gradients.append(gradient)
@@ -179,20 +198,33 @@ class Reduction:
             self._receive(UNDER_WAY - 1)
             for stream in piece.streams:
                 torch.cuda.current_stream().wait_stream(stream)
-            piece.work = dist.all_reduce(piece.sent, group=self._process_group, async_op=True)
+            piece.receive = self._send(piece)
             self._under_way.append(piece)
+
+    def _send(self, piece: _Piece) -> Callable[[], Tensor]:
+        """Begin to sum a piece over ranks; what is returned waits for the sums of this rank's part."""
+        sent = piece.sent
+        assert sent is not None
+        if self._exchanges:
+            return SumOfParts(sent, piece.parts, self._process_group).wait
+        work = dist.all_reduce(sent, group=self._process_group, async_op=True)
+
+        def receive() -> Tensor:
+            work.wait()
+            return sent if self._complete else sent.split(piece.parts)[dist.get_rank(self._process_group)]
+
+        return receive
 
     def _receive(self, leave: int = 0) -> None:
         """Wait for the pieces that were sent first, until no more than `leave` are under way, and take their means."""
         while len(self._under_way) > leave:
             piece = self._under_way.popleft()
-            assert piece.sent is not None
-            piece.work.wait()
+            assert piece.receive is not None
             if piece.received:
-                piece.sums.add_(piece.sent[piece.kept], alpha=self._scale)
+                piece.sums.add_(piece.receive(), alpha=self._scale)
             else:
-                torch.mul(piece.sent[piece.kept], self._scale, out=piece.sums)
-            piece.received, piece.sent, piece.work = True, None, None
+                torch.mul(piece.receive(), self._scale, out=piece.sums)
+            piece.received, piece.sent, piece.receive = True, None, None
             piece.streams.clear()
 
 
@@ -207,7 +239,8 @@ class OncePerStep(Reduction):
         """
         optimizer = engine.optimizer
         sums = optimizer.fp32_groups_gradients_flat
-        super().__init__(engine, optimizer.bf16_groups, sums, [0] * len(sums))
+        partitions = [len(each) for each in optimizer.fp32_groups_gradient_flat_partition]
+        super().__init__(engine, optimizer.bf16_groups, sums, partitions, complete=optimizer._uses_muon)
         for hook in optimizer._grad_acc_hooks:  # of bf16.immediate_grad_update
             hook.remove()
         # DeepSpeed removes them with the engine.
@@ -242,14 +275,11 @@ class OncePerStep(Reduction):
         self._finished = True
         self._optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in self._optimizer.bf16_groups]
 
-    def _for_norm(self, original: Callable[[], Any], for_clipping: bool = False) -> Any:
-        """What DeepSpeed computes norms of, or clips: only this rank's partition, which the optimizer reads.
-
-        With Muon, which reads complete matrices, nothing is clipped (deepspeed_config/resolver.py).
-        """
+    def _for_norm(self, original: Callable[[bool], Any], for_clipping: bool = False) -> Any:
+        """What DeepSpeed computes norms of, or clips (norms.py)."""
         if not self._finished:
             raise RuntimeError("DeepSpeed took a step without summing gradients over ranks: use version 0.19.8")
-        return self._optimizer.fp32_groups_gradient_flat_partition if for_clipping else original()
+        return original(for_clipping)
 
     def _forget(self) -> None:
         """Begin a step; called after each, whether it was applied or skipped."""
@@ -282,8 +312,8 @@ class EachMicroBatch(Reduction):
         """
         optimizer, groups = engine.optimizer, range(len(engine.optimizer.bit16_groups))
         self._partitions = [optimizer._build_compact_grad_partition_buffer(group) for group in groups]
-        sums, rank = [each.flat_partition for each in self._partitions], dist.get_rank(optimizer.dp_process_group)
-        super().__init__(engine, optimizer.bit16_groups, sums, [rank * len(each) for each in sums])
+        sums = [each.flat_partition for each in self._partitions]
+        super().__init__(engine, optimizer.bit16_groups, sums, list(map(len, sums)))
         optimizer.process_gradients = self._take
         optimizer.independent_gradient_partition_epilogue = self._finish
         self._taken = False  # a gradient of this backward pass
