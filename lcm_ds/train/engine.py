@@ -18,7 +18,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero import linear as zero3_linear
 from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from lcm_ds import deepspeed_config
 from lcm_ds.config import TrainConfig
@@ -29,7 +31,7 @@ from lcm_ds.distributed.rendezvous import wait_for_all_ranks
 from lcm_ds.model import kernels
 from lcm_ds.model.float8 import use_float8
 from lcm_ds.model.fused import enable_fusion, gpu_compiles
-from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.model.modeling import BaseLCM, DecoderLayer
 from lcm_ds.model.parameter_groups import parameter_groups
 from lcm_ds.model.sizes import Sizes
 from lcm_ds.processes import keep_freed_memory, program_path, remove_left_over_locks
@@ -230,6 +232,8 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
     if ds["optimizer"]["type"].lower() == "muon":
         optimizer = muon(groups, ds["optimizer"]["params"])
         groups, ds = None, {key: block for key, block in ds.items() if key != "optimizer"}
+    if partitioned := deepspeed_config.zero_stage(ds) == 3:
+        use_fewer_calls(model)
     with nullcontext() if compiles or optimizer is not None else without_compiler():
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, optimizer=optimizer, config=ds)
     # Public since torch 2.14, which deprecates the private name.
@@ -238,11 +242,50 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
         set_timeout(collective_timeout(config.guard.stall_minutes), group)
     fuse_norms(engine.optimizer)
     reduce_in_backward(engine)
+    if partitioned:
+        gather_small_parameters_together(engine.optimizer)
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         skip_nonfinite_steps(engine.optimizer)
     if deepspeed_config.offloads_optimizer(ds) and deepspeed_config.zero_stage(ds) in (1, 2):
         forget_skipped_gradients(engine.optimizer)
     return engine
+
+
+def use_fewer_calls(model: BaseLCM) -> None:
+    """Have DeepSpeed's ZeRO-3 add a bias within the product, and on CPUs gather a decoder layer at a time.
+
+    DeepSpeed 0.19.8 adds a bias to the product's result, which rounds twice in half precision and reads it once more;
+    and it calls hooks of each module that has parameters, of which a decoder layer has ten.
+    """
+    linear = zero3_linear.LinearFunctionForZeroStage3
+    linear.forward = staticmethod(lambda input, weight, bias=None: torch._C._nn.linear(input, weight, bias))
+    if dist.get_backend() == "gloo":
+        deepspeed.utils.set_z3_leaf_modules(model, [DecoderLayer])
+
+
+def gather_small_parameters_together(optimizer: Any) -> None:
+    """Have DeepSpeed's ZeRO-3 gather what it keeps gathered, biases and norms, at once after each step, not one by one.
+
+    Args:
+        optimizer: A DeepSpeedZeroOptimizer_Stage3. With one that offloads, or parameters in groups of ranks or
+            quantized, nothing changes.
+    """
+    parameters, after_step = optimizer.persistent_parameters, optimizer._post_step
+    if optimizer.offload_optimizer or any(
+        parameter.nvme_swapper is not None
+        or parameter.ds_secondary_tensor is not None
+        or hasattr(parameter.ds_tensor, "ds_quant_scale")
+        for parameter in parameters
+    ):
+        return
+
+    def gather_first(*args: Any, **kwargs: Any) -> None:
+        apart = [parameter for parameter in parameters if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+        if apart:
+            apart[0].all_gather_coalesced(apart).wait()
+        after_step(*args, **kwargs)
+
+    optimizer._post_step = gather_first
 
 
 def choose_kernels(job: ConfiguredRun, device: torch.device, stored: dict[str, str] | None = None) -> None:

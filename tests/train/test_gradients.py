@@ -50,6 +50,14 @@ SUMMED = {
     },
     "zero 2, recomputed, pieces": {"deepspeed": JSONS["zero 2 bf16"], "piece": 3000, "train": {"recompute": "layer"}},
     "zero 2, sent in fp32": {"deepspeed": {**JSONS["zero 2 bf16"], "communication_data_type": "fp32"}},
+    # Last, because DeepSpeed replaces F.linear for ZeRO-3 and leaves it so.
+    "zero 3": {"deepspeed": JSONS["zero 3 bf16"]},
+    "zero 3, four micro-batches, pieces": {
+        "deepspeed": JSONS["zero 3 bf16"],
+        "piece": 3000,
+        "batch": {"micro_batch_rows": 1},
+    },
+    "zero 3, recomputed, pieces": {"deepspeed": JSONS["zero 3 bf16"], "piece": 3000, "train": {"recompute": "layer"}},
 }
 # A norm has no gradient on one rank: under ZeRO-1 DeepSpeed leaves it out, under ZeRO-2 it sends sizes that differ.
 BY_RANK = {
@@ -118,14 +126,15 @@ def finite(values):
 @pytest.mark.parametrize("name", JSONS)
 def test_the_values_are_those_of_deepspeed(results, name):
     theirs, ours = (found[name] for found in results)
-    # In bf16 the last bit of a norm may round a weight to another value in the next step.
-    tolerance = 1e-3 if "BF16" in name else 1e-6
+    # The last bit of a norm may round a weight to another value, and decides how Adam moves one of no influence.
+    half = "BF16" in name or "fp16" in name
+    tolerance = 1e-3 if half else 1e-5
     assert ours["norms"][0] == pytest.approx(theirs["norms"][0], rel=1e-6)
     assert min(finite(theirs["norms"])) > 0.05  # all steps are clipped
     assert finite(ours["norms"]) == pytest.approx(finite(theirs["norms"]), rel=tolerance)
     assert finite(ours["losses"]) == pytest.approx(finite(theirs["losses"]), rel=tolerance)
     # Weights that are rounded to neighbouring values of bf16 differ by 2⁻⁸.
-    assert ours["weights"] == pytest.approx(theirs["weights"], rel=2**-8 if "BF16" in name else tolerance)
+    assert ours["weights"] == pytest.approx(theirs["weights"], rel=2**-8 if half else tolerance)
 
 
 @pytest.mark.parametrize("name", JSONS)
@@ -160,12 +169,17 @@ def test_each_gradient_is_sent_once_a_step_in_pieces_before_the_backward_pass_ha
     assert counts["two micro-batches, pieces"] == counts["recomputed, pieces"] > 8
     assert counts["zero 2, recomputed, pieces"] == counts["recomputed, pieces"]
     assert counts["zero 2, four micro-batches, pieces"] == 4 * counts["recomputed, pieces"]
-    (values,) = {sum(found[name]["sent"]) for name in SUMMED if not name.startswith("zero 2, four")}
+    (values,) = {sum(found[name]["sent"]) for name in SUMMED if not name.startswith(("zero 2, four", "zero 3"))}
     assert sum(found["zero 2, four micro-batches, pieces"]["sent"]) == 4 * values
+    # Under ZeRO-3 a parameter with an odd number of values is sent with one more.
+    assert values <= sum(found["zero 3"]["sent"]) < 1.01 * values
+    assert len(found["zero 3, recomputed, pieces"]["sent"]) > 8
+    four, recomputed = (found[f"zero 3, {what}, pieces"]["sent"] for what in ("four micro-batches", "recomputed"))
+    assert four == 4 * recomputed
 
 
 def test_the_backward_pass_waits_for_a_piece_when_four_are_under_way(sums):
-    for name in ("two micro-batches, pieces", "zero 2, recomputed, pieces"):
+    for name in ("two micro-batches, pieces", "zero 2, recomputed, pieces", "zero 3, recomputed, pieces"):
         assert sums[1][name]["most under way"] == 4
     assert sums[1]["one micro-batch"]["most under way"] == 2
 

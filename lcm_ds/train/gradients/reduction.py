@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
@@ -44,12 +45,14 @@ def reduce_in_backward(engine: Any) -> None:
     optimizer = engine.optimizer
     # Scaling before the sum and mixtures of experts are left to DeepSpeed.
     plain = getattr(engine, "postscale_gradients", bool)() and engine.gradient_predivide_factor() == 1.0
-    if not plain or getattr(optimizer, "has_moe_layers", True):
+    if not plain or getattr(engine, "has_moe_layers", True):
         return
     if isinstance(optimizer, BF16_Optimizer):
         OncePerStep(engine)
     elif type(optimizer) is DeepSpeedZeroOptimizer and EachMicroBatch.fits(optimizer):
         EachMicroBatch(engine)
+    elif type(optimizer) is DeepSpeedZeroOptimizer_Stage3 and OfPartitioned.fits(engine):
+        OfPartitioned(engine)
 
 
 def _cut(offsets: Sequence[int], most: int) -> Iterator[range]:
@@ -66,6 +69,22 @@ def _cut(offsets: Sequence[int], most: int) -> Iterator[range]:
             first -= 1
         yield range(first, last)
         last = first
+
+
+def _ranks(group: Any) -> list[int]:
+    return torch.distributed.get_process_group_ranks(group)
+
+
+def _bounds(begin: int, end: int, partition: int, ranks: int) -> list[int]:
+    """Of the values from `begin` to `end` of a group, where those of each rank begin, and where the last ones end.
+
+    Args:
+        begin: First value.
+        end: After the last value.
+        partition: Number of values of a rank; those of rank 0 come first.
+        ranks: Number of ranks.
+    """
+    return [min(max(rank * partition, begin), end) for rank in range(ranks + 1)]
 
 
 @dataclass
@@ -111,44 +130,36 @@ class Reduction:
     def __init__(
         self,
         engine: Any,
-        groups: Sequence[Sequence[nn.Parameter]],
-        sums: Sequence[Tensor],
-        partitions: Sequence[int],
+        groups: Sequence[Sequence[Any]],
+        make_piece: Callable[[int, int, int], _Piece],
         complete: bool = False,
+        partitioned: bool = False,
     ) -> None:
         """Cut all parameters into pieces.
 
         Args:
             engine: DeepSpeed's.
             groups: Its parameters, group by group, as they lie one after the other in its optimizer.
-            sums: Of each group: fp32, of all its values or of this rank's partition.
-            partitions: Of each group: how many values the optimizer of a rank reads.
+            make_piece: That of the values from the second to the third number of a group, which is the first.
             complete: Whether every rank needs the sums of all values.
+            partitioned: Whether these are the values of one rank, of each parameter.
         """
         self._engine, self._optimizer = engine, engine.optimizer
         self._dtype, self._process_group = engine.communication_data_type, self._optimizer.dp_process_group
-        self._ranks, rank = dist.get_world_size(self._process_group), dist.get_rank(self._process_group)
-        self._complete = complete
+        self._ranks, self._complete = dist.get_world_size(self._process_group), complete
         self._exchanges = not complete and torch.distributed.get_backend(self._process_group) == "gloo"
         self._scale = 1 / self._ranks if engine.gradient_average else 1.0
         self._under_way: deque[_Piece] = deque()
         self._gradients: dict[nn.Parameter, _Gradient] = {}
-        most = min(PIECE, engine.zero_reduce_bucket_size())
+        most = min(PIECE, engine.zero_reduce_bucket_size()) // (self._ranks if partitioned else 1)
         places = {parameter: place for place, parameter in enumerate(engine.module.parameters())}
         pieces: list[tuple[int, _Piece]] = []  # with the place of the parameter whose gradient comes last
-        for parameters, held, partition in zip(groups, sums, partitions, strict=True):
-            ends = [0, *accumulate(parameter.numel() for parameter in parameters)]
-            has_all = len(held) >= ends[-1]
+        for group, parameters in enumerate(groups):
+            sizes = (each.partition_numel() if partitioned else each.numel() for each in parameters)
+            ends = [0, *accumulate(sizes)]
             for chosen in _cut(ends, most):
                 begin, end = ends[chosen.start], ends[chosen.stop]
-                bounds = [min(max(n * partition, begin), end) for n in range(self._ranks + 1)]
-                low, high = (begin, end) if complete else bounds[rank : rank + 2]
-                offset = 0 if has_all else rank * partition
-                piece = _Piece(
-                    parts=[after - before for before, after in pairwise(bounds)],
-                    sums=held[low - offset : high - offset] if low < high else held[:0],
-                    accumulated=held[begin:end] if has_all else None,
-                )
+                piece = make_piece(group, begin, end)
                 for each in chosen:
                     gradient = _Gradient(piece, ends[each] - begin, ends[each + 1] - begin)
                     piece.gradients.append(gradient)
@@ -187,7 +198,7 @@ class Reduction:
         piece = gradient.piece
         if piece.sent is None:
             piece.sent = torch.empty(piece.size, dtype=self._dtype, device=piece.sums.device)
-        piece.sent[gradient.begin : gradient.end] = value
+        self._put(gradient, value)
         if piece.sent.is_cuda and (stream := torch.cuda.current_stream()) not in piece.streams:
             piece.streams.append(stream)  # autograd calls hooks on the stream of the forward pass's kernel
             piece.sent.record_stream(stream)
@@ -200,6 +211,11 @@ class Reduction:
                 torch.cuda.current_stream().wait_stream(stream)
             piece.receive = self._send(piece)
             self._under_way.append(piece)
+
+    def _put(self, gradient: _Gradient, value: Tensor | float) -> None:
+        """Write this rank's part of a sum where its piece has it."""
+        assert gradient.piece.sent is not None
+        gradient.piece.sent[gradient.begin : gradient.end] = value
 
     def _send(self, piece: _Piece) -> Callable[[], Tensor]:
         """Begin to sum a piece over ranks; what is returned waits for the sums of this rank's part."""
@@ -237,10 +253,17 @@ class OncePerStep(Reduction):
         Args:
             engine: DeepSpeed's.
         """
-        optimizer = engine.optimizer
-        sums = optimizer.fp32_groups_gradients_flat
-        partitions = [len(each) for each in optimizer.fp32_groups_gradient_flat_partition]
-        super().__init__(engine, optimizer.bf16_groups, sums, partitions, complete=optimizer._uses_muon)
+        optimizer, complete = engine.optimizer, engine.optimizer._uses_muon
+        rank, ranks = dist.get_rank(optimizer.dp_process_group), dist.get_world_size(optimizer.dp_process_group)
+
+        def make_piece(group: int, begin: int, end: int) -> _Piece:
+            values = optimizer.fp32_groups_gradients_flat[group]
+            bounds = _bounds(begin, end, len(values) // ranks, ranks)
+            low, high = (begin, end) if complete else bounds[rank : rank + 2]
+            parts = [after - before for before, after in pairwise(bounds)]
+            return _Piece(parts, sums=values[low:high], accumulated=values[begin:end])
+
+        super().__init__(engine, optimizer.bf16_groups, make_piece, complete=complete)
         for hook in optimizer._grad_acc_hooks:  # of bf16.immediate_grad_update
             hook.remove()
         # DeepSpeed removes them with the engine.
@@ -311,9 +334,18 @@ class EachMicroBatch(Reduction):
             engine: DeepSpeed's.
         """
         optimizer, groups = engine.optimizer, range(len(engine.optimizer.bit16_groups))
+        rank, ranks = dist.get_rank(optimizer.dp_process_group), dist.get_world_size(optimizer.dp_process_group)
         self._partitions = [optimizer._build_compact_grad_partition_buffer(group) for group in groups]
-        sums = [each.flat_partition for each in self._partitions]
-        super().__init__(engine, optimizer.bit16_groups, sums, list(map(len, sums)))
+
+        def make_piece(group: int, begin: int, end: int) -> _Piece:
+            values = self._partitions[group].flat_partition
+            bounds = _bounds(begin, end, len(values), ranks)
+            low, high = (bound - rank * len(values) for bound in bounds[rank : rank + 2])
+            parts = [after - before for before, after in pairwise(bounds)]
+            sums = values[low:high] if low < high else values[:0]
+            return _Piece(parts, sums, accumulated=sums if ranks == 1 else None)
+
+        super().__init__(engine, optimizer.bit16_groups, make_piece)
         optimizer.process_gradients = self._take
         optimizer.independent_gradient_partition_epilogue = self._finish
         self._taken = False  # a gradient of this backward pass
@@ -346,3 +378,68 @@ class EachMicroBatch(Reduction):
         if self._optimizer.is_gradient_accumulation_boundary():
             self._optimizer.averaged_gradients.update(enumerate(self._partitions))  # parameters refer to this dict
             self._begin_step()
+
+
+class OfPartitioned(Reduction):
+    """Under ZeRO-3 on CPUs: as EachMicroBatch, but each parameter has a part for each rank."""
+
+    @staticmethod
+    def fits(engine: Any) -> bool:
+        """Whether the optimizer keeps fp32 sums of bf16 gradients, of parameters that all ranks share."""
+        optimizer = engine.optimizer
+        group = optimizer.dp_process_group
+        return (
+            optimizer.dtype == torch.bfloat16
+            and optimizer.gradient_accumulation_dtype == torch.float32
+            and not (optimizer.offload_optimizer or optimizer.zenflow or optimizer.use_muon)
+            and optimizer.all2all_process_group is None
+            and torch.distributed.get_backend(group) == "gloo"
+            and dist.get_world_size(group) > 1
+            and all(_ranks(parameter.ds_process_group) == _ranks(group) for parameter in engine.module.parameters())
+        )
+
+    def __init__(self, engine: Any) -> None:
+        """Take the place of what DeepSpeed's hooks do with a gradient, and of what it sends after the backward pass.
+
+        Args:
+            engine: DeepSpeed's.
+        """
+        optimizer, ranks = engine.optimizer, dist.get_world_size(engine.optimizer.dp_process_group)
+        sizes = [sum(parameter.partition_numel() for parameter in group) for group in optimizer.fp16_groups]
+        values = optimizer.grad_partitions_flat_buffer.split(sizes)
+
+        def make_piece(group: int, begin: int, end: int) -> _Piece:
+            return _Piece([end - begin] * ranks, sums=values[group][begin:end], accumulated=None)
+
+        super().__init__(engine, optimizer.fp16_groups, make_piece, partitioned=True)
+        optimizer.reduce_ready_partitions_and_remove_grads = self._take
+        optimizer.independent_gradient_partition_epilogue = partial(
+            self._finish, optimizer.independent_gradient_partition_epilogue
+        )
+
+    @torch.no_grad()
+    def _take(self, parameter: nn.Parameter) -> None:
+        """Send a parameter's gradient of a micro-batch."""
+        assert parameter.grad is not None
+        new, parameter.grad = parameter.grad.flatten(), None
+        self._make_ready(self._gradients[parameter], new)
+
+    def _put(self, gradient: _Gradient, value: Tensor | float) -> None:
+        """The part of each rank, among the parts of other parameters; beyond the last value there are zeros."""
+        assert gradient.piece.sent is not None
+        parts = gradient.piece.sent.view(self._ranks, -1)[:, gradient.begin : gradient.end]
+        if isinstance(value, Tensor) and len(value) < parts.numel():
+            value = torch.nn.functional.pad(value, (0, parts.numel() - len(value)))
+        parts[:] = value.view(self._ranks, -1) if isinstance(value, Tensor) else value
+
+    @torch.no_grad()
+    def _finish(self, original: Callable[[], None]) -> None:
+        """The means over ranks; called after the backward pass of each micro-batch. A missing gradient is zero."""
+        for gradient in self._gradients.values():
+            if not gradient.ready:
+                self._make_ready(gradient, 0.0)
+        self._receive()
+        self._begin_pass()
+        if self._optimizer.is_gradient_accumulation_boundary():
+            self._begin_step()
+        original()
