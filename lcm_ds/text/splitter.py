@@ -67,6 +67,7 @@ _BREAK = re.compile(rf" |(?<=[{_UNSPACED_MARKS}{_WORD_MARKS}])(?=\S)")
 _CLAUSE_END = re.compile(rf"[,;:!?…)\]—–{_UNSPACED_MARKS}][\"'”’»]?$| [-—–]$")
 # Hard-wrapped text has lines at least this long, and at most that long; other line ends are ends of paragraphs.
 _WRAPPED_AT = range(40, 121)
+_KNOWN_WORDS = 1 << 16  # whose tokens are kept
 # The number of the rules below, in dataset.json: raise it whenever a text gets other sentences.
 _RULES = 4
 # What may open a sentence before its first letter; what closes one behind a space, as in French; and Dutch and
@@ -236,10 +237,48 @@ class _Spacy:
     def __init__(self, config: SentencesConfig) -> None:
         self.config = config
         self._nlp = _pipeline(config)
+        self._marks, self._find_mark = frozenset[str](), None
+        if config.pipeline is None and _has_words_of_their_own(self._nlp.tokenizer):
+            self._marks = frozenset(self._nlp.get_pipe("sentencizer").punct_chars)
+            self._find_mark = re.compile("[" + re.escape("".join(self._marks)) + "]").search
+        self._tokens: dict[str, tuple[tuple[int, bool], ...]] = {}
 
     def begins(self, paragraphs: list[str]) -> Iterator[list[int]]:
-        """Where the sentences of each paragraph begin, but the first."""
+        """Where the sentences of each paragraph begin, but the first; their words are separated by single spaces."""
+        if self._find_mark is not None:
+            return map(self._begins_by_marks, paragraphs)
         return ([token.idx for token in self._nlp(text)[1:] if token.is_sent_start] for text in paragraphs)
+
+    def _begins_by_marks(self, text: str) -> list[int]:
+        """What spaCy's sentencizer says, from the words with an end mark and those that follow until a sentence begins.
+
+        A sentence begins with the first token behind an end mark that is not punctuation. The tokenizer cuts every word
+        in the same way wherever it stands, so that most words need not be cut at all.
+        """
+        found, end = [], 0
+        while (mark := self._find_mark(text, end)) is not None:  # type: ignore[misc]
+            begin, behind_mark = text.rfind(" ", 0, mark.start()) + 1, False
+            while True:
+                end = text.find(" ", begin) % (len(text) + 1)  # -1: the length
+                for offset, is_mark in self._tokens_of(text[begin:end]):
+                    if is_mark:
+                        behind_mark = True
+                    elif behind_mark:
+                        found.append(begin + offset)
+                        behind_mark = False
+                if not behind_mark or end == len(text):
+                    break
+                begin = end + 1
+        return found
+
+    def _tokens_of(self, word: str) -> tuple[tuple[int, bool], ...]:
+        """Where each token of a word begins that is an end mark or no punctuation, and whether it is an end mark."""
+        if word not in self._tokens:
+            if len(self._tokens) >= _KNOWN_WORDS:
+                self._tokens.clear()
+            tokens = ((each.idx, each.text in self._marks, each.is_punct) for each in self._nlp.tokenizer(word))
+            self._tokens[word] = tuple((begin, is_mark) for begin, is_mark, is_punct in tokens if is_mark or not is_punct)
+        return self._tokens[word]
 
     def settings(self) -> dict[str, Any]:
         """For dataset.json."""
@@ -498,6 +537,13 @@ def _pipeline(config: SentencesConfig) -> Any:
     if not {"parser", "senter", "sentencizer"} & set(nlp.pipe_names):
         nlp.add_pipe("sentencizer")
     return _with_unspaced_ends(nlp)
+
+
+def _has_words_of_their_own(tokenizer: Any) -> bool:
+    """Whether a tokenizer of spaCy cuts each word that has spaces around it by itself."""
+    from spacy.tokenizer import Tokenizer
+
+    return type(tokenizer) is Tokenizer and not any(" " in rule.strip() for rule in tokenizer.rules)
 
 
 def _with_unspaced_ends(nlp: Any) -> Any:

@@ -3,7 +3,7 @@
 DeepSpeed 0.19 starts up to eleven kernels for each gradient, and waits for the device once for the norm, the clipping
 and each parameter group (with offload or under ZeRO 0 once for each gradient). Here the norms of all gradients of a
 group are computed together, and DeepSpeed is given the vector of these norms in place of the gradients: its norm is the
-same. The host waits for the norm, by which it decides whether to skip the step, and in fp16 for the overflow check.
+same. With a BF16_Optimizer each rank computes that of its partition. The host waits for the norm, by which it decides whether to skip the step, and in fp16 for the overflow check.
 What ranks exchange and when a step is skipped stays DeepSpeed's. Parts that DeepSpeed has renamed are left alone.
 """
 
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
@@ -63,8 +65,8 @@ def _norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tenso
         return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
     parts = [tensor.reshape(-1).split(PART) for tensor in tensors]
     squares = torch.stack(torch._foreach_norm([part for each in parts for part in each], 2)).double().square_()
-    owners = torch.arange(len(parts)).repeat_interleave(torch.tensor(list(map(len, parts))))
-    return squares.new_zeros(len(parts)).index_add_(0, owners, squares).sqrt_().to(dtype or torch.float32)
+    first = list(accumulate(map(len, parts[:-1]), initial=0))
+    return torch.from_numpy(np.add.reduceat(squares.numpy(), first)).sqrt_().to(dtype or torch.float32)
 
 
 def _mask_nonfinite(original: Any, norm: Tensor, device: Any = None, val: float = -1.0) -> None:

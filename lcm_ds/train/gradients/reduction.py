@@ -1,14 +1,15 @@
-"""Gradients under ZeRO 1 and 2 in bf16, added up in fp32: summed over ranks while the backward pass goes on.
+"""Gradients in bf16, added up in fp32: summed over ranks while the backward pass goes on.
 
-A hook takes each gradient when it is there and frees it. A piece of neighbouring gradients is sent as soon as it is
-complete, as torch's DDP does (arXiv 2006.15704, section 3.2.3), and only a few pieces are under way at a time. Nothing
-is set to zero before it is written.
+Under ZeRO 1 and 2, and on CPUs under ZeRO 3, a hook takes each gradient when it is there and frees it. A piece of
+neighbouring gradients is sent as soon as it is complete, as torch's DDP does (arXiv 2006.15704, section 3.2.3), and
+only a few pieces are under way at a time. Nothing is set to zero before it is written. Each rank takes the sums of its
+partition; on CPUs it is sent no others (distributed/gloo.py).
 
 Under ZeRO-1 DeepSpeed 0.19.8's `BF16_Optimizer` keeps all gradients until the backward pass ends, sums them then, and
-clips what other ranks update, too. Its ZeRO-2 copies them before and after each sum, and on CPUs waits for it. On two
-ranks the values are DeepSpeed's to the last bit; on more, they are so to rounding, as how much is sent at once may
-change the order of a sum. But under ZeRO-1 a single rank sends nothing, so that its sums stay in fp32; and a
-parameter without a gradient on this rank has a zero, which BF16_Optimizer leaves out of the norm and does not clip
+clips what other ranks update, too. Its ZeRO 2 and 3 copy them before and after each sum, and on CPUs wait for it. On
+two ranks the sums are DeepSpeed's to the last bit; on more, they are so to rounding, as the order of a sum is
+another. But under ZeRO-1 a single rank sends nothing, so that its sums stay in fp32; and a parameter without a
+gradient on this rank has a zero, which BF16_Optimizer leaves out of the norm and does not clip
 (findings/deepspeed-bf16-clips-by-rank.sh). The optimizer's states must not be moved between the backward pass and the
 step (DeepSpeed's `offload_states`), as the pieces are views of them.
 """
@@ -37,7 +38,7 @@ UNDER_WAY = 4  # pieces, at most: the backward pass waits for the first before i
 
 
 def reduce_in_backward(engine: Any) -> None:
-    """Have an engine sum its gradients over ranks during the backward pass, if it can: ZeRO 1 or 2 in bf16.
+    """Have an engine sum its gradients over ranks during the backward pass, if it can.
 
     Args:
         engine: DeepSpeed's, before its first backward pass.
@@ -381,7 +382,7 @@ class EachMicroBatch(Reduction):
 
 
 class OfPartitioned(Reduction):
-    """Under ZeRO-3 on CPUs: as EachMicroBatch, but each parameter has a part for each rank."""
+    """Under ZeRO-3 on CPUs: as EachMicroBatch, but each rank has a part of every parameter."""
 
     @staticmethod
     def fits(engine: Any) -> bool:
@@ -412,6 +413,8 @@ class OfPartitioned(Reduction):
             return _Piece([end - begin] * ranks, sums=values[group][begin:end], accumulated=None)
 
         super().__init__(engine, optimizer.fp16_groups, make_piece, partitioned=True)
+        for bucket in optimizer.ipg_buckets.values():  # of DeepSpeed's own sums, which takes reduce_bucket_size values
+            bucket.buffer = None
         optimizer.reduce_ready_partitions_and_remove_grads = self._take
         optimizer.independent_gradient_partition_epilogue = partial(
             self._finish, optimizer.independent_gradient_partition_epilogue
