@@ -67,7 +67,7 @@ _BREAK = re.compile(rf" |(?<=[{_UNSPACED_MARKS}{_WORD_MARKS}])(?=\S)")
 _CLAUSE_END = re.compile(rf"[,;:!?…)\]—–{_UNSPACED_MARKS}][\"'”’»]?$| [-—–]$")
 # Hard-wrapped text has lines at least this long, and at most that long; other line ends are ends of paragraphs.
 _WRAPPED_AT = range(40, 121)
-_KNOWN_WORDS = 1 << 16  # whose tokens are kept
+_KNOWN_WORDS, _KNOWN_WORD = 1 << 16, 40  # whose tokens are kept: how many, of at most so many characters
 # The number of the rules below, in dataset.json: raise it whenever a text gets other sentences.
 _RULES = 4
 # What may open a sentence before its first letter; what closes one behind a space, as in French; and Dutch and
@@ -237,17 +237,23 @@ class _Spacy:
     def __init__(self, config: SentencesConfig) -> None:
         self.config = config
         self._nlp = _pipeline(config)
-        self._marks, self._find_mark = frozenset[str](), None
+        self._marks = self._special_cases = frozenset[str]()
+        self._find_mark: Callable[[str, int], re.Match[str] | None] | None = None
         if config.pipeline is None and _has_words_of_their_own(self._nlp.tokenizer):
             self._marks = frozenset(self._nlp.get_pipe("sentencizer").punct_chars)
             self._find_mark = re.compile("[" + re.escape("".join(self._marks)) + "]").search
-        self._tokens: dict[str, tuple[tuple[int, bool], ...]] = {}
+            self._special_cases = _special_cases(self._nlp.tokenizer)
+        self._longest_case = max(map(len, self._special_cases), default=0)
+        self._tokens: dict[str, tuple[tuple[int, bool], ...] | None] = {}
 
     def begins(self, paragraphs: list[str]) -> Iterator[list[int]]:
         """Where the sentences of each paragraph begin, but the first; their words are separated by single spaces."""
         if self._find_mark is not None:
             return map(self._begins_by_marks, paragraphs)
-        return ([token.idx for token in self._nlp(text)[1:] if token.is_sent_start] for text in paragraphs)
+        return map(self._begins_by_spacy, paragraphs)
+
+    def _begins_by_spacy(self, text: str) -> list[int]:
+        return [token.idx for token in self._nlp(text)[1:] if token.is_sent_start]
 
     def _begins_by_marks(self, text: str) -> list[int]:
         """What spaCy's sentencizer says, from the words with an end mark and those that follow until a sentence begins.
@@ -256,11 +262,15 @@ class _Spacy:
         in the same way wherever it stands, so that most words need not be cut at all.
         """
         found, end = [], 0
-        while (mark := self._find_mark(text, end)) is not None:  # type: ignore[misc]
+        assert self._find_mark is not None
+        while (mark := self._find_mark(text, end)) is not None:
             begin, behind_mark = text.rfind(" ", 0, mark.start()) + 1, False
             while True:
                 end = text.find(" ", begin) % (len(text) + 1)  # -1: the length
-                for offset, is_mark in self._tokens_of(text[begin:end]):
+                tokens = self._tokens_of(text[begin:end])
+                if tokens is None:
+                    return self._begins_by_spacy(text)
+                for offset, is_mark in tokens:
                     if is_mark:
                         behind_mark = True
                     elif behind_mark:
@@ -271,14 +281,35 @@ class _Spacy:
                 begin = end + 1
         return found
 
-    def _tokens_of(self, word: str) -> tuple[tuple[int, bool], ...]:
-        """Where each token of a word begins that is an end mark or no punctuation, and whether it is an end mark."""
-        if word not in self._tokens:
-            if len(self._tokens) >= _KNOWN_WORDS:
-                self._tokens.clear()
-            tokens = ((each.idx, each.text in self._marks, each.is_punct) for each in self._nlp.tokenizer(word))
-            self._tokens[word] = tuple((begin, is_mark) for begin, is_mark, is_punct in tokens if is_mark or not is_punct)
-        return self._tokens[word]
+    def _tokens_of(self, word: str) -> tuple[tuple[int, bool], ...] | None:
+        """Where each token of a word begins that is an end mark or no punctuation, and whether it is an end mark.
+
+        None if they depend on other words: a special case inside a word is kept unless another one is found across a
+        space, as ":o" in ": o.O.".
+        """
+        if (known := self._tokens.get(word)) is not None or word in self._tokens:
+            return known
+        tokens = list(self._nlp.tokenizer(word))
+        found = None
+        if word in self._nlp.tokenizer.rules or not self._has_special_case(word, tokens):
+            kinds = ((each.idx, each.text in self._marks, each.is_punct) for each in tokens)
+            found = tuple((begin, is_mark) for begin, is_mark, is_punct in kinds if is_mark or not is_punct)
+        if len(self._tokens) >= _KNOWN_WORDS:
+            self._tokens.clear()
+        if len(word) <= _KNOWN_WORD:
+            self._tokens[word] = found
+        return found
+
+    def _has_special_case(self, word: str, tokens: list[Any]) -> bool:
+        """Whether successive tokens of a word are one."""
+        for number, first in enumerate(tokens):
+            for last in tokens[number:]:
+                end = last.idx + len(last)
+                if end - first.idx > self._longest_case:
+                    break
+                if word[first.idx : end] in self._special_cases:
+                    return True
+        return False
 
     def settings(self) -> dict[str, Any]:
         """For dataset.json."""
@@ -544,6 +575,13 @@ def _has_words_of_their_own(tokenizer: Any) -> bool:
     from spacy.tokenizer import Tokenizer
 
     return type(tokenizer) is Tokenizer and not any(" " in rule.strip() for rule in tokenizer.rules)
+
+
+def _special_cases(tokenizer: Any) -> frozenset[str]:
+    """What a tokenizer of spaCy would cut otherwise, also inside words."""
+    affixes = ("prefix_search", "suffix_search", "infix_finditer", "token_match", "url_match")
+    without = type(tokenizer)(tokenizer.vocab, rules={}, **{name: getattr(tokenizer, name) for name in affixes})
+    return frozenset(case for case, tokens in tokenizer.rules.items() if len(tokens) > 1 or len(without(case)) > 1)
 
 
 def _with_unspaced_ends(nlp: Any) -> Any:

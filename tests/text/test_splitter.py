@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -51,6 +52,40 @@ def test_no_word_is_cut(parts: list[tuple[str, str]]) -> None:
 def test_sentences_split_again_are_the_same_sentences(text: str) -> None:
     sentences = SHORT.split(text)
     assert SHORT.split("\n\n".join(sentences)) == sentences
+
+
+PARTS = """
+a I U.S. a.m. Mr. 3.5 No. e.g. 12. don't 'em It's o.O :) :-( ^_^ (._.) :P C++ x.y http://a.b/c?d … ... ?! 🙂 你好
+. ! ? : ; , - — * " ” ’ ' ( ) « » ¿ ¡ $ 。 । ‥
+"""
+PARAGRAPHS = st.lists(st.lists(st.sampled_from(PARTS.split()), min_size=1, max_size=3).map("".join), max_size=9).map(
+    " ".join
+)
+
+
+SPACY: dict[str, Any] = {language: splitter(language=language)._engine for language in ("en", "fr", "hi", "yo", "xx")}
+
+
+@pytest.mark.parametrize("language", SPACY)
+@given(st.lists(PARAGRAPHS, min_size=10, max_size=20))
+@settings(max_examples=25, deadline=None)
+def test_sentences_begin_where_spacy_says_though_it_does_not_cut_every_word(
+    language: str, paragraphs: list[str]
+) -> None:
+    spacy = SPACY[language]
+    assert list(spacy.begins(paragraphs)) == list(map(spacy._begins_by_spacy, paragraphs))
+    assert spacy._find_mark is not None
+
+
+def test_few_words_of_a_text_are_cut_and_no_more_are_kept_than_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    spacy: Any = splitter()._engine
+    text = " ".join(f"The mill number {n} stood still. Why?" for n in range(200))
+    assert len(next(iter(spacy.begins([text])))) == 399
+    assert set(spacy._tokens) == {"still.", "Why?", "The"}
+    monkeypatch.setattr("lcm_ds.text.splitter._KNOWN_WORDS", 2)
+    spacy._tokens.clear()
+    assert list(spacy.begins([text])) == [spacy._begins_by_spacy(text)]
+    assert len(spacy._tokens) <= 2
 
 
 @given(st.text(max_size=300))

@@ -3,8 +3,9 @@
 DeepSpeed 0.19 starts up to eleven kernels for each gradient, and waits for the device once for the norm, the clipping
 and each parameter group (with offload or under ZeRO 0 once for each gradient). Here the norms of all gradients of a
 group are computed together, and DeepSpeed is given the vector of these norms in place of the gradients: its norm is the
-same. With a BF16_Optimizer each rank computes that of its partition. The host waits for the norm, by which it decides whether to skip the step, and in fp16 for the overflow check.
-What ranks exchange and when a step is skipped stays DeepSpeed's. Parts that DeepSpeed has renamed are left alone.
+same. With a BF16_Optimizer each rank computes that of its partition. The host waits for the norm, by which it decides
+whether to skip the step, and in fp16 for the overflow check. What ranks exchange and when a step is skipped stays
+DeepSpeed's. Parts that DeepSpeed has renamed are left alone.
 """
 
 from __future__ import annotations
