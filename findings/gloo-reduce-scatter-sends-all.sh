@@ -8,7 +8,7 @@
 # Seen, bytes on the loopback over bytes of the tensor, two ranks:
 #   all_reduce 2.0, reduce_scatter 2.0, reduce 2.5, all_to_all_single 1.0, all_gather 1.0
 # Why it matters: ZeRO 2 and 3 partition gradients by reduce-scatter. An all_to_all_single of the parts, which each rank
-#   then adds up, sends half, and took 0.4 of the time on two cores.
+#   then adds up, sends half.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

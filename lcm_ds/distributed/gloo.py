@@ -1,8 +1,8 @@
 """Collectives of gloo, the backend of ranks on CPUs, built of those that send and copy least.
 
-gloo's reduce-scatter in torch 2.13 is an all-reduce whose other parts are thrown away, and its all-gather copies what
-it has received (findings/gloo-reduce-scatter-sends-all.sh). An exchange in which each rank sends every other one
-its part, and a broadcast of each rank's part, take half the time (benchmarks/RESULTS.md, "Two ranks").
+gloo's reduce-scatter in torch 2.13 is an all-reduce of which each rank keeps its part
+(findings/gloo-reduce-scatter-sends-all.sh), and its all-gather copies what it has received. Here each rank sends every
+other one its part of a sum, and gathers are a broadcast of each rank's part (benchmarks/RESULTS.md, "Two ranks").
 """
 
 from __future__ import annotations
