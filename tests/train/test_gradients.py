@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import torch
 from deepspeed.accelerator import get_accelerator
 from gradients_worker import NONFINITE
 from runs import ROOT, launch_workers
+
+from lcm_ds.train.gradients import norms
 
 pytestmark = pytest.mark.slow
 ADAM = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True, "fused": True}}}
@@ -151,6 +154,20 @@ def test_calls_do_not_grow_with_the_number_of_gradients(results, name):
     )
     assert theirs[1] - theirs[0] >= 3 * 16  # one for each gradient of the further layers at least
     assert ours[1] == ours[0] < 12
+
+
+def test_zero_3_gathers_what_stays_gathered_at_once_after_a_step(ours):
+    for name in ("zero 3 bf16", "zero 3 bf16, deep"):
+        calls = ours[name]["calls"]
+        # A broadcast of each rank's part, in place of one for each rank and parameter.
+        assert sum(count for call, count in calls.items() if call.startswith("c10d::broadcast")) == 2
+
+
+def test_a_norm_of_many_values_on_a_cpu_is_exact():
+    many, few = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)), torch.tensor([3.0, 4.0])
+    exact = torch.linalg.vector_norm(many, dtype=torch.float64).item()
+    assert norms._norms([few, many, few[:0]]).tolist() == pytest.approx([5.0, exact, 0.0], rel=1e-6)
+    assert norms._norms([many], torch.float64).dtype == torch.float64
 
 
 @pytest.mark.parametrize("name", SUMMED)
