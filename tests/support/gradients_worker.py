@@ -62,7 +62,7 @@ def take_steps(changes, env, device):
         ended = (engine.optimizer, "independent_gradient_partition_epilogue")
     sent, before, send, finish = [], [], reduction.Reduction._send, getattr(*ended)
     under_way, most = 0, 0
-    taken = getattr(finish, "__func__", None) in (reduction.OncePerStep._finish, reduction.EachMicroBatch._finish)
+    taken = isinstance(getattr(getattr(finish, "func", finish), "__self__", None), reduction.Reduction)
 
     def counted_step():
         nonlocal counts

@@ -72,6 +72,10 @@ ON_ONE_RANK = {
     "four": {"batch": {"micro_batch_rows": 2}},
     "zero 2, four": {"deepspeed": JSONS["zero 2 bf16"], "batch": {"micro_batch_rows": 2}},
 }
+ON_FOUR_RANKS = {
+    name: {"deepspeed": JSONS[json], "piece": 3000, "batch": {"micro_batch_rows": 1}}
+    for name, json in {"zero 1": "BF16_Optimizer", "zero 2": "zero 2 bf16", "zero 3": "zero 3 bf16"}.items()
+}
 DEEP = ("BF16_Optimizer", "zero 2 bf16", "zero 3 bf16")  # also with twice as many layers
 # What a norm, a check or clipping calls for each gradient in DeepSpeed.
 CALLS = ("linalg_vector_norm", "_foreach_norm", "amax", "amin", "logical_and", "mul_", "_foreach_mul_")
@@ -110,6 +114,13 @@ def sums_on_one_rank(tmp_path_factory):
     """As `sums`."""
     folder = tmp_path_factory.mktemp("sums")
     return [take_steps(whose, of_sums(ON_ONE_RANK), folder, ranks=1) for whose in ("norms", "lcm-ds")]
+
+
+@pytest.fixture(scope="module")
+def sums_on_four_ranks(tmp_path_factory):
+    """As `sums`."""
+    folder = tmp_path_factory.mktemp("sums")
+    return [take_steps(whose, of_sums(ON_FOUR_RANKS), folder, ranks=4) for whose in ("norms", "lcm-ds")]
 
 
 def varied(changes):
@@ -219,3 +230,16 @@ def test_the_sums_of_a_single_rank_are_deepspeed_s_and_under_zero_1_those_of_mic
         else:
             assert finite(ours["norms"]) == pytest.approx(finite(theirs["norms"]), rel=1e-2)
             assert ours["norms"] != theirs["norms"]  # DeepSpeed rounds what it would send to bf16
+
+
+@pytest.mark.parametrize("name", ON_FOUR_RANKS)
+def test_the_sums_of_four_ranks_are_deepspeed_s_to_rounding(sums_on_four_ranks, name):
+    theirs, ours = (found[name] for found in sums_on_four_ranks)
+    assert (ours["taken by lcm-ds"], theirs["taken by lcm-ds"]) == (True, False)
+    assert ours["norms"][0] == pytest.approx(theirs["norms"][0], rel=2**-9)
+    assert finite(ours["losses"]) == pytest.approx(finite(theirs["losses"]), rel=1e-3)
+    matrices = [name for name in theirs["weights"] if name.endswith("_proj.weight")]  # Adam moves others by rounding
+    assert [ours["weights"][name] for name in matrices] == pytest.approx(
+        [theirs["weights"][name] for name in matrices], rel=2**-8
+    )
+    assert ours["skipped"] == theirs["skipped"] == 1
