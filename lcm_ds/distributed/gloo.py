@@ -1,8 +1,8 @@
 """Collectives of gloo, the backend of ranks on CPUs, built of those that send and copy least.
 
 gloo's reduce-scatter in torch 2.13 is an all-reduce of which each rank keeps its part
-(findings/gloo-reduce-scatter-sends-all.sh), and its all-gather copies what it has received. Here each rank sends every
-other one its part of a sum, and gathers are a broadcast of each rank's part (benchmarks/RESULTS.md, "Two ranks").
+(findings/gloo-reduce-scatter-sends-all.sh). Here each rank sends every other one its part of a sum. Gathers are a
+broadcast of each rank's part, if the ranks are few. Measured on two ranks (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+FEW_RANKS = 8  # each of which broadcasts its part in a gather
 
 
 class SumOfParts:
@@ -64,6 +66,8 @@ def use_fast_collectives(backend: Any) -> None:
     Args:
         backend: DeepSpeed's TorchBackend, whose process groups are gloo's.
     """
+    if isinstance(backend.all_gather_function, partial):  # of an earlier call
+        return
     backend.all_gather_function = partial(all_gather, backend.all_gather_function)
     backend.reduce_scatter_function = partial(reduce_scatter, backend.reduce_scatter_function)
 
@@ -78,14 +82,14 @@ def all_gather(
     """torch.distributed.all_gather_into_tensor, by a broadcast of each rank's part.
 
     Args:
-        original: torch's, for sizes that do not fit.
+        original: torch's, for sizes that do not fit, and for many ranks.
         output_tensor: Of all values, in the order of ranks.
         input_tensor: This rank's; may be a view of its place in the output.
         group: Of the ranks; default: all.
         async_op: Return a handle with `wait`.
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    if output_tensor.numel() != ranks * input_tensor.numel() or not input_tensor.numel():
+    if output_tensor.numel() != ranks * input_tensor.numel() or not input_tensor.numel() or ranks > FEW_RANKS:
         return original(output_tensor=output_tensor, input_tensor=input_tensor, group=group, async_op=async_op)
     parts = output_tensor.view(-1).chunk(ranks)
     if parts[rank].data_ptr() != input_tensor.data_ptr():

@@ -242,7 +242,7 @@ def build_engine(model: BaseLCM, config: TrainConfig, ds: dict[str, Any]) -> dee
         set_timeout(collective_timeout(config.guard.stall_minutes), group)
     fuse_norms(engine.optimizer)
     reduce_in_backward(engine)
-    if partitioned:
+    if partitioned and not ds["zero_optimization"].get("zero_quantized_weights"):
         gather_small_parameters_together(engine.optimizer)
     if isinstance(engine.optimizer, torch.optim.Optimizer):
         skip_nonfinite_steps(engine.optimizer)
@@ -255,12 +255,21 @@ def use_fewer_calls(model: BaseLCM) -> None:
     """Have DeepSpeed's ZeRO-3 add a bias within the product, and on CPUs gather a decoder layer at a time.
 
     DeepSpeed 0.19.8 adds a bias to the product's result, which rounds twice in half precision and reads it once more;
-    and it calls hooks of each module that has parameters, of which a decoder layer has ten.
+    and it calls hooks of each module that has parameters, of which a decoder layer has ten. It takes the gradients of a
+    layer that is gathered at once when that of its input is there, which has to be computed.
+
+    Args:
+        model: Of `build_model`, before its engine is built.
     """
-    linear = zero3_linear.LinearFunctionForZeroStage3
-    linear.forward = staticmethod(lambda input, weight, bias=None: torch._C._nn.linear(input, weight, bias))
-    if dist.get_backend() == "gloo":
+    zero3_linear.LinearFunctionForZeroStage3.forward = staticmethod(_linear)
+    if dist.get_backend() == "gloo" and all(parameter.requires_grad for parameter in model.parameters()):
         deepspeed.utils.set_z3_leaf_modules(model, [DecoderLayer])
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    if bias is not None and bias.dtype != weight.dtype:
+        return input.matmul(weight.t()) + bias
+    return torch._C._nn.linear(input, weight, bias)
 
 
 def gather_small_parameters_together(optimizer: Any) -> None:
@@ -268,7 +277,7 @@ def gather_small_parameters_together(optimizer: Any) -> None:
 
     Args:
         optimizer: A DeepSpeedZeroOptimizer_Stage3. With one that offloads, or parameters in groups of ranks or
-            quantized, nothing changes.
+            stored quantized, nothing changes.
     """
     parameters, after_step = optimizer.persistent_parameters, optimizer._post_step
     if optimizer.offload_optimizer or any(

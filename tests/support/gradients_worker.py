@@ -2,11 +2,11 @@
 
 python gradients_worker.py deepspeed|norms|lcm-ds VARIANTS.json RESULTS.json: the norms alone are lcm-ds's with "norms";
 the variants are name → changes of a train config (steps_worker.py), with `piece`, the most elements that are sent as
-one, and `frozen`: a parameter, the micro-batch of step FROZEN from which on it has no gradient, and the ranks on which
-this is so; the results name → losses, norms, skipped steps, norms of the weights, the operations in the optimizer's
-last step, each rank's last norms, the elements of each piece that was sent before the backward pass of the last step
-had ended, how many pieces were under way at most, and whether lcm-ds took the gradients. A value of step NONFINITE is
-infinite, on one rank.
+one, `all-reduced`, whether ranks exchange all sums, as on GPUs, and `frozen`: a parameter, the micro-batch of step
+FROZEN from which on it has no gradient, and the ranks on which this is so; the results name → losses, norms, skipped
+steps, norms of the weights, the operations in the optimizer's last step, each rank's last norms, the elements of each
+piece that was sent before the backward pass of the last step had ended, how many pieces were under way at
+most, and whether lcm-ds took the gradients. A value of step NONFINITE is infinite, on one rank.
 """
 
 import json
@@ -49,11 +49,14 @@ class Counts(TorchDispatchMode):
 def take_steps(changes, env, device):
     changes = dict(changes)
     reduction.PIECE, frozen = changes.pop("piece", 1 << 24), changes.pop("frozen", None)
+    all_reduced, over_gloo = changes.pop("all-reduced", False), reduction._over_gloo
     blocks = {key: CONFIG.get(key, {}) | value for key, value in changes.items() if key != "deepspeed"}
     config = TrainConfig.model_validate(CONFIG | changes | blocks)
     model_config = resolve_model(config.model)
     ds = deepspeed_config.resolve(deepspeed_config.read(config.deepspeed), config, env.world_size, "json")
     normalizer = (torch.zeros(EMBED_DIM).numpy(), torch.ones(EMBED_DIM).numpy())
+    if all_reduced:  # as on GPUs
+        reduction._over_gloo = lambda group: False
     engine = engines.build_engine(engines.build_model(model_config, normalizer, config.seed, ds), config, ds)
     job = TrainJob(config, ds, model_config, [], None, Plan([ENDLESS], config.seed, ROWS, LENGTH), "")
     stepper, counts, step, backward = Stepper(job, env, engine, device), None, engine.step, engine.backward
@@ -115,7 +118,7 @@ def take_steps(changes, env, device):
         for name, parameter in engine.module.named_parameters()
     }
     skipped, of_ranks = engine.skipped_steps, [None] * env.world_size
-    reduction.Reduction._send = send
+    reduction.Reduction._send, reduction._over_gloo = send, over_gloo
     dist.all_gather_object(of_ranks, norms[-2:])
     engine.destroy()
     found = {"losses": losses, "norms": norms, "skipped": skipped, "weights": weights}

@@ -40,6 +40,8 @@ SUMMED = {
     "sent in fp32": {"deepspeed": IN_FP32, "batch": {"micro_batch_rows": 1}},
     "immediate": {"deepspeed": IMMEDIATE, "batch": {"micro_batch_rows": 1}},
     "Muon": {"deepspeed": str(ROOT / "ds_configs/zero1_muon.json"), "optim": {"max_grad_norm": 0.0}},
+    "all-reduced, pieces": {"all-reduced": True, "piece": 3000, "batch": {"micro_batch_rows": 2}},
+    "zero 2, all-reduced, pieces": {"deepspeed": JSONS["zero 2 bf16"], "all-reduced": True, "piece": 3000},
     "zero 2": {"deepspeed": JSONS["zero 2 bf16"]},
     "zero 2, four micro-batches, pieces": {
         "deepspeed": JSONS["zero 2 bf16"],
@@ -76,6 +78,8 @@ ON_FOUR_RANKS = {
     name: {"deepspeed": JSONS[json], "piece": 3000, "batch": {"micro_batch_rows": 1}}
     for name, json in {"zero 1": "BF16_Optimizer", "zero 2": "zero 2 bf16", "zero 3": "zero 3 bf16"}.items()
 }
+ON_FOUR_RANKS |= {f"{name}, all-reduced": {**ON_FOUR_RANKS[name], "all-reduced": True} for name in ("zero 1", "zero 2")}
+ON_FOUR_RANKS["zero 3"] = ON_FOUR_RANKS.pop("zero 3")  # last, as above
 DEEP = ("BF16_Optimizer", "zero 2 bf16", "zero 3 bf16")  # also with twice as many layers
 # What a norm, a check or clipping calls for each gradient in DeepSpeed.
 CALLS = ("linalg_vector_norm", "_foreach_norm", "amax", "amin", "logical_and", "mul_", "_foreach_mul_")

@@ -56,7 +56,7 @@ def _replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
 
 
 def _norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    """The 2-norm of each tensor, computed in `dtype` (default: fp32 for half precision): [len(tensors)].
+    """The 2-norm of each tensor, computed in `dtype` (default: their own): [len(tensors)].
 
     On CPUs torch adds up the squares of fp32 in fp32, one after the other: of 30 million values the norm lacks a
     thousandth (findings/torch-norms-of-many-values-on-cpus.sh), and in fp64 it takes ten times as long. There the
@@ -102,7 +102,7 @@ def _of_partition(optimizer: Any, original: Any, for_clipping: bool = False) -> 
     gradients = optimizer.fp32_groups_gradient_flat_partition
     if for_clipping:
         return gradients
-    squares = _norms(gradients).square_().sum(dtype=torch.float64)
+    squares = _norms(gradients, torch.float32).double().square_().sum()
     dist.all_reduce(squares, group=optimizer.dp_process_group)
     return [squares.sqrt_().float()], {}
 
@@ -154,7 +154,7 @@ def _overflow_of_parameters(original: Any, params: Sequence[Any]) -> bool:
 
 
 def _any_nonfinite(norms: Sequence[Tensor]) -> Tensor:
-    """bool [1], on the device; no norm in fp64 overflows.
+    """bool [1], on the device; no norm in fp64 overflows, and on CPUs none of values below 1e16.
 
     Args:
         norms: Of all gradients, [gradients of a group] each.

@@ -3,7 +3,7 @@
 Under ZeRO 1 and 2, and on CPUs under ZeRO 3, a hook takes each gradient when it is there and frees it. A piece of
 neighbouring gradients is sent as soon as it is complete, as torch's DDP does (arXiv 2006.15704, section 3.2.3), and
 only a few pieces are under way at a time. Nothing is set to zero before it is written. Each rank takes the sums of its
-partition; on CPUs it is sent no others (distributed/gloo.py).
+partition; on CPUs, of two ranks and under ZeRO 3, it is sent no others (distributed/gloo.py).
 
 Under ZeRO-1 DeepSpeed 0.19.8's `BF16_Optimizer` keeps all gradients until the backward pass ends, sums them then, and
 clips what other ranks update, too. Its ZeRO 2 and 3 copy them before and after each sum, and on CPUs wait for it. On
@@ -46,7 +46,7 @@ def reduce_in_backward(engine: Any) -> None:
     optimizer = engine.optimizer
     # Scaling before the sum and mixtures of experts are left to DeepSpeed.
     plain = getattr(engine, "postscale_gradients", bool)() and engine.gradient_predivide_factor() == 1.0
-    if not plain or getattr(engine, "has_moe_layers", True):
+    if not plain or getattr(engine, "has_moe_layers", True) or getattr(optimizer, "mpu", None) is not None:
         return
     if isinstance(optimizer, BF16_Optimizer):
         OncePerStep(engine)
@@ -70,6 +70,10 @@ def _cut(offsets: Sequence[int], most: int) -> Iterator[range]:
             first -= 1
         yield range(first, last)
         last = first
+
+
+def _over_gloo(group: Any) -> bool:
+    return str(torch.distributed.get_backend(group)) == "gloo"
 
 
 def _ranks(group: Any) -> list[int]:
@@ -115,11 +119,11 @@ class _Gradient:
     piece: _Piece
     begin: int
     end: int
-    added: bool = False  # that of one of the step's micro-batches at least is in `sums`
+    added: bool = False  # that of one of the step's micro-batches at least is in `accumulated`
     ready: bool = False  # in `sent`
 
     @property
-    def sums(self) -> Tensor:
+    def accumulated(self) -> Tensor:
         """Over micro-batches of this rank, where it has room for all values."""
         assert self.piece.accumulated is not None
         return self.piece.accumulated[self.begin : self.end]
@@ -141,14 +145,14 @@ class Reduction:
         Args:
             engine: DeepSpeed's.
             groups: Its parameters, group by group, as they lie one after the other in its optimizer.
-            make_piece: That of the values from the second to the third number of a group, which is the first.
+            make_piece: Called with a group's number and the bounds of a piece's values in it.
             complete: Whether every rank needs the sums of all values.
             partitioned: Whether these are the values of one rank, of each parameter.
         """
         self._engine, self._optimizer = engine, engine.optimizer
         self._dtype, self._process_group = engine.communication_data_type, self._optimizer.dp_process_group
         self._ranks, self._complete = dist.get_world_size(self._process_group), complete
-        self._exchanges = not complete and torch.distributed.get_backend(self._process_group) == "gloo"
+        self._on_cpus = _over_gloo(self._process_group)
         self._scale = 1 / self._ranks if engine.gradient_average else 1.0
         self._under_way: deque[_Piece] = deque()
         self._gradients: dict[nn.Parameter, _Gradient] = {}
@@ -188,9 +192,9 @@ class Reduction:
     def _add(self, gradient: _Gradient, new: Tensor) -> None:
         """Add a gradient of this rank to its sums."""
         if gradient.added:
-            gradient.sums.add_(new)
+            gradient.accumulated.add_(new)
         else:
-            gradient.sums.copy_(new)
+            gradient.accumulated.copy_(new)
         gradient.added = True
 
     def _make_ready(self, gradient: _Gradient, value: Tensor | float) -> None:
@@ -222,7 +226,8 @@ class Reduction:
         """Begin to sum a piece over ranks; what is returned waits for the sums of this rank's part."""
         sent = piece.sent
         assert sent is not None
-        if self._exchanges:
+        # Not all to a single one of many ranks, which had to hold and add up what the others send.
+        if self._on_cpus and not self._complete and self._ranks * max(piece.parts) <= 2 * piece.size:
             return SumOfParts(sent, piece.parts, self._process_group).wait
         work = dist.all_reduce(sent, group=self._process_group, async_op=True)
 
@@ -285,16 +290,16 @@ class OncePerStep(Reduction):
         if gradient.added or not send:
             self._add(gradient, new)
         if send:
-            self._make_ready(gradient, gradient.sums if gradient.added else new)
+            self._make_ready(gradient, gradient.accumulated if gradient.added else new)
 
     @torch.no_grad()
     def _finish(self, **_: Any) -> None:
         """The means over ranks; called after the last backward pass of a step. A missing gradient counts as zero."""
         for gradient in self._gradients.values():
             if self._ranks == 1 and not gradient.added:
-                gradient.sums.zero_()
+                gradient.accumulated.zero_()
             elif self._ranks > 1 and not gradient.ready:
-                self._make_ready(gradient, gradient.sums if gradient.added else 0.0)
+                self._make_ready(gradient, gradient.accumulated if gradient.added else 0.0)
         self._receive()
         self._finished = True
         self._optimizer.fp32_groups_has_gradients = [[True] * len(group) for group in self._optimizer.bf16_groups]
@@ -370,7 +375,7 @@ class EachMicroBatch(Reduction):
         self._taken = False
         for gradient in self._gradients.values():
             if self._ranks == 1 and not gradient.added:
-                gradient.sums.zero_()
+                gradient.accumulated.zero_()
                 gradient.added = True
             elif self._ranks > 1 and not gradient.ready:
                 self._make_ready(gradient, 0.0)
@@ -382,7 +387,10 @@ class EachMicroBatch(Reduction):
 
 
 class OfPartitioned(Reduction):
-    """Under ZeRO-3 on CPUs: as EachMicroBatch, but each rank has a part of every parameter."""
+    """Under ZeRO-3 on CPUs: as EachMicroBatch, but each rank has a part of every parameter.
+
+    Parameters are gathered in another process group than gradients are sent in, so that the order of both is free.
+    """
 
     @staticmethod
     def fits(engine: Any) -> bool:
@@ -394,7 +402,7 @@ class OfPartitioned(Reduction):
             and optimizer.gradient_accumulation_dtype == torch.float32
             and not (optimizer.offload_optimizer or optimizer.zenflow or optimizer.use_muon)
             and optimizer.all2all_process_group is None
-            and torch.distributed.get_backend(group) == "gloo"
+            and _over_gloo(group)
             and dist.get_world_size(group) > 1
             and all(_ranks(parameter.ds_process_group) == _ranks(group) for parameter in engine.module.parameters())
         )
