@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from build_worker import SIZES, digest
+from deepspeed.utils import z3_leaf_module
 from runs import launch_workers
 
 from lcm_ds.model import modeling
 from lcm_ds.model.config import resolve_model
 from lcm_ds.model.modeling import BaseLCM
+from lcm_ds.train import engine
 
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
@@ -60,3 +62,23 @@ def test_values_drawn_in_parts_are_those_drawn_at_once(monkeypatch, inputs, outp
     parts = BaseLCM(config).initialize(3)
     for found, expected in zip(parts.parameters(), whole.parameters(), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_layers_are_gathered_at_once_only_on_cpus_and_where_everything_is_trained(monkeypatch):
+    """DeepSpeed reads the gradients of such a layer when that of its input is there, which nobody asks for then."""
+    linear = engine.zero3_linear.LinearFunctionForZeroStage3
+    monkeypatch.setattr(linear, "forward", linear.__dict__["forward"])  # put back afterwards
+
+    def gathered(backend, frozen=None):
+        monkeypatch.setattr(engine.dist, "get_backend", lambda: backend)
+        model = BaseLCM(resolve_model(SIZES))
+        if frozen:
+            model.get_parameter(frozen).requires_grad_(False)
+        engine.use_fewer_calls(model)
+        return {z3_leaf_module(layer) for layer in model.layers}
+
+    assert gathered("gloo") == {True}
+    assert gathered("nccl") == gathered("gloo", "pre_net.weight") == {False}
+    x, weight, bias = torch.randn(2, 3, 4).bfloat16(), torch.randn(5, 4).bfloat16(), torch.randn(5).bfloat16()
+    assert torch.equal(linear.forward(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+    assert linear.forward(x, weight, bias.float()).dtype == torch.float32
