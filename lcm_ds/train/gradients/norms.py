@@ -59,8 +59,8 @@ def _norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tenso
     """The 2-norm of each tensor, computed in `dtype` (default: their own): [len(tensors)].
 
     On CPUs torch adds up the squares of fp32 in fp32, one after the other: of 30 million values the norm lacks a
-    thousandth (findings/torch-norms-of-many-values-on-cpus.sh), and in fp64 it takes ten times as long. There the
-    norms of parts are added up in fp64.
+    thousandth (findings/torch-norms-of-many-values-on-cpus.sh), and in fp64 it takes longer. There the norms of
+    parts are added up in fp64.
     """
     if not tensors or tensors[0].device.type != "cpu" or tensors[0].dtype != torch.float32:
         return torch.stack(torch._foreach_norm(list(tensors), 2, dtype=dtype))
